@@ -1,0 +1,127 @@
+//! `pool`: mean of each block's (rotated) queries, its cosine with the cached one, and the row's action.
+
+use rayon::prelude::*;
+
+use super::float::Float;
+use crate::backend::PoolArgs;
+use crate::batch::Batch;
+use crate::config::SelectConfig;
+use crate::error::Result;
+use crate::rope::RopeTable;
+use crate::selection_cache::EMPTY;
+use crate::workspace::RowAction;
+
+pub(super) fn pool<T: Float>(args: PoolArgs<'_>) -> Result<()> {
+    let (config, batch) = (args.config, args.batch);
+    let (hq, d) = (config.heads.num_qo_heads, config.heads.head_dim);
+    let q = args.q.as_slice::<T>()?;
+    let queries = args.queries.into_slice::<f32>()?;
+    let rows = batch.num_rows();
+
+    queries[..rows * hq * d].par_chunks_mut(d).enumerate().for_each(|(i, mean)| {
+        let (row, head) = (i / hq, i % hq);
+        let tokens = batch.query_range(row);
+        let block = q[tokens.start * hq * d..tokens.end * hq * d].chunks_exact(hq * d);
+        let heads = block.map(|token| &token[head * d..][..d]);
+        mean_query(heads, config.n_local, args.rope, mean);
+    });
+
+    let similarities = args.similarities.into_slice::<f32>()?;
+    let actions = args.actions.into_slice::<u32>()?;
+    let cached = match &args.cached {
+        Some(layer) => Some(Cached {
+            queries: layer.queries.as_view().as_slice()?,
+            ages: layer.ages.as_view().as_slice()?,
+            made_at: layer.made_at.as_view().as_slice()?,
+        }),
+        None => None,
+    };
+    for row in 0..rows {
+        let query = &queries[row * hq * d..][..hq * d];
+        let entry = cached.as_ref().and_then(|cached| cached.entry(batch, row, hq * d));
+        similarities[row] = entry.as_ref().map_or(-1.0, |entry| cosine(entry.query, query));
+        actions[row] = action(config, batch, row, entry.map(|entry| (entry.age, similarities[row]))) as u32;
+    }
+    Ok(())
+}
+
+/// Mean over the block; query `t` is rotated at `n_local + t`.
+fn mean_query<'a, T: Float>(
+    block: impl ExactSizeIterator<Item = &'a [T]>,
+    n_local: usize,
+    rope: Option<&RopeTable>,
+    mean: &mut [f32],
+) {
+    let pairs = rope.map_or(0, RopeTable::pairs);
+    let (mut cos, mut sin, mut query) = (vec![0.0; pairs], vec![0.0; pairs], vec![0.0; mean.len()]);
+    let len = block.len();
+    mean.fill(0.0);
+    for (t, head) in block.enumerate() {
+        T::widen(head, &mut query);
+        if let Some(rope) = rope {
+            rope.fill(n_local + t, &mut cos, &mut sin);
+            rope.apply(&mut query, &cos, &sin);
+        }
+        for (sum, x) in mean.iter_mut().zip(&query) {
+            *sum += x;
+        }
+    }
+    for sum in mean.iter_mut() {
+        *sum /= len.max(1) as f32;
+    }
+}
+
+/// The layer's cached selections.
+struct Cached<'a> {
+    queries: &'a [f32],
+    ages: &'a [u32],
+    made_at: &'a [u32],
+}
+
+/// A usable cached selection.
+struct Entry<'a> {
+    query: &'a [f32],
+    age: u32,
+}
+
+impl<'a> Cached<'a> {
+    fn entry(&self, batch: &Batch, row: usize, query_len: usize) -> Option<Entry<'a>> {
+        let index = batch.sequence_index(row)?;
+        let before_block = batch.kv_len(row) - batch.block_len(row);
+        let made_at = self.made_at[index];
+        let usable = made_at != EMPTY && made_at as usize <= before_block;
+        usable
+            .then(|| Entry { query: &self.queries[index * query_len..][..query_len], age: self.ages[index] })
+    }
+}
+
+/// Cosine over all heads at once; NaN for a zero vector, which is never similar enough.
+fn cosine(a: &[f32], b: &[f32]) -> f32 {
+    let (mut dot, mut aa, mut bb) = (0.0f64, 0.0f64, 0.0f64);
+    for (&a, &b) in a.iter().zip(b) {
+        let (a, b) = (f64::from(a), f64::from(b));
+        dot += a * b;
+        aa += a * a;
+        bb += b * b;
+    }
+    (dot / (aa.sqrt() * bb.sqrt())) as f32
+}
+
+/// What to do for a row, given age and similarity of its cached selection if there is one.
+fn action(config: &SelectConfig, batch: &Batch, row: usize, entry: Option<(u32, f32)>) -> RowAction {
+    let candidates = batch.candidates(row, config).len();
+    if batch.block_len(row) == 0 {
+        return RowAction::Skip;
+    }
+    if candidates == 0 || (candidates <= config.top_k && !batch.is_partial()) {
+        return RowAction::Complete;
+    }
+    match (config.selection_cache, entry) {
+        (Some(cache), Some((age, similarity)))
+            if similarity >= cache.similarity_threshold && age < config.max_reuse() =>
+        {
+            RowAction::Reuse
+        }
+        _ => RowAction::Score,
+    }
+}

@@ -1,0 +1,94 @@
+//! `vote`: softmax probabilities of the candidates, summed over heads, optionally max-pooled.
+
+use std::collections::VecDeque;
+
+use multiversion::multiversion;
+use multiversion::target::target_cfg_f;
+use rayon::prelude::*;
+
+use super::{actions, simd, split_parts};
+use crate::backend::VoteArgs;
+use crate::error::Result;
+use crate::workspace::RowAction;
+
+/// Tokens of one task.
+const CHUNK: usize = 1024;
+
+pub(super) fn vote(args: VoteArgs<'_>) -> Result<()> {
+    let (config, batch) = (args.config, args.batch);
+    let hq = config.heads.num_qo_heads;
+    let window = config.vote_pool_window;
+    let logits = args.logits.as_slice::<f32>()?;
+    let stats = args.stats.as_slice::<f32>()?;
+    let actions = actions(&args.actions, batch.num_rows())?;
+    let scored = || (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32);
+    let place = |row: usize| {
+        let candidates = batch.candidates(row, config);
+        (batch.token_base(row) + candidates.start, candidates.len())
+    };
+
+    let votes = args.votes.into_slice::<f32>()?;
+    let raw = args.raw_votes.into_slice::<f32>()?;
+    let fill = |target: &mut [f32]| {
+        let rows: Vec<_> = scored().zip(split_parts(target, scored().map(place))).collect();
+        rows.into_par_iter().for_each(|(row, votes)| {
+            let logits = &logits[place(row).0 * hq..][..votes.len() * hq];
+            let stats = &stats[row * hq * 2..][..hq * 2];
+            let max: Vec<f32> = stats.iter().copied().step_by(2).collect();
+            let inverse: Vec<f32> = stats.iter().skip(1).step_by(2).map(|sum| 1.0 / sum).collect();
+            votes
+                .par_chunks_mut(CHUNK)
+                .zip(logits.par_chunks(CHUNK * hq))
+                .for_each(|(votes, logits)| vote_chunk(logits, &max, &inverse, votes));
+        });
+    };
+    if window == 1 {
+        fill(votes);
+        return Ok(());
+    }
+    fill(raw);
+    let rows: Vec<_> = scored().zip(split_parts(votes, scored().map(place))).collect();
+    rows.into_par_iter().for_each(|(row, votes)| {
+        max_pool(&raw[place(row).0..][..votes.len()], window, votes);
+    });
+    Ok(())
+}
+
+/// `votes[j] = sum over heads of exp(logit - max) / sum`, heads in order.
+#[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
+fn vote_chunk(logits: &[f32], max: &[f32], inverse: &[f32], votes: &mut [f32]) {
+    const FMA: bool = target_cfg_f!(target_feature = "fma");
+    let mut shares = vec![0.0; max.len()];
+    for (vote, logits) in votes.iter_mut().zip(logits.chunks_exact(max.len())) {
+        for (((share, &logit), &max), inverse) in shares.iter_mut().zip(logits).zip(max).zip(inverse) {
+            let e = simd::exp::<FMA>(logit - max);
+            *share = if logit == max { *inverse } else { e * inverse };
+        }
+        *vote = shares.iter().sum();
+    }
+}
+
+/// Largest vote within `window / 2` places, over the numbers; a NaN stays NaN.
+fn max_pool(raw: &[f32], window: usize, votes: &mut [f32]) {
+    let reach = window / 2;
+    let mut falling: VecDeque<usize> = VecDeque::new(); // places with ever smaller votes
+    let mut next = 0;
+    for (j, vote) in votes.iter_mut().enumerate() {
+        while next < raw.len() && next <= j + reach {
+            if !raw[next].is_nan() {
+                while falling.back().is_some_and(|&last| raw[last] <= raw[next]) {
+                    falling.pop_back();
+                }
+                falling.push_back(next);
+            }
+            next += 1;
+        }
+        while falling.front().is_some_and(|&first| first + reach < j) {
+            falling.pop_front();
+        }
+        *vote = match falling.front() {
+            Some(&first) if !raw[j].is_nan() => raw[first],
+            _ => f32::NAN,
+        };
+    }
+}

@@ -1,0 +1,228 @@
+//! What a device must be able to do: one method an operation, every buffer and shape explicit.
+//!
+//! [`TokenSelect`](crate::TokenSelect) checks shapes, types and limits before it calls a backend, so a
+//! backend may rely on what is written here and each rule is checked in one place for all devices.
+
+pub mod cpu;
+
+use std::fmt;
+
+use crate::batch::Batch;
+use crate::cache::{KvView, KvViewMut, PageCopy};
+use crate::config::SelectConfig;
+use crate::error::Result;
+use crate::rope::RopeTable;
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::{TensorView, TensorViewMut};
+
+/// Arguments of [`Backend::copy_pages`].
+#[derive(Debug)]
+pub struct CopyPagesArgs<'a> {
+    /// Pages to copy; no page is both read and written.
+    pub copies: &'a [PageCopy],
+    /// One layer.
+    pub kv: KvViewMut<'a>,
+}
+
+/// Arguments of [`Backend::append`].
+#[derive(Debug)]
+pub struct AppendArgs<'a> {
+    /// Rows and page tables, after the block was added.
+    pub batch: &'a Batch,
+    /// `[num_query_tokens, num_kv_heads, head_dim]`, the cache's type.
+    pub k: TensorView<'a>,
+    /// As `k`.
+    pub v: TensorView<'a>,
+    /// One layer; the last `T` tokens of every row are written.
+    pub kv: KvViewMut<'a>,
+}
+
+/// Arguments of [`Backend::pool`].
+#[derive(Debug)]
+pub struct PoolArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Angles of the scoring rotation; `None` for native positions.
+    pub rope: Option<&'a RopeTable>,
+    /// Rows.
+    pub batch: &'a Batch,
+    /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type.
+    pub q: TensorView<'a>,
+    /// The layer's cached selections, read; `None` to select anew.
+    pub cached: Option<SelectionCacheLayer<'a>>,
+    /// `[max_rows, num_qo_heads, head_dim]` f32, written: mean of the rotated queries of each block.
+    pub queries: TensorViewMut<'a>,
+    /// `[max_rows]` f32, written: cosine with the cached query, -1 where there is none.
+    pub similarities: TensorViewMut<'a>,
+    /// `[max_rows]` u32, written: a [`RowAction`](crate::RowAction).
+    pub actions: TensorViewMut<'a>,
+}
+
+/// Arguments of [`Backend::score`].
+#[derive(Debug)]
+pub struct ScoreArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Rows and page tables.
+    pub batch: &'a Batch,
+    /// One layer; keys are read.
+    pub kv: KvView<'a>,
+    /// `[max_rows, num_qo_heads, head_dim]` f32: scoring queries.
+    pub queries: TensorView<'a>,
+    /// `[max_rows]` u32: only rows with `RowAction::Score` are scored.
+    pub actions: TensorView<'a>,
+    /// `[max_kv_tokens, num_qo_heads]` f32, written for candidates.
+    pub logits: TensorViewMut<'a>,
+    /// `[max_rows, num_qo_heads, 2]` f32, written: largest logit, sum of `exp(logit - largest)`.
+    pub stats: TensorViewMut<'a>,
+}
+
+/// Arguments of [`Backend::vote`].
+#[derive(Debug)]
+pub struct VoteArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Rows and page tables.
+    pub batch: &'a Batch,
+    /// `[max_rows]` u32: only rows with `RowAction::Score` vote.
+    pub actions: TensorView<'a>,
+    /// `[max_kv_tokens, num_qo_heads]` f32.
+    pub logits: TensorView<'a>,
+    /// `[max_rows, num_qo_heads, 2]` f32: over all candidates of the sequence, wherever they lie.
+    pub stats: TensorView<'a>,
+    /// `[max_kv_tokens]` f32, scratch; `[0]` where `vote_pool_window` is 1.
+    pub raw_votes: TensorViewMut<'a>,
+    /// `[max_kv_tokens]` f32, written for candidates.
+    pub votes: TensorViewMut<'a>,
+}
+
+/// Arguments of [`Backend::top_k`].
+#[derive(Debug)]
+pub struct TopKArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Rows.
+    pub batch: &'a Batch,
+    /// `[max_rows]` u32: a [`RowAction`](crate::RowAction) each.
+    pub actions: TensorView<'a>,
+    /// `[max_kv_tokens]` f32, read for the candidates of scored rows.
+    pub votes: TensorView<'a>,
+    /// `[max_rows, num_qo_heads, head_dim]` f32: scoring queries, to be cached.
+    pub queries: TensorView<'a>,
+    /// The layer's cached selections: read for reused rows, replaced for scored ones, counted.
+    pub cached: Option<SelectionCacheLayer<'a>>,
+    /// `[max_rows, top_k]` u32, written: chosen tokens, ascending.
+    pub top_k: TensorViewMut<'a>,
+    /// `[max_rows, max_selected]` u32, written: initial, chosen and local tokens and the block, ascending.
+    pub selected: TensorViewMut<'a>,
+    /// `[max_rows]` u32, written: length of each list.
+    pub selected_len: TensorViewMut<'a>,
+}
+
+/// Lists of tokens to attend to, one a row.
+#[derive(Debug, Clone, Copy)]
+pub struct Selection<'a> {
+    /// `[max_rows, max_selected]` u32: tokens of each row, in the order of their ranks.
+    pub tokens: TensorView<'a>,
+    /// `[max_rows]` u32: length of each list.
+    pub len: TensorView<'a>,
+    /// Ranks where a list is part of a longer one.
+    pub ranks: Option<Ranks<'a>>,
+}
+
+/// Places of the tokens of partial lists within the whole list, for sequence parallelism.
+#[derive(Debug, Clone, Copy)]
+pub struct Ranks<'a> {
+    /// `[max_rows, max_selected]` u32: rank of each token in the whole list, ascending.
+    pub ranks: TensorView<'a>,
+    /// `[max_rows]` u32: length `m` of each whole list, at least the row's block length.
+    pub total_len: TensorView<'a>,
+}
+
+/// Arguments of [`Backend::attend`].
+#[derive(Debug)]
+pub struct AttendArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Angles of reassigned positions; `None` for native ones.
+    pub rope: Option<&'a RopeTable>,
+    /// Rows and page tables.
+    pub batch: &'a Batch,
+    /// One layer.
+    pub kv: KvView<'a>,
+    /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type.
+    pub q: TensorView<'a>,
+    /// The tokens to attend to; `None` for all.
+    pub selection: Option<Selection<'a>>,
+    /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type or f32, written.
+    pub out: TensorViewMut<'a>,
+    /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials.
+    pub lse: Option<TensorViewMut<'a>>,
+}
+
+/// Arguments of [`Backend::merge`].
+#[derive(Debug)]
+pub struct MergeArgs<'a> {
+    /// `[num_parts, num_query_tokens, num_qo_heads, head_dim]` f32: outputs over disjoint parts of a list.
+    pub parts: TensorView<'a>,
+    /// `[num_parts, num_query_tokens, num_qo_heads]` f32: their log-sum-exps.
+    pub part_lses: TensorView<'a>,
+    /// `[num_query_tokens, num_qo_heads, head_dim]` f16, bf16 or f32, written.
+    pub out: TensorViewMut<'a>,
+    /// `[num_query_tokens, num_qo_heads]` f32, written.
+    pub lse: Option<TensorViewMut<'a>>,
+}
+
+/// The operations of a device. See `docs/definitions.md` for what each computes.
+pub trait Backend: fmt::Debug + Send + Sync {
+    /// Short name of the device.
+    fn name(&self) -> &str;
+
+    /// Copies leading tokens of pages, keys and values: the copy of copy-on-write.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()>;
+
+    /// Writes the keys and values of each row's block into its pages.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn append(&self, args: AppendArgs<'_>) -> Result<()>;
+
+    /// Means of the (rotated) queries of each block, compared with the cached ones.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn pool(&self, args: PoolArgs<'_>) -> Result<()>;
+
+    /// Scaled dot products of scoring queries and candidate keys, with softmax statistics.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn score(&self, args: ScoreArgs<'_>) -> Result<()>;
+
+    /// Sums of softmax probabilities over heads, optionally max-pooled.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn vote(&self, args: VoteArgs<'_>) -> Result<()>;
+
+    /// The `top_k` largest votes of every scored row in the total order, windows added.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn top_k(&self, args: TopKArgs<'_>) -> Result<()>;
+
+    /// Attention over lists of tokens, or over all.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn attend(&self, args: AttendArgs<'_>) -> Result<()>;
+
+    /// Combines attention over disjoint parts of a list.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn merge(&self, args: MergeArgs<'_>) -> Result<()>;
+}

@@ -1,0 +1,324 @@
+//! Page allocator and page tables: which sequence owns which pages. Pure host code that touches no key or
+//! value, so it serves a cache on any device, and one that belongs to another engine.
+
+use std::collections::HashMap;
+use std::fmt;
+
+use crate::config::MAX_SEQUENCE_LEN;
+use crate::error::{Error, Result};
+
+/// The largest page size.
+pub const MAX_PAGE_SIZE: usize = 256;
+
+/// Names a sequence of one [`PageAllocator`]. An identifier is never used twice.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct SequenceId {
+    index: u32,
+    generation: u32,
+}
+
+impl SequenceId {
+    /// Place of the sequence among those alive, below the allocator's `max_sequences`; free places are used
+    /// again. The row of per-sequence tables such as the [`SelectionCache`](crate::SelectionCache).
+    pub fn index(self) -> usize {
+        self.index as usize
+    }
+}
+
+impl fmt::Display for SequenceId {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "sequence {}.{}", self.index, self.generation)
+    }
+}
+
+/// A page whose tokens must be copied before new ones are written: the copy of copy-on-write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PageCopy {
+    /// Page to read.
+    pub src: u32,
+    /// Page to write.
+    pub dst: u32,
+    /// Leading tokens of the page to copy.
+    pub num_tokens: usize,
+}
+
+/// Page tables of some sequences in the layout of FlashInfer.
+#[derive(Debug, Clone, PartialEq, Eq, Default)]
+pub struct PageTables {
+    /// `[rows + 1]`: the pages of row `r` are `indices[indptr[r]..indptr[r + 1]]`.
+    pub indptr: Vec<u32>,
+    /// Page numbers, in token order.
+    pub indices: Vec<u32>,
+    /// `[rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
+    pub last_page_len: Vec<u32>,
+}
+
+#[derive(Debug, Clone, Default)]
+struct Sequence {
+    generation: u32,
+    alive: bool,
+    len: usize,
+    pages: Vec<u32>,
+    /// Changes when tokens that a batch may name are dropped or move to another page.
+    revision: u64,
+}
+
+/// Hands pages to sequences, shares them between forks, and takes them back.
+///
+/// Every call either does all it says or, with an error, nothing.
+#[derive(Debug, Clone)]
+pub struct PageAllocator {
+    page_size: usize,
+    /// Free pages; the last is handed out first.
+    free: Vec<u32>,
+    /// Sequences that hold each page; 0 for a free page.
+    ref_counts: Vec<u32>,
+    sequences: Vec<Sequence>,
+    free_indices: Vec<u32>,
+}
+
+impl PageAllocator {
+    /// `num_pages` free pages of `page_size` tokens (1 to 256), for at most `max_sequences` sequences.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where a number is 0 or too large.
+    pub fn new(num_pages: usize, page_size: usize, max_sequences: usize) -> Result<Self> {
+        if page_size == 0 || page_size > MAX_PAGE_SIZE {
+            return Err(Error::config("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
+        }
+        for (field, got) in [("num_pages", num_pages), ("max_sequences", max_sequences)] {
+            if got == 0 || got > MAX_SEQUENCE_LEN {
+                return Err(Error::config(field, format!("from 1 to {MAX_SEQUENCE_LEN}"), got));
+            }
+        }
+        Ok(PageAllocator {
+            page_size,
+            free: (0..num_pages as u32).rev().collect(),
+            ref_counts: vec![0; num_pages],
+            sequences: vec![Sequence::default(); max_sequences],
+            free_indices: (0..max_sequences as u32).rev().collect(),
+        })
+    }
+
+    /// Tokens in a page.
+    pub fn page_size(&self) -> usize {
+        self.page_size
+    }
+
+    /// Pages in all.
+    pub fn num_pages(&self) -> usize {
+        self.ref_counts.len()
+    }
+
+    /// Pages that no sequence holds.
+    pub fn num_free_pages(&self) -> usize {
+        self.free.len()
+    }
+
+    /// Sequences that may be alive at once.
+    pub fn max_sequences(&self) -> usize {
+        self.sequences.len()
+    }
+
+    /// Sequences alive.
+    pub fn num_sequences(&self) -> usize {
+        self.sequences.len() - self.free_indices.len()
+    }
+
+    /// How many sequences hold `page`.
+    ///
+    /// # Errors
+    /// [`Error::Index`] where there is no such page.
+    pub fn ref_count(&self, page: u32) -> Result<usize> {
+        let got = page as usize;
+        let count = self.ref_counts.get(got);
+        count.map(|&c| c as usize).ok_or(Error::Index { what: "page", limit: self.ref_counts.len(), got })
+    }
+
+    /// Tokens of a sequence.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn len(&self, id: SequenceId) -> Result<usize> {
+        Ok(self.get(id)?.len)
+    }
+
+    /// Whether no sequence is alive.
+    pub fn is_empty(&self) -> bool {
+        self.num_sequences() == 0
+    }
+
+    /// Pages of a sequence, in token order.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn pages(&self, id: SequenceId) -> Result<&[u32]> {
+        Ok(&self.get(id)?.pages)
+    }
+
+    /// Adds an empty sequence.
+    ///
+    /// # Errors
+    /// [`Error::TooManySequences`].
+    pub fn create(&mut self) -> Result<SequenceId> {
+        let limit = self.sequences.len();
+        let index = self.free_indices.pop().ok_or(Error::TooManySequences { limit })?;
+        let sequence = &mut self.sequences[index as usize];
+        sequence.alive = true;
+        Ok(SequenceId { index, generation: sequence.generation })
+    }
+
+    /// Adds a sequence with the same tokens. Pages are shared until one of the two writes into them.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::TooManySequences`].
+    pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
+        let parent = self.get(id)?;
+        let (len, pages) = (parent.len, parent.pages.clone());
+        let child = self.create()?;
+        for &page in &pages {
+            self.ref_counts[page as usize] += 1;
+        }
+        let sequence = &mut self.sequences[child.index()];
+        (sequence.len, sequence.pages) = (len, pages);
+        Ok(child)
+    }
+
+    /// Appends room for `num_tokens` tokens to each sequence named, all or nothing.
+    ///
+    /// Returns the pages whose contents must be copied before the new tokens are written: last pages that
+    /// are partly filled and shared with a fork.
+    ///
+    /// # Errors
+    /// [`Error::OutOfPages`], [`Error::UnknownSequence`], [`Error::DuplicateSequence`],
+    /// [`Error::SequenceTooLong`].
+    pub fn extend(&mut self, growth: &[(SequenceId, usize)]) -> Result<Vec<PageCopy>> {
+        let mut first_row: HashMap<SequenceId, usize> = HashMap::with_capacity(growth.len());
+        let mut released: HashMap<u32, u32> = HashMap::new();
+        let mut needed = 0;
+        let mut copies = Vec::with_capacity(growth.len());
+        for (row, &(id, num_tokens)) in growth.iter().enumerate() {
+            let sequence = self.get(id)?;
+            if let Some(first) = first_row.insert(id, row) {
+                return Err(Error::DuplicateSequence { id, first, second: row });
+            }
+            let len = sequence.len.saturating_add(num_tokens);
+            if len > MAX_SEQUENCE_LEN {
+                return Err(Error::SequenceTooLong { id, limit: MAX_SEQUENCE_LEN, got: len });
+            }
+            needed += len.div_ceil(self.page_size) - sequence.pages.len();
+            let copy = (num_tokens > 0).then(|| self.shared_tail(sequence, &mut released)).flatten();
+            needed += usize::from(copy.is_some());
+            copies.push(copy);
+        }
+        if needed > self.free.len() {
+            return Err(Error::OutOfPages { needed, free: self.free.len() });
+        }
+
+        let mut done = Vec::new();
+        for (&(id, num_tokens), copy) in growth.iter().zip(copies) {
+            let sequence = &mut self.sequences[id.index()];
+            if let Some(src) = copy {
+                let dst = take_page(&mut self.free, &mut self.ref_counts);
+                self.ref_counts[src as usize] -= 1;
+                if let Some(last) = sequence.pages.last_mut() {
+                    *last = dst;
+                }
+                sequence.revision += 1;
+                done.push(PageCopy { src, dst, num_tokens: sequence.len % self.page_size });
+            }
+            sequence.len += num_tokens;
+            while sequence.pages.len() < sequence.len.div_ceil(self.page_size) {
+                sequence.pages.push(take_page(&mut self.free, &mut self.ref_counts));
+            }
+        }
+        Ok(done)
+    }
+
+    /// The sequence's last page where it is partly filled and, counting what earlier rows `released`, still
+    /// held by another sequence; noted as released by this one.
+    fn shared_tail(&self, sequence: &Sequence, released: &mut HashMap<u32, u32>) -> Option<u32> {
+        let &page = sequence.pages.last().filter(|_| !sequence.len.is_multiple_of(self.page_size))?;
+        let gone = released.entry(page).or_default();
+        let shared = self.ref_counts[page as usize] - *gone > 1;
+        *gone += u32::from(shared);
+        shared.then_some(page)
+    }
+
+    /// Drops the tokens of a sequence from `len` on, for example rejected speculative ones.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::TruncateBeyondEnd`].
+    pub fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        let sequence = self.get(id)?;
+        if len > sequence.len {
+            return Err(Error::TruncateBeyondEnd { id, len: sequence.len, to: len });
+        }
+        let kept = len.div_ceil(self.page_size);
+        let sequence = &mut self.sequences[id.index()];
+        if len < sequence.len {
+            sequence.revision += 1;
+        }
+        sequence.len = len;
+        for page in sequence.pages.drain(kept..).rev() {
+            give_page(&mut self.free, &mut self.ref_counts, page);
+        }
+        Ok(())
+    }
+
+    /// Ends a sequence; pages that no fork holds become free.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn free(&mut self, id: SequenceId) -> Result<()> {
+        self.truncate(id, 0)?;
+        let sequence = &mut self.sequences[id.index()];
+        sequence.alive = false;
+        sequence.generation = sequence.generation.wrapping_add(1);
+        self.free_indices.push(id.index);
+        Ok(())
+    }
+
+    /// The page tables of some sequences, a row each, in the order given.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`].
+    pub fn tables(&self, ids: &[SequenceId]) -> Result<PageTables> {
+        let mut tables = PageTables { indptr: vec![0], ..PageTables::default() };
+        for &id in ids {
+            let sequence = self.get(id)?;
+            tables.indices.extend_from_slice(&sequence.pages);
+            tables.indptr.push(tables.indices.len() as u32);
+            let full_pages = sequence.pages.len().saturating_sub(1);
+            tables.last_page_len.push((sequence.len - full_pages * self.page_size) as u32);
+        }
+        Ok(tables)
+    }
+
+    /// A number that changes when tokens of the sequence are dropped or moved.
+    pub(crate) fn revision(&self, id: SequenceId) -> Result<u64> {
+        Ok(self.get(id)?.revision)
+    }
+
+    fn get(&self, id: SequenceId) -> Result<&Sequence> {
+        let found = self.sequences.get(id.index()).filter(|s| s.alive && s.generation == id.generation);
+        found.ok_or(Error::UnknownSequence(id))
+    }
+}
+
+/// Takes a free page; the caller has made sure that there is one.
+fn take_page(free: &mut Vec<u32>, ref_counts: &mut [u32]) -> u32 {
+    let page = free.pop().unwrap_or_default();
+    debug_assert_eq!(ref_counts[page as usize], 0, "page {page} was handed out twice");
+    ref_counts[page as usize] = 1;
+    page
+}
+
+/// Drops one reference; the last one frees the page.
+fn give_page(free: &mut Vec<u32>, ref_counts: &mut [u32], page: u32) {
+    let count = &mut ref_counts[page as usize];
+    *count -= 1;
+    if *count == 0 {
+        free.push(page);
+    }
+}

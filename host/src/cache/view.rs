@@ -1,0 +1,227 @@
+//! Keys and values of one layer as the operations see them: paged, strided, owned by anyone.
+
+use crate::config::HeadShape;
+use crate::error::{Error, Result};
+use crate::tensor::{DType, Shape, TensorView, TensorViewMut};
+
+/// Order of the dimensions of a page.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum KvLayout {
+    /// `[num_pages, page_size, num_kv_heads, head_dim]`: FlashInfer's `NHD`, SGLang, vLLM.
+    #[default]
+    Nhd,
+    /// `[num_pages, num_kv_heads, page_size, head_dim]`: FlashInfer's `HND`.
+    Hnd,
+}
+
+/// Extent of the paged keys (and of the values) of one layer.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvShape {
+    /// Pages in the pool.
+    pub num_pages: usize,
+    /// Tokens in a page.
+    pub page_size: usize,
+    /// KV heads of a token.
+    pub num_kv_heads: usize,
+    /// Elements of a head.
+    pub head_dim: usize,
+}
+
+impl KvShape {
+    /// Dimensions of a dense pool in `layout`.
+    pub fn dims(&self, layout: KvLayout) -> [usize; 4] {
+        match layout {
+            KvLayout::Nhd => [self.num_pages, self.page_size, self.num_kv_heads, self.head_dim],
+            KvLayout::Hnd => [self.num_pages, self.num_kv_heads, self.page_size, self.head_dim],
+        }
+    }
+
+    fn from_dims(dims: Shape, layout: KvLayout, what: &'static str) -> Result<Self> {
+        let &[num_pages, a, b, head_dim] = dims.dims() else {
+            return Err(Error::config(what, "four-dimensional", dims));
+        };
+        let (page_size, num_kv_heads) = if layout == KvLayout::Nhd { (a, b) } else { (b, a) };
+        Ok(KvShape { num_pages, page_size, num_kv_heads, head_dim })
+    }
+
+    /// Elements from the first to one past the last, or `None` where that does not fit a `usize`.
+    fn extent(&self, strides: KvStrides) -> Option<usize> {
+        if [self.num_pages, self.page_size, self.num_kv_heads, self.head_dim].contains(&0) {
+            return Some(0);
+        }
+        let last = |count: usize, stride: usize| (count - 1).checked_mul(stride);
+        last(self.num_pages, strides.page)?
+            .checked_add(last(self.page_size, strides.token)?)?
+            .checked_add(last(self.num_kv_heads, strides.head)?)?
+            .checked_add(self.head_dim)
+    }
+}
+
+/// Distances in elements; the elements of one head are always adjacent.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct KvStrides {
+    /// From a page to the next.
+    pub page: usize,
+    /// From a token to the next of its page.
+    pub token: usize,
+    /// From a head to the next of its token.
+    pub head: usize,
+}
+
+impl KvStrides {
+    /// Strides of a dense pool.
+    pub fn dense(shape: KvShape, layout: KvLayout) -> Self {
+        let page = shape.page_size * shape.num_kv_heads * shape.head_dim;
+        match layout {
+            KvLayout::Nhd => {
+                KvStrides { page, token: shape.num_kv_heads * shape.head_dim, head: shape.head_dim }
+            }
+            KvLayout::Hnd => {
+                KvStrides { page, token: shape.head_dim, head: shape.page_size * shape.head_dim }
+            }
+        }
+    }
+
+    /// Offset in elements of one head of one token.
+    #[inline(always)]
+    pub(crate) fn offset(&self, page: usize, token_in_page: usize, head: usize) -> usize {
+        page * self.page + token_in_page * self.token + head * self.head
+    }
+}
+
+/// Paged keys and values of one layer, read only.
+#[derive(Debug, Clone, Copy)]
+pub struct KvView<'a> {
+    pub(crate) k: TensorView<'a>,
+    pub(crate) v: TensorView<'a>,
+    pub(crate) shape: KvShape,
+    pub(crate) strides: KvStrides,
+}
+
+impl<'a> KvView<'a> {
+    /// Two dense pools of the same type and of the shape that `layout` says.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`] or [`Error::Config`] where the two differ or are not
+    /// four-dimensional.
+    pub fn new(k: TensorView<'a>, v: TensorView<'a>, layout: KvLayout) -> Result<Self> {
+        let shape = KvShape::from_dims(k.shape(), layout, "k")?;
+        v.expect("v", &[k.dtype()], k.shape())?;
+        Ok(KvView { k, v, shape, strides: KvStrides::dense(shape, layout) })
+    }
+
+    /// Strided pools inside two one-dimensional tensors, which may be parts of the same allocation: for
+    /// `[num_pages, 2, page_size, num_kv_heads, head_dim]` pass the whole as `k`, the whole from the first
+    /// value on as `v`, and a page stride of two pages.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where a tensor is shorter than the strides reach, [`Error::DType`] where the types
+    /// differ.
+    pub fn strided(k: TensorView<'a>, v: TensorView<'a>, shape: KvShape, strides: KvStrides) -> Result<Self> {
+        reach("k", shape, strides, 0, k.shape())?;
+        reach("v", shape, strides, 0, v.shape())?;
+        v.expect("v", &[k.dtype()], v.shape())?;
+        Ok(KvView { k, v, shape, strides })
+    }
+
+    /// Extent of the pools.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Element type of keys and values.
+    pub fn dtype(&self) -> DType {
+        self.k.dtype()
+    }
+
+    /// Checks heads and type against a configuration.
+    pub(crate) fn expect(&self, heads: &HeadShape, dtype: DType, page_size: usize) -> Result<()> {
+        expect(self.shape, self.dtype(), heads, dtype, page_size)
+    }
+}
+
+/// Where the values of a writable view lie.
+#[derive(Debug)]
+pub(crate) enum KvStorageMut<'a> {
+    /// Keys and values in memory of their own.
+    Separate { k: TensorViewMut<'a>, v: TensorViewMut<'a> },
+    /// Both in one allocation, the first value `v_offset` elements after the first key.
+    Combined { kv: TensorViewMut<'a>, v_offset: usize },
+}
+
+/// Paged keys and values of one layer, writable.
+#[derive(Debug)]
+pub struct KvViewMut<'a> {
+    pub(crate) storage: KvStorageMut<'a>,
+    pub(crate) shape: KvShape,
+    pub(crate) strides: KvStrides,
+}
+
+impl<'a> KvViewMut<'a> {
+    /// Two dense pools, as in [`KvView::new`].
+    ///
+    /// # Errors
+    /// As [`KvView::new`].
+    pub fn new(k: TensorViewMut<'a>, v: TensorViewMut<'a>, layout: KvLayout) -> Result<Self> {
+        let shape = KvShape::from_dims(k.shape(), layout, "k")?;
+        v.expect("v", &[k.dtype()], k.shape())?;
+        let strides = KvStrides::dense(shape, layout);
+        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, strides })
+    }
+
+    /// Keys and values in one one-dimensional tensor, the first value `v_offset` elements after the first
+    /// key: the writable twin of [`KvView::strided`].
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the tensor is shorter than the strides reach.
+    pub fn combined(
+        kv: TensorViewMut<'a>,
+        v_offset: usize,
+        shape: KvShape,
+        strides: KvStrides,
+    ) -> Result<Self> {
+        reach("kv", shape, strides, v_offset, kv.shape())?;
+        Ok(KvViewMut { storage: KvStorageMut::Combined { kv, v_offset }, shape, strides })
+    }
+
+    /// Extent of the pools.
+    pub fn shape(&self) -> KvShape {
+        self.shape
+    }
+
+    /// Element type of keys and values.
+    pub fn dtype(&self) -> DType {
+        match &self.storage {
+            KvStorageMut::Separate { k, .. } => k.dtype(),
+            KvStorageMut::Combined { kv, .. } => kv.dtype(),
+        }
+    }
+
+    /// Checks heads and type against a configuration.
+    pub(crate) fn expect(&self, heads: &HeadShape, dtype: DType, page_size: usize) -> Result<()> {
+        expect(self.shape, self.dtype(), heads, dtype, page_size)
+    }
+}
+
+fn reach(what: &'static str, shape: KvShape, strides: KvStrides, offset: usize, given: Shape) -> Result<()> {
+    let needed = shape.extent(strides).and_then(|extent| extent.checked_add(offset)).unwrap_or(usize::MAX);
+    let got = given.checked_len().unwrap_or(0);
+    if got < needed { Err(Error::Length { what, shape: given, needed, got }) } else { Ok(()) }
+}
+
+fn expect(got: KvShape, dtype: DType, heads: &HeadShape, expected: DType, page_size: usize) -> Result<()> {
+    if dtype != expected {
+        return Err(Error::DType { what: "kv", expected: expected.to_string(), got: dtype });
+    }
+    let wanted = KvShape {
+        num_pages: got.num_pages,
+        page_size,
+        num_kv_heads: heads.num_kv_heads,
+        head_dim: heads.head_dim,
+    };
+    if got != wanted {
+        let (expected, got) = (wanted.dims(KvLayout::Nhd).into(), got.dims(KvLayout::Nhd).into());
+        return Err(Error::Shape { what: "kv", expected, got });
+    }
+    Ok(())
+}

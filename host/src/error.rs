@@ -1,0 +1,168 @@
+//! What can go wrong, with the argument, the rule and the numbers.
+
+use crate::cache::SequenceId;
+use crate::tensor::{DType, Shape};
+
+/// `Result` with this crate's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Every error of this crate. Each names the argument, the rule it broke and the numbers involved.
+///
+/// A call that returns an error has changed nothing.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A configuration field breaks its rule.
+    #[error("configuration field `{field}` must be {rule}, got {got}")]
+    Config {
+        /// Name of the field.
+        field: &'static str,
+        /// What the field must be.
+        rule: String,
+        /// What it is.
+        got: String,
+    },
+    /// A tensor has the wrong shape.
+    #[error("`{what}` must have shape {expected}, got {got}")]
+    Shape {
+        /// Name of the argument.
+        what: &'static str,
+        /// The shape it must have.
+        expected: Shape,
+        /// The shape it has.
+        got: Shape,
+    },
+    /// A slice holds another number of elements than its shape says.
+    #[error("`{what}` of shape {shape} needs {needed} elements, the slice has {got}")]
+    Length {
+        /// Name of the argument.
+        what: &'static str,
+        /// The shape asked for.
+        shape: Shape,
+        /// Elements that the shape needs.
+        needed: usize,
+        /// Elements in the slice.
+        got: usize,
+    },
+    /// A tensor has the wrong element type.
+    #[error("`{what}` must be {expected}, got {got}")]
+    DType {
+        /// Name of the argument.
+        what: &'static str,
+        /// The types allowed.
+        expected: String,
+        /// The type it has.
+        got: DType,
+    },
+    /// An index is not below its limit.
+    #[error("`{what}` must be below {limit}, got {got}")]
+    Index {
+        /// Name of the index.
+        what: &'static str,
+        /// The first index that is too large.
+        limit: usize,
+        /// The index given.
+        got: usize,
+    },
+    /// A batch is larger than the [`Limits`](crate::Limits) that its workspace was made for.
+    #[error("`{what}` is limited to {limit} by the plan, the batch needs {got}")]
+    Limit {
+        /// Name of the limit.
+        what: &'static str,
+        /// The planned maximum.
+        limit: usize,
+        /// What the batch needs.
+        got: usize,
+    },
+    /// The page tables or lengths of a batch contradict each other.
+    #[error("batch row {row}: `{what}` must be {rule}, got {got}")]
+    Table {
+        /// Row of the batch.
+        row: usize,
+        /// Name of the table.
+        what: &'static str,
+        /// What its entry must be.
+        rule: String,
+        /// What it is.
+        got: String,
+    },
+    /// Not enough free pages; nothing was allocated.
+    #[error("out of pages: {needed} needed, {free} free")]
+    OutOfPages {
+        /// Pages the whole call needs.
+        needed: usize,
+        /// Pages that are free.
+        free: usize,
+    },
+    /// No sequence can be added.
+    #[error("the cache holds at most {limit} sequences")]
+    TooManySequences {
+        /// Maximum number of sequences.
+        limit: usize,
+    },
+    /// The sequence was never created by this cache or was freed.
+    #[error("{0} is not in this cache")]
+    UnknownSequence(SequenceId),
+    /// A sequence appears twice in one batch.
+    #[error("{id} appears in rows {first} and {second} of one batch")]
+    DuplicateSequence {
+        /// The sequence.
+        id: SequenceId,
+        /// Its first row.
+        first: usize,
+        /// Its second row.
+        second: usize,
+    },
+    /// A sequence would grow beyond the largest length the tables can hold.
+    #[error("{id} cannot grow to {got} tokens, the limit is {limit}")]
+    SequenceTooLong {
+        /// The sequence.
+        id: SequenceId,
+        /// The largest length.
+        limit: usize,
+        /// The length asked for.
+        got: usize,
+    },
+    /// A sequence can be truncated only to a length it has reached.
+    #[error("{id} holds {len} tokens and cannot be truncated to {to}")]
+    TruncateBeyondEnd {
+        /// The sequence.
+        id: SequenceId,
+        /// Tokens it holds.
+        len: usize,
+        /// The length asked for.
+        to: usize,
+    },
+    /// The batch was made before the cache changed under it.
+    #[error("batch row {row} is stale: it was made for {expected} tokens of {id}, which now holds {got}")]
+    StaleBatch {
+        /// Row of the batch.
+        row: usize,
+        /// The row's sequence.
+        id: SequenceId,
+        /// Tokens at the time the batch was made.
+        expected: usize,
+        /// Tokens now.
+        got: usize,
+    },
+    /// An operation needs something that the configuration turned off, or that was not given.
+    #[error("`{op}` needs {needs}")]
+    Missing {
+        /// Name of the operation.
+        op: &'static str,
+        /// What it needs.
+        needs: &'static str,
+    },
+}
+
+impl Error {
+    /// Shorthand for [`Error::Config`].
+    pub(crate) fn config(field: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Config { field, rule: rule.into(), got: got.to_string() }
+    }
+
+    /// Shorthand for [`Error::Table`].
+    pub(crate) fn table(row: usize, what: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Table { row, what, rule: rule.into(), got: got.to_string() }
+    }
+}

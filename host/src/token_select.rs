@@ -1,0 +1,514 @@
+//! The object that runs steps: configuration, device and workspace in one.
+
+use crate::backend::{AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, Selection, TopKArgs, VoteArgs};
+use crate::batch::Batch;
+use crate::cache::{KvView, KvViewMut, PagedKvCache};
+use crate::config::SelectConfig;
+use crate::device::Device;
+use crate::error::{Error, Result};
+use crate::plan::{Limits, Plan};
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::{DType, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
+
+/// Inputs of a step of one layer.
+#[derive(Debug, Clone, Copy)]
+pub struct StepInput<'a> {
+    /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type: queries of all rows.
+    pub q: TensorView<'a>,
+    /// `[num_query_tokens, num_kv_heads, head_dim]`, the configuration's type: keys to append.
+    pub k: TensorView<'a>,
+    /// As `k`: values to append.
+    pub v: TensorView<'a>,
+}
+
+/// Outputs of a step of one layer.
+#[derive(Debug)]
+pub struct StepOutput<'a> {
+    /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type or f32, written.
+    pub out: TensorViewMut<'a>,
+    /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials.
+    pub lse: Option<TensorViewMut<'a>>,
+}
+
+/// Runs token selection and attention on a device: whole steps ([`step`](Self::step)), or one operation at
+/// a time with the [`workspace`](Self::workspace) between them.
+///
+/// One object serves all layers and sequences of a model in turn. Operations check shapes, types and limits
+/// first; where one returns an error, nothing was written.
+#[derive(Debug)]
+pub struct TokenSelect {
+    device: Device,
+    plan: Plan,
+    workspace: Workspace,
+}
+
+impl TokenSelect {
+    /// Validates the configuration and allocates a workspace for batches within `limits`.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the field that breaks its rule.
+    pub fn new(device: &Device, config: SelectConfig, limits: Limits) -> Result<Self> {
+        let plan = Plan::new(config, limits)?;
+        let workspace = Workspace::new(&plan)?;
+        Ok(TokenSelect { device: device.clone(), plan, workspace })
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &SelectConfig {
+        self.plan.config()
+    }
+
+    /// The plan.
+    pub fn plan(&self) -> &Plan {
+        &self.plan
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The buffers between operations.
+    pub fn workspace(&self) -> &Workspace {
+        &self.workspace
+    }
+
+    /// The buffers between operations, for a collective that changes them.
+    pub fn workspace_mut(&mut self) -> &mut Workspace {
+        &mut self.workspace
+    }
+
+    /// One step of one layer of an owned cache: append keys and values, select, attend.
+    ///
+    /// `batch` comes from [`PagedKvCache::extend`]. Selections are reused if both the configuration and the
+    /// cache have a Selection Cache.
+    ///
+    /// # Errors
+    /// A typed error for every wrong shape, type, layer, limit, or stale batch; then nothing was written.
+    pub fn step(
+        &mut self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        input: StepInput<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.begin_step(cache, layer, batch, &input, &output)?;
+        let (kv, selections) = cache.layer_and_selections(layer)?;
+        let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
+        self.select(batch, kv, input.q, cached)?;
+        self.attend(batch, kv, input.q, output)
+    }
+
+    /// One step of one layer of an owned cache with dense attention: append keys and values, attend to all.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_dense(
+        &mut self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        input: StepInput<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.begin_step(cache, layer, batch, &input, &output)?;
+        self.attend_dense(batch, cache.layer(layer)?, input.q, output)
+    }
+
+    /// Checks all arguments of a step, so that nothing is half done, and appends.
+    fn begin_step(
+        &self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        input: &StepInput<'_>,
+        output: &StepOutput<'_>,
+    ) -> Result<()> {
+        cache.check(batch)?;
+        let (kv, selections) = cache.layer_mut(layer)?;
+        self.check_queries(batch, &input.q)?;
+        self.check_output(batch, output)?;
+        if let Some(selections) = selections {
+            self.check_cached(batch, &selections.layer_mut(layer)?)?;
+        }
+        self.append(batch, kv, input.k, input.v)
+    }
+
+    /// Writes the keys and values of each row's block into its pages.
+    ///
+    /// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type: rotated by
+    /// the model for native positions, not rotated for reassigned ones.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], or [`Error::Index`] for a page number beyond
+    /// the pool.
+    pub fn append(
+        &self,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+    ) -> Result<()> {
+        let config = self.plan.config();
+        self.plan.check(batch)?;
+        kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        check_pages(batch, kv.shape().num_pages)?;
+        let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
+        k.expect("k", &[config.dtype], shape)?;
+        v.expect("v", &[config.dtype], shape)?;
+        if batch.is_partial() {
+            return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
+        }
+        self.device.backend().append(AppendArgs { batch, k, v, kv })
+    }
+
+    /// `pool`, `score`, `vote` and `top_k`: the tokens to attend to, left in
+    /// [`Workspace::selected`](crate::Workspace::selected).
+    ///
+    /// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type; `cached` the layer's
+    /// cached selections, `None` to select anew.
+    ///
+    /// # Errors
+    /// Those of the four operations.
+    pub fn select(
+        &mut self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        mut cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.check_kv(batch, &kv)?;
+        self.pool(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
+        self.score(batch, kv)?;
+        self.vote(batch)?;
+        self.top_k(batch, cached)
+    }
+
+    /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
+    /// with the cached one, and what is to be done for the row.
+    ///
+    /// Writes `queries`, `similarities` and `actions` of the workspace. Changes nothing in `cached`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
+    pub fn pool(
+        &mut self,
+        batch: &Batch,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.check_queries(batch, &q)?;
+        if let Some(cached) = &cached {
+            self.check_cached(batch, cached)?;
+        }
+        self.device.backend().pool(PoolArgs {
+            config: self.plan.config(),
+            rope: self.plan.rope(),
+            batch,
+            q,
+            cached: cached.filter(|_| self.caches(batch)),
+            queries: self.workspace.queries.view_mut(),
+            similarities: self.workspace.similarities.view_mut(),
+            actions: self.workspace.actions.view_mut(),
+        })
+    }
+
+    /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics.
+    ///
+    /// Reads `queries` and `actions` of the workspace, writes `logits` and `stats`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
+    pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
+        self.check_kv(batch, &kv)?;
+        self.device.backend().score(ScoreArgs {
+            config: self.plan.config(),
+            batch,
+            kv,
+            queries: self.workspace.queries.view(),
+            actions: self.workspace.actions.view(),
+            logits: self.workspace.logits.view_mut(),
+            stats: self.workspace.stats.view_mut(),
+        })
+    }
+
+    /// Votes: softmax probabilities of the candidates, summed over heads, optionally max-pooled.
+    ///
+    /// Reads `actions`, `logits` and `stats` of the workspace, writes `votes`.
+    ///
+    /// # Errors
+    /// [`Error::Limit`].
+    pub fn vote(&mut self, batch: &Batch) -> Result<()> {
+        self.plan.check(batch)?;
+        self.device.backend().vote(VoteArgs {
+            config: self.plan.config(),
+            batch,
+            actions: self.workspace.actions.view(),
+            logits: self.workspace.logits.view(),
+            stats: self.workspace.stats.view(),
+            raw_votes: self.workspace.raw_votes.view_mut(),
+            votes: self.workspace.votes.view_mut(),
+        })
+    }
+
+    /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last), and the
+    /// selected list: initial tokens, chosen tokens, local tokens and block, ascending.
+    ///
+    /// Reads `actions`, `votes` and `queries` of the workspace, writes `top_k`, `selected` and
+    /// `selected_len`. With `cached`, reused rows take their tokens from it, scored rows replace what it
+    /// holds, and every row is counted; pass what was passed to [`pool`](Self::pool).
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`].
+    pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.check(batch)?;
+        if let Some(cached) = &cached {
+            self.check_cached(batch, cached)?;
+        }
+        let reuses = self.workspace.actions()?.into_iter().take(batch.num_rows());
+        let cached = cached.filter(|_| self.caches(batch));
+        if cached.is_none() && reuses.into_iter().any(|action| action == crate::RowAction::Reuse) {
+            return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
+        }
+        self.device.backend().top_k(TopKArgs {
+            config: self.plan.config(),
+            batch,
+            actions: self.workspace.actions.view(),
+            votes: self.workspace.votes.view(),
+            queries: self.workspace.queries.view(),
+            cached,
+            top_k: self.workspace.top_k.view_mut(),
+            selected: self.workspace.selected.view_mut(),
+            selected_len: self.workspace.selected_len.view_mut(),
+        })
+    }
+
+    /// Attention over the selected lists of the workspace.
+    ///
+    /// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type. Query `t` of a block
+    /// of `T` sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty
+    /// get `out = 0` and `lse = -inf`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
+    pub fn attend(
+        &self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        let tokens = self.workspace.selected.view();
+        let len = self.workspace.selected_len.view();
+        self.attend_to(batch, kv, q, Selection { tokens, len, ranks: None }, output)
+    }
+
+    /// Attention over lists of one's own, which may be parts of longer lists ([`Selection::ranks`]).
+    ///
+    /// A token of rank `r` is seen by query `t` if `r <= m - T + t`, `m` being the length of the whole list,
+    /// and is rotated at `r` for reassigned positions. Outputs over the parts of a list are combined by
+    /// [`merge`](Self::merge).
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Table`] where a list
+    /// is longer than its row, not ascending, names a token that the row does not hold, or is shorter than the
+    /// block.
+    pub fn attend_to(
+        &self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        selection: Selection<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.check_kv(batch, &kv)?;
+        self.check_queries(batch, &q)?;
+        self.check_output(batch, &output)?;
+        self.check_selection(batch, &selection)?;
+        self.run_attend(batch, kv, q, Some(selection), output)
+    }
+
+    /// Attention over all tokens of each row: ordinary paged attention.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Missing`] for parts
+    /// of sequences.
+    pub fn attend_dense(
+        &self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.check_kv(batch, &kv)?;
+        self.check_queries(batch, &q)?;
+        self.check_output(batch, &output)?;
+        if batch.is_partial() {
+            return Err(Error::Missing { op: "attend_dense", needs: "a batch of whole sequences" });
+        }
+        self.run_attend(batch, kv, q, None, output)
+    }
+
+    fn run_attend(
+        &self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        selection: Option<Selection<'_>>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.device.backend().attend(AttendArgs {
+            config: self.plan.config(),
+            rope: self.plan.rope(),
+            batch,
+            kv,
+            q,
+            selection,
+            out: output.out,
+            lse: output.lse,
+        })
+    }
+
+    /// Combines attention outputs over disjoint parts of a list through their log-sum-exps.
+    ///
+    /// `parts` is `[num_parts, num_query_tokens, num_qo_heads, head_dim]` f32, `part_lses`
+    /// `[num_parts, num_query_tokens, num_qo_heads]` f32. Parts with `lse = -inf` do not count.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`].
+    pub fn merge(
+        &self,
+        parts: TensorView<'_>,
+        part_lses: TensorView<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        let heads = self.plan.config().heads;
+        let given = parts.shape();
+        let (num_parts, tokens) = match given.dims() {
+            &[num_parts, tokens, ..] => (num_parts, tokens),
+            _ => (0, 0),
+        };
+        let (hq, d) = (heads.num_qo_heads, heads.head_dim);
+        parts.expect("parts", &[DType::F32], [num_parts, tokens, hq, d])?;
+        part_lses.expect("part_lses", &[DType::F32], [num_parts, tokens, hq])?;
+        output.out.expect("out", &[DType::F32, DType::F16, DType::Bf16], [tokens, hq, d])?;
+        if let Some(lse) = &output.lse {
+            lse.expect("lse", &[DType::F32], [tokens, hq])?;
+        }
+        self.device.backend().merge(MergeArgs { parts, part_lses, out: output.out, lse: output.lse })
+    }
+
+    /// Whether selections of this batch may be cached.
+    fn caches(&self, batch: &Batch) -> bool {
+        let known = batch.num_rows() == 0 || batch.sequence_index(0).is_some();
+        self.config().selection_cache.is_some() && known && !batch.is_partial()
+    }
+
+    fn check_kv(&self, batch: &Batch, kv: &KvView<'_>) -> Result<()> {
+        let config = self.plan.config();
+        self.plan.check(batch)?;
+        kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        check_pages(batch, kv.shape().num_pages)
+    }
+
+    fn check_queries(&self, batch: &Batch, q: &TensorView<'_>) -> Result<()> {
+        let config = self.plan.config();
+        self.plan.check(batch)?;
+        let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
+        q.expect("q", &[config.dtype], shape)
+    }
+
+    fn check_output(&self, batch: &Batch, output: &StepOutput<'_>) -> Result<()> {
+        let config = self.plan.config();
+        let (tokens, hq) = (batch.num_query_tokens(), config.heads.num_qo_heads);
+        let allowed: &[DType] =
+            if config.dtype == DType::F32 { &[DType::F32] } else { &[config.dtype, DType::F32] };
+        output.out.expect("out", allowed, [tokens, hq, config.heads.head_dim])?;
+        match &output.lse {
+            Some(lse) => lse.expect("lse", &[DType::F32], [tokens, hq]),
+            None => Ok(()),
+        }
+    }
+
+    fn check_cached(&self, batch: &Batch, cached: &SelectionCacheLayer<'_>) -> Result<()> {
+        let config = self.plan.config();
+        let limit = cached.ages.shape().dims().first().copied().unwrap_or(0);
+        let query_len = config.heads.num_qo_heads * config.heads.head_dim;
+        cached.queries.expect("cached.queries", &[DType::F32], [limit, query_len])?;
+        cached.selections.expect("cached.selections", &[DType::U32], [limit, config.top_k])?;
+        cached.ages.expect("cached.ages", &[DType::U32], [limit])?;
+        cached.made_at.expect("cached.made_at", &[DType::U32], [limit])?;
+        cached.counters.expect("cached.counters", &[DType::U64], [3])?;
+        for got in (0..batch.num_rows()).filter_map(|row| batch.sequence_index(row)) {
+            if got >= limit {
+                return Err(Error::Index { what: "sequence index", limit, got });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks lists that come from outside. Those of `top_k` pass by construction, and the check costs
+    /// little beside reading the tokens' keys.
+    fn check_selection(&self, batch: &Batch, selection: &Selection<'_>) -> Result<()> {
+        let rows = selection.len.shape().dims().first().copied().unwrap_or(0);
+        if rows < batch.num_rows() {
+            let (expected, got) = ([batch.num_rows()].into(), [rows].into());
+            return Err(Error::Shape { what: "selection.len", expected, got });
+        }
+        let width = selection.tokens.shape().dims().last().copied().unwrap_or(0);
+        selection.len.expect("selection.len", &[DType::U32], [rows])?;
+        selection.tokens.expect("selection.tokens", &[DType::U32], [rows, width])?;
+        if let Some(ranks) = &selection.ranks {
+            ranks.ranks.expect("selection.ranks", &[DType::U32], [rows, width])?;
+            ranks.total_len.expect("selection.total_len", &[DType::U32], [rows])?;
+        } else if batch.is_partial() {
+            return Err(Error::Missing { op: "attend", needs: "ranks for a batch of parts of sequences" });
+        }
+        let lens = selection.len.as_slice::<u32>()?;
+        let tokens = selection.tokens.as_slice::<u32>()?;
+        for row in (0..batch.num_rows()).filter(|&row| batch.block_len(row) > 0) {
+            let len = lens[row] as usize;
+            if len > width {
+                return Err(Error::table(row, "selection.len", format!("at most {width}"), len));
+            }
+            let list = &tokens[row * width..][..len];
+            check_list(row, "selection.tokens", list, batch.kv_len(row))?;
+            let mut total = len;
+            if let Some(ranks) = &selection.ranks {
+                total = ranks.total_len.as_slice::<u32>()?[row] as usize;
+                let list = &ranks.ranks.as_slice::<u32>()?[row * width..][..len];
+                check_list(row, "selection.ranks", list, total)?;
+            }
+            if total > 0 && total < batch.block_len(row) {
+                let rule = format!("0 or at least the block's length, {}", batch.block_len(row));
+                return Err(Error::table(row, "length of the selected list", rule, total));
+            }
+            let limit = self.plan.rope().map_or(usize::MAX, crate::rope::RopeTable::max_positions);
+            if total > limit {
+                return Err(Error::Limit { what: "positions", limit, got: total });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks that a list ascends strictly and stays below `limit`.
+fn check_list(row: usize, what: &'static str, list: &[u32], limit: usize) -> Result<()> {
+    if let Some(pair) = list.windows(2).find(|pair| pair[0] >= pair[1]) {
+        return Err(Error::table(row, what, format!("ascending, so above {}", pair[0]), pair[1]));
+    }
+    match list.last() {
+        Some(&last) if last as usize >= limit => Err(Error::table(row, what, format!("below {limit}"), last)),
+        _ => Ok(()),
+    }
+}
+
+/// Checks the page numbers of a batch against the pool.
+fn check_pages(batch: &Batch, limit: usize) -> Result<()> {
+    match batch.max_page() {
+        Some(page) if page as usize >= limit => Err(Error::Index { what: "page", limit, got: page as usize }),
+        _ => Ok(()),
+    }
+}
