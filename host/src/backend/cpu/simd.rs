@@ -178,12 +178,12 @@ fn gemm_tile<const R: usize, const W: usize, const FMA: bool>(
 ) {
     let mut sums = [[0.0; W]; R];
     let a_rows: [&[f32]; R] = std::array::from_fn(|r| &a.data[r * a.stride..][..inner]);
-    for i in 0..inner {
-        let b_row = &b.data[i * b.stride + col..][..W];
-        for r in 0..R {
-            let x = a_rows[r][i];
-            for j in 0..W {
-                sums[r][j] = madd::<FMA>(x, b_row[j], sums[r][j]);
+    // The copy into `xs` is what lets the compiler keep the sums in registers.
+    for (i, b_row) in b.data.chunks(b.stride).take(inner).enumerate() {
+        let xs: [f32; R] = std::array::from_fn(|r| a_rows[r][i]);
+        for (sums, x) in sums.iter_mut().zip(xs) {
+            for (sum, b) in sums.iter_mut().zip(&b_row[col..col + W]) {
+                *sum = madd::<FMA>(x, *b, *sum);
             }
         }
     }

@@ -1,0 +1,78 @@
+//! What can go wrong: each message names the file or option, the rule and what was found.
+
+use std::io;
+use std::path::{Path, PathBuf};
+
+use plotters::drawing::DrawingAreaErrorKind;
+use safetensors::SafeTensorError;
+
+/// `Result` with this example's [`Error`].
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// Every error of this example.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// An option breaks its rule.
+    #[error("option `{option}` must be {rule}, got {got}")]
+    Option { option: &'static str, rule: String, got: String },
+    /// The model is not a folder.
+    #[error("model folder {} does not exist or is not a folder", .path.display())]
+    NoFolder { path: PathBuf },
+    /// The model folder holds no weights.
+    #[error("model folder {} has neither model.safetensors nor model.safetensors.index.json", .path.display())]
+    NoWeights { path: PathBuf },
+    /// A file cannot be read.
+    #[error("cannot read {}: {source}", .path.display())]
+    Read { path: PathBuf, source: io::Error },
+    /// A file cannot be written.
+    #[error("cannot write {}: {source}", .path.display())]
+    Write { path: PathBuf, source: io::Error },
+    /// Stdout cannot be written.
+    #[error("cannot write to stdout: {source}")]
+    Stdout { source: io::Error },
+    /// A JSON file has a syntax error or a field of another type.
+    #[error("{}: {source}", .path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    /// The report cannot be written as JSON.
+    #[error("cannot write the report as JSON: {source}")]
+    ReportJson { source: serde_json::Error },
+    /// A field of `config.json` is missing or breaks its rule.
+    #[error("{}: `{field}` must be {rule}, got {got}", .path.display())]
+    Config { path: PathBuf, field: &'static str, rule: String, got: String },
+    /// A weights file is damaged.
+    #[error("{} is not a whole safetensors file: {source}", .path.display())]
+    Safetensors { path: PathBuf, source: SafeTensorError },
+    /// A tensor is in none of the weights files.
+    #[error("tensor `{name}` is missing from the weights in {}", .path.display())]
+    MissingTensor { path: PathBuf, name: String },
+    /// A tensor has the wrong shape.
+    #[error("{}: tensor `{name}` must have shape {expected:?}, got {got:?}", .path.display())]
+    TensorShape { path: PathBuf, name: String, expected: Vec<usize>, got: Vec<usize> },
+    /// A tensor has a type that is not read.
+    #[error("{}: tensor `{name}` must be bf16, f16 or f32, got {got:?}", .path.display())]
+    TensorDType { path: PathBuf, name: String, got: safetensors::Dtype },
+    /// The text is too short to predict anything.
+    #[error("{what} has {got} bytes, but at least 2 are needed: the first byte is not predicted")]
+    ShortText { what: String, got: usize },
+    /// The model computed something that is not a number.
+    #[error("the prediction of byte {position} is not finite: are the weights damaged?")]
+    NotFinite { position: usize },
+    /// The plot cannot be drawn.
+    #[error("cannot draw the plot: {0}")]
+    Plot(#[from] DrawingAreaErrorKind<io::Error>),
+    /// The library refused.
+    #[error(transparent)]
+    Library(#[from] tokenselect::Error),
+}
+
+impl Error {
+    /// Shorthand for [`Error::Option`].
+    pub fn option(option: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Option { option, rule: rule.into(), got: got.to_string() }
+    }
+
+    /// Makes an [`Error::Read`] of the error of a read of `path`.
+    pub fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
+        move |source| Error::Read { path: path.to_owned(), source }
+    }
+}

@@ -1,0 +1,218 @@
+//! A model reading one sequence: the forward pass, with the cache and the attention of this crate.
+
+use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
+use tokenselect::{
+    Batch, CacheConfig, DType, Device, Limits, PagedKvCache, Positions, SelectConfig, SelectionCacheConfig,
+    SelectionStats, SequenceId, StepInput, StepOutput, Tensor, TensorViewMut, TokenSelect,
+};
+
+use crate::error::Result;
+use crate::model::{Layer, Model};
+use crate::ops::{rms_norm, swiglu};
+use crate::options::Options;
+
+/// Tokens in a page of the cache.
+const PAGE_SIZE: usize = 16;
+
+/// How queries attend to the tokens before them.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Attention {
+    /// To selected tokens, at reassigned positions.
+    Selected,
+    /// To all tokens. A token's rank among all tokens is its position, so this is ordinary RoPE.
+    Dense,
+}
+
+/// A sequence that grows by blocks.
+pub struct Session<'a> {
+    model: &'a Model,
+    attention: Attention,
+    cache: PagedKvCache,
+    sequence: SequenceId,
+    /// For blocks: selects anew for every block.
+    prefill: TokenSelect,
+    /// For single tokens: goes through the Selection Cache.
+    decode: TokenSelect,
+    /// Selections made for blocks, which the Selection Cache does not see.
+    scored_blocks: u64,
+    buffers: Buffers,
+}
+
+/// Activations of a block, all `[tokens, ...]` and as large as the last block.
+#[derive(Default)]
+struct Buffers {
+    /// Residual stream, `hidden_size` wide.
+    x: Vec<f32>,
+    /// After a norm, `hidden_size` wide.
+    normed: Vec<f32>,
+    /// Queries, then the output of attention, `num_qo_heads * head_dim` wide.
+    q: Vec<f32>,
+    /// Keys before RoPE, `num_kv_heads * head_dim` wide.
+    k: Vec<f32>,
+    /// Values, `num_kv_heads * head_dim` wide.
+    v: Vec<f32>,
+    /// Gate of the feed-forward part, `intermediate_size` wide.
+    gate: Vec<f32>,
+    /// What is gated, `intermediate_size` wide.
+    up: Vec<f32>,
+    /// Logits, `vocab_size` wide.
+    logits: Vec<f32>,
+}
+
+impl<'a> Session<'a> {
+    /// An empty sequence with room for `capacity` tokens.
+    pub fn new(
+        model: &'a Model,
+        device: &Device,
+        attention: Attention,
+        capacity: usize,
+        options: &Options,
+    ) -> Result<Self> {
+        let config = SelectConfig {
+            heads: model.config.heads,
+            dtype: model.config.dtype,
+            // Windows longer than the text change nothing, and need not be paid for.
+            n_init: options.n_init.min(capacity),
+            n_local: options.n_local.min(capacity),
+            top_k: options.top_k.min(capacity),
+            positions: Positions::Reassigned(model.config.rope),
+            selection_cache: Some(SelectionCacheConfig::default()),
+            ..SelectConfig::default()
+        };
+        let num_pages = capacity.div_ceil(PAGE_SIZE);
+        let cache_config = CacheConfig {
+            num_layers: model.layers.len(),
+            num_pages,
+            page_size: PAGE_SIZE,
+            max_sequences: 1,
+            ..CacheConfig::default()
+        };
+        let mut cache = PagedKvCache::new(device, &config, &cache_config)?;
+        let sequence = cache.create()?;
+        let limits =
+            |max_block_len| Limits { max_rows: 1, max_block_len, max_kv_tokens: num_pages * PAGE_SIZE };
+        let uncached = SelectConfig { selection_cache: None, ..config.clone() };
+        let prefill = TokenSelect::new(device, uncached, limits(options.block.min(capacity)))?;
+        let decode = TokenSelect::new(device, config, limits(1))?;
+        let buffers = Buffers::default();
+        Ok(Session { model, attention, cache, sequence, prefill, decode, scored_blocks: 0, buffers })
+    }
+
+    /// Reads a block and returns the predictions after each of its bytes: logits, `[block.len(), vocab_size]`.
+    pub fn prefill(&mut self, block: &[u8]) -> Result<&[f32]> {
+        self.forward(block, Phase::Prefill)
+    }
+
+    /// Reads one byte, through the Selection Cache, and returns the prediction after it: `[vocab_size]`.
+    pub fn decode(&mut self, byte: u8) -> Result<&[f32]> {
+        self.forward(&[byte], Phase::Decode)
+    }
+
+    /// The predictions that the last block returned.
+    pub fn logits(&self) -> &[f32] {
+        &self.buffers.logits
+    }
+
+    /// How often a selection was used again and made anew, summed over layers. Blocks always select anew.
+    pub fn selection_stats(&self) -> SelectionStats {
+        let cached = self.cache.selection_stats();
+        SelectionStats { scored: cached.scored + self.scored_blocks, ..cached }
+    }
+
+    fn forward(&mut self, block: &[u8], phase: Phase) -> Result<&[f32]> {
+        let model = self.model;
+        let epsilon = model.config.norm_epsilon;
+        let batch = self.cache.extend(&[(self.sequence, block.len())])?;
+        self.buffers.resize(model, block.len());
+        model.embed(block, &mut self.buffers.x);
+        for (index, layer) in model.layers.iter().enumerate() {
+            let b = &mut self.buffers;
+            rms_norm(&b.x, &layer.attention_norm, epsilon, &mut b.normed);
+            self.attend(&batch, index, layer, phase)?;
+            let b = &mut self.buffers;
+            layer.o.add(&b.q, &mut b.x);
+            rms_norm(&b.x, &layer.mlp_norm, epsilon, &mut b.normed);
+            layer.gate.apply(&b.normed, &mut b.gate);
+            layer.up.apply(&b.normed, &mut b.up);
+            swiglu(&b.gate, &mut b.up);
+            layer.down.add(&b.up, &mut b.x);
+        }
+        let b = &mut self.buffers;
+        rms_norm(&b.x, &model.final_norm, epsilon, &mut b.normed);
+        model.output.apply(&b.normed, &mut b.logits);
+        Ok(&b.logits)
+    }
+
+    /// Queries, keys and values of the normed stream, then attention; its output replaces the queries.
+    fn attend(&mut self, batch: &Batch, index: usize, layer: &Layer, phase: Phase) -> Result<()> {
+        let b = &mut self.buffers;
+        layer.q.apply(&b.normed, &mut b.q);
+        layer.k.apply(&b.normed, &mut b.k);
+        layer.v.apply(&b.normed, &mut b.v);
+
+        let heads = self.model.config.heads;
+        let dtype = self.cache.dtype();
+        let tokens = batch.num_query_tokens();
+        let q_shape = [tokens, heads.num_qo_heads, heads.head_dim];
+        let kv_shape = [tokens, heads.num_kv_heads, heads.head_dim];
+        let (q, k, v) =
+            (tensor(&b.q, dtype, q_shape)?, tensor(&b.k, dtype, kv_shape)?, tensor(&b.v, dtype, kv_shape)?);
+        let input = StepInput { q: q.view(), k: k.view(), v: v.view() };
+        let output = StepOutput { out: TensorViewMut::new(&mut b.q, q_shape)?, lse: None };
+        let select = match phase {
+            Phase::Prefill => &mut self.prefill,
+            Phase::Decode => &mut self.decode,
+        };
+        match self.attention {
+            Attention::Selected => {
+                let candidates = batch.candidates(0, select.config()).len();
+                let uncached = select.config().selection_cache.is_none();
+                self.scored_blocks += u64::from(uncached && candidates > select.config().top_k);
+                select.step(&mut self.cache, index, batch, input, output)?;
+            }
+            Attention::Dense => select.step_dense(&mut self.cache, index, batch, input, output)?,
+        }
+        Ok(())
+    }
+}
+
+/// Which of the two selectors a block goes through.
+#[derive(Debug, Clone, Copy)]
+enum Phase {
+    Prefill,
+    Decode,
+}
+
+impl Buffers {
+    fn resize(&mut self, model: &Model, tokens: usize) {
+        let config = &model.config;
+        let q_width = config.heads.num_qo_heads * config.heads.head_dim;
+        let kv_width = config.heads.num_kv_heads * config.heads.head_dim;
+        self.x.resize(tokens * config.hidden_size, 0.0);
+        self.normed.resize(tokens * config.hidden_size, 0.0);
+        self.q.resize(tokens * q_width, 0.0);
+        self.k.resize(tokens * kv_width, 0.0);
+        self.v.resize(tokens * kv_width, 0.0);
+        self.gate.resize(tokens * config.intermediate_size, 0.0);
+        self.up.resize(tokens * config.intermediate_size, 0.0);
+        self.logits.resize(tokens * config.vocab_size, 0.0);
+    }
+}
+
+/// `data` rounded to the type of the cache.
+fn tensor(data: &[f32], dtype: DType, shape: [usize; 3]) -> tokenselect::Result<Tensor> {
+    match dtype {
+        DType::F16 => {
+            let mut rounded = vec![f16::ZERO; data.len()];
+            rounded.convert_from_f32_slice(data);
+            Tensor::from_vec(rounded, shape)
+        }
+        DType::Bf16 => {
+            let mut rounded = vec![bf16::ZERO; data.len()];
+            rounded.convert_from_f32_slice(data);
+            Tensor::from_vec(rounded, shape)
+        }
+        _ => Tensor::from_vec(data.to_vec(), shape),
+    }
+}

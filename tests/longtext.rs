@@ -1,0 +1,299 @@
+//! The example `longtext`, run as a process: its numbers, its report, and every way to use it wrongly.
+//!
+//! `cargo test` builds the example; `cargo test --test longtext` alone does not.
+
+#[path = "longtext/naive.rs"]
+mod naive;
+#[path = "longtext/tiny_model.rs"]
+mod tiny_model;
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Output};
+
+use safetensors::Dtype;
+use serde_json::{Value, json};
+use tempfile::TempDir;
+use tiny_model::{TinyModel, config_file};
+
+/// Runs the example.
+fn longtext<'a>(args: impl IntoIterator<Item = &'a str>) -> Output {
+    let test = std::env::current_exe().expect("path of this test");
+    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
+    let example = profile.join("examples").join(format!("longtext{}", std::env::consts::EXE_SUFFIX));
+    assert!(example.is_file(), "no {}: run `cargo build --example longtext` first", example.display());
+    Command::new(example).args(args).output().expect("the example starts")
+}
+
+/// Runs the example with `--json` and parses what it prints.
+fn json<'a>(args: impl IntoIterator<Item = &'a str>) -> Value {
+    let output = longtext(args.into_iter().chain(["--json"]));
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{stderr}");
+    assert_eq!(stderr, "", "no progress bar where stderr is no terminal");
+    serde_json::from_slice(&output.stdout).expect("one JSON object")
+}
+
+/// Runs the example, which must fail with exit code 1 and a message that holds all of `words`.
+fn fails<'a>(args: impl IntoIterator<Item = &'a str>, words: &[&str]) {
+    let output = longtext(args);
+    let stderr = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
+    assert!(stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1, "{stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "no `{word}` in: {stderr}");
+    }
+    assert!(!stderr.contains("panicked"), "{stderr}");
+}
+
+/// Reads a short text with a model folder that must be refused.
+fn refused(folder: &TempDir, words: &[&str]) {
+    let text = text(b"some text");
+    fails(["--model", path(folder.path()), "--text", path(text.path())], words);
+}
+
+fn path(path: &Path) -> &str {
+    path.to_str().expect("UTF-8")
+}
+
+fn text(bytes: &[u8]) -> tempfile::NamedTempFile {
+    let file = tempfile::NamedTempFile::new().expect("a temporary file");
+    fs::write(file.path(), bytes).expect("text written");
+    file
+}
+
+fn bits(report: &Value, pass: &str) -> f64 {
+    report[pass]["bits_per_byte"].as_f64().expect("a number")
+}
+
+/// Names of the fields of an object, sorted.
+fn keys(object: &Value) -> Vec<&str> {
+    let mut keys: Vec<&str> = object.as_object().expect("an object").keys().map(String::as_str).collect();
+    keys.sort_unstable();
+    keys
+}
+
+/// This file, which is Rust, which the shipped model was trained on.
+const SOURCE: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/longtext.rs");
+
+#[test]
+fn shipped_model_reads_source_text() {
+    let plot = tempfile::tempdir().expect("a temporary folder");
+    let plot = plot.path().join("plot.svg");
+    let report = json(["--text", SOURCE, "--tokens", "1100", "--plot", path(&plot)]);
+    assert_eq!(keys(&report), ["block", "dense", "device", "selected", "tokens"]);
+    assert_eq!(
+        (&report["device"], &report["tokens"], &report["block"]),
+        (&json!("cpu"), &json!(1100), &json!(128))
+    );
+    for pass in ["selected", "dense"] {
+        let names = ["bits_per_byte", "buckets", "reused", "scored", "tokens_per_second"];
+        assert_eq!(keys(&report[pass]), names);
+        let buckets = report[pass]["buckets"].as_array().expect("a list");
+        let bounds: Vec<_> = buckets.iter().map(|b| (b["from"].as_u64(), b["to"].as_u64())).collect();
+        assert_eq!(bounds, [(Some(0), Some(1024)), (Some(1024), Some(1100))]);
+        // The first byte is not predicted.
+        let bucket = |i: usize| buckets[i]["bits_per_byte"].as_f64().expect("a number");
+        let mean = (bucket(0) * 1023.0 + bucket(1) * 76.0) / 1099.0;
+        assert!((mean - bits(&report, pass)).abs() < 1e-5);
+        assert!((0.5..2.5).contains(&bucket(0)), "a trained model, not {} bits", bucket(0));
+        assert!(report[pass]["tokens_per_second"].as_f64().expect("a number") > 0.0);
+        assert_eq!(report[pass]["reused"], 0);
+    }
+    let svg = fs::read_to_string(plot).expect("the plot");
+    for part in ["<svg", "token selection", "dense attention", "training context, 1024 tokens"] {
+        assert!(svg.contains(part), "no {part} in the plot");
+    }
+}
+
+#[test]
+fn selection_of_everything_is_dense_attention() {
+    let report = json(["--text", SOURCE, "--tokens", "416"]);
+    assert!((bits(&report, "selected") - bits(&report, "dense")).abs() < 1e-3, "{report}");
+}
+
+#[test]
+fn decoding_goes_through_the_selection_cache() {
+    let windows =
+        ["--text", SOURCE, "--tokens", "600", "--n-init", "16", "--top-k", "128", "--n-local", "64"];
+    let blocks = json(windows);
+    let single = json(windows.into_iter().chain(["--decode", "80"]));
+    let count = |pass: &str, field: &str| single[pass][field].as_u64().expect("a count");
+    assert_eq!(count("selected", "reused") + count("selected", "scored"), 6 * 80, "one for every layer");
+    assert!(count("selected", "reused") > 0 && count("selected", "scored") >= 6);
+    assert_eq!(count("dense", "reused") + count("dense", "scored"), 0);
+    assert!((bits(&single, "selected") - bits(&blocks, "selected")).abs() < 0.05, "{blocks} {single}");
+    assert!((bits(&single, "dense") - bits(&blocks, "dense")).abs() < 2e-3, "{blocks} {single}");
+}
+
+#[test]
+fn table_and_continuation() {
+    let short = text(b"fn main() {\n    let mut sum = 0;\n    for i in 0..10 {\n        sum += i;\n");
+    let args = ["--text", path(short.path()), "--generate", "12"];
+    let output = longtext(args);
+    let stdout = String::from_utf8_lossy(&output.stdout);
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let parts =
+        ["tiny-llama", "0 to 71", "shorter than the 8192", "tokens per second", "Continuation with dense"];
+    for part in parts {
+        assert!(stdout.contains(part), "no `{part}` in: {stdout}");
+    }
+    let greedy = json(args);
+    assert_eq!(greedy["selected"]["generated"], greedy["dense"]["generated"], "everything is selected");
+    let drawn =
+        |seed: &str| json(args.into_iter().chain(["--temperature", "2", "--seed", seed]))["dense"].clone();
+    assert_eq!(drawn("1")["generated"], drawn("1")["generated"]);
+    assert_ne!(drawn("1")["generated"], drawn("2")["generated"]);
+}
+
+#[test]
+fn forward_pass_matches_naive() {
+    let text = text(&fs::read(SOURCE).expect("this file")[..90]);
+    let bytes = fs::read(text.path()).expect("the text");
+    let run = |folder: TempDir| {
+        json(["--model", path(folder.path()), "--text", path(text.path()), "--block", "16", "--decode", "7"])
+    };
+    let model = TinyModel::new();
+    let want = naive::bits_per_byte(&model, &bytes, 1.0);
+    let plain = run(model.save());
+    let close = |report: &Value, want: f64, tolerance: f64| {
+        for pass in ["selected", "dense"] {
+            let got = bits(report, pass);
+            assert!((got - want).abs() < tolerance, "{pass}: {got}, not {want}");
+        }
+    };
+    close(&plain, want, 1e-5);
+    close(&run(model.save_in_two()), bits(&plain, "dense"), 1e-9);
+    for (dtype, name) in [(Dtype::BF16, "bfloat16"), (Dtype::F16, "float16")] {
+        let half = TinyModel { dtype, ..TinyModel::new().with("torch_dtype", json!(name)) };
+        close(&run(half.save()), want, 2e-2);
+    }
+    let linear = json!({"rope_type": "linear", "factor": 4.0});
+    let want = naive::bits_per_byte(&model, &bytes, 4.0);
+    assert!((want - bits(&plain, "dense")).abs() > 1e-3, "positions matter");
+    close(&run(TinyModel::new().with("rope_scaling", linear).save()), want, 1e-5);
+}
+
+#[test]
+fn every_form_of_folder_is_read() {
+    let text = text(&fs::read(SOURCE).expect("this file")[..70]);
+    let run = |model: &TinyModel| {
+        let folder = model.save();
+        bits(&json(["--model", path(folder.path()), "--text", path(text.path())]), "dense")
+    };
+    let mut tied = TinyModel::new();
+    let embedding = tied.tensors["model.embed_tokens.weight"].clone();
+    tied.tensors.insert("lm_head.weight".to_owned(), embedding);
+    let untied = run(&tied);
+    tied.tensors.remove("lm_head.weight");
+    assert_eq!(run(&tied.with("tie_word_embeddings", json!(true))), untied);
+
+    let mut zero = TinyModel::new();
+    zero.tensors.iter_mut().filter(|(name, _)| name.ends_with("bias")).for_each(|(_, (_, x))| x.fill(0.0));
+    let with_zeros = run(&zero);
+    zero.tensors.retain(|name, _| !name.ends_with("bias"));
+    assert_eq!(run(&zero.with("attention_bias", json!(false)).with("mlp_bias", Value::Null)), with_zeros);
+
+    let scaled = |scaling: Value| run(&TinyModel::new().with("rope_scaling", scaling));
+    let plain = scaled(json!({"rope_type": "default"}));
+    let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
+        "original_max_position_embeddings": 32});
+    let yarn = json!({"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32});
+    assert!(scaled(llama3) != plain && scaled(yarn.clone()) != plain);
+    let newer = TinyModel::new().with("rope_theta", Value::Null);
+    let newer = newer.with("rope_parameters", json!({"rope_type": "default", "rope_theta": 10_000.0}));
+    assert_eq!(run(&newer), plain);
+}
+
+#[test]
+fn wrong_options_are_refused() {
+    fails(["--tokens", "1"], &["`--tokens`", "at least 2", "got 1"]);
+    fails(["--tokens", "0"], &["`--tokens`", "got 0"]);
+    fails(["--block", "0"], &["`--block`", "at least 1"]);
+    fails(["--top-k", "0"], &["`--top-k`", "at least 1"]);
+    fails(["--temperature=-1"], &["`--temperature`"]);
+    fails(["--temperature", "NaN"], &["`--temperature`"]);
+    fails(["--plot", "no/such/folder/plot.svg"], &["`--plot`", "no/such/folder"]);
+    fails(["--text", SOURCE, "--tokens", "50", "--decode", "51"], &["`--decode`", "at most 50", "got 51"]);
+    fails(["--text", SOURCE, "--generate", &usize::MAX.to_string()], &["`--generate`"]);
+    assert_eq!(longtext(["--no-such-option"]).status.code(), Some(2), "usage");
+}
+
+#[test]
+fn wrong_texts_are_refused() {
+    let (empty, single) = (text(b""), text(b"x"));
+    fails(["--text", path(empty.path())], &[path(empty.path()), "has 0 bytes", "at least 2"]);
+    fails(["--text", path(single.path())], &[path(single.path()), "has 1 bytes"]);
+    fails(["--text", "no/such.txt"], &["cannot read no/such.txt"]);
+    fails(["--text", env!("CARGO_MANIFEST_DIR")], &["cannot read", env!("CARGO_MANIFEST_DIR")]);
+}
+
+#[test]
+fn wrong_folders_are_refused() {
+    fails(["--text", SOURCE, "--model", "no/such"], &["model folder no/such does not exist"]);
+    fails(["--text", SOURCE, "--model", SOURCE], &["not a folder"]);
+    let model = TinyModel::new();
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    refused(&folder, &["config.json"]);
+    fs::write(config_file(folder.path()), "{").expect("config written");
+    refused(&folder, &["config.json", "EOF"]);
+    fs::write(config_file(folder.path()), model.config.to_string()).expect("config written");
+    refused(&folder, &["model.safetensors", path(folder.path())]);
+    fs::write(folder.path().join("model.safetensors.index.json"), "[]").expect("index written");
+    refused(&folder, &["model.safetensors.index.json"]);
+
+    let folder = model.save();
+    let weights = folder.path().join("model.safetensors");
+    let bytes = fs::read(&weights).expect("weights");
+    for len in [0, 5, 100, bytes.len() / 2, bytes.len() - 1] {
+        fs::write(&weights, &bytes[..len]).expect("weights written");
+        refused(&folder, &["model.safetensors", "not a whole safetensors file"]);
+    }
+    let folder = model.save_in_two();
+    fs::remove_file(folder.path().join("model-00002-of-00002.safetensors")).expect("file removed");
+    refused(&folder, &["model-00002-of-00002.safetensors"]);
+}
+
+#[test]
+fn wrong_configurations_are_refused() {
+    let refused = |field: &str, value: Value, words: &[&str]| {
+        refused(&TinyModel::new().with(field, value).save(), words);
+    };
+    refused(
+        "architectures",
+        json!(["GPT2LMHeadModel"]),
+        &["`architectures`", "LlamaForCausalLM", "GPT2LMHeadModel"],
+    );
+    refused("architectures", json!("LlamaForCausalLM"), &["config.json", "invalid type"]);
+    refused("vocab_size", json!(255), &["`vocab_size`", "at least 256", "got 255"]);
+    refused("hidden_size", Value::Null, &["`hidden_size`", "nothing"]);
+    refused("hidden_size", json!(0), &["`hidden_size`", "got 0"]);
+    refused("hidden_size", json!(u64::MAX), &["`hidden_size`"]);
+    refused("num_hidden_layers", json!(3), &["tensor `model.layers.2.input_layernorm.weight` is missing"]);
+    refused("num_attention_heads", json!(0), &["`num_attention_heads`"]);
+    refused("num_key_value_heads", json!(3), &["`num_key_value_heads`", "divisor"]);
+    refused("head_dim", Value::Null, &["model.layers.0.self_attn.q_proj.weight", "[16, 16], got [32, 16]"]);
+    refused("hidden_act", json!("gelu"), &["`hidden_act`", "silu", "gelu"]);
+    refused("rms_norm_eps", json!(-1.0), &["`rms_norm_eps`"]);
+    refused("rope_theta", json!(0.5), &["rope.theta", "above 1"]);
+    refused("torch_dtype", json!("int8"), &["`torch_dtype`", "int8"]);
+    refused("rope_scaling", json!({"rope_type": "dynamic"}), &["`rope_scaling.rope_type`", "dynamic"]);
+    refused("rope_scaling", json!({"rope_type": "linear"}), &["`rope_scaling.factor`", "nothing"]);
+    refused("rope_scaling", json!({"rope_type": "linear", "factor": 0}), &["rope.scaling.factor"]);
+}
+
+#[test]
+fn wrong_tensors_are_refused() {
+    let mut missing = TinyModel::new();
+    missing.tensors.remove("lm_head.weight");
+    refused(&missing.save(), &["tensor `lm_head.weight` is missing"]);
+    let mut transposed = TinyModel::new();
+    let name = "model.layers.1.mlp.up_proj.weight";
+    transposed.tensors.get_mut(name).expect("a tensor").0.reverse();
+    refused(&transposed.save(), &["model.safetensors", name, "[24, 16], got [16, 24]"]);
+    refused(&TinyModel { dtype: Dtype::I32, ..TinyModel::new() }.save(), &["bf16, f16 or f32", "I32"]);
+    let mut damaged = TinyModel::new();
+    damaged.tensors.get_mut("model.norm.weight").expect("a tensor").1[3] = f32::NAN;
+    refused(&damaged.save(), &["byte 1 is not finite"]);
+}
