@@ -120,7 +120,13 @@ fn decoding_goes_through_the_selection_cache() {
     let blocks = json(windows);
     let single = json(windows.into_iter().chain(["--decode", "80"]));
     let count = |pass: &str, field: &str| single[pass][field].as_u64().expect("a count");
-    assert_eq!(count("selected", "reused") + count("selected", "scored"), 6 * 80, "one for every layer");
+    // 520 bytes in blocks of 128: from the fourth block (384 bytes before it) on there are more than 128 candidates.
+    let made = count("selected", "reused") + count("selected", "scored");
+    let blocks_scored = made - 6 * 80;
+    assert!(
+        blocks_scored > 0 && blocks_scored.is_multiple_of(6) && blocks_scored <= 6 * 5,
+        "{blocks_scored}"
+    );
     assert!(count("selected", "reused") > 0 && count("selected", "scored") >= 6);
     assert_eq!(count("dense", "reused") + count("dense", "scored"), 0);
     assert!((bits(&single, "selected") - bits(&blocks, "selected")).abs() < 0.05, "{blocks} {single}");

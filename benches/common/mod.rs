@@ -5,8 +5,8 @@
 
 use half::bf16;
 use tokenselect::{
-    Batch, CacheConfig, Device, HeadShape, Limits, PagedKvCache, SelectConfig, SelectionCacheConfig, SequenceId,
-    StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
+    Batch, CacheConfig, Device, HeadShape, Limits, PagedKvCache, SelectConfig, SelectionCacheConfig,
+    SequenceId, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// Heads of Llama 3 8B.
@@ -64,7 +64,8 @@ impl Fixture {
         let config = config(reuse);
         let num_pages = (tokens + 1).div_ceil(PAGE_SIZE);
         let cache_config = CacheConfig { num_pages, page_size: PAGE_SIZE, ..CacheConfig::default() };
-        let limits = Limits { max_kv_tokens: num_pages * PAGE_SIZE, max_block_len: tokens, ..Limits::default() };
+        let limits =
+            Limits { max_kv_tokens: num_pages * PAGE_SIZE, max_block_len: tokens, ..Limits::default() };
         let mut cache = PagedKvCache::new(&device, &config, &cache_config).expect("valid configuration");
         let select = TokenSelect::new(&device, config, limits).expect("valid configuration");
         let sequence = cache.create().expect("room for a sequence");

@@ -97,7 +97,7 @@ pub fn read(
         bar.inc(1);
     }
     bar.finish_and_clear();
-    Ok(Pass { bits: reader.bits, prefill, decode, stats: session.selection_stats(), generated })
+    Ok(Pass { bits: reader.bits, prefill, decode, stats: session.selection_stats()?, generated })
 }
 
 /// Compares predictions with the text.

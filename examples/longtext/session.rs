@@ -115,9 +115,9 @@ impl<'a> Session<'a> {
     }
 
     /// How often a selection was used again and made anew, summed over layers. Blocks always select anew.
-    pub fn selection_stats(&self) -> SelectionStats {
-        let cached = self.cache.selection_stats();
-        SelectionStats { scored: cached.scored + self.scored_blocks, ..cached }
+    pub fn selection_stats(&self) -> Result<SelectionStats> {
+        let cached = self.cache.selection_stats()?;
+        Ok(SelectionStats { scored: cached.scored + self.scored_blocks, ..cached })
     }
 
     fn forward(&mut self, block: &[u8], phase: Phase) -> Result<&[f32]> {

@@ -1,8 +1,16 @@
 //! One step's rows: which queries belong to which sequence, and where its tokens lie.
 
-use std::ops::Range;
+mod device_tables;
 
-use crate::cache::{PageTables, SequenceId};
+use std::ops::Range;
+use std::sync::Arc;
+
+use kernels_gpu::layout::{BatchTables, page_division};
+use kernels_gpu::simt::global::GlobalPtr;
+
+use self::device_tables::DeviceTables;
+use crate::backend::gpu::driver::Driver;
+use crate::cache::{MAX_PAGE_SIZE, PageTables, SequenceId};
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
 use crate::error::{Error, Result};
 
@@ -21,6 +29,9 @@ pub struct Batch {
     sequence_indices: Option<Vec<u32>>,
     candidates: Option<Vec<Range<u32>>>,
     owners: Vec<(SequenceId, u64)>,
+    /// The allocator that made the batch; 0 for another engine's tables.
+    allocator: u64,
+    on_device: DeviceTables,
 }
 
 impl Batch {
@@ -63,8 +74,8 @@ impl Batch {
         tables: PageTables,
         candidates: Option<Vec<Range<u32>>>,
     ) -> Result<Self> {
-        if page_size == 0 {
-            return Err(Error::config("page_size", "at least 1", page_size));
+        if page_size == 0 || page_size > MAX_PAGE_SIZE {
+            return Err(Error::config("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
         }
         let rows = tables.last_page_len.len();
         check_indptr("qo_indptr", &qo_indptr, rows)?;
@@ -77,8 +88,17 @@ impl Batch {
             return Err(Error::table(rows, "candidates", format!("of length {rows}"), got));
         }
         let max_page = tables.indices.iter().copied().max();
-        let (sequence_indices, owners) = (None, Vec::new());
-        let batch = Batch { page_size, qo_indptr, tables, max_page, sequence_indices, candidates, owners };
+        let batch = Batch {
+            page_size,
+            qo_indptr,
+            tables,
+            max_page,
+            sequence_indices: None,
+            candidates,
+            owners: Vec::new(),
+            allocator: 0,
+            on_device: DeviceTables::default(),
+        };
         for row in 0..rows {
             batch.check_row(row)?;
         }
@@ -127,14 +147,21 @@ impl Batch {
             return Err(Error::table(pair[1].1, "sequence_indices", rule, pair[1].0));
         }
         self.sequence_indices = Some(indices);
+        self.on_device = DeviceTables::default();
         Ok(self)
     }
 
     /// Remembers the sequences that the rows were made for.
-    pub(crate) fn owned_by(mut self, owners: Vec<(SequenceId, u64)>) -> Self {
+    pub(crate) fn owned_by(mut self, allocator: u64, owners: Vec<(SequenceId, u64)>) -> Self {
+        self.allocator = allocator;
         self.sequence_indices = Some(owners.iter().map(|(id, _)| id.index() as u32).collect());
         self.owners = owners;
         self
+    }
+
+    /// The allocator that made the batch; 0 for another engine's tables.
+    pub(crate) fn allocator(&self) -> u64 {
+        self.allocator
     }
 
     /// The sequence of each row and its revision; empty for another engine's tables.
@@ -234,6 +261,28 @@ impl Batch {
     #[inline(always)]
     pub(crate) fn locate(&self, row: usize, token: usize) -> (usize, usize) {
         (self.pages(row)[token / self.page_size] as usize, token % self.page_size)
+    }
+
+    /// The tables in the memory of a GPU, copied there at the first call.
+    pub(crate) fn device_tables(&self, driver: &Arc<dyn Driver>) -> Result<BatchTables> {
+        let at = self.on_device.get(self, driver)?;
+        let (page_magic, page_shift) = page_division(self.page_size as u32);
+        Ok(BatchTables {
+            qo_indptr: GlobalPtr::from_addr(at.qo_indptr),
+            kv_indptr: GlobalPtr::from_addr(at.kv_indptr),
+            kv_indices: GlobalPtr::from_addr(at.kv_indices),
+            kv_last_page_len: GlobalPtr::from_addr(at.last_page_len),
+            candidates: GlobalPtr::from_addr(at.candidates),
+            num_rows: self.num_rows() as u32,
+            page_size: self.page_size as u32,
+            page_magic,
+            page_shift,
+        })
+    }
+
+    /// The sequence of each row in the memory of a GPU; address 0 where the rows have none.
+    pub(crate) fn device_sequence_indices(&self, driver: &Arc<dyn Driver>) -> Result<GlobalPtr<u32>> {
+        Ok(GlobalPtr::from_addr(self.on_device.get(self, driver)?.sequence_indices))
     }
 
     /// The largest page number in the tables.

@@ -7,6 +7,9 @@ use crate::tensor::DType;
 /// The largest head dimension any backend supports.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// The most heads of either kind.
+pub const MAX_HEADS: usize = 1 << 16;
+
 /// Tokens are indexed with 32 bits; no sequence may be longer than this.
 pub const MAX_SEQUENCE_LEN: usize = u32::MAX as usize / 2;
 
@@ -33,6 +36,11 @@ impl HeadShape {
     }
 
     fn validate(&self) -> Result<()> {
+        for (field, got) in [("num_kv_heads", self.num_kv_heads), ("num_qo_heads", self.num_qo_heads)] {
+            if got > MAX_HEADS {
+                return Err(Error::config(field, format!("at most {MAX_HEADS}"), got));
+            }
+        }
         if self.num_kv_heads == 0 {
             return Err(Error::config("num_kv_heads", "at least 1", self.num_kv_heads));
         }

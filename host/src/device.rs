@@ -2,11 +2,14 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
+use crate::backend::gpu::driver::{Driver, Event};
+use crate::error::{Error, Result};
 
-/// A place where operations run and memory lies. Cheap to clone.
+/// A place where operations run and memory lies. Cheap to clone; clones share memory and order of work.
 #[derive(Clone)]
 pub struct Device(Arc<dyn Backend>);
 
@@ -16,23 +19,108 @@ impl Device {
         Device(Arc::new(CpuBackend))
     }
 
-    /// The fastest device present. This version knows only the processor.
+    /// The fastest device present that runs whole steps: the processor, while GPU kernels for some operations are missing.
     pub fn auto() -> Self {
         Device::cpu()
     }
 
-    /// Wraps a backend of one's own.
-    pub fn from_backend(backend: Arc<dyn Backend>) -> Self {
-        Device(backend)
+    /// CUDA device `ordinal`, in its primary context, on a stream of its own.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) where there is no CUDA driver or no such device,
+    /// [`Error::Unsupported`](crate::Error::Unsupported) below compute capability 8.0.
+    #[cfg(feature = "cuda")]
+    pub fn cuda(ordinal: usize) -> Result<Self> {
+        Ok(Device::gpu(Arc::new(crate::backend::gpu::cuda::CudaDriver::new(ordinal)?)))
     }
 
-    /// Short name: `cpu`.
+    /// CUDA device `ordinal`, with all work put in a stream of the caller's (a `CUstream`; null for the default
+    /// stream), so that it is ordered with the caller's own.
+    ///
+    /// Uses the caller's current context if it belongs to that device, else the primary context.
+    ///
+    /// # Safety
+    /// - `stream` is null or a stream of that context, and lives as long as the device and all its clones and memory.
+    ///
+    /// # Errors
+    /// As [`cuda`](Self::cuda).
+    #[cfg(feature = "cuda")]
+    pub unsafe fn cuda_on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
+        // SAFETY: the caller's promise.
+        let driver = unsafe { crate::backend::gpu::cuda::CudaDriver::on_stream(ordinal, stream)? };
+        Ok(Device::gpu(Arc::new(driver)))
+    }
+
+    /// The GPU kernels, run on the processor by an emulator that reports races, out-of-bounds accesses and
+    /// divergence. For tests: about a thousand times slower than the processor's own code.
+    #[cfg(feature = "emulator")]
+    pub fn emulated() -> Self {
+        Device::emulated_with(kernels_gpu::emu::Options::default())
+    }
+
+    /// [`emulated`](Self::emulated), with the schedule of lanes drawn from `seed`.
+    #[cfg(feature = "emulator")]
+    pub fn emulated_random(seed: u64) -> Self {
+        Device::emulated_with(kernels_gpu::emu::Options::random(seed))
+    }
+
+    #[cfg(feature = "emulator")]
+    fn emulated_with(options: kernels_gpu::emu::Options) -> Self {
+        Device::gpu(Arc::new(crate::backend::gpu::emulated::EmulatedDriver::new(options)))
+    }
+
+    #[cfg_attr(not(any(feature = "cuda", feature = "emulator")), allow(dead_code))]
+    fn gpu(driver: Arc<dyn Driver>) -> Self {
+        Device(Arc::new(crate::backend::gpu::GpuBackend::new(driver)))
+    }
+
+    /// Short name: `cpu`, `emulated`, `cuda:0 (NVIDIA H200)`.
     pub fn name(&self) -> &str {
         self.0.name()
     }
 
+    /// Waits until everything queued on the device is done.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) where something failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver().map_or(Ok(()), |driver| driver.synchronize())
+    }
+
+    /// Marks this moment in the device's order of work.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) where the device fails.
+    pub fn record(&self) -> Result<Event> {
+        self.driver().map_or_else(|| Ok(Event(Box::new(Instant::now()))), |driver| driver.record())
+    }
+
+    /// The time between two moments of this device, by its own clock. Waits for the later one.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) where the device fails, [`Error::Missing`](crate::Error::Missing) for
+    /// events of another device.
+    pub fn elapsed(&self, from: &Event, to: &Event) -> Result<Duration> {
+        if let Some(driver) = self.driver() {
+            return Ok(Duration::from_secs_f64(f64::from(driver.elapsed(from, to)?) / 1e3));
+        }
+        match (from.0.downcast_ref::<Instant>(), to.0.downcast_ref::<Instant>()) {
+            (Some(from), Some(to)) => Ok(to.duration_since(*from)),
+            _ => Err(Error::Missing { op: "elapsed", needs: "events of this device" }),
+        }
+    }
+
+    /// How long it took to load the kernels, once per context; zero for the processor.
+    pub fn load_time(&self) -> Duration {
+        self.driver().map_or(Duration::ZERO, |driver| driver.load_time())
+    }
+
     pub(crate) fn backend(&self) -> &dyn Backend {
         self.0.as_ref()
+    }
+
+    pub(crate) fn driver(&self) -> Option<&Arc<dyn Driver>> {
+        self.0.driver()
     }
 }
 

@@ -134,7 +134,10 @@ pub enum Error {
         to: usize,
     },
     /// The batch was made before the cache changed under it.
-    #[error("batch row {row} is stale: it was made for {expected} tokens of {id}, which now holds {got}")]
+    #[error(
+        "batch row {row} is stale: {id}, which held {expected} tokens when it was made and holds {got} now, \
+         was truncated, forked or extended into another page since"
+    )]
     StaleBatch {
         /// Row of the batch.
         row: usize,
@@ -144,6 +147,46 @@ pub enum Error {
         expected: usize,
         /// Tokens now.
         got: usize,
+    },
+    /// A tensor lies elsewhere than the operation works.
+    #[error("`{what}` must be on {expected}, it is on {got}")]
+    WrongDevice {
+        /// Name of the argument.
+        what: &'static str,
+        /// Where it must be.
+        expected: String,
+        /// Where it is.
+        got: String,
+    },
+    /// The device has no kernel for this operation and configuration.
+    #[error("{device} has no `{op}` for {what}")]
+    Unsupported {
+        /// Name of the device.
+        device: String,
+        /// Name of the operation.
+        op: &'static str,
+        /// Types and sizes asked for.
+        what: String,
+    },
+    /// A driver call failed. It may stem from earlier asynchronous work.
+    #[error("{device}: {call}: {reason}")]
+    Driver {
+        /// Name of the device.
+        device: String,
+        /// What was asked of the driver.
+        call: String,
+        /// Its answer.
+        reason: String,
+    },
+    /// A kernel could not be launched, or (in the emulator) broke a rule.
+    #[error("{device}: kernel `{kernel}`: {reason}")]
+    Launch {
+        /// Name of the device.
+        device: String,
+        /// Name of the kernel.
+        kernel: &'static str,
+        /// What was wrong.
+        reason: String,
     },
     /// An operation needs something that the configuration turned off, or that was not given.
     #[error("`{op}` needs {needs}")]

@@ -1,9 +1,59 @@
 //! Token-level KV-cache selection and sparse attention for long-context LLM inference.
-pub mod backend;
+//!
+//! At every step and layer, the tokens of a sequence's KV cache vote: each query head's softmax over query-key dot
+//! products, summed over heads. The `top_k` with most votes, the first `n_init` and the last `n_local` tokens and the
+//! current block are attended to, and nothing else is. (TokenSelect, EMNLP 2025, arXiv 2411.02886.)
+//!
+//! # What to use
+//! - [`TokenSelect`] runs steps: [`step`](TokenSelect::step) for all of it, or one operation at a time.
+//! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine.
+//! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be, [`Device`] where it runs.
+//!
+//! # Shapes
+//! | name | meaning |
+//! |---|---|
+//! | `num_qo_heads`, `num_kv_heads`, `head_dim` | heads of queries, heads of keys and values, elements of a head |
+//! | row | a sequence's part of a batch: a block of `T` query tokens over `n` cached tokens, the block included |
+//! | `num_query_tokens` | query tokens of all rows, concatenated |
+//! | candidates | tokens that compete for the top-k: `[n_init, n - T - n_local)` |
+//! | selected list | initial, chosen and local tokens and the block, ascending; a token's place in it is its rank |
+//!
+//! The definitions, to the letter, are in `docs/definitions.md` of the repository.
+//!
+//! # Example
+//! ```
+//! use tokenselect::*;
+//!
+//! # fn main() -> Result<()> {
+//! let device = Device::cpu();
+//! let heads = HeadShape { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+//! let config = SelectConfig { heads, dtype: DType::F32, top_k: 256, ..SelectConfig::default() };
+//! let mut cache = PagedKvCache::new(&device, &config, &CacheConfig::default())?;
+//! let mut select = TokenSelect::new(&device, config, Limits::default())?;
+//!
+//! let sequence = cache.create()?;
+//! let batch = cache.extend(&[(sequence, 3)])?; // three new tokens
+//! let (q, kv) = (vec![0.5f32; 3 * 8 * 64], vec![0.25f32; 3 * 2 * 64]);
+//! let input = StepInput {
+//!     q: TensorView::new(&q, [3, 8, 64])?,
+//!     k: TensorView::new(&kv, [3, 2, 64])?,
+//!     v: TensorView::new(&kv, [3, 2, 64])?,
+//! };
+//! let mut out = vec![0.0f32; q.len()];
+//! let output = StepOutput { out: TensorViewMut::new(&mut out, [3, 8, 64])?, lse: None };
+//! select.step(&mut cache, 0, &batch, input, output)?; // layer 0
+//! assert_eq!(select.workspace().selected(0)?, [0, 1, 2]);
+//! # Ok(())
+//! # }
+//! ```
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
+
+mod backend;
 mod batch;
 mod cache;
 mod config;
 mod device;
+mod device_memory;
 mod error;
 mod plan;
 mod rope;
@@ -12,13 +62,16 @@ mod tensor;
 mod token_select;
 mod workspace;
 
+pub use backend::gpu::driver::Event;
 pub use backend::{Ranks, Selection};
 pub use batch::Batch;
 pub use cache::{
     CacheConfig, KvLayout, KvShape, KvStrides, KvView, KvViewMut, MAX_PAGE_SIZE, PageAllocator, PageCopy,
     PageTables, PagedKvCache, SequenceId,
 };
-pub use config::{HeadShape, MAX_HEAD_DIM, MAX_SEQUENCE_LEN, Positions, SelectConfig, SelectionCacheConfig};
+pub use config::{
+    HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_SEQUENCE_LEN, Positions, SelectConfig, SelectionCacheConfig,
+};
 pub use device::Device;
 pub use error::{Error, Result};
 pub use plan::{Limits, Plan};
@@ -27,3 +80,8 @@ pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
 pub use tensor::{DType, Element, Shape, Tensor, TensorView, TensorViewMut};
 pub use token_select::{StepInput, StepOutput, TokenSelect};
 pub use workspace::{RowAction, Workspace};
+
+/// The examples of the README are compiled and run.
+#[cfg(doctest)]
+#[doc = include_str!("../../README.md")]
+struct Readme;

@@ -52,7 +52,9 @@ impl Plan {
             Positions::Native => None,
             Positions::Reassigned(rope) => {
                 let scoring = config.n_local + limits.max_block_len;
-                let positions = limits.max_kv_tokens.max(scoring);
+                // A whole list may be longer than what one rank of several holds.
+                let selected = config.max_selected(limits.max_block_len);
+                let positions = limits.max_kv_tokens.max(scoring).max(selected);
                 Some(RopeTable::new(rope, config.heads.head_dim, positions))
             }
         };
@@ -100,14 +102,21 @@ impl Plan {
         [self.limits.max_kv_tokens].into()
     }
 
+    /// Shape of the max-pooled votes: `[max_kv_tokens]`, `[0]` without a max-pool.
+    pub fn pooled_votes_shape(&self) -> Shape {
+        if self.config.vote_pool_window > 1 { self.votes_shape() } else { [0].into() }
+    }
+
     /// Shape of the chosen tokens: `[max_rows, top_k]`.
     pub fn top_k_shape(&self) -> Shape {
         [self.limits.max_rows, self.config.top_k].into()
     }
 
-    /// Shape of the selected lists: `[max_rows, n_init + top_k + n_local + max_block_len]`.
+    /// Shape of the selected lists: `[max_rows, n_init + top_k + n_local + max_block_len]`, no wider than
+    /// `max_kv_tokens`.
     pub fn selected_shape(&self) -> Shape {
-        [self.limits.max_rows, self.config.max_selected(self.limits.max_block_len)].into()
+        let width = self.config.max_selected(self.limits.max_block_len).min(self.limits.max_kv_tokens);
+        [self.limits.max_rows, width].into()
     }
 
     /// Checks that a batch is within the limits.

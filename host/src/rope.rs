@@ -1,7 +1,14 @@
 //! Rotary position embedding (RoPE): frequencies with their scalings, and the rotation itself.
 
 use std::f64::consts::TAU;
+use std::fmt;
+use std::sync::{Arc, OnceLock};
 
+use kernels_gpu::rope::RopeTables;
+use kernels_gpu::simt::global::GlobalPtr;
+
+use crate::backend::gpu::driver::Driver;
+use crate::device_memory::DeviceMemory;
 use crate::error::{Error, Result};
 
 /// Which elements of a head form a rotated pair.
@@ -177,7 +184,7 @@ fn positive(field: &'static str, got: f64) -> Result<()> {
 /// `angle(p) = angle(256 * (p / 256)) + angle(p % 256)`, and the rotation of a sum is the product of the
 /// rotations, so two short tables serve a million positions; both are made in f64 and kept in f32, which
 /// costs a relative error of about 2e-7.
-#[derive(Debug, Clone)]
+#[derive(Clone)]
 pub struct RopeTable {
     pairs: usize,
     pairing: RopePairing,
@@ -186,10 +193,11 @@ pub struct RopeTable {
     coarse: Vec<(f32, f32)>,
     /// `[256, pairs]` (cos, sin) of positions below 256, times the attention factor.
     fine: Vec<(f32, f32)>,
+    on_device: OnceLock<Arc<DeviceMemory>>,
 }
 
 /// Positions covered by the fine level of a [`RopeTable`].
-const FINE: usize = 256;
+const FINE: usize = kernels_gpu::rope::FINE as usize;
 
 impl RopeTable {
     /// Tables for heads of `head_dim` elements and positions below `max_positions`.
@@ -211,6 +219,7 @@ impl RopeTable {
             max_positions,
             coarse: level(max_positions.div_ceil(FINE).max(1), FINE, 1.0),
             fine: level(FINE, 1, rope.attention_factor()),
+            on_device: OnceLock::new(),
         }
     }
 
@@ -253,6 +262,31 @@ impl RopeTable {
         }
     }
 
+    /// The tables in the memory of a GPU, copied there at the first call.
+    pub(crate) fn device_tables(&self, driver: &Arc<dyn Driver>) -> Result<RopeTables> {
+        let memory = match self.on_device.get() {
+            Some(memory) => memory,
+            None => {
+                let angles = self.coarse.iter().chain(&self.fine);
+                let bytes: Vec<u8> =
+                    angles.flat_map(|(cos, sin)| [cos.to_ne_bytes(), sin.to_ne_bytes()]).flatten().collect();
+                let fresh = Arc::new(DeviceMemory::from_bytes(driver, &bytes)?);
+                self.on_device.get_or_init(|| fresh)
+            }
+        };
+        memory.slice().expect_on(driver, "rope table")?;
+        let coarse = memory.slice().addr();
+        Ok(RopeTables {
+            coarse: GlobalPtr::from_addr(coarse),
+            fine: GlobalPtr::from_addr(coarse + 8 * self.coarse.len() as u64),
+            pairs: self.pairs as u32,
+            pairing: match self.pairing {
+                RopePairing::HalfSplit => kernels_gpu::rope::HALF_SPLIT,
+                RopePairing::Interleaved => kernels_gpu::rope::INTERLEAVED,
+            },
+        })
+    }
+
     /// Rotates one head (`[head_dim]` f32) as at `position`.
     ///
     /// # Errors
@@ -270,6 +304,12 @@ impl RopeTable {
         self.fill(position, &mut cos, &mut sin);
         self.apply(head, &cos, &sin);
         Ok(())
+    }
+}
+
+impl fmt::Debug for RopeTable {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "RopeTable({} pairs, {} positions)", self.pairs, self.max_positions)
     }
 }
 

@@ -1,9 +1,11 @@
 //! Reuse of selections between steps (TokenSelect, section 3.4): per layer and sequence, the scoring query
 //! and the top-k of the last real selection.
 
+use crate::backend::{CopySequenceArgs, ForgetArgs};
 use crate::config::SelectConfig;
+use crate::device::Device;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Tensor, TensorViewMut};
+use crate::tensor::{DType, Shape, Tensor, TensorViewMut};
 
 /// Marks a cached selection that cannot be used.
 pub(crate) const EMPTY: u32 = u32::MAX;
@@ -27,10 +29,9 @@ pub struct SelectionStats {
 /// num_sequences * (num_qo_heads * head_dim + top_k) * 4` bytes.
 #[derive(Debug)]
 pub struct SelectionCache {
+    device: Device,
     num_layers: usize,
     num_sequences: usize,
-    query_len: usize,
-    top_k: usize,
     /// `[num_layers, num_sequences, query_len]` f32: the scoring queries.
     queries: Tensor,
     /// `[num_layers, num_sequences, top_k]` u32: tokens, ascending.
@@ -63,22 +64,26 @@ impl SelectionCache {
     ///
     /// # Errors
     /// [`Error::Config`] where `config` breaks a rule or the size does not fit the address space.
-    pub fn new(config: &SelectConfig, num_layers: usize, num_sequences: usize) -> Result<Self> {
+    pub fn new(
+        device: &Device,
+        config: &SelectConfig,
+        num_layers: usize,
+        num_sequences: usize,
+    ) -> Result<Self> {
         config.validate()?;
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
-        let top_k = config.top_k;
-        let mut made_at = Tensor::zeros(DType::U32, [num_layers, num_sequences])?;
-        made_at.as_mut_slice::<u32>()?.fill(EMPTY);
+        let per_sequence = [num_layers, num_sequences];
+        let empty = vec![EMPTY; num_layers.saturating_mul(num_sequences)];
+        let zeros = |dtype, shape: Shape| Tensor::zeros_on(device, dtype, shape);
         Ok(SelectionCache {
             num_layers,
             num_sequences,
-            query_len,
-            top_k,
-            queries: Tensor::zeros(DType::F32, [num_layers, num_sequences, query_len])?,
-            selections: Tensor::zeros(DType::U32, [num_layers, num_sequences, top_k])?,
-            ages: Tensor::zeros(DType::U32, [num_layers, num_sequences])?,
-            made_at,
-            counters: Tensor::zeros(DType::U64, [num_layers, 3])?,
+            queries: zeros(DType::F32, [num_layers, num_sequences, query_len].into())?,
+            selections: zeros(DType::U32, [num_layers, num_sequences, config.top_k].into())?,
+            ages: zeros(DType::U32, per_sequence.into())?,
+            made_at: Tensor::from_slice_on(device, &empty, per_sequence)?,
+            counters: zeros(DType::U64, [num_layers, 3].into())?,
+            device: device.clone(),
         })
     }
 
@@ -97,12 +102,7 @@ impl SelectionCache {
     /// # Errors
     /// [`Error::Index`] where there is no such sequence.
     pub fn clear(&mut self, sequence: usize) -> Result<()> {
-        self.check_index(sequence)?;
-        let count = self.num_sequences;
-        for entry in self.made_at.as_mut_slice::<u32>()?.iter_mut().skip(sequence).step_by(count) {
-            *entry = EMPTY;
-        }
-        Ok(())
+        self.forget(sequence, 0)
     }
 
     /// Copies the selections of sequence `src` to `dst`, in all layers.
@@ -112,14 +112,14 @@ impl SelectionCache {
     pub fn fork(&mut self, src: usize, dst: usize) -> Result<()> {
         self.check_index(src)?;
         self.check_index(dst)?;
-        for layer in 0..self.num_layers {
-            let base = layer * self.num_sequences;
-            copy_row(self.queries.as_mut_slice::<f32>()?, self.query_len, base + src, base + dst);
-            copy_row(self.selections.as_mut_slice::<u32>()?, self.top_k, base + src, base + dst);
-            copy_row(self.ages.as_mut_slice::<u32>()?, 1, base + src, base + dst);
-            copy_row(self.made_at.as_mut_slice::<u32>()?, 1, base + src, base + dst);
-        }
-        Ok(())
+        self.device.backend().copy_sequence(CopySequenceArgs {
+            src,
+            dst,
+            queries: self.queries.view_mut(),
+            selections: self.selections.view_mut(),
+            ages: self.ages.view_mut(),
+            made_at: self.made_at.view_mut(),
+        })
     }
 
     /// Forgets those selections of one sequence that could name a token at or after `len`, or that would
@@ -129,42 +129,48 @@ impl SelectionCache {
     /// # Errors
     /// [`Error::Index`] where there is no such sequence.
     pub fn truncate(&mut self, sequence: usize, len: usize) -> Result<()> {
+        self.forget(sequence, len.saturating_add(1).min(EMPTY as usize))
+    }
+
+    /// Drops the selections of one sequence that were made with at least `from` tokens before the block.
+    fn forget(&mut self, sequence: usize, from: usize) -> Result<()> {
         self.check_index(sequence)?;
-        let count = self.num_sequences;
-        for entry in self.made_at.as_mut_slice::<u32>()?.iter_mut().skip(sequence).step_by(count) {
-            if *entry as usize > len {
-                *entry = EMPTY;
-            }
-        }
-        Ok(())
+        self.device.backend().forget(ForgetArgs { made_at: self.made_at.view_mut(), sequence, from })
     }
 
-    /// What was done so far, summed over layers.
-    pub fn stats(&self) -> SelectionStats {
+    /// What was done so far, summed over layers. Waits for earlier work of the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] where the device fails.
+    pub fn stats(&self) -> Result<SelectionStats> {
         let mut sum = SelectionStats::default();
-        for layer in self.counters.as_slice::<u64>().unwrap_or_default().chunks_exact(3) {
-            sum.reused += layer[0];
-            sum.scored += layer[1];
-            sum.complete += layer[2];
+        for layer in 0..self.num_layers {
+            let stats = self.layer_stats(layer)?;
+            sum.reused += stats.reused;
+            sum.scored += stats.scored;
+            sum.complete += stats.complete;
         }
-        sum
+        Ok(sum)
     }
 
-    /// What was done so far in one layer.
+    /// What was done so far in one layer. Waits for earlier work of the device.
     ///
     /// # Errors
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_stats(&self, layer: usize) -> Result<SelectionStats> {
         self.check_layer(layer)?;
-        let c = &self.counters.as_slice::<u64>()?[3 * layer..][..3];
+        let counters = self.counters.to_vec::<u64>()?;
+        let c = &counters[3 * layer..][..3];
         Ok(SelectionStats { reused: c[0], scored: c[1], complete: c[2] })
     }
 
     /// Sets all counters to 0; cached selections stay.
-    pub fn reset_stats(&mut self) {
-        if let Ok(counters) = self.counters.as_mut_slice::<u64>() {
-            counters.fill(0);
-        }
+    ///
+    /// # Errors
+    /// [`Error::Driver`] where the device fails.
+    pub fn reset_stats(&mut self) -> Result<()> {
+        let zeros = Tensor::zeros(DType::U64, self.counters.shape())?;
+        self.counters.copy_from(zeros.view())
     }
 
     /// The part that belongs to `layer`.
@@ -173,13 +179,12 @@ impl SelectionCache {
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_mut(&mut self, layer: usize) -> Result<SelectionCacheLayer<'_>> {
         self.check_layer(layer)?;
-        let (n, q, k) = (self.num_sequences, self.query_len, self.top_k);
         Ok(SelectionCacheLayer {
-            queries: TensorViewMut::new(row_mut::<f32>(&mut self.queries, n * q, layer)?, [n, q])?,
-            selections: TensorViewMut::new(row_mut::<u32>(&mut self.selections, n * k, layer)?, [n, k])?,
-            ages: TensorViewMut::new(row_mut::<u32>(&mut self.ages, n, layer)?, [n])?,
-            made_at: TensorViewMut::new(row_mut::<u32>(&mut self.made_at, n, layer)?, [n])?,
-            counters: TensorViewMut::new(row_mut::<u64>(&mut self.counters, 3, layer)?, [3])?,
+            queries: self.queries.view_mut().outer(layer),
+            selections: self.selections.view_mut().outer(layer),
+            ages: self.ages.view_mut().outer(layer),
+            made_at: self.made_at.view_mut().outer(layer),
+            counters: self.counters.view_mut().outer(layer),
         })
     }
 
@@ -205,12 +210,4 @@ impl SelectionCacheLayer<'_> {
             counters: self.counters.reborrow(),
         }
     }
-}
-
-fn copy_row<T: Copy>(data: &mut [T], width: usize, src: usize, dst: usize) {
-    data.copy_within(src * width..(src + 1) * width, dst * width);
-}
-
-fn row_mut<T: crate::tensor::Element>(tensor: &mut Tensor, width: usize, row: usize) -> Result<&mut [T]> {
-    Ok(&mut tensor.as_mut_slice::<T>()?[row * width..(row + 1) * width])
 }

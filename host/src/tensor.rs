@@ -1,5 +1,9 @@
 //! Typed, shaped memory: owned ([`Tensor`]) and borrowed ([`TensorView`], [`TensorViewMut`]).
 //!
+//! Memory lies on the host or on the device of a [`Device`](crate::Device); a view of a host slice costs nothing.
+//! An operation takes tensors that lie where its device works; others are an
+//! [`Error::WrongDevice`].
+//!
 //! All tensors are dense and row-major; the only strided memory in this crate is the KV cache
 //! ([`KvView`](crate::KvView)).
 
@@ -7,6 +11,8 @@ use std::fmt;
 
 use half::{bf16, f16};
 
+use crate::device::Device;
+use crate::device_memory::{DeviceMemory, DeviceSlice};
 use crate::error::{Error, Result};
 
 /// Element type of a tensor.
@@ -122,17 +128,23 @@ macro_rules! elements {
         #[doc(hidden)]
         pub enum HostMut<'a> { $($variant(&'a mut [$ty]),)* }
 
-        #[derive(Clone)]
         #[doc(hidden)]
         pub enum HostVec { $($variant(Vec<$ty>),)* }
 
-        impl HostRef<'_> {
+        impl<'a> HostRef<'a> {
+            fn part(self, begin: usize, end: usize) -> Self {
+                match self { $(HostRef::$variant(s) => HostRef::$variant(&s[begin..end]),)* }
+            }
+            fn bytes(self) -> &'a [u8] { match self { $(HostRef::$variant(s) => as_bytes(s),)* } }
             fn dtype(&self) -> DType { match self { $(HostRef::$variant(_) => DType::$variant,)* } }
         }
 
         impl HostMut<'_> {
-            fn dtype(&self) -> DType { match self { $(HostMut::$variant(_) => DType::$variant,)* } }
             fn as_ref(&self) -> HostRef<'_> { match self { $(HostMut::$variant(s) => HostRef::$variant(s),)* } }
+            fn part(self, begin: usize, end: usize) -> Self {
+                match self { $(HostMut::$variant(s) => HostMut::$variant(&mut s[begin..end]),)* }
+            }
+            fn bytes(&mut self) -> &mut [u8] { match self { $(HostMut::$variant(s) => as_bytes_mut(s),)* } }
             fn reborrow(&mut self) -> HostMut<'_> { match self { $(HostMut::$variant(s) => HostMut::$variant(s),)* } }
         }
 
@@ -169,27 +181,61 @@ elements! {
     U64(u64),
 }
 
-/// Owned memory with an element type and a shape.
-#[derive(Clone)]
+/// The bytes of plain elements.
+fn as_bytes<T: Copy>(slice: &[T]) -> &[u8] {
+    // SAFETY: element types are plain numbers without padding, and the length is that of the slice.
+    unsafe { std::slice::from_raw_parts(slice.as_ptr().cast(), size_of_val(slice)) }
+}
+
+/// The bytes of plain elements, writable.
+fn as_bytes_mut<T: Copy>(slice: &mut [T]) -> &mut [u8] {
+    // SAFETY: as in `as_bytes`; every bit pattern is a valid element.
+    unsafe { std::slice::from_raw_parts_mut(slice.as_mut_ptr().cast(), size_of_val(slice)) }
+}
+
+enum Owned {
+    Host(HostVec),
+    Device(DeviceMemory, DType),
+}
+
+#[derive(Clone, Copy)]
+enum Borrowed<'a> {
+    Host(HostRef<'a>),
+    Device(DeviceSlice<'a>, DType),
+}
+
+enum BorrowedMut<'a> {
+    Host(HostMut<'a>),
+    Device(DeviceSlice<'a>, DType),
+}
+
+/// Owned memory with an element type and a shape, on the host or on a device.
 pub struct Tensor {
     shape: Shape,
-    data: HostVec,
+    data: Owned,
 }
 
 impl Tensor {
-    /// A tensor of zeros.
+    /// A tensor of zeros on the host.
     ///
     /// # Errors
     /// [`Error::Config`] where the number of bytes does not fit the address space.
     pub fn zeros(dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        let fits = shape
-            .checked_len()
-            .filter(|len| len.checked_mul(dtype.size()).is_some_and(|b| b <= isize::MAX as usize));
-        let Some(len) = fits else {
-            return Err(Error::config("shape", "at most isize::MAX bytes in all", shape));
-        };
-        Ok(Tensor { shape, data: HostVec::zeros(dtype, len) })
+        let data = Owned::Host(HostVec::zeros(dtype, allocatable(dtype, shape)?));
+        Ok(Tensor { shape, data })
+    }
+
+    /// A tensor of zeros where `device` works.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the number of bytes does not fit the address space, [`Error::Driver`] where the
+    /// device has too little memory.
+    pub fn zeros_on(device: &Device, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
+        let Some(driver) = device.driver() else { return Tensor::zeros(dtype, shape) };
+        let shape = shape.into();
+        let bytes = allocatable(dtype, shape)? * dtype.size();
+        Ok(Tensor { shape, data: Owned::Device(DeviceMemory::zeros(driver, bytes)?, dtype) })
     }
 
     /// Takes a vector of elements, outermost dimension first.
@@ -199,12 +245,25 @@ impl Tensor {
     pub fn from_vec<T: Element>(data: Vec<T>, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         check_len("data", shape, data.len())?;
-        Ok(Tensor { shape, data: T::wrap_vec(data) })
+        Ok(Tensor { shape, data: Owned::Host(T::wrap_vec(data)) })
+    }
+
+    /// A copy of a slice where `device` works.
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the slice does not hold exactly the elements of `shape`, [`Error::Driver`] where
+    /// the device fails.
+    pub fn from_slice_on<T: Element>(device: &Device, data: &[T], shape: impl Into<Shape>) -> Result<Self> {
+        let shape = shape.into();
+        check_len("data", shape, data.len())?;
+        let mut tensor = Tensor::zeros_on(device, T::DTYPE, shape)?;
+        tensor.copy_from(TensorView::new(data, shape)?)?;
+        Ok(tensor)
     }
 
     /// The element type.
     pub fn dtype(&self) -> DType {
-        self.data.as_ref().dtype()
+        self.view().dtype()
     }
 
     /// The shape.
@@ -214,28 +273,52 @@ impl Tensor {
 
     /// Borrows the tensor.
     pub fn view(&self) -> TensorView<'_> {
-        TensorView { shape: self.shape, data: self.data.as_ref() }
+        let data = match &self.data {
+            Owned::Host(vec) => Borrowed::Host(vec.as_ref()),
+            Owned::Device(memory, dtype) => Borrowed::Device(memory.slice(), *dtype),
+        };
+        TensorView { shape: self.shape, data }
     }
 
     /// Borrows the tensor for writing.
     pub fn view_mut(&mut self) -> TensorViewMut<'_> {
-        TensorViewMut { shape: self.shape, data: self.data.as_mut() }
+        let data = match &mut self.data {
+            Owned::Host(vec) => BorrowedMut::Host(vec.as_mut()),
+            Owned::Device(memory, dtype) => BorrowedMut::Device(memory.slice(), *dtype),
+        };
+        TensorViewMut { shape: self.shape, data }
     }
 
-    /// The elements.
+    /// The elements of a host tensor.
     ///
     /// # Errors
-    /// [`Error::DType`] where the tensor holds another type.
+    /// [`Error::DType`] where the tensor holds another type, [`Error::WrongDevice`] where it is not on the host.
     pub fn as_slice<T: Element>(&self) -> Result<&[T]> {
         self.view().as_slice()
     }
 
-    /// The elements, writable.
+    /// The elements of a host tensor, writable.
     ///
     /// # Errors
-    /// [`Error::DType`] where the tensor holds another type.
+    /// As [`as_slice`](Self::as_slice).
     pub fn as_mut_slice<T: Element>(&mut self) -> Result<&mut [T]> {
         self.view_mut().into_slice()
+    }
+
+    /// A copy of the elements, from wherever they lie. Waits for earlier work of the device.
+    ///
+    /// # Errors
+    /// [`Error::DType`] where the tensor holds another type, [`Error::Driver`] where the device fails.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        self.view().to_vec()
+    }
+
+    /// Overwrites the tensor with another of the same type and shape, from the host or from its own device.
+    ///
+    /// # Errors
+    /// As [`TensorViewMut::copy_from`].
+    pub fn copy_from(&mut self, from: TensorView<'_>) -> Result<()> {
+        self.view_mut().copy_from(from)
     }
 }
 
@@ -249,7 +332,7 @@ impl fmt::Debug for Tensor {
 #[derive(Clone, Copy)]
 pub struct TensorView<'a> {
     shape: Shape,
-    data: HostRef<'a>,
+    data: Borrowed<'a>,
 }
 
 impl<'a> TensorView<'a> {
@@ -260,12 +343,36 @@ impl<'a> TensorView<'a> {
     pub fn new<T: Element>(data: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         check_len("data", shape, data.len())?;
-        Ok(TensorView { shape, data: T::wrap(data) })
+        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)) })
+    }
+
+    /// Borrows memory of a device that somebody else owns, such as another engine's tensor.
+    ///
+    /// # Safety
+    /// - `addr` is an address of `device`, aligned to 16 bytes, with room for the tensor, for as long as `'a`.
+    /// - Nothing writes it while operations on this view run; work queued earlier runs on the device's stream or
+    ///   has ended.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the tensor is larger than the address space, [`Error::WrongDevice`] for the CPU.
+    pub unsafe fn from_device_addr(
+        device: &'a Device,
+        addr: u64,
+        dtype: DType,
+        shape: impl Into<Shape>,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        let bytes = allocatable(dtype, shape)? * dtype.size();
+        let data = Borrowed::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
+        Ok(TensorView { shape, data })
     }
 
     /// The element type.
     pub fn dtype(&self) -> DType {
-        self.data.dtype()
+        match &self.data {
+            Borrowed::Host(host) => host.dtype(),
+            Borrowed::Device(_, dtype) => *dtype,
+        }
     }
 
     /// The shape.
@@ -273,12 +380,65 @@ impl<'a> TensorView<'a> {
         self.shape
     }
 
-    /// The elements.
+    /// The elements of a host tensor.
     ///
     /// # Errors
-    /// [`Error::DType`] where the tensor holds another type.
+    /// [`Error::DType`] where the tensor holds another type, [`Error::WrongDevice`] where it is not on the host.
     pub fn as_slice<T: Element>(&self) -> Result<&'a [T]> {
-        T::unwrap(self.data).ok_or_else(|| wrong_dtype::<T>(self.dtype()))
+        match self.data {
+            Borrowed::Host(host) => T::unwrap(host).ok_or_else(|| wrong_dtype::<T>(self.dtype())),
+            Borrowed::Device(slice, _) => Err(slice.not_on_host("tensor")),
+        }
+    }
+
+    /// The elements from `offset` on as a one-dimensional tensor: values that lie among keys, for
+    /// [`KvView::strided`](crate::KvView::strided).
+    ///
+    /// # Errors
+    /// [`Error::Index`] where `offset` is beyond the end.
+    pub fn tail(&self, offset: usize) -> Result<TensorView<'a>> {
+        let len = self.shape.checked_len().unwrap_or(0);
+        if offset > len {
+            return Err(Error::Index { what: "offset", limit: len + 1, got: offset });
+        }
+        let data = match self.data {
+            Borrowed::Host(host) => Borrowed::Host(host.part(offset, len)),
+            Borrowed::Device(slice, dtype) => {
+                Borrowed::Device(slice.part(offset * dtype.size(), len * dtype.size()), dtype)
+            }
+        };
+        Ok(TensorView { shape: [len - offset].into(), data })
+    }
+
+    /// A copy of the elements, from wherever they lie. Waits for earlier work of the device.
+    ///
+    /// # Errors
+    /// [`Error::DType`] where the tensor holds another type, [`Error::Driver`] where the device fails.
+    pub fn to_vec<T: Element>(&self) -> Result<Vec<T>> {
+        if self.dtype() != T::DTYPE {
+            return Err(wrong_dtype::<T>(self.dtype()));
+        }
+        match self.data {
+            Borrowed::Host(_) => Ok(self.as_slice::<T>()?.to_vec()),
+            Borrowed::Device(slice, _) => {
+                let mut elements = vec![T::default(); self.shape.checked_len().unwrap_or(0)];
+                slice.read(as_bytes_mut(&mut elements))?;
+                Ok(elements)
+            }
+        }
+    }
+
+    /// Whether the memory is the host's.
+    pub(crate) fn is_on_host(&self) -> bool {
+        matches!(self.data, Borrowed::Host(_))
+    }
+
+    /// The memory of a device tensor.
+    pub(crate) fn device_slice(&self, what: &'static str) -> Result<DeviceSlice<'a>> {
+        match self.data {
+            Borrowed::Host(_) => Err(DeviceSlice::not_on_device(what)),
+            Borrowed::Device(slice, _) => Ok(slice),
+        }
     }
 
     /// Checks type and shape of the argument called `what`.
@@ -301,7 +461,7 @@ impl fmt::Debug for TensorView<'_> {
 /// Borrowed memory, writable, with an element type and a shape.
 pub struct TensorViewMut<'a> {
     shape: Shape,
-    data: HostMut<'a>,
+    data: BorrowedMut<'a>,
 }
 
 impl<'a> TensorViewMut<'a> {
@@ -312,12 +472,31 @@ impl<'a> TensorViewMut<'a> {
     pub fn new<T: Element>(data: &'a mut [T], shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         check_len("data", shape, data.len())?;
-        Ok(TensorViewMut { shape, data: T::wrap_mut(data) })
+        Ok(TensorViewMut { shape, data: BorrowedMut::Host(T::wrap_mut(data)) })
+    }
+
+    /// Borrows memory of a device that somebody else owns, for writing.
+    ///
+    /// # Safety
+    /// - As for [`TensorView::from_device_addr`], and nothing reads it either.
+    ///
+    /// # Errors
+    /// As [`TensorView::from_device_addr`].
+    pub unsafe fn from_device_addr(
+        device: &'a Device,
+        addr: u64,
+        dtype: DType,
+        shape: impl Into<Shape>,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        let bytes = allocatable(dtype, shape)? * dtype.size();
+        let data = BorrowedMut::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
+        Ok(TensorViewMut { shape, data })
     }
 
     /// The element type.
     pub fn dtype(&self) -> DType {
-        self.data.dtype()
+        self.as_view().dtype()
     }
 
     /// The shape.
@@ -327,21 +506,65 @@ impl<'a> TensorViewMut<'a> {
 
     /// A shorter borrow of the same memory.
     pub fn reborrow(&mut self) -> TensorViewMut<'_> {
-        TensorViewMut { shape: self.shape, data: self.data.reborrow() }
+        let data = match &mut self.data {
+            BorrowedMut::Host(host) => BorrowedMut::Host(host.reborrow()),
+            BorrowedMut::Device(slice, dtype) => BorrowedMut::Device(*slice, *dtype),
+        };
+        TensorViewMut { shape: self.shape, data }
     }
 
     /// The same memory, read only.
     pub fn as_view(&self) -> TensorView<'_> {
-        TensorView { shape: self.shape, data: self.data.as_ref() }
+        let data = match &self.data {
+            BorrowedMut::Host(host) => Borrowed::Host(host.as_ref()),
+            BorrowedMut::Device(slice, dtype) => Borrowed::Device(*slice, *dtype),
+        };
+        TensorView { shape: self.shape, data }
     }
 
-    /// The elements.
+    /// Overwrites the memory with that of another tensor of the same type and shape, from the host or from its own
+    /// device.
     ///
     /// # Errors
-    /// [`Error::DType`] where the tensor holds another type.
+    /// [`Error::DType`] or [`Error::Shape`] where the two differ, [`Error::WrongDevice`] where `from` lies on
+    /// another device, [`Error::Driver`] where the device fails.
+    pub fn copy_from(self, from: TensorView<'_>) -> Result<()> {
+        from.expect("from", &[self.dtype()], self.shape)?;
+        match (self.data, from.data) {
+            (BorrowedMut::Host(mut to), Borrowed::Host(from)) => to.bytes().copy_from_slice(from.bytes()),
+            (BorrowedMut::Host(mut to), Borrowed::Device(from, _)) => from.read(to.bytes())?,
+            (BorrowedMut::Device(to, _), Borrowed::Host(from)) => to.write(from.bytes())?,
+            (BorrowedMut::Device(to, _), Borrowed::Device(from, _)) => to.copy_from(from)?,
+        }
+        Ok(())
+    }
+
+    /// Entry `index` of the outermost dimension; the caller has checked that there is one.
+    pub(crate) fn outer(self, index: usize) -> TensorViewMut<'a> {
+        let inner = &self.shape.dims()[1..];
+        let mut shape = Shape { dims: [1; 4], rank: inner.len() };
+        shape.dims[..inner.len()].copy_from_slice(inner);
+        let width = inner.iter().product::<usize>();
+        let (begin, end) = (index * width, (index + 1) * width);
+        let data = match self.data {
+            BorrowedMut::Host(host) => BorrowedMut::Host(host.part(begin, end)),
+            BorrowedMut::Device(slice, dtype) => {
+                BorrowedMut::Device(slice.part(begin * dtype.size(), end * dtype.size()), dtype)
+            }
+        };
+        TensorViewMut { shape, data }
+    }
+
+    /// The elements of a host tensor.
+    ///
+    /// # Errors
+    /// [`Error::DType`] where the tensor holds another type, [`Error::WrongDevice`] where it is not on the host.
     pub fn into_slice<T: Element>(self) -> Result<&'a mut [T]> {
         let dtype = self.dtype();
-        T::unwrap_mut(self.data).ok_or_else(|| wrong_dtype::<T>(dtype))
+        match self.data {
+            BorrowedMut::Host(host) => T::unwrap_mut(host).ok_or_else(|| wrong_dtype::<T>(dtype)),
+            BorrowedMut::Device(slice, _) => Err(slice.not_on_host("tensor")),
+        }
     }
 
     /// Checks type and shape of the argument called `what`.
@@ -359,6 +582,13 @@ impl fmt::Debug for TensorViewMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TensorViewMut({} {})", self.dtype(), self.shape)
     }
+}
+
+/// The number of elements, where their bytes fit the address space.
+fn allocatable(dtype: DType, shape: Shape) -> Result<usize> {
+    let bytes = |len: &usize| len.checked_mul(dtype.size()).is_some_and(|bytes| bytes <= isize::MAX as usize);
+    let len = shape.checked_len().filter(bytes);
+    len.ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
 }
 
 fn check_len(what: &'static str, shape: Shape, got: usize) -> Result<()> {

@@ -1,6 +1,8 @@
 //! The object that runs steps: configuration, device and workspace in one.
 
-use crate::backend::{AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, Selection, TopKArgs, VoteArgs};
+use crate::backend::{
+    AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, Selection, SmoothArgs, TopKArgs, VoteArgs,
+};
 use crate::batch::Batch;
 use crate::cache::{KvView, KvViewMut, PagedKvCache};
 use crate::config::SelectConfig;
@@ -50,7 +52,7 @@ impl TokenSelect {
     /// [`Error::Config`], naming the field that breaks its rule.
     pub fn new(device: &Device, config: SelectConfig, limits: Limits) -> Result<Self> {
         let plan = Plan::new(config, limits)?;
-        let workspace = Workspace::new(&plan)?;
+        let workspace = Workspace::new(device, &plan)?;
         Ok(TokenSelect { device: device.clone(), plan, workspace })
     }
 
@@ -203,6 +205,7 @@ impl TokenSelect {
         if let Some(cached) = &cached {
             self.check_cached(batch, cached)?;
         }
+        self.workspace.check(&self.plan)?;
         self.device.backend().pool(PoolArgs {
             config: self.plan.config(),
             rope: self.plan.rope(),
@@ -212,6 +215,7 @@ impl TokenSelect {
             queries: self.workspace.queries.view_mut(),
             similarities: self.workspace.similarities.view_mut(),
             actions: self.workspace.actions.view_mut(),
+            scratch: self.workspace.scratch.view_mut(),
         })
     }
 
@@ -223,6 +227,7 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
         self.check_kv(batch, &kv)?;
+        self.workspace.check(&self.plan)?;
         self.device.backend().score(ScoreArgs {
             config: self.plan.config(),
             batch,
@@ -231,10 +236,12 @@ impl TokenSelect {
             actions: self.workspace.actions.view(),
             logits: self.workspace.logits.view_mut(),
             stats: self.workspace.stats.view_mut(),
+            scratch: self.workspace.scratch.view_mut(),
         })
     }
 
-    /// Votes: softmax probabilities of the candidates, summed over heads, optionally max-pooled.
+    /// Votes: softmax probabilities of the candidates, summed over heads. (The max-pool, where there is one, is part of
+    /// [`top_k`](Self::top_k): it comes after the votes of tensor-parallel ranks are summed.)
     ///
     /// Reads `actions`, `logits` and `stats` of the workspace, writes `votes`.
     ///
@@ -242,21 +249,22 @@ impl TokenSelect {
     /// [`Error::Limit`].
     pub fn vote(&mut self, batch: &Batch) -> Result<()> {
         self.plan.check(batch)?;
+        self.workspace.check(&self.plan)?;
         self.device.backend().vote(VoteArgs {
             config: self.plan.config(),
             batch,
             actions: self.workspace.actions.view(),
             logits: self.workspace.logits.view(),
             stats: self.workspace.stats.view(),
-            raw_votes: self.workspace.raw_votes.view_mut(),
             votes: self.workspace.votes.view_mut(),
         })
     }
 
-    /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last), and the
+    /// The `top_k` largest votes of each row, max-pooled if the configuration says so (larger first, equal votes by
+    /// smaller index, NaN last), and the
     /// selected list: initial tokens, chosen tokens, local tokens and block, ascending.
     ///
-    /// Reads `actions`, `votes` and `queries` of the workspace, writes `top_k`, `selected` and
+    /// Reads `actions`, `votes` and `queries` of the workspace, writes `pooled_votes`, `top_k`, `selected` and
     /// `selected_len`. With `cached`, reused rows take their tokens from it, scored rows replace what it
     /// holds, and every row is counted; pass what was passed to [`pool`](Self::pool).
     ///
@@ -264,19 +272,30 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`].
     pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
         self.plan.check(batch)?;
+        self.workspace.check(&self.plan)?;
         if let Some(cached) = &cached {
             self.check_cached(batch, cached)?;
         }
-        let reuses = self.workspace.actions()?.into_iter().take(batch.num_rows());
         let cached = cached.filter(|_| self.caches(batch));
-        if cached.is_none() && reuses.into_iter().any(|action| action == crate::RowAction::Reuse) {
+        if cached.is_none() && self.host_rows_reuse(batch)? {
             return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
         }
+        let pools = self.config().vote_pool_window > 1;
+        if pools {
+            self.device.backend().smooth(SmoothArgs {
+                config: self.plan.config(),
+                batch,
+                actions: self.workspace.actions.view(),
+                votes: self.workspace.votes.view(),
+                pooled: self.workspace.pooled_votes.view_mut(),
+            })?;
+        }
+        let votes = if pools { &self.workspace.pooled_votes } else { &self.workspace.votes };
         self.device.backend().top_k(TopKArgs {
             config: self.plan.config(),
             batch,
             actions: self.workspace.actions.view(),
-            votes: self.workspace.votes.view(),
+            votes: votes.view(),
             queries: self.workspace.queries.view(),
             cached,
             top_k: self.workspace.top_k.view_mut(),
@@ -300,6 +319,7 @@ impl TokenSelect {
         q: TensorView<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
+        self.workspace.check(&self.plan)?;
         let tokens = self.workspace.selected.view();
         let len = self.workspace.selected_len.view();
         self.attend_to(batch, kv, q, Selection { tokens, len, ranks: None }, output)
@@ -400,6 +420,15 @@ impl TokenSelect {
         self.device.backend().merge(MergeArgs { parts, part_lses, out: output.out, lse: output.lse })
     }
 
+    /// Whether `pool` told a row to reuse its selection, as far as that is known without waiting for a device.
+    fn host_rows_reuse(&self, batch: &Batch) -> Result<bool> {
+        if !self.workspace.actions.view().is_on_host() {
+            return Ok(false);
+        }
+        let actions = self.workspace.actions()?;
+        Ok(actions[..batch.num_rows()].contains(&crate::RowAction::Reuse))
+    }
+
     /// Whether selections of this batch may be cached.
     fn caches(&self, batch: &Batch) -> bool {
         let known = batch.num_rows() == 0 || batch.sequence_index(0).is_some();
@@ -465,6 +494,9 @@ impl TokenSelect {
             ranks.total_len.expect("selection.total_len", &[DType::U32], [rows])?;
         } else if batch.is_partial() {
             return Err(Error::Missing { op: "attend", needs: "ranks for a batch of parts of sequences" });
+        }
+        if !selection.len.is_on_host() {
+            return Ok(()); // looking at the lists would wait for the device
         }
         let lens = selection.len.as_slice::<u32>()?;
         let tokens = selection.tokens.as_slice::<u32>()?;

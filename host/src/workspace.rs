@@ -1,8 +1,9 @@
 //! The buffers between the operations of a step, all reachable, so that a collective can run between two.
 
+use crate::device::Device;
 use crate::error::Result;
 use crate::plan::Plan;
-use crate::tensor::{DType, Tensor};
+use crate::tensor::{DType, Shape, Tensor};
 
 /// What a step does for a row of the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -50,8 +51,8 @@ pub struct Workspace {
     pub stats: Tensor,
     /// `[max_kv_tokens]` f32, written by `vote` for candidates: sums of softmax probabilities over heads.
     pub votes: Tensor,
-    /// `[max_kv_tokens]` f32, written by `vote`: votes before the max-pool, where there is one.
-    pub(crate) raw_votes: Tensor,
+    /// `[max_kv_tokens]` f32, written by `top_k` where `vote_pool_window` is above 1 (else `[0]`): max-pooled votes.
+    pub pooled_votes: Tensor,
     /// `[max_rows, top_k]` u32, written by `top_k`: chosen tokens, ascending; only for rows that were scored
     /// or reuse a selection. A row with fewer candidates than `top_k` fills its first places.
     pub top_k: Tensor,
@@ -59,48 +60,70 @@ pub struct Workspace {
     pub selected: Tensor,
     /// `[max_rows]` u32, written by `top_k`: length of each selected list.
     pub selected_len: Tensor,
+    /// What the device's kernels use among themselves.
+    pub(crate) scratch: Tensor,
 }
 
 impl Workspace {
-    /// Allocates the buffers of a plan.
+    /// Allocates the buffers of a plan where `device` works.
     ///
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) where a size does not fit the address space.
-    pub fn new(plan: &Plan) -> Result<Self> {
-        let pooled = plan.config().vote_pool_window > 1;
-        let raw_votes = if pooled { plan.votes_shape() } else { [0].into() };
+    pub fn new(device: &Device, plan: &Plan) -> Result<Self> {
+        let zeros = |dtype, shape: Shape| Tensor::zeros_on(device, dtype, shape);
+        let scratch = device.backend().scratch_words(plan.config(), plan.limits());
         Ok(Workspace {
-            queries: Tensor::zeros(DType::F32, plan.query_shape())?,
-            similarities: Tensor::zeros(DType::F32, plan.row_shape())?,
-            actions: Tensor::zeros(DType::U32, plan.row_shape())?,
-            logits: Tensor::zeros(DType::F32, plan.logits_shape())?,
-            stats: Tensor::zeros(DType::F32, plan.stats_shape())?,
-            votes: Tensor::zeros(DType::F32, plan.votes_shape())?,
-            raw_votes: Tensor::zeros(DType::F32, raw_votes)?,
-            top_k: Tensor::zeros(DType::U32, plan.top_k_shape())?,
-            selected: Tensor::zeros(DType::U32, plan.selected_shape())?,
-            selected_len: Tensor::zeros(DType::U32, plan.row_shape())?,
+            queries: zeros(DType::F32, plan.query_shape())?,
+            similarities: zeros(DType::F32, plan.row_shape())?,
+            actions: zeros(DType::U32, plan.row_shape())?,
+            logits: zeros(DType::F32, plan.logits_shape())?,
+            stats: zeros(DType::F32, plan.stats_shape())?,
+            votes: zeros(DType::F32, plan.votes_shape())?,
+            pooled_votes: zeros(DType::F32, plan.pooled_votes_shape())?,
+            top_k: zeros(DType::U32, plan.top_k_shape())?,
+            selected: zeros(DType::U32, plan.selected_shape())?,
+            selected_len: zeros(DType::U32, plan.row_shape())?,
+            scratch: zeros(DType::U32, [scratch].into())?,
         })
     }
 
-    /// The actions that `pool` decided on, a [`RowAction`] a row. Rows beyond the current batch are stale.
+    /// Checks that the buffers, which are open to collectives, are still of the plan's types and shapes.
+    ///
+    /// # Errors
+    /// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType).
+    pub fn check(&self, plan: &Plan) -> Result<()> {
+        let expect = |tensor: &Tensor, what, dtype, shape: Shape| tensor.view().expect(what, &[dtype], shape);
+        expect(&self.queries, "workspace.queries", DType::F32, plan.query_shape())?;
+        expect(&self.similarities, "workspace.similarities", DType::F32, plan.row_shape())?;
+        expect(&self.actions, "workspace.actions", DType::U32, plan.row_shape())?;
+        expect(&self.logits, "workspace.logits", DType::F32, plan.logits_shape())?;
+        expect(&self.stats, "workspace.stats", DType::F32, plan.stats_shape())?;
+        expect(&self.votes, "workspace.votes", DType::F32, plan.votes_shape())?;
+        expect(&self.pooled_votes, "workspace.pooled_votes", DType::F32, plan.pooled_votes_shape())?;
+        expect(&self.top_k, "workspace.top_k", DType::U32, plan.top_k_shape())?;
+        expect(&self.selected, "workspace.selected", DType::U32, plan.selected_shape())?;
+        expect(&self.selected_len, "workspace.selected_len", DType::U32, plan.row_shape())
+    }
+
+    /// The actions that `pool` decided on, a [`RowAction`] a row. Rows beyond the current batch are stale. Waits for
+    /// earlier work of the device.
     ///
     /// # Errors
     /// None on a workspace made by [`new`](Self::new); the type is checked like any tensor's.
     pub fn actions(&self) -> Result<Vec<RowAction>> {
-        let codes = self.actions.as_slice::<u32>()?;
-        Ok(codes.iter().map(|&code| RowAction::from_code(code).unwrap_or(RowAction::Skip)).collect())
+        let codes = self.actions.to_vec::<u32>()?;
+        Ok(codes.into_iter().map(|code| RowAction::from_code(code).unwrap_or(RowAction::Skip)).collect())
     }
 
-    /// The selected tokens of one row of the current batch, ascending.
+    /// The selected tokens of one row of the current batch, ascending. Waits for earlier work of the device.
     ///
     /// # Errors
     /// [`Error::Index`](crate::Error::Index) where the plan has no such row.
-    pub fn selected(&self, row: usize) -> Result<&[u32]> {
-        let lengths = self.selected_len.as_slice::<u32>()?;
+    pub fn selected(&self, row: usize) -> Result<Vec<u32>> {
+        let lengths = self.selected_len.to_vec::<u32>()?;
         let limit = lengths.len();
         let len = lengths.get(row).ok_or(crate::Error::Index { what: "row", limit, got: row })?;
         let width = self.selected.shape().dims()[1];
-        Ok(&self.selected.as_slice::<u32>()?[row * width..][..*len as usize])
+        Ok(self.selected.to_vec::<u32>()?[row * width..][..*len as usize].to_vec())
     }
 }

@@ -3,14 +3,19 @@
 //! [`TokenSelect`](crate::TokenSelect) checks shapes, types and limits before it calls a backend, so a
 //! backend may rely on what is written here and each rule is checked in one place for all devices.
 
-pub mod cpu;
+pub(crate) mod cpu;
+#[cfg_attr(not(any(feature = "cuda", feature = "emulator")), allow(dead_code))]
+pub(crate) mod gpu;
 
 use std::fmt;
+use std::sync::Arc;
 
+use crate::backend::gpu::driver::Driver;
 use crate::batch::Batch;
 use crate::cache::{KvView, KvViewMut, PageCopy};
 use crate::config::SelectConfig;
 use crate::error::Result;
+use crate::plan::Limits;
 use crate::rope::RopeTable;
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::{TensorView, TensorViewMut};
@@ -22,6 +27,35 @@ pub struct CopyPagesArgs<'a> {
     pub copies: &'a [PageCopy],
     /// One layer.
     pub kv: KvViewMut<'a>,
+}
+
+/// Arguments of [`Backend::copy_sequence`]: the tensors of a [`SelectionCache`](crate::SelectionCache), each
+/// `[num_layers, num_sequences, ..]`.
+#[derive(Debug)]
+pub struct CopySequenceArgs<'a> {
+    /// Sequence to read.
+    pub src: usize,
+    /// Sequence to write.
+    pub dst: usize,
+    /// Scoring queries.
+    pub queries: TensorViewMut<'a>,
+    /// Selected tokens.
+    pub selections: TensorViewMut<'a>,
+    /// Ages.
+    pub ages: TensorViewMut<'a>,
+    /// Tokens before the block at each selection.
+    pub made_at: TensorViewMut<'a>,
+}
+
+/// Arguments of [`Backend::forget`].
+#[derive(Debug)]
+pub struct ForgetArgs<'a> {
+    /// `[num_layers, num_sequences]` u32: tokens before the block at each selection; `u32::MAX` for none.
+    pub made_at: TensorViewMut<'a>,
+    /// Sequence whose selections are dropped.
+    pub sequence: usize,
+    /// Selections made with at least so many tokens before the block are dropped.
+    pub from: usize,
 }
 
 /// Arguments of [`Backend::append`].
@@ -56,6 +90,8 @@ pub struct PoolArgs<'a> {
     pub similarities: TensorViewMut<'a>,
     /// `[max_rows]` u32, written: a [`RowAction`](crate::RowAction).
     pub actions: TensorViewMut<'a>,
+    /// [`Backend::scratch_words`] of the device's own.
+    pub scratch: TensorViewMut<'a>,
 }
 
 /// Arguments of [`Backend::score`].
@@ -75,6 +111,8 @@ pub struct ScoreArgs<'a> {
     pub logits: TensorViewMut<'a>,
     /// `[max_rows, num_qo_heads, 2]` f32, written: largest logit, sum of `exp(logit - largest)`.
     pub stats: TensorViewMut<'a>,
+    /// [`Backend::scratch_words`] of the device's own.
+    pub scratch: TensorViewMut<'a>,
 }
 
 /// Arguments of [`Backend::vote`].
@@ -90,10 +128,23 @@ pub struct VoteArgs<'a> {
     pub logits: TensorView<'a>,
     /// `[max_rows, num_qo_heads, 2]` f32: over all candidates of the sequence, wherever they lie.
     pub stats: TensorView<'a>,
-    /// `[max_kv_tokens]` f32, scratch; `[0]` where `vote_pool_window` is 1.
-    pub raw_votes: TensorViewMut<'a>,
     /// `[max_kv_tokens]` f32, written for candidates.
     pub votes: TensorViewMut<'a>,
+}
+
+/// Arguments of [`Backend::smooth`].
+#[derive(Debug)]
+pub struct SmoothArgs<'a> {
+    /// Configuration.
+    pub config: &'a SelectConfig,
+    /// Rows and page tables.
+    pub batch: &'a Batch,
+    /// `[max_rows]` u32: only rows with `RowAction::Score` are smoothed.
+    pub actions: TensorView<'a>,
+    /// `[max_kv_tokens]` f32, read for candidates.
+    pub votes: TensorView<'a>,
+    /// `[max_kv_tokens]` f32, written for candidates: the largest vote within the window.
+    pub pooled: TensorViewMut<'a>,
 }
 
 /// Arguments of [`Backend::top_k`].
@@ -174,9 +225,32 @@ pub struct MergeArgs<'a> {
 }
 
 /// The operations of a device. See `docs/definitions.md` for what each computes.
-pub trait Backend: fmt::Debug + Send + Sync {
+pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Short name of the device.
     fn name(&self) -> &str;
+
+    /// The driver of a GPU.
+    fn driver(&self) -> Option<&Arc<dyn Driver>> {
+        None
+    }
+
+    /// 32-bit words of scratch memory, zero at first, that operations on batches within `limits` need.
+    fn scratch_words(&self, config: &SelectConfig, limits: &Limits) -> usize {
+        let _ = (config, limits);
+        0
+    }
+
+    /// Copies the cached selections of one sequence to another, in all layers.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn copy_sequence(&self, args: CopySequenceArgs<'_>) -> Result<()>;
+
+    /// Drops cached selections of one sequence, in all layers.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn forget(&self, args: ForgetArgs<'_>) -> Result<()>;
 
     /// Copies leading tokens of pages, keys and values: the copy of copy-on-write.
     ///
@@ -202,11 +276,17 @@ pub trait Backend: fmt::Debug + Send + Sync {
     /// Whatever stops the device.
     fn score(&self, args: ScoreArgs<'_>) -> Result<()>;
 
-    /// Sums of softmax probabilities over heads, optionally max-pooled.
+    /// Sums of softmax probabilities over heads.
     ///
     /// # Errors
     /// Whatever stops the device.
     fn vote(&self, args: VoteArgs<'_>) -> Result<()>;
+
+    /// Max-pool of the votes with the configuration's window.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn smooth(&self, args: SmoothArgs<'_>) -> Result<()>;
 
     /// The `top_k` largest votes of every scored row in the total order, windows added.
     ///

@@ -91,13 +91,13 @@ impl PagedKvCache {
             num_kv_heads: config.heads.num_kv_heads,
             head_dim: config.heads.head_dim,
         };
-        let pool = || Tensor::zeros(config.dtype, shape.dims(cache.layout));
+        let pool = || Tensor::zeros_on(device, config.dtype, shape.dims(cache.layout));
         let mut layers = Vec::with_capacity(cache.num_layers);
         for _ in 0..cache.num_layers {
             layers.push(LayerKv { k: pool()?, v: pool()? });
         }
         let selections = match config.selection_cache {
-            Some(_) => Some(SelectionCache::new(config, cache.num_layers, cache.max_sequences)?),
+            Some(_) => Some(SelectionCache::new(device, config, cache.num_layers, cache.max_sequences)?),
             None => None,
         };
         let device = device.clone();
@@ -212,15 +212,16 @@ impl PagedKvCache {
         }
         let batch = Batch::new(self.pages.page_size(), qo_indptr, self.pages.tables(&ids)?)?;
         let owners = ids.iter().map(|&id| Ok((id, self.pages.revision(id)?))).collect::<Result<_>>()?;
-        Ok(batch.owned_by(owners))
+        Ok(batch.owned_by(self.pages.id(), owners))
     }
 
-    /// Checks that no sequence of a batch was freed or truncated since the batch was made.
+    /// Checks that this cache made the batch, and that no sequence of it was freed, truncated or forked and no page of
+    /// it moved since then.
     ///
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::StaleBatch`].
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        if batch.owners().len() != batch.num_rows() {
+        if batch.allocator() != self.pages.id() {
             return Err(Error::Missing { op: "step", needs: "a batch made by this cache's `extend`" });
         }
         for (row, &(id, revision)) in batch.owners().iter().enumerate() {
@@ -272,8 +273,12 @@ impl PagedKvCache {
         self.selections.as_ref()
     }
 
-    /// How often selections were reused and made, summed over layers. Zeros without a Selection Cache.
-    pub fn selection_stats(&self) -> SelectionStats {
-        self.selections.as_ref().map(SelectionCache::stats).unwrap_or_default()
+    /// How often selections were reused and made, summed over layers. Zeros without a Selection Cache. Waits for
+    /// earlier work of the device.
+    ///
+    /// # Errors
+    /// [`Error::Driver`] where the device fails.
+    pub fn selection_stats(&self) -> Result<SelectionStats> {
+        self.selections.as_ref().map_or(Ok(SelectionStats::default()), SelectionCache::stats)
     }
 }

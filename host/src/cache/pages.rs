@@ -3,6 +3,7 @@
 
 use std::collections::HashMap;
 use std::fmt;
+use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::config::MAX_SEQUENCE_LEN;
 use crate::error::{Error, Result};
@@ -59,15 +60,17 @@ struct Sequence {
     alive: bool,
     len: usize,
     pages: Vec<u32>,
-    /// Changes when tokens that a batch may name are dropped or move to another page.
+    /// Changes when tokens that a batch may name are dropped, move to another page or are shared.
     revision: u64,
 }
 
 /// Hands pages to sequences, shares them between forks, and takes them back.
 ///
 /// Every call either does all it says or, with an error, nothing.
-#[derive(Debug, Clone)]
+#[derive(Debug)]
 pub struct PageAllocator {
+    /// Unlike that of any other allocator of the process.
+    id: u64,
     page_size: usize,
     /// Free pages; the last is handed out first.
     free: Vec<u32>,
@@ -91,7 +94,9 @@ impl PageAllocator {
                 return Err(Error::config(field, format!("from 1 to {MAX_SEQUENCE_LEN}"), got));
             }
         }
+        static NEXT_ID: AtomicU64 = AtomicU64::new(1);
         Ok(PageAllocator {
+            id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             page_size,
             free: (0..num_pages as u32).rev().collect(),
             ref_counts: vec![0; num_pages],
@@ -179,6 +184,8 @@ impl PageAllocator {
         for &page in &pages {
             self.ref_counts[page as usize] += 1;
         }
+        // Batches made before would write into pages that are now shared.
+        self.sequences[id.index()].revision += 1;
         let sequence = &mut self.sequences[child.index()];
         (sequence.len, sequence.pages) = (len, pages);
         Ok(child)
@@ -295,7 +302,12 @@ impl PageAllocator {
         Ok(tables)
     }
 
-    /// A number that changes when tokens of the sequence are dropped or moved.
+    /// Tells this allocator's batches from those of others.
+    pub(crate) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// A number that changes when tokens of the sequence are dropped, moved or shared.
     pub(crate) fn revision(&self, id: SequenceId) -> Result<u64> {
         Ok(self.get(id)?.revision)
     }

@@ -41,6 +41,9 @@ impl KvShape {
             return Err(Error::config(what, "four-dimensional", dims));
         };
         let (page_size, num_kv_heads) = if layout == KvLayout::Nhd { (a, b) } else { (b, a) };
+        if a.checked_mul(b).and_then(|len| len.checked_mul(head_dim)).is_none() {
+            return Err(Error::config(what, "of pages that fit the address space", dims));
+        }
         Ok(KvShape { num_pages, page_size, num_kv_heads, head_dim })
     }
 
@@ -122,6 +125,16 @@ impl<'a> KvView<'a> {
         reach("v", shape, strides, 0, v.shape())?;
         v.expect("v", &[k.dtype()], v.shape())?;
         Ok(KvView { k, v, shape, strides })
+    }
+
+    /// The keys' memory.
+    pub fn k(&self) -> TensorView<'a> {
+        self.k
+    }
+
+    /// The values' memory.
+    pub fn v(&self) -> TensorView<'a> {
+        self.v
     }
 
     /// Extent of the pools.

@@ -16,15 +16,17 @@ use half::{bf16, f16};
 use rayon::prelude::*;
 
 use super::{
-    AppendArgs, AttendArgs, Backend, CopyPagesArgs, MergeArgs, PoolArgs, ScoreArgs, TopKArgs, VoteArgs,
+    AppendArgs, AttendArgs, Backend, CopyPagesArgs, CopySequenceArgs, ForgetArgs, MergeArgs, PoolArgs,
+    ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
 };
 use crate::cache::KvStorageMut;
 use crate::error::{Error, Result};
+use crate::selection_cache::EMPTY;
 use crate::tensor::{DType, TensorView, TensorViewMut};
 
 /// The processor as a device.
 #[derive(Debug, Clone, Copy, Default)]
-pub struct CpuBackend;
+pub(crate) struct CpuBackend;
 
 /// Calls `$f::<T>` with the float type of `$dtype`.
 macro_rules! with_float {
@@ -51,6 +53,34 @@ impl Backend for CpuBackend {
         with_float!(args.kv.dtype(), copy_pages::<T>(args))
     }
 
+    fn copy_sequence(&self, args: CopySequenceArgs<'_>) -> Result<()> {
+        let (src, dst) = (args.src, args.dst);
+        let &[layers, sequences, query_len] = args.queries.shape().dims() else { return Ok(()) };
+        let top_k = args.selections.shape().dims()[2];
+        let queries = args.queries.into_slice::<f32>()?;
+        let selections = args.selections.into_slice::<u32>()?;
+        let (ages, made_at) = (args.ages.into_slice::<u32>()?, args.made_at.into_slice::<u32>()?);
+        for base in (0..layers).map(|layer| layer * sequences) {
+            let row = |width: usize| (base + src) * width..(base + src + 1) * width;
+            queries.copy_within(row(query_len), (base + dst) * query_len);
+            selections.copy_within(row(top_k), (base + dst) * top_k);
+            ages[base + dst] = ages[base + src];
+            made_at[base + dst] = made_at[base + src];
+        }
+        Ok(())
+    }
+
+    fn forget(&self, args: ForgetArgs<'_>) -> Result<()> {
+        let sequences = args.made_at.shape().dims()[1];
+        let made_at = args.made_at.into_slice::<u32>()?;
+        for entry in made_at.iter_mut().skip(args.sequence).step_by(sequences) {
+            if *entry as usize >= args.from {
+                *entry = EMPTY;
+            }
+        }
+        Ok(())
+    }
+
     fn append(&self, args: AppendArgs<'_>) -> Result<()> {
         with_float!(args.kv.dtype(), append::<T>(args))
     }
@@ -69,6 +99,10 @@ impl Backend for CpuBackend {
 
     fn vote(&self, args: VoteArgs<'_>) -> Result<()> {
         vote::vote(args)
+    }
+
+    fn smooth(&self, args: SmoothArgs<'_>) -> Result<()> {
+        vote::smooth(args)
     }
 
     fn top_k(&self, args: TopKArgs<'_>) -> Result<()> {

@@ -29,7 +29,17 @@ pub(super) fn score<T: Float>(args: ScoreArgs<'_>) -> Result<()> {
         ((batch.token_base(row) + candidates.start) * hq, candidates.len() * hq)
     });
     let logits = split_parts(args.logits.into_slice::<f32>()?, parts);
-    let stats = split_parts(args.stats.into_slice::<f32>()?, scored().map(|row| (row * hq * 2, hq * 2)));
+    let mut all_stats = args.stats;
+    if batch.is_partial() {
+        // A rank without candidates takes part in the other ranks' reduction: it has nothing to add.
+        let stats = all_stats.reborrow().into_slice::<f32>()?;
+        for row in (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Complete as u32) {
+            for entry in stats[row * hq * 2..][..hq * 2].chunks_exact_mut(2) {
+                (entry[0], entry[1]) = (f32::NEG_INFINITY, 0.0);
+            }
+        }
+    }
+    let stats = split_parts(all_stats.into_slice::<f32>()?, scored().map(|row| (row * hq * 2, hq * 2)));
 
     let rows: Vec<_> = scored().zip(logits).zip(stats).collect();
     rows.into_par_iter().for_each(|((row, logits), stats)| {

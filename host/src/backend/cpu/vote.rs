@@ -1,4 +1,4 @@
-//! `vote`: softmax probabilities of the candidates, summed over heads, optionally max-pooled.
+//! `vote`: softmax probabilities of the candidates, summed over heads; and `smooth`, their max-pool.
 
 use std::collections::VecDeque;
 
@@ -7,7 +7,7 @@ use multiversion::target::target_cfg_f;
 use rayon::prelude::*;
 
 use super::{actions, simd, split_parts};
-use crate::backend::VoteArgs;
+use crate::backend::{SmoothArgs, VoteArgs};
 use crate::error::Result;
 use crate::workspace::RowAction;
 
@@ -17,7 +17,6 @@ const CHUNK: usize = 1024;
 pub(super) fn vote(args: VoteArgs<'_>) -> Result<()> {
     let (config, batch) = (args.config, args.batch);
     let hq = config.heads.num_qo_heads;
-    let window = config.vote_pool_window;
     let logits = args.logits.as_slice::<f32>()?;
     let stats = args.stats.as_slice::<f32>()?;
     let actions = actions(&args.actions, batch.num_rows())?;
@@ -27,29 +26,34 @@ pub(super) fn vote(args: VoteArgs<'_>) -> Result<()> {
         (batch.token_base(row) + candidates.start, candidates.len())
     };
 
-    let votes = args.votes.into_slice::<f32>()?;
-    let raw = args.raw_votes.into_slice::<f32>()?;
-    let fill = |target: &mut [f32]| {
-        let rows: Vec<_> = scored().zip(split_parts(target, scored().map(place))).collect();
-        rows.into_par_iter().for_each(|(row, votes)| {
-            let logits = &logits[place(row).0 * hq..][..votes.len() * hq];
-            let stats = &stats[row * hq * 2..][..hq * 2];
-            let max: Vec<f32> = stats.iter().copied().step_by(2).collect();
-            let inverse: Vec<f32> = stats.iter().skip(1).step_by(2).map(|sum| 1.0 / sum).collect();
-            votes
-                .par_chunks_mut(CHUNK)
-                .zip(logits.par_chunks(CHUNK * hq))
-                .for_each(|(votes, logits)| vote_chunk(logits, &max, &inverse, votes));
-        });
-    };
-    if window == 1 {
-        fill(votes);
-        return Ok(());
-    }
-    fill(raw);
-    let rows: Vec<_> = scored().zip(split_parts(votes, scored().map(place))).collect();
+    let votes = split_parts(args.votes.into_slice::<f32>()?, scored().map(place));
+    let rows: Vec<_> = scored().zip(votes).collect();
     rows.into_par_iter().for_each(|(row, votes)| {
-        max_pool(&raw[place(row).0..][..votes.len()], window, votes);
+        let logits = &logits[place(row).0 * hq..][..votes.len() * hq];
+        let stats = &stats[row * hq * 2..][..hq * 2];
+        let max: Vec<f32> = stats.iter().copied().step_by(2).collect();
+        let inverse: Vec<f32> = stats.iter().skip(1).step_by(2).map(|sum| 1.0 / sum).collect();
+        votes
+            .par_chunks_mut(CHUNK)
+            .zip(logits.par_chunks(CHUNK * hq))
+            .for_each(|(votes, logits)| vote_chunk(logits, &max, &inverse, votes));
+    });
+    Ok(())
+}
+
+pub(super) fn smooth(args: SmoothArgs<'_>) -> Result<()> {
+    let (config, batch) = (args.config, args.batch);
+    let votes = args.votes.as_slice::<f32>()?;
+    let actions = actions(&args.actions, batch.num_rows())?;
+    let scored = || (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32);
+    let place = |row: usize| {
+        let candidates = batch.candidates(row, config);
+        (batch.token_base(row) + candidates.start, candidates.len())
+    };
+    let pooled = split_parts(args.pooled.into_slice::<f32>()?, scored().map(place));
+    let rows: Vec<_> = scored().zip(pooled).collect();
+    rows.into_par_iter().for_each(|(row, pooled)| {
+        max_pool(&votes[place(row).0..][..pooled.len()], config.vote_pool_window, pooled);
     });
     Ok(())
 }

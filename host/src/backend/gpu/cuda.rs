@@ -1,0 +1,386 @@
+//! NVIDIA GPUs, through the raw layer of `cust` and a driver that is found at run time.
+//!
+//! The device's primary context is used, the one that the CUDA runtime and with it PyTorch and most engines use, or
+//! the caller's current context if that belongs to the device; no other context is ever made. Every call makes the
+//! context current for its own duration and leaves the thread as it was.
+
+use std::collections::HashMap;
+use std::ffi::{CStr, CString, c_void};
+use std::ptr::null_mut;
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use cust::sys::{self, CUresult};
+use kernels_gpu::entries::Entry;
+use kernels_gpu::launch::{Dims, GpuInfo, Limits};
+use tokenselect_ptx::Ptx;
+
+use super::driver::{Driver, Event, check_launch};
+use crate::error::{Error, Result};
+
+/// One GPU and one stream on it.
+pub(crate) struct CudaDriver {
+    name: String,
+    gpu: GpuInfo,
+    context: Context,
+    stream: Stream,
+    kernels: Arc<Kernels>,
+}
+
+// SAFETY: contexts, streams and functions of the driver API may be used from any thread.
+unsafe impl Send for CudaDriver {}
+// SAFETY: as above; calls on one stream are serialised by the driver.
+unsafe impl Sync for CudaDriver {}
+
+/// Calls a function of the driver API and turns its answer into a `Result`.
+macro_rules! cuda {
+    ($name:expr, $function:ident($($arg:expr),* $(,)?)) => {{
+        // SAFETY: arguments are as the driver API asks; each use says where that is not plain.
+        let code = unsafe { sys::$function($($arg),*) };
+        check($name, stringify!($function), code)
+    }};
+}
+
+fn check(device: &str, call: &str, code: CUresult) -> Result<()> {
+    if code == CUresult::CUDA_SUCCESS {
+        return Ok(());
+    }
+    let mut text = std::ptr::null();
+    // SAFETY: `text` is valid for a write; the driver returns a static string or leaves it.
+    let reason = unsafe {
+        sys::cuGetErrorName(code, &mut text);
+        if text.is_null() { "unknown error".into() } else { CStr::from_ptr(text).to_string_lossy() }
+    };
+    Err(Error::Driver {
+        device: device.to_owned(),
+        call: call.to_owned(),
+        reason: format!("{} ({reason})", code as u32),
+    })
+}
+
+/// The context that is used, and whether it was retained.
+struct Context {
+    raw: sys::CUcontext,
+    /// The device whose primary context is to be released.
+    retained: Option<sys::CUdevice>,
+}
+
+impl Context {
+    fn of(name: &str, device: sys::CUdevice) -> Result<Self> {
+        let mut current = null_mut();
+        cuda!(name, cuCtxGetCurrent(&mut current))?;
+        if !current.is_null() {
+            let mut its_device = 0;
+            cuda!(name, cuCtxGetDevice(&mut its_device))?;
+            if its_device == device {
+                return Ok(Context { raw: current, retained: None });
+            }
+        }
+        let mut primary = null_mut();
+        cuda!(name, cuDevicePrimaryCtxRetain(&mut primary, device))?;
+        Ok(Context { raw: primary, retained: Some(device) })
+    }
+
+    /// Makes the context current until the guard is dropped.
+    fn enter(&self, name: &str) -> Result<Entered> {
+        let mut current = null_mut();
+        cuda!(name, cuCtxGetCurrent(&mut current))?;
+        if current == self.raw {
+            return Ok(Entered { pushed: false });
+        }
+        cuda!(name, cuCtxPushCurrent_v2(self.raw))?;
+        Ok(Entered { pushed: true })
+    }
+}
+
+impl Drop for Context {
+    fn drop(&mut self) {
+        if let Some(device) = self.retained {
+            // SAFETY: retained in `of`. An error would mean that the process is ending.
+            let _ = unsafe { sys::cuDevicePrimaryCtxRelease_v2(device) };
+        }
+    }
+}
+
+struct Entered {
+    pushed: bool,
+}
+
+impl Drop for Entered {
+    fn drop(&mut self) {
+        if self.pushed {
+            let mut popped = null_mut();
+            // SAFETY: pushed in `enter` by this thread.
+            let _ = unsafe { sys::cuCtxPopCurrent_v2(&mut popped) };
+        }
+    }
+}
+
+struct Stream {
+    raw: sys::CUstream,
+    owned: bool,
+}
+
+/// The kernels of a context, loaded once, however many devices share it.
+struct Kernels {
+    functions: HashMap<&'static str, sys::CUfunction>,
+    load_time: Duration,
+}
+
+// SAFETY: function handles may be used from any thread.
+unsafe impl Send for Kernels {}
+// SAFETY: as above; the map is not changed once it is made.
+unsafe impl Sync for Kernels {}
+
+/// Kernels by context. A primary context, once used, lives as long as the process in all but name: releasing it
+/// while others hold it keeps it, and the driver hands out the same address again.
+static LOADED: Mutex<Vec<(usize, Arc<Kernels>)>> = Mutex::new(Vec::new());
+
+impl Kernels {
+    /// The kernels of the current context.
+    fn of(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Arc<Self>> {
+        let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        let key = context.raw as usize;
+        if let Some((_, kernels)) = loaded.iter().find(|(context, _)| *context == key) {
+            return Ok(Arc::clone(kernels));
+        }
+        if context.retained.is_some() {
+            // Held for good: the kernels outlive the device that loads them first.
+            let mut primary = null_mut();
+            cuda!(name, cuDevicePrimaryCtxRetain(&mut primary, context.retained.unwrap_or_default()))?;
+        }
+        let begin = Instant::now();
+        let bad_name = |_| Error::Driver {
+            device: name.to_owned(),
+            call: "cuModuleLoadData".into(),
+            reason: "the text holds a zero byte".into(),
+        };
+        let text = CString::new(ptx.text).map_err(bad_name)?;
+        let mut module = null_mut();
+        cuda!(name, cuModuleLoadData(&mut module, text.as_ptr().cast()))?;
+        let mut functions = HashMap::new();
+        for entry in kernels_gpu::entries::ENTRIES {
+            let mut function = null_mut();
+            let symbol = CString::new(entry.name).map_err(bad_name)?;
+            cuda!(name, cuModuleGetFunction(&mut function, module, symbol.as_ptr()))?;
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            cuda!(name, cuFuncSetAttribute(function, attribute, shared_bytes as i32))?;
+            functions.insert(entry.name, function);
+        }
+        let kernels = Arc::new(Kernels { functions, load_time: begin.elapsed() });
+        loaded.push((key, Arc::clone(&kernels)));
+        Ok(kernels)
+    }
+}
+
+impl CudaDriver {
+    /// Device `ordinal`, on a stream of its own.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        CudaDriver::open(ordinal, None)
+    }
+
+    /// Device `ordinal`, on the caller's stream.
+    ///
+    /// # Safety
+    /// - `stream` is null or a stream of the context that is used, and lives as long as the driver.
+    pub unsafe fn on_stream(ordinal: usize, stream: *mut c_void) -> Result<Self> {
+        CudaDriver::open(ordinal, Some(stream.cast()))
+    }
+
+    fn open(ordinal: usize, stream: Option<sys::CUstream>) -> Result<Self> {
+        let short = format!("cuda:{ordinal}");
+        if let Err(error) = tokenselect_cuda_lazy::load() {
+            let (call, reason) = ("loading the driver".into(), error.to_string());
+            return Err(Error::Driver { device: short, call, reason });
+        }
+        cuda!(&short, cuInit(0))?;
+        let mut device = 0;
+        cuda!(&short, cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)))?;
+        let name = format!("{short} ({})", model(&short, device)?);
+        let (gpu, ptx) = capabilities(&name, device)?;
+        let context = Context::of(&name, device)?;
+        let entered = context.enter(&name)?;
+        let kernels = Kernels::of(&name, &context, ptx, gpu.limits.shared_bytes)?;
+        let stream = match stream {
+            Some(raw) => Stream { raw, owned: false },
+            None => {
+                let mut raw = null_mut();
+                let flags = sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32;
+                cuda!(&name, cuStreamCreate(&mut raw, flags))?;
+                Stream { raw, owned: true }
+            }
+        };
+        drop(entered);
+        Ok(CudaDriver { name, gpu, context, stream, kernels })
+    }
+
+    fn enter(&self) -> Result<Entered> {
+        self.context.enter(&self.name)
+    }
+}
+
+fn model(name: &str, device: sys::CUdevice) -> Result<String> {
+    let mut text = [0; 128];
+    cuda!(name, cuDeviceGetName(text.as_mut_ptr(), text.len() as i32, device))?;
+    // SAFETY: the driver ends the name with a zero byte within the length given.
+    Ok(unsafe { CStr::from_ptr(text.as_ptr()) }.to_string_lossy().into_owned())
+}
+
+/// What the device can launch, and the kernels for it.
+fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
+    use sys::CUdevice_attribute as Attribute;
+    let get = |attribute| {
+        let mut value = 0;
+        cuda!(name, cuDeviceGetAttribute(&mut value, attribute, device))?;
+        Ok(value as u32)
+    };
+    let major = get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR)?;
+    let minor = get(Attribute::CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR)?;
+    let Some(ptx) = tokenselect_ptx::for_compute_capability(major, minor) else {
+        let what = format!("compute capability {major}.{minor}, only from 8.0 on");
+        return Err(Error::Unsupported { device: name.to_owned(), op: "any operation", what });
+    };
+    let limits = Limits {
+        grid: [
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Y)?,
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_Z)?,
+        ],
+        block: [
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_X)?,
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Y)?,
+            get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_BLOCK_DIM_Z)?,
+        ],
+        threads: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
+        shared_bytes: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+    };
+    let num_sms = get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
+    Ok((GpuInfo { num_sms, limits }, ptx))
+}
+
+impl Driver for CudaDriver {
+    fn name(&self) -> &str {
+        &self.name
+    }
+
+    fn gpu(&self) -> &GpuInfo {
+        &self.gpu
+    }
+
+    fn load_time(&self) -> Duration {
+        self.kernels.load_time
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        let _entered = self.enter()?;
+        let mut addr = 0;
+        cuda!(&self.name, cuMemAllocAsync(&mut addr, bytes, self.stream.raw))?;
+        Ok(addr)
+    }
+
+    fn free(&self, addr: u64) {
+        if let Ok(_entered) = self.enter() {
+            // An error here stems from earlier work, and the next call that can say so will.
+            let _ = cuda!(&self.name, cuMemFreeAsync(addr, self.stream.raw));
+        }
+    }
+
+    fn zero(&self, addr: u64, bytes: usize) -> Result<()> {
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuMemsetD8Async(addr, 0, bytes, self.stream.raw))
+    }
+
+    fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        // The driver copies pageable memory to a buffer of its own before it returns.
+        cuda!(&self.name, cuMemcpyHtoDAsync_v2(addr, from.as_ptr().cast(), from.len(), self.stream.raw))
+    }
+
+    fn read(&self, addr: u64, to: &mut [u8]) -> Result<()> {
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), addr, to.len(), self.stream.raw))?;
+        cuda!(&self.name, cuStreamSynchronize(self.stream.raw))
+    }
+
+    fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream.raw))
+    }
+
+    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8]) -> Result<()> {
+        check_launch(self, entry, &dims, params)?;
+        let _entered = self.enter()?;
+        let fail = |reason: String| Error::Launch { device: self.name.clone(), kernel: entry.name, reason };
+        let Some(function) = self.kernels.functions.get(entry.name) else {
+            return Err(fail("not in the PTX".into()));
+        };
+        let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
+        let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
+        // SAFETY: one argument, the parameter struct, of the size that the entry has; the kernel's rules are the
+        // caller's promise.
+        let code = unsafe {
+            let (shared, stream) = (dims.shared_bytes, self.stream.raw);
+            let arguments = arguments.as_mut_ptr();
+            sys::cuLaunchKernel(*function, gx, gy, gz, bx, by, bz, shared, stream, arguments, null_mut())
+        };
+        check(&self.name, "cuLaunchKernel", code).map_err(|error| fail(error.to_string()))
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuStreamSynchronize(self.stream.raw))
+    }
+
+    fn record(&self) -> Result<Event> {
+        let _entered = self.enter()?;
+        let mut raw = null_mut();
+        cuda!(&self.name, cuEventCreate(&mut raw, 0))?;
+        let event = CudaEvent(raw);
+        cuda!(&self.name, cuEventRecord(event.0, self.stream.raw))?;
+        Ok(Event(Box::new(event)))
+    }
+
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        let events = (from.0.downcast_ref::<CudaEvent>(), to.0.downcast_ref::<CudaEvent>());
+        let (Some(from), Some(to)) = events else {
+            return Err(Error::Missing { op: "elapsed", needs: "events of this device" });
+        };
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuEventSynchronize(to.0))?;
+        let mut milliseconds = 0.0;
+        cuda!(&self.name, cuEventElapsedTime(&mut milliseconds, from.0, to.0))?;
+        Ok(milliseconds)
+    }
+}
+
+/// An event of the driver API.
+struct CudaEvent(sys::CUevent);
+
+// SAFETY: events may be used from any thread.
+unsafe impl Send for CudaEvent {}
+// SAFETY: as above.
+unsafe impl Sync for CudaEvent {}
+
+impl Drop for CudaEvent {
+    fn drop(&mut self) {
+        // SAFETY: made by `record`; destroying needs no current context.
+        let _ = unsafe { sys::cuEventDestroy_v2(self.0) };
+    }
+}
+
+impl Drop for CudaDriver {
+    fn drop(&mut self) {
+        if self.stream.owned
+            && let Ok(_entered) = self.enter()
+        {
+            // SAFETY: made by `open`; work still queued is finished first.
+            let _ = unsafe { sys::cuStreamDestroy_v2(self.stream.raw) };
+        }
+    }
+}
+
+impl std::fmt::Debug for CudaDriver {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "CudaDriver({})", self.name)
+    }
+}

@@ -1,0 +1,123 @@
+//! The emulated device: runs the kernels on the CPU, lane by lane, and reports races, out-of-bounds accesses and
+//! divergence as [`Error::Launch`].
+
+use std::sync::{Mutex, MutexGuard};
+use std::time::Instant;
+
+use kernels_gpu::emu::{Launch, Memory, Options};
+use kernels_gpu::entries::Entry;
+use kernels_gpu::launch::{Dims, GpuInfo, Limits};
+
+use super::driver::{Driver, Event, check_launch};
+use crate::error::{Error, Result};
+
+/// A few SMs: enough that work is spread over blocks, few enough that small cases stay fast.
+const NUM_SMS: u32 = 3;
+
+/// A device without hardware.
+#[derive(Debug)]
+pub(crate) struct EmulatedDriver {
+    gpu: GpuInfo,
+    options: Options,
+    memory: Mutex<DebugMemory>,
+}
+
+struct DebugMemory(Memory);
+
+impl std::fmt::Debug for DebugMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str("Memory")
+    }
+}
+
+impl EmulatedDriver {
+    /// A device with empty memory; `options` say what is checked and in which order lanes run.
+    pub fn new(options: Options) -> Self {
+        let gpu = GpuInfo { num_sms: NUM_SMS, limits: Limits::SM_90 };
+        EmulatedDriver { gpu, options, memory: Mutex::new(DebugMemory(Memory::new())) }
+    }
+
+    fn memory(&self) -> MutexGuard<'_, DebugMemory> {
+        self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+}
+
+impl Driver for EmulatedDriver {
+    fn name(&self) -> &str {
+        "emulated"
+    }
+
+    fn gpu(&self) -> &GpuInfo {
+        &self.gpu
+    }
+
+    fn alloc(&self, bytes: usize) -> Result<u64> {
+        Ok(self.memory().0.alloc_bytes("allocation", bytes))
+    }
+
+    fn free(&self, addr: u64) {
+        self.memory().0.free(addr);
+    }
+
+    fn zero(&self, addr: u64, bytes: usize) -> Result<()> {
+        self.memory().0.copy_in(addr, &vec![0; bytes]);
+        Ok(())
+    }
+
+    fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
+        self.memory().0.copy_in(addr, from);
+        Ok(())
+    }
+
+    fn read(&self, addr: u64, to: &mut [u8]) -> Result<()> {
+        self.memory().0.copy_out(addr, to);
+        Ok(())
+    }
+
+    fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        let mut buffer = vec![0; bytes];
+        let mut memory = self.memory();
+        memory.0.copy_out(from, &mut buffer);
+        memory.0.copy_in(to, &buffer);
+        Ok(())
+    }
+
+    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8]) -> Result<()> {
+        check_launch(self, entry, &dims, params)?;
+        // Parameter structs are aligned to 8 bytes at most.
+        let mut aligned = vec![0u64; params.len().div_ceil(8)];
+        for (word, bytes) in aligned.iter_mut().zip(params.chunks(8)) {
+            let mut whole = [0; 8];
+            whole[..bytes.len()].copy_from_slice(bytes);
+            *word = u64::from_ne_bytes(whole);
+        }
+        let params = aligned.as_slice();
+        let memory = self.memory();
+        let launch = Launch { kernel: entry.name, dims, memory: &memory.0, options: self.options };
+        // SAFETY: the bytes are the entry's parameters, aligned; the kernel's rules are the caller's promise, and
+        // the emulator checks every access.
+        let done = launch.run(|| unsafe { (entry.run)(params.as_ptr().cast()) });
+        match done {
+            Ok(_) => Ok(()),
+            Err(report) => {
+                let device = self.name().to_owned();
+                Err(Error::Launch { device, kernel: entry.name, reason: report.to_string() })
+            }
+        }
+    }
+
+    fn synchronize(&self) -> Result<()> {
+        Ok(())
+    }
+
+    fn record(&self) -> Result<Event> {
+        Ok(Event(Box::new(Instant::now())))
+    }
+
+    fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
+        match (from.0.downcast_ref::<Instant>(), to.0.downcast_ref::<Instant>()) {
+            (Some(from), Some(to)) => Ok(to.duration_since(*from).as_secs_f32() * 1e3),
+            _ => Err(Error::Missing { op: "elapsed", needs: "events of this device" }),
+        }
+    }
+}

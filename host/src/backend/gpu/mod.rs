@@ -1,0 +1,225 @@
+//! A GPU, real or emulated: turns operations into kernel parameters and launches.
+//!
+//! Everything is put in the driver's stream; nothing here waits, and nothing is allocated in a step but the tables
+//! of a batch, once.
+
+pub(crate) mod driver;
+
+#[cfg(feature = "cuda")]
+pub(crate) mod cuda;
+#[cfg(feature = "emulator")]
+pub(crate) mod emulated;
+mod params;
+mod scratch;
+
+use std::sync::Arc;
+
+use half::{bf16, f16};
+use kernels_gpu::entries::Entry;
+use kernels_gpu::forget::ForgetParams;
+use kernels_gpu::launch::Dims;
+use kernels_gpu::layout::BatchTables;
+use kernels_gpu::pool::PoolParams;
+use kernels_gpu::rope::RopeTables;
+use kernels_gpu::score::{ScoreParams, columns};
+
+use self::driver::Driver;
+use self::params::Pointers;
+use self::scratch::Scratch;
+use super::{
+    AppendArgs, AttendArgs, Backend, CopyPagesArgs, CopySequenceArgs, ForgetArgs, MergeArgs, PoolArgs,
+    ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
+};
+use crate::batch::Batch;
+use crate::cache::KvStorageMut;
+use crate::config::SelectConfig;
+use crate::error::{Error, Result};
+use crate::plan::Limits;
+use crate::rope::RopeTable;
+use crate::tensor::DType;
+
+/// A GPU behind a driver.
+#[derive(Debug)]
+pub(crate) struct GpuBackend {
+    driver: Arc<dyn Driver>,
+}
+
+impl GpuBackend {
+    /// Launches kernels through `driver`.
+    pub fn new(driver: Arc<dyn Driver>) -> Self {
+        GpuBackend { driver }
+    }
+
+    fn unsupported(&self, op: &'static str, what: impl std::fmt::Display) -> Error {
+        Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_string() }
+    }
+
+    /// The entry called `name`, or the error that the device has no such kernel.
+    fn entry(&self, op: &'static str, name: &str) -> Result<&'static Entry> {
+        Entry::find(name).ok_or_else(|| self.unsupported(op, format!("an entry `{name}`")))
+    }
+
+    /// Launches an entry.
+    ///
+    /// # Safety
+    /// - `params` is the entry's parameter struct, and the entry's own rules hold for it.
+    unsafe fn launch<P: Copy>(&self, entry: &'static Entry, dims: Dims, params: &P) -> Result<()> {
+        // SAFETY: parameter structs are `repr(C)` without padding, so all their bytes are initialised.
+        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.launch(entry, dims, bytes) }
+    }
+
+    fn tables(&self, batch: &Batch) -> Result<BatchTables> {
+        batch.device_tables(&self.driver)
+    }
+
+    fn rope(&self, rope: Option<&RopeTable>) -> Result<RopeTables> {
+        rope.map_or(Ok(RopeTables::none()), |rope| rope.device_tables(&self.driver))
+    }
+
+    /// The name of a 2-byte type in entries.
+    fn dtype_name(&self, op: &'static str, dtype: DType) -> Result<&'static str> {
+        match dtype {
+            DType::F16 => Ok("f16"),
+            DType::Bf16 => Ok("bf16"),
+            other => Err(self.unsupported(op, format!("{other}, only for f16 and bf16"))),
+        }
+    }
+}
+
+impl Backend for GpuBackend {
+    fn name(&self) -> &str {
+        self.driver.name()
+    }
+
+    fn driver(&self) -> Option<&Arc<dyn Driver>> {
+        Some(&self.driver)
+    }
+
+    fn scratch_words(&self, config: &SelectConfig, limits: &Limits) -> usize {
+        Scratch::words(config, limits)
+    }
+
+    fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()> {
+        let (shape, strides) = (args.kv.shape, args.kv.strides);
+        self.dtype_name("copy_pages", args.kv.dtype())?;
+        let (k, v) = match &args.kv.storage {
+            KvStorageMut::Separate { k, v } => (self.addr_mut("k", k)?, self.addr_mut("v", v)?),
+            KvStorageMut::Combined { kv, v_offset } => {
+                let base = self.addr_mut("kv", kv)?;
+                (base, base + 2 * *v_offset as u64)
+            }
+        };
+        // Copies on write are rare, so a copy for each run of adjacent elements will do.
+        let token_is_dense =
+            strides.token == shape.num_kv_heads * shape.head_dim && strides.head == shape.head_dim;
+        for copy in args.copies {
+            let at = |base: u64, page: u32, token: usize, head: usize| {
+                base + 2 * strides.offset(page as usize, token, head) as u64
+            };
+            for base in [k, v] {
+                if token_is_dense {
+                    let bytes = 2 * copy.num_tokens * strides.token;
+                    self.driver.copy(at(base, copy.dst, 0, 0), at(base, copy.src, 0, 0), bytes)?;
+                    continue;
+                }
+                for token in 0..copy.num_tokens {
+                    for head in 0..shape.num_kv_heads {
+                        let (to, from) = (at(base, copy.dst, token, head), at(base, copy.src, token, head));
+                        self.driver.copy(to, from, 2 * shape.head_dim)?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    }
+
+    fn copy_sequence(&self, args: CopySequenceArgs<'_>) -> Result<()> {
+        for tensor in [&args.queries, &args.selections, &args.ages, &args.made_at] {
+            let (base, dims) = (self.addr_mut("selection cache", tensor)?, tensor.shape());
+            let &[layers, sequences, ref width @ ..] = dims.dims() else { continue };
+            let bytes = width.iter().product::<usize>() * tensor.dtype().size();
+            for layer in 0..layers {
+                let at = |sequence: usize| base + ((layer * sequences + sequence) * bytes) as u64;
+                self.driver.copy(at(args.dst), at(args.src), bytes)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn forget(&self, args: ForgetArgs<'_>) -> Result<()> {
+        let dims = args.made_at.shape();
+        let &[num_layers, num_sequences] = dims.dims() else { return Ok(()) };
+        let params = ForgetParams {
+            made_at: self.pointer_mut("made_at", &args.made_at)?,
+            num_layers: num_layers as u32,
+            num_sequences: num_sequences as u32,
+            sequence: args.sequence as u32,
+            from: args.from as u32,
+        };
+        if num_layers == 0 {
+            return Ok(());
+        }
+        // SAFETY: `made_at` is `[num_layers, num_sequences]`, and the caller has checked `sequence`.
+        unsafe { self.launch(self.entry("forget", "forget")?, params.dims(), &params) }
+    }
+
+    fn append(&self, args: AppendArgs<'_>) -> Result<()> {
+        self.dtype_name("append", args.kv.dtype())?;
+        let params = self.append_params(&args)?;
+        if params.num_tokens == 0 {
+            return Ok(());
+        }
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `append_params` strides and places.
+        unsafe { self.launch(self.entry("append", "append")?, params.dims(), &params) }
+    }
+
+    fn pool(&self, args: PoolArgs<'_>) -> Result<()> {
+        if args.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let entry = self.entry("pool", &format!("pool_{}", self.dtype_name("pool", args.q.dtype())?))?;
+        // The two element types have the same parameters.
+        let params: PoolParams<f16> = self.pool_params(&args)?;
+        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
+        unsafe { self.launch(entry, params.dims(), &params) }
+    }
+
+    fn score(&self, args: ScoreArgs<'_>) -> Result<()> {
+        if args.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let heads = args.config.heads;
+        let dtype = self.dtype_name("score", args.kv.dtype())?;
+        let Some(columns) = columns(heads.group() as u32) else {
+            return Err(
+                self.unsupported("score", format!("groups of {} heads, only up to 16", heads.group()))
+            );
+        };
+        let entry = self.entry("score", &format!("score_{dtype}_d{}_g{columns}", heads.head_dim))?;
+        let params: ScoreParams<bf16> = self.score_params(&args)?;
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
+        unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
+    }
+
+    fn vote(&self, _: VoteArgs<'_>) -> Result<()> {
+        Err(self.unsupported("vote", "any configuration yet"))
+    }
+
+    fn smooth(&self, _: SmoothArgs<'_>) -> Result<()> {
+        Err(self.unsupported("smooth", "any configuration yet"))
+    }
+
+    fn top_k(&self, _: TopKArgs<'_>) -> Result<()> {
+        Err(self.unsupported("top_k", "any configuration yet"))
+    }
+
+    fn attend(&self, _: AttendArgs<'_>) -> Result<()> {
+        Err(self.unsupported("attend", "any configuration yet"))
+    }
+
+    fn merge(&self, _: MergeArgs<'_>) -> Result<()> {
+        Err(self.unsupported("merge", "any configuration yet"))
+    }
+}

@@ -1,0 +1,149 @@
+//! From checked arguments to kernel parameters.
+
+use kernels_gpu::append::{AppendParams, PIECE};
+use kernels_gpu::layout::PageStrides;
+use kernels_gpu::pool::PoolParams;
+use kernels_gpu::score::ScoreParams;
+use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
+
+use super::GpuBackend;
+use super::scratch::Scratch;
+use crate::backend::{AppendArgs, PoolArgs, ScoreArgs};
+use crate::cache::{KvStorageMut, KvStrides};
+use crate::error::{Error, Result};
+use crate::tensor::{TensorView, TensorViewMut};
+
+/// Kernels move 16 bytes at a time.
+const ALIGN: u64 = 16;
+
+/// Strides as kernels take them.
+///
+/// # Errors
+/// [`Error::Config`] where one is not a multiple of 8 elements.
+pub(super) fn page_strides(strides: KvStrides) -> Result<PageStrides> {
+    for (field, got) in
+        [("strides.page", strides.page), ("strides.token", strides.token), ("strides.head", strides.head)]
+    {
+        if !got.is_multiple_of(PIECE as usize) {
+            return Err(Error::config(field, format!("a multiple of {PIECE} elements on a GPU"), got));
+        }
+    }
+    Ok(PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 })
+}
+
+/// Addresses of tensors, with a check that they lie on the backend's device.
+pub(super) trait Pointers {
+    /// Address of a tensor.
+    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64>;
+
+    /// Address of a writable tensor.
+    fn addr_mut(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<u64> {
+        self.addr(what, &tensor.as_view())
+    }
+
+    /// Pointer to a tensor.
+    fn pointer<T>(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<GlobalPtr<T>> {
+        Ok(GlobalPtr::from_addr(self.addr(what, tensor)?))
+    }
+
+    /// Pointer to a writable tensor.
+    fn pointer_mut<T>(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
+        Ok(GlobalMut::from_addr(self.addr_mut(what, tensor)?))
+    }
+}
+
+impl Pointers for GpuBackend {
+    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64> {
+        let slice = tensor.device_slice(what)?;
+        slice.expect_on(&self.driver, what)?;
+        if !slice.addr().is_multiple_of(ALIGN) {
+            return Err(Error::config(what, format!("at an address divisible by {ALIGN}"), slice.addr()));
+        }
+        Ok(slice.addr())
+    }
+}
+
+impl GpuBackend {
+    pub(super) fn append_params(&self, args: &AppendArgs<'_>) -> Result<AppendParams> {
+        let (shape, dtype_size) = (args.kv.shape, args.kv.dtype().size() as u64);
+        let (k_pages, v_pages) = match &args.kv.storage {
+            KvStorageMut::Separate { k, v } => (self.addr_mut("k pages", k)?, self.addr_mut("v pages", v)?),
+            KvStorageMut::Combined { kv, v_offset } => {
+                if !v_offset.is_multiple_of(PIECE as usize) {
+                    let rule = format!("a multiple of {PIECE} elements on a GPU");
+                    return Err(Error::config("v_offset", rule, v_offset));
+                }
+                let base = self.addr_mut("kv pages", kv)?;
+                (base, base + *v_offset as u64 * dtype_size)
+            }
+        };
+        Ok(AppendParams {
+            k: self.pointer("k", &args.k)?,
+            v: self.pointer("v", &args.v)?,
+            k_pages: GlobalMut::from_addr(k_pages),
+            v_pages: GlobalMut::from_addr(v_pages),
+            batch: self.tables(args.batch)?,
+            stride: page_strides(args.kv.strides)?,
+            num_tokens: args.batch.num_query_tokens() as u32,
+            num_kv_heads: shape.num_kv_heads as u32,
+            head_dim: shape.head_dim as u32,
+            reserved: 0,
+        })
+    }
+
+    pub(super) fn pool_params<T>(&self, args: &PoolArgs<'_>) -> Result<PoolParams<T>> {
+        let config = args.config;
+        let max_rows = args.actions.shape().dims()[0];
+        let scratch = Scratch::of(&args.scratch, max_rows, config)?;
+        let absent = || Ok(0);
+        let cached = args.cached.as_ref();
+        let cached_addr = |what, tensor: Option<&TensorViewMut<'_>>| {
+            tensor.map_or_else(absent, |tensor| self.addr_mut(what, tensor))
+        };
+        Ok(PoolParams {
+            q: self.pointer("q", &args.q)?,
+            cached_queries: GlobalPtr::from_addr(cached_addr("cached.queries", cached.map(|c| &c.queries))?),
+            cached_ages: GlobalPtr::from_addr(cached_addr("cached.ages", cached.map(|c| &c.ages))?),
+            cached_made_at: GlobalPtr::from_addr(cached_addr("cached.made_at", cached.map(|c| &c.made_at))?),
+            sequence_indices: args.batch.device_sequence_indices(&self.driver)?,
+            queries: self.pointer_mut("queries", &args.queries)?,
+            similarities: self.pointer_mut("similarities", &args.similarities)?,
+            actions: self.pointer_mut("actions", &args.actions)?,
+            partial: GlobalMut::from_addr(scratch.pool_partial),
+            counters: GlobalMut::from_addr(scratch.counters),
+            batch: self.tables(args.batch)?,
+            rope: self.rope(args.rope)?,
+            num_qo_heads: config.heads.num_qo_heads as u32,
+            head_dim: config.heads.head_dim as u32,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            top_k: config.top_k as u32,
+            max_reuse: config.max_reuse(),
+            similarity_threshold: config.selection_cache.map_or(f32::INFINITY, |c| c.similarity_threshold),
+            reserved: 0,
+        })
+    }
+
+    pub(super) fn score_params<T>(&self, args: &ScoreArgs<'_>) -> Result<ScoreParams<T>> {
+        let config = args.config;
+        let max_rows = args.actions.shape().dims()[0];
+        let scratch = Scratch::of(&args.scratch, max_rows, config)?;
+        Ok(ScoreParams {
+            k_pages: self.pointer("k pages", &args.kv.k)?,
+            queries: self.pointer("queries", &args.queries)?,
+            actions: self.pointer("actions", &args.actions)?,
+            logits: self.pointer_mut("logits", &args.logits)?,
+            stats: self.pointer_mut("stats", &args.stats)?,
+            partial: GlobalMut::from_addr(scratch.score_partial),
+            counters: GlobalMut::from_addr(scratch.counters),
+            batch: self.tables(args.batch)?,
+            stride: page_strides(args.kv.strides)?,
+            num_kv_heads: config.heads.num_kv_heads as u32,
+            group: config.heads.group() as u32,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            score_scale: config.score_scale(),
+            head_dim: config.heads.head_dim as u32,
+        })
+    }
+}

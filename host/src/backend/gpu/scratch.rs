@@ -1,0 +1,48 @@
+//! Device memory that kernels use among themselves: one tensor of words, counted and carved by the same code.
+
+use kernels_gpu::score::max_chunks;
+
+use crate::config::{HeadShape, SelectConfig};
+use crate::error::Result;
+use crate::plan::Limits;
+use crate::tensor::TensorViewMut;
+
+/// Where each kernel's workspace lies, in device addresses. Counters are zero between launches.
+pub(super) struct Scratch {
+    /// `[max_rows]` u32.
+    pub counters: u64,
+    /// `[max_rows, num_qo_heads, 3]` f32.
+    pub pool_partial: u64,
+    /// `[max_rows, max_chunks(num_kv_heads), num_qo_heads, 2]` f32.
+    pub score_partial: u64,
+    /// One past the last byte.
+    end: u64,
+}
+
+impl Scratch {
+    /// The places in scratch memory that begins at `base`.
+    fn carve(base: u64, max_rows: usize, heads: HeadShape) -> Self {
+        let chunks = max_chunks(heads.num_kv_heads as u32) as usize;
+        let mut end = base;
+        let mut words = |count: usize| {
+            let begin = end;
+            end += (4 * count as u64).next_multiple_of(256);
+            begin
+        };
+        let counters = words(max_rows);
+        let pool_partial = words(max_rows * heads.num_qo_heads * 3);
+        let score_partial = words(max_rows * chunks * heads.num_qo_heads * 2);
+        Scratch { counters, pool_partial, score_partial, end }
+    }
+
+    /// Words of scratch that batches within `limits` need.
+    pub fn words(config: &SelectConfig, limits: &Limits) -> usize {
+        Scratch::carve(0, limits.max_rows, config.heads).end as usize / 4
+    }
+
+    /// The places in the workspace's scratch tensor; `max_rows` is the plan's.
+    pub fn of(scratch: &TensorViewMut<'_>, max_rows: usize, config: &SelectConfig) -> Result<Self> {
+        let base = scratch.as_view().device_slice("scratch")?.addr();
+        Ok(Scratch::carve(base, max_rows, config.heads))
+    }
+}

@@ -1,0 +1,377 @@
+//! The kernels; their parameters and launches are in the parent module.
+
+use super::*;
+use crate::element::Element;
+use crate::simt::thread::*;
+use crate::simt::warp::{self, FULL, lane_id, warp_id};
+use crate::simt::{grid, math as m, tensor};
+
+/// Every index and size.
+///
+/// # Safety
+/// - The shapes in [`IndicesParams`]; launched with [`INDICES_DIMS`].
+pub unsafe fn indices(p: IndicesParams) {
+    let block = block_idx_x() + grid_dim_x() * (block_idx_y() + grid_dim_y() * block_idx_z());
+    let threads = block_dim_x() * block_dim_y() * block_dim_z();
+    let out = p.out.add((block * threads + linear_thread_idx()) as u64 * 16);
+    let all = [
+        thread_idx_x(),
+        thread_idx_y(),
+        thread_idx_z(),
+        block_idx_x(),
+        block_idx_y(),
+        block_idx_z(),
+        block_dim_x(),
+        block_dim_y(),
+        block_dim_z(),
+        grid_dim_x(),
+        grid_dim_y(),
+        grid_dim_z(),
+        lane_id(),
+        warp_id(),
+        linear_thread_idx(),
+        0,
+    ];
+    let mut i = 0;
+    while i < 16 {
+        out.add(i as u64).store(all[i]);
+        i += 1;
+    }
+}
+
+/// Every shuffle with every operand, and the f32 reductions made of them.
+///
+/// # Safety
+/// - The shapes in [`ShufflesParams`]; launched with [`WARP_DIMS`].
+pub unsafe fn shuffles(p: ShufflesParams) {
+    let lane = lane_id();
+    let value = p.values.add(lane as u64).load();
+    let mut operand = 0;
+    while operand < 32 {
+        let received = [
+            warp::shuffle_idx(FULL, value, operand),
+            warp::shuffle_xor(FULL, value, operand),
+            warp::shuffle_up(FULL, value, operand),
+            warp::shuffle_down(FULL, value, operand),
+        ];
+        let mut kind = 0;
+        while kind < 4 {
+            p.words.add(((kind * 32 + operand) * 32 + lane) as u64).store(received[kind as usize]);
+            kind += 1;
+        }
+        operand += 1;
+    }
+    p.floats.add(lane as u64).store(warp::reduce_add_f32(value as f32));
+    p.floats.add(32 + lane as u64).store(warp::reduce_max_f32(value as f32));
+    // Lane 32 and up: only the low five bits of a source count.
+    p.signed.add(lane as u64).store(warp::shuffle_idx(FULL, -(value as i32), lane + 7));
+}
+
+/// The collectives with a mask and its complement at the same time.
+///
+/// # Safety
+/// - The shapes in [`MaskedParams`]; launched with [`WARP_DIMS`].
+pub unsafe fn masked(p: MaskedParams) {
+    let lane = lane_id();
+    let value = p.values.add(lane as u64).load();
+    let source = p.sources.add(lane as u64).load();
+    let mask = if p.mask >> lane & 1 == 1 { p.mask } else { !p.mask };
+    let odd = value % 2 == 1;
+    let all = [
+        warp::shuffle_idx(mask, value, source),
+        warp::ballot(mask, odd),
+        warp::any(mask, odd) as u32,
+        warp::all(mask, odd) as u32,
+        warp::reduce_add(mask, value),
+        warp::reduce_min(mask, value),
+        warp::reduce_max(mask, value),
+    ];
+    let mut i = 0;
+    while i < 7 {
+        p.out.add((i as u32 * 32 + lane) as u64).store(all[i]);
+        i += 1;
+    }
+}
+
+/// Two producer warps hand values to two consumer warps over named barriers, twice through one buffer; then
+/// barriers that count.
+///
+/// # Safety
+/// - The shapes in [`BarriersParams`]; launched with [`BARRIERS_DIMS`].
+pub unsafe fn barriers(p: BarriersParams) {
+    const FILLED: u32 = 1;
+    const EMPTIED: u32 = 2;
+    let thread = thread_idx_x();
+    let value = p.values.add(thread as u64).load();
+    let buffer = LAYOUT.words.get();
+    if thread < 64 {
+        let mut round = 0;
+        while round < 2 {
+            if round > 0 {
+                sync_named(EMPTIED, 128);
+            }
+            buffer.add(thread).store(value + round);
+            arrive_named(FILLED, 128);
+            round += 1;
+        }
+    } else {
+        let mut sum = 0;
+        let mut round = 0;
+        while round < 2 {
+            sync_named(FILLED, 128);
+            sum += buffer.add((thread + 1) % 64).load();
+            if round < 1 {
+                arrive_named(EMPTIED, 128);
+            }
+            round += 1;
+        }
+        p.consumed.add((thread - 64) as u64).store(sum);
+    }
+    let odd = sync_threads_count(value % 2 == 1);
+    let five = sync_threads_or(value == 5);
+    let thousand = sync_threads_or(value == 1000);
+    let counts = p.counts.add(thread as u64 * 3);
+    counts.store(odd);
+    counts.add(1).store(five as u32);
+    counts.add(2).store(thousand as u32);
+}
+
+/// Loads and stores of every width, and atomics.
+///
+/// # Safety
+/// - The shapes in [`SharedParams`]; launched with [`SHARED_DIMS`].
+pub unsafe fn shared(p: SharedParams) {
+    let thread = thread_idx_x();
+    let quad = p.input.add(thread as u64).load();
+    let (halves, words, pairs, quads) =
+        (LAYOUT.halves.get(), LAYOUT.words.get(), LAYOUT.pairs.get(), LAYOUT.quads.get());
+    let counters = LAYOUT.counters.get();
+    if thread < 4 {
+        counters.add(thread).store(0);
+    }
+    // Halves, then words, pairs and quads: each stage reads the one before in another width, from the thread
+    // opposite.
+    let mut i = 0;
+    while i < 4 {
+        halves.add(thread * 8 + 2 * i).store(quad.0[i as usize] as u16);
+        halves.add(thread * 8 + 2 * i + 1).store((quad.0[i as usize] >> 16) as u16);
+        i += 1;
+    }
+    sync_threads();
+    let mut from = 63 - thread;
+    let mut i = 0;
+    while i < 4 {
+        words.add(from * 4 + i).store(halves.byte_add(from * 16 + i * 4).cast::<u32>().load());
+        i += 1;
+    }
+    sync_threads();
+    from = (from + 17) % 64;
+    pairs.add(from * 2).store(words.add(from * 4).cast::<u64>().load());
+    let V2(second) = words.add(from * 4 + 2).cast::<V2<u32>>().load();
+    pairs.add(from * 2 + 1).cast::<V2<u32>>().store(V2(second));
+    sync_threads();
+    quads.add(thread).store(pairs.add(thread * 2).cast::<V4<u32>>().load());
+    p.out.add(thread as u64).store(quads.add(thread).load());
+
+    counters.atomic_add(quad.0[0]);
+    counters.add(1).atomic_max(quad.0[0]);
+    sync_threads();
+    if thread == 0 {
+        p.atomics.store(counters.load());
+        p.atomics.add(1).store(counters.add(1).load());
+        counters.add(2).store(7);
+        p.atomics.add(2).store(counters.add(2).atomic_add(5));
+        p.atomics.add(3).store(counters.add(2).atomic_max(3));
+    }
+}
+
+/// Copies with every kind of load and store.
+///
+/// # Safety
+/// - The shapes in [`GlobalParams`]; launched with [`GRID_DIMS`].
+pub unsafe fn global(p: GlobalParams) {
+    let mut i = (block_idx_x() * block_dim_x() + thread_idx_x()) as u64;
+    while i < p.num_elements as u64 {
+        let (half, word, pair, quad) = match i % 4 {
+            0 => {
+                (p.halves.add(i).load(), p.words.add(i).load(), p.pairs.add(i).load(), p.quads.add(i).load())
+            }
+            1 => (
+                p.halves.add(i).load_cached(),
+                p.words.add(i).load_cached(),
+                p.pairs.add(i).load_cached(),
+                p.quads.add(i).load_cached(),
+            ),
+            2 => (
+                p.halves.add(i).load_stream(),
+                p.words.add(i).load_stream(),
+                p.pairs.add(i).load_stream(),
+                p.quads.add(i).load_stream(),
+            ),
+            _ => (
+                p.halves.add(i).load_stream_row(),
+                p.words.add(i).load_stream_row(),
+                p.pairs.add(i).load_stream_row(),
+                p.quads.add(i).load_stream_row(),
+            ),
+        };
+        if i & 1 == 0 {
+            p.out_halves.add(i).store(half);
+            p.out_words.add(i).store(word);
+            p.out_pairs.add(i).store(pair);
+            p.out_quads.add(i).store(quad);
+        } else {
+            p.out_halves.add(i).store_evict_first(half);
+            p.out_words.add(i).store_evict_first(word);
+            p.out_pairs.add(i).store_evict_first(pair);
+            p.out_quads.add(i).store_evict_first(quad);
+        }
+        i += (grid_dim_x() * block_dim_x()) as u64;
+    }
+}
+
+/// Every atomic from every thread; then a message from block 0 to block 2.
+///
+/// # Safety
+/// - The shapes in [`AtomicsParams`]; launched with [`ATOMICS_DIMS`], all blocks resident at once or started in
+///   index order, since block 2 waits for block 0.
+pub unsafe fn atomics(p: AtomicsParams) {
+    let thread = block_idx_x() * block_dim_x() + thread_idx_x();
+    let value = p.values.add(thread as u64).load();
+    p.words.atomic_add(value);
+    p.words.add(1).atomic_max(value);
+    p.words.add(2).atomic_exchange(value | 1 << 31);
+    let counted = p.words.add(3);
+    let mut seen = counted.atomic_add(0);
+    loop {
+        let found = counted.atomic_compare_exchange(seen, seen + 1);
+        if found == seen {
+            break;
+        }
+        seen = found;
+    }
+    p.words.add(4).atomic_inc(99);
+    p.float.atomic_add(value as f32);
+
+    let flag = p.words.add(5);
+    if thread == 0 {
+        p.message.store(value + 1);
+        flag.store_release(1);
+    }
+    if block_idx_x() == 2 && thread_idx_x() == 0 {
+        while flag.load_acquire() == 0 {}
+        p.received.store(p.message.load());
+    }
+}
+
+/// Sums everything: each warp its part, the last block the parts.
+///
+/// # Safety
+/// - The shapes in [`LastBlockParams`]; launched with [`last_block_dims`].
+pub unsafe fn last_block(p: LastBlockParams) {
+    grid::wait_for_previous();
+    let value = p.values.add((block_idx_x() * 64 + thread_idx_x()) as u64).load();
+    let sum = warp::reduce_add(FULL, value);
+    if lane_id() == 0 {
+        p.partial.add((block_idx_x() * 2 + warp_id()) as u64).store(sum);
+    }
+    if grid::is_last_block(p.counter, grid_dim_x()) && warp_id() == 0 {
+        let mut sum = 0;
+        let mut i = lane_id();
+        while i < 2 * grid_dim_x() {
+            sum += p.partial.add(i as u64).load();
+            i += 32;
+        }
+        sum = warp::reduce_add(FULL, sum);
+        if lane_id() == 0 {
+            p.sum.store(sum);
+        }
+    }
+    grid::launch_dependents();
+}
+
+/// Four groups of copies of all lengths, waited for one after the other.
+///
+/// # Safety
+/// - The shapes in [`AsyncCopyParams`]; launched with [`WARP_SHARED_DIMS`].
+pub unsafe fn async_copy(p: AsyncCopyParams) {
+    let lane = lane_id();
+    let tile = LAYOUT.quads.get();
+    let mut group = 0;
+    while group < 4 {
+        let at = group * 32 + lane;
+        let bytes = p.lengths.add(at as u64).load();
+        tensor::cp_async_16(tile.add(at), p.input.add(at as u64), bytes);
+        tensor::cp_async_commit();
+        group += 1;
+    }
+    let mut group = 0;
+    while group < 4 {
+        match group {
+            0 => tensor::cp_async_wait::<3>(),
+            1 => tensor::cp_async_wait::<2>(),
+            2 => tensor::cp_async_wait::<1>(),
+            _ => tensor::cp_async_wait::<0>(),
+        }
+        warp::sync_warp(FULL);
+        let at = group * 32 + (31 - lane);
+        p.out.add(at as u64).store(tile.add(at).load());
+        group += 1;
+    }
+}
+
+/// Four tiles, plain and transposed.
+///
+/// # Safety
+/// - The shapes in [`LdMatrixParams`]; launched with [`WARP_SHARED_DIMS`].
+pub unsafe fn ldmatrix(p: LdMatrixParams) {
+    let lane = lane_id();
+    let row = LAYOUT.quads.get().add(lane);
+    row.store(p.rows.add(lane as u64).load());
+    warp::sync_warp(FULL);
+    p.out.add(lane as u64).store(V4(tensor::ldmatrix_x4(row)));
+    p.out.add(32 + lane as u64).store(V4(tensor::ldmatrix_x4_trans(row)));
+}
+
+/// One product, fragments gathered by the layouts of [`tensor`].
+///
+/// # Safety
+/// - The shapes in [`MmaParams`]; launched with [`WARP_DIMS`].
+pub unsafe fn mma<T: Element>(p: MmaParams) {
+    let (g, t) = (lane_id() as u64 / 4, lane_id() as u64 % 4);
+    let a_row = |row: u64, column: u64| p.a.add(row * 16 + column).cast::<u32>().load();
+    let a = [a_row(g, 2 * t), a_row(g + 8, 2 * t), a_row(g, 2 * t + 8), a_row(g + 8, 2 * t + 8)];
+    let b_column = |row: u64| {
+        let at = |row: u64| p.b.add(row * 8 + g).load() as u32;
+        at(row) | at(row + 1) << 16
+    };
+    let b = [b_column(2 * t), b_column(2 * t + 8)];
+    let place = |i: u64| (g + i / 2 * 8) * 8 + 2 * t + i % 2;
+    let mut d = [0, 1, 2, 3].map(|i| p.c.add(place(i)).load());
+    T::mma(&mut d, a, b);
+    let mut i = 0;
+    while i < 4 {
+        p.d.add(place(i)).store(d[i as usize]);
+        i += 1;
+    }
+}
+
+/// Arithmetic and conversions.
+///
+/// # Safety
+/// - The shapes in [`MathParams`]; launched with [`GRID_DIMS`].
+pub unsafe fn math(p: MathParams) {
+    let mut i = (block_idx_x() * block_dim_x() + thread_idx_x()) as u64;
+    while i < p.num_values as u64 {
+        let (x, y) = (p.x.add(i).load(), p.y.add(i).load());
+        let (f16, bf16) = (half::f16::pack(x, y), half::bf16::pack(x, y));
+        let packed = p.packed.add(i * 4).cast::<V4<u32>>();
+        let (one_f16, one_bf16) = (half::f16::from_f32(x), half::bf16::from_f32(x));
+        packed.store(V4([f16, bf16, one_f16.to_bits() as u32, one_bf16.to_bits() as u32]));
+        let floats = p.floats.add(i * 8).cast::<V4<f32>>();
+        floats.store(V4([m::ex2(x), m::lg2(x), m::rcp(x), m::fma(x, y, x)]));
+        let ([a, b], [c, d]) = (half::f16::unpack(f16), half::bf16::unpack(bf16));
+        floats.add(1).store(V4([a, b, c, d]));
+        i += (grid_dim_x() * block_dim_x()) as u64;
+    }
+}

@@ -1,0 +1,140 @@
+//! One access to memory: bounds, alignment, permission, and the shadows.
+
+use std::fmt;
+
+use super::block::{Block, with};
+use super::global_race::Accessor;
+use super::race::Checks;
+use super::report::{Kind, Site};
+
+/// What an access does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Access {
+    Read,
+    /// Through the read-only path: nothing may write there during the launch.
+    ReadConstant,
+    Write,
+    Atomic,
+    /// A `cp.async` begins to write.
+    AsyncStart,
+    /// It has written.
+    AsyncEnd,
+}
+
+impl Access {
+    /// Whether its outcome depends on what is there.
+    pub fn reads(self) -> bool {
+        matches!(self, Access::Read | Access::ReadConstant | Access::Atomic)
+    }
+}
+
+impl fmt::Display for Access {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Access::Read => "read",
+            Access::ReadConstant => "read-only load",
+            Access::Write => "write",
+            Access::Atomic => "atomic",
+            Access::AsyncStart => "cp.async",
+            Access::AsyncEnd => "end of a cp.async",
+        })
+    }
+}
+
+/// Now and then, if the schedule asks for it, true: the running lane should suspend before its access.
+#[inline(always)]
+pub(crate) fn preempted() -> bool {
+    with(|block| block.options.preempt != 0 && block.preempt())
+}
+
+/// The host address of `bytes` bytes of shared memory at `addr`, of an array that occupies `bounds`.
+#[inline(never)]
+pub(crate) fn shared(addr: u32, bounds: (u32, u32), bytes: usize, access: Access, site: Site) -> *mut u8 {
+    with(|block| block.shared_access(block.current, addr, bounds, bytes, access, site))
+}
+
+/// The host address of `bytes` bytes of global memory at `addr`.
+#[inline(never)]
+pub(crate) fn global(addr: u64, bytes: usize, access: Access, site: Site) -> *mut u8 {
+    with(|block| block.global_access(addr, bytes, bytes, access, site))
+}
+
+impl Block {
+    #[inline(never)]
+    fn preempt(&mut self) -> bool {
+        let now = self.is_random() && self.random(self.options.preempt) == 0;
+        if now {
+            self.requeue();
+        }
+        now
+    }
+
+    /// The checks of a shared access by `thread`, which need not be the running one: in `ldmatrix` each lane reads the
+    /// row it names.
+    pub fn shared_access(
+        &mut self,
+        thread: usize,
+        addr: u32,
+        (begin, end): (u32, u32),
+        bytes: usize,
+        access: Access,
+        site: Site,
+    ) -> *mut u8 {
+        let at = addr as usize;
+        let fault = if end > self.dims.shared_bytes {
+            let have = self.dims.shared_bytes;
+            Some((
+                Kind::SharedBounds,
+                format!("its array (bytes {begin} to {end}) passes the {have} of the launch"),
+            ))
+        } else if addr < begin || at + bytes > end as usize {
+            Some((Kind::SharedBounds, format!("it leaves its array (bytes {begin} to {end})")))
+        } else if !at.is_multiple_of(bytes) {
+            Some((Kind::Misaligned, "the address is no multiple of the size".into()))
+        } else {
+            None
+        };
+        if let Some((kind, why)) = fault {
+            self.current = thread;
+            self.fail(kind, format!("{bytes}-byte {access} at shared byte {addr}: {why}"), site);
+        }
+        let checks = Checks { races: self.options.races, uninitialised: self.options.uninitialised };
+        let copies = matches!(access, Access::AsyncStart | Access::AsyncEnd);
+        if (checks.races || checks.uninitialised || copies)
+            && let Err((kind, what)) = self.shadow.access(thread, at, bytes, access, checks, site)
+        {
+            self.current = thread;
+            self.fail(kind, what, site);
+        }
+        // SAFETY: `at + bytes <= end <= shared_bytes`, the size of the buffer rounded up.
+        unsafe { self.shared.as_mut_ptr().cast::<u8>().add(at) }
+    }
+
+    /// The checks of a global access by the running lane.
+    pub fn global_access(
+        &mut self,
+        addr: u64,
+        bytes: usize,
+        align: usize,
+        access: Access,
+        site: Site,
+    ) -> *mut u8 {
+        if !addr.is_multiple_of(align as u64) {
+            let what = format!("{bytes}-byte {access} at global address {addr:#x}: no multiple of {align}");
+            self.fail(Kind::Misaligned, what, site);
+        }
+        let place = match self.memory().resolve(addr, bytes, access) {
+            Ok(place) => place,
+            Err((kind, why)) => self.fail(kind, format!("{bytes}-byte global {access}: {why}"), site),
+        };
+        let clocks = self.options.races.then_some(&self.shadow.clocks);
+        let who = Accessor { order: &self.order, thread: self.current, clocks };
+        if let (Some(races), false) = (self.global_races(), place.constant)
+            && let Some((kind, why)) = races.access(&place, bytes, access, &who)
+        {
+            let (name, offset) = (self.memory().name(place.named), place.offset);
+            self.fail(kind, format!("{access} of byte {offset} of `{name}` {why}"), site);
+        }
+        place.host
+    }
+}

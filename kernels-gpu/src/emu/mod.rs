@@ -1,0 +1,64 @@
+//! The emulator: runs kernels on the CPU and reports what GPU programmers fear most.
+//!
+//! ```
+//! use kernels_gpu::emu::{Kind, Launch, Memory, Options};
+//! use kernels_gpu::launch::Dims;
+//! use kernels_gpu::simt::thread;
+//!
+//! let mut memory = Memory::new();
+//! let input = memory.input("input", &[1.0f32; 64]);
+//! let out = memory.alloc::<f32>("out", 63); // one too short
+//! let launch = Launch { kernel: "double", dims: Dims::linear(2, 32, 0), memory: &memory, options: Options::default() };
+//! let report = launch
+//!     .run(|| unsafe {
+//!         let i = (thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()) as u64;
+//!         out.add(i).store(2.0 * input.add(i).load());
+//!     })
+//!     .unwrap_err();
+//! assert_eq!(report.kind, Kind::GlobalBounds);
+//! assert!(report.message.contains("warp 0 lane 31") && report.message.contains("`out`"));
+//! ```
+//!
+//! # The idea
+//! Each CUDA thread is a coroutine with a stack of its own. A collective suspends its lane until every participant has
+//! arrived; the last one computes the result for all and runs on (`warp.rs`, `barrier.rs`). A block belongs to one OS
+//! thread from start to end, which takes blocks in index order (`launch.rs`), so nothing a kernel does moves between OS
+//! threads, and a block's schedule depends on the seed and the block alone (`block.rs`).
+//!
+//! # What is reported
+//! | [`Kind`] | found by |
+//! |---|---|
+//! | `Race` | vector clocks over shared memory (`race.rs`): no lucky schedule hides a missing barrier |
+//! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by `cp.async` |
+//! | `SharedBounds`, `Misaligned` | each pointer carries the bounds of its array (`access.rs`) |
+//! | `GlobalBounds`, `ReadOnly` | device addresses name their allocation (`memory.rs`) |
+//! | `GlobalRace` | last writer and reader of each element (`global_race.rs`) |
+//! | `Divergence`, `Deadlock` | collectives that do not fit together, or never complete |
+//! | `Panic` | a kernel's own assertion |
+//!
+//! # What is not modelled
+//! Timing, caches, the order of tensor-core additions, and the last bits of approximate functions: compare floats with
+//! a tolerance. Threads that have ended do not count as arrived at a barrier, though hardware is more lenient there. An
+//! endless loop without any primitive is not noticed. A kernel that needs more stack than
+//! [`Options::stack_bytes`] hits a guard page and takes the process with it.
+
+pub(crate) mod access;
+pub(crate) mod atomics;
+pub(crate) mod barrier;
+pub(crate) mod block;
+pub(crate) mod copies;
+mod global_race;
+mod launch;
+mod memory;
+pub(crate) mod numeric;
+mod options;
+mod race;
+mod report;
+mod stack;
+mod tensor;
+pub(crate) mod warp;
+
+pub use launch::{Launch, Stats};
+pub use memory::Memory;
+pub use options::{Options, Order};
+pub use report::{Kind, Report};

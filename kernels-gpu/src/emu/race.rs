@@ -1,0 +1,339 @@
+//! The shadow of shared memory: races, uninitialised reads, copies under way.
+//!
+//! # Happens-before by vector clocks
+//! Every thread counts its synchronisations; `clock[t]` is what a thread knows of thread `t`. Access *x* of thread `t`
+//! at count `c` happens before access *y* of thread `u` exactly if `u` knows `t`'s count `c` at *y*. Two accesses to
+//! the same memory, one of them a write, neither happening before the other, are a race, in whatever order the
+//! schedule happened to run them. Only barriers and `sync_warp` pass knowledge on. A count per barrier instead of a
+//! clock per thread would be wrong as soon as two named barriers are in use.
+//!
+//! What threads know is shared: all that met at a barrier know the same, but for their own count. So a thread's clock
+//! is an index into a table of vectors plus its own count, and a barrier makes one vector ([`Clocks`]).
+//!
+//! # Cells
+//! A cell shadows 2 bytes, the smallest access there is, so that neighbours in one word never look like a race. It
+//! remembers the last write, and all reads and atomics since that write that do not happen before one another.
+
+use std::panic::Location;
+
+use super::access::Access;
+use super::report::{Kind, Site};
+
+/// Bytes of shared memory per cell.
+const CELL: usize = 2;
+
+/// What a synchronisation passes on: for each thread of the block, a count.
+pub(crate) type Clock = Vec<u32>;
+
+/// The clocks of a block's threads.
+#[derive(Default)]
+pub(crate) struct Clocks {
+    /// Per thread: its own count, and the row of `rows` that holds what it knows of the others.
+    own: Vec<u32>,
+    row: Vec<usize>,
+    rows: Vec<Clock>,
+    users: Vec<usize>,
+    spare_rows: Vec<usize>,
+    spare: Vec<Clock>,
+}
+
+impl Clocks {
+    fn reset(&mut self, threads: usize) {
+        self.spare.append(&mut self.rows);
+        self.users.clear();
+        self.spare_rows.clear();
+        self.own.clear();
+        self.own.resize(threads, 1);
+        let mut nothing = self.empty();
+        nothing.resize(threads, 0);
+        self.rows.push(nothing);
+        self.users.push(threads);
+        self.row.clear();
+        self.row.resize(threads, 0);
+    }
+
+    /// How often `thread` has synchronised.
+    pub fn count(&self, thread: usize) -> u32 {
+        self.own[thread]
+    }
+
+    /// Whether what `other` did at `count` happened before what `thread` does now.
+    pub fn knows(&self, thread: usize, other: usize, count: u32) -> bool {
+        self.rows[self.row[thread]][other] >= count
+    }
+
+    /// A clock without entries, to [`release`](Clocks::release) into.
+    pub fn empty(&mut self) -> Clock {
+        let mut clock = self.spare.pop().unwrap_or_default();
+        clock.clear();
+        clock
+    }
+
+    /// Adds what `thread` has done and knows to `clock`.
+    pub fn release(&self, thread: usize, clock: &mut Clock) {
+        let row = &self.rows[self.row[thread]];
+        // Neighbours mostly share their row, and then it is in `clock` already.
+        let shared = thread > 0 && self.row[thread - 1] == self.row[thread];
+        if clock.is_empty() {
+            clock.extend_from_slice(row);
+        } else if !shared || clock[thread - 1] < self.own[thread - 1] {
+            clock.iter_mut().zip(row).for_each(|(known, new)| *known = (*known).max(*new));
+        }
+        clock[thread] = self.own[thread];
+    }
+
+    /// Gives `threads` the knowledge in `clock`. What they do from now on is not part of it.
+    pub fn acquire(&mut self, threads: impl Iterator<Item = usize>, clock: Clock) {
+        let row = self.spare_rows.pop().unwrap_or_else(|| {
+            self.rows.push(Clock::new());
+            self.users.push(0);
+            self.rows.len() - 1
+        });
+        self.rows[row] = clock;
+        for thread in threads {
+            let old = std::mem::replace(&mut self.row[thread], row);
+            self.users[row] += 1;
+            self.users[old] -= 1;
+            if self.users[old] == 0 {
+                self.spare.push(std::mem::take(&mut self.rows[old]));
+                self.spare_rows.push(old);
+            }
+            self.own[thread] += 1;
+        }
+        if self.users[row] == 0 {
+            self.spare.push(std::mem::take(&mut self.rows[row]));
+            self.spare_rows.push(row);
+        }
+    }
+
+    /// Starts a new count: what `thread` does from now on is not part of what it has released.
+    pub fn advance(&mut self, thread: usize) {
+        self.own[thread] += 1;
+    }
+
+    /// All of `threads` learn what each of them has done.
+    pub fn synchronise(&mut self, threads: impl Iterator<Item = usize> + Clone) {
+        let mut clock = self.empty();
+        threads.clone().for_each(|thread| self.release(thread, &mut clock));
+        self.acquire(threads, clock);
+    }
+}
+
+/// One access that a later one may race with.
+#[derive(Clone, Copy)]
+struct Stamp {
+    /// The thread's count; 0: no access.
+    count: u32,
+    thread: u16,
+    atomic: bool,
+    site: Site,
+}
+
+const NEVER: Stamp = Stamp { count: 0, thread: 0, atomic: false, site: Location::caller() };
+
+#[derive(Clone, Copy)]
+struct Cell {
+    write: Stamp,
+    /// A read or atomic since `write`; further ones are in list `others` of the overflow.
+    since: Stamp,
+    /// 0: none.
+    others: u32,
+    has_reads: bool,
+    has_atomics: bool,
+    initialised: bool,
+    in_flight: bool,
+}
+
+const FRESH: Cell = Cell {
+    write: NEVER,
+    since: NEVER,
+    others: 0,
+    has_reads: false,
+    has_atomics: false,
+    initialised: false,
+    in_flight: false,
+};
+
+/// Which of the shadow's checks are on.
+#[derive(Clone, Copy)]
+pub(crate) struct Checks {
+    pub races: bool,
+    pub uninitialised: bool,
+}
+
+/// Accesses that do not fit into their cells: per cell that needs one, a list sorted by thread and kind.
+#[derive(Default)]
+struct Overflow {
+    lists: Vec<Vec<Stamp>>,
+    used: usize,
+}
+
+impl Overflow {
+    fn list(&self, number: u32) -> &[Stamp] {
+        if number == 0 { &[] } else { &self.lists[number as usize - 1] }
+    }
+
+    fn clear(&mut self, number: u32) {
+        if number != 0 {
+            self.lists[number as usize - 1].clear();
+        }
+    }
+
+    /// Puts `stamp` into a list, in the place of an older one of the same thread and kind; returns the list's number.
+    #[inline(never)]
+    fn insert(&mut self, mut number: u32, stamp: Stamp) -> u32 {
+        if number == 0 {
+            if self.used == self.lists.len() {
+                self.lists.push(Vec::new());
+            }
+            self.lists[self.used].clear();
+            self.used += 1;
+            number = self.used as u32;
+        }
+        let list = &mut self.lists[number as usize - 1];
+        match list.binary_search_by_key(&(stamp.thread, stamp.atomic), |s| (s.thread, s.atomic)) {
+            Ok(at) => list[at] = stamp,
+            Err(at) => list.insert(at, stamp),
+        }
+        number
+    }
+}
+
+/// The accessing thread: its stamp, and what it knows of others.
+struct Accessor<'a> {
+    stamp: Stamp,
+    access: Access,
+    known: &'a [u32],
+}
+
+impl Accessor<'_> {
+    fn is_behind(&self, other: &Stamp) -> bool {
+        other.count == 0
+            || other.thread == self.stamp.thread
+            || self.known[other.thread as usize] >= other.count
+    }
+
+    /// An earlier access to the cell that this one needs to be ordered behind, and is not.
+    #[inline]
+    fn conflict(&self, cell: &Cell, overflow: &Overflow) -> Option<(Stamp, &'static str)> {
+        if !self.is_behind(&cell.write) {
+            return Some((cell.write, "write"));
+        }
+        let relevant = match self.access {
+            Access::Read => cell.has_atomics,
+            Access::Atomic => cell.has_reads,
+            _ => cell.since.count != 0,
+        };
+        if !relevant {
+            return None;
+        }
+        let harmless = |stamp: &Stamp| match self.access {
+            Access::Read => !stamp.atomic,
+            Access::Atomic => stamp.atomic,
+            _ => false,
+        };
+        let all = std::iter::once(&cell.since).chain(overflow.list(cell.others));
+        let found = all.into_iter().find(|stamp| !harmless(stamp) && !self.is_behind(stamp))?;
+        Some((*found, if found.atomic { "atomic" } else { "read" }))
+    }
+
+    #[inline]
+    fn record(&self, cell: &mut Cell, overflow: &mut Overflow) {
+        if !matches!(self.access, Access::Read | Access::Atomic) {
+            overflow.clear(cell.others);
+            cell.write = self.stamp;
+            cell.since.count = 0;
+            cell.has_reads = false;
+            cell.has_atomics = false;
+            cell.initialised = true;
+            cell.in_flight = self.access == Access::AsyncStart;
+            return;
+        }
+        // An access that happens before this one, of the same kind, adds nothing: whoever is ordered behind this one is
+        // ordered behind it too.
+        let first = &mut cell.since;
+        if first.count == 0 || first.atomic == self.stamp.atomic && self.is_behind(first) {
+            *first = self.stamp;
+        } else {
+            cell.others = overflow.insert(cell.others, self.stamp);
+        }
+        cell.has_reads |= self.access == Access::Read;
+        cell.has_atomics |= self.access == Access::Atomic;
+        cell.initialised |= self.access == Access::Atomic;
+    }
+}
+
+/// The shadow of one block's shared memory.
+#[derive(Default)]
+pub(crate) struct Shadow {
+    pub clocks: Clocks,
+    cells: Vec<Cell>,
+    overflow: Overflow,
+    /// Cells that may differ from `FRESH`.
+    touched: std::ops::Range<usize>,
+}
+
+impl Shadow {
+    /// Forgets the last block.
+    pub fn reset(&mut self, bytes: usize, threads: usize) {
+        self.clocks.reset(threads);
+        self.cells[self.touched.clone()].fill(FRESH);
+        self.touched = 0..0;
+        self.cells.resize(bytes.div_ceil(CELL), FRESH);
+        self.overflow.used = 0;
+    }
+
+    /// One access of `thread` to `bytes` bytes at `addr`, both multiples of [`CELL`]; an error says what is wrong.
+    pub fn access(
+        &mut self,
+        thread: usize,
+        addr: usize,
+        bytes: usize,
+        access: Access,
+        checks: Checks,
+        site: Site,
+    ) -> Result<(), (Kind, String)> {
+        let range = addr / CELL..(addr + bytes) / CELL;
+        self.touched = if self.touched.is_empty() {
+            range.clone()
+        } else {
+            self.touched.start.min(range.start)..self.touched.end.max(range.end)
+        };
+        let count = self.clocks.own[thread];
+        let stamp = Stamp { count, thread: thread as u16, atomic: access == Access::Atomic, site };
+        let accessor = Accessor { stamp, access, known: &self.clocks.rows[self.clocks.row[thread]] };
+        for (cell, byte) in self.cells[range].iter_mut().zip((addr..).step_by(CELL)) {
+            if cell.in_flight && access != Access::AsyncEnd {
+                return Err(in_flight(access, byte, &cell.write));
+            }
+            if checks.uninitialised && !cell.initialised && access.reads() {
+                return Err(uninitialised(access, byte));
+            }
+            if checks.races
+                && access != Access::AsyncEnd
+                && let Some((other, what)) = accessor.conflict(cell, &self.overflow)
+            {
+                return Err(race(access, byte, &other, what));
+            }
+            accessor.record(cell, &mut self.overflow);
+        }
+        Ok(())
+    }
+}
+
+#[cold]
+fn in_flight(access: Access, byte: usize, Stamp { thread, site, .. }: &Stamp) -> (Kind, String) {
+    let copy = format!("the cp.async of thread {thread} at {site} is under way (no wait yet)");
+    (Kind::AsyncCopy, format!("{access} of shared byte {byte} while {copy}"))
+}
+
+#[cold]
+fn uninitialised(access: Access, byte: usize) -> (Kind, String) {
+    (Kind::Uninitialised, format!("{access} of shared byte {byte} that nothing has written"))
+}
+
+#[cold]
+fn race(access: Access, byte: usize, Stamp { thread, site, .. }: &Stamp, what: &str) -> (Kind, String) {
+    let other = format!("the {what} by thread {thread} at {site}");
+    (Kind::Race, format!("{access} of shared byte {byte} races with {other}"))
+}

@@ -1,0 +1,106 @@
+//! The table of PTX entry points, one line per instance: name, parameters, kernel.
+//!
+//! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
+
+use half::{bf16, f16};
+
+use crate::append::AppendParams;
+use crate::conformance::{
+    AsyncCopyParams, AtomicsParams, BarriersParams, GlobalParams, IndicesParams, LastBlockParams,
+    LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams, ShufflesParams,
+};
+use crate::forget::ForgetParams;
+use crate::pool::PoolParams;
+use crate::score::ScoreParams;
+
+/// One entry point.
+#[derive(Clone, Copy, Debug)]
+pub struct Entry {
+    /// Name in the PTX, `<op>_<dtype>_d<head_dim>[_g<group>]`.
+    pub name: &'static str,
+    /// Size of the parameter struct.
+    pub param_bytes: usize,
+    /// The kernel, for the emulator.
+    ///
+    /// # Safety
+    /// - `params` points to the entry's parameter struct, aligned.
+    /// - The kernel's own rules hold for them.
+    #[cfg(feature = "emulator")]
+    pub run: unsafe fn(params: *const u8),
+}
+
+impl Entry {
+    /// The entry called `name`.
+    pub fn find(name: &str) -> Option<&'static Entry> {
+        ENTRIES.iter().find(|entry| entry.name == name)
+    }
+}
+
+macro_rules! entries {
+    ($($name:ident($params:ty) = $kernel:expr;)*) => {
+        /// All entry points.
+        pub const ENTRIES: &[Entry] = &[$(Entry {
+            name: stringify!($name),
+            param_bytes: size_of::<$params>(),
+            #[cfg(feature = "emulator")]
+            run: |params| {
+                let kernel: unsafe fn($params) = $kernel;
+                // SAFETY: the rules of `Entry::run`.
+                unsafe { kernel(params.cast::<$params>().read()) }
+            },
+        }),*];
+
+        #[cfg(target_arch = "nvptx64")]
+        mod ptx {
+            use super::*;
+            $(
+                #[unsafe(no_mangle)]
+                unsafe extern "ptx-kernel" fn $name(params: $params) {
+                    $kernel(params)
+                }
+            )*
+        }
+    };
+}
+
+entries! {
+    append(AppendParams) = crate::append::append;
+    forget(ForgetParams) = crate::forget::forget;
+    pool_f16(PoolParams<f16>) = crate::pool::pool::<f16>;
+    pool_bf16(PoolParams<bf16>) = crate::pool::pool::<bf16>;
+    score_f16_d64_g4(ScoreParams<f16>) = crate::score::score::<f16, 2, 1, 2, true>;
+    score_f16_d64_g8(ScoreParams<f16>) = crate::score::score::<f16, 2, 1, 2, false>;
+    score_f16_d64_g16(ScoreParams<f16>) = crate::score::score::<f16, 2, 2, 1, false>;
+    score_f16_d96_g4(ScoreParams<f16>) = crate::score::score::<f16, 3, 1, 1, true>;
+    score_f16_d96_g8(ScoreParams<f16>) = crate::score::score::<f16, 3, 1, 1, false>;
+    score_f16_d96_g16(ScoreParams<f16>) = crate::score::score::<f16, 3, 2, 1, false>;
+    score_f16_d128_g4(ScoreParams<f16>) = crate::score::score::<f16, 4, 1, 2, true>;
+    score_f16_d128_g8(ScoreParams<f16>) = crate::score::score::<f16, 4, 1, 1, false>;
+    score_f16_d128_g16(ScoreParams<f16>) = crate::score::score::<f16, 4, 2, 1, false>;
+    score_f16_d256_g4(ScoreParams<f16>) = crate::score::score::<f16, 8, 1, 1, true>;
+    score_f16_d256_g8(ScoreParams<f16>) = crate::score::score::<f16, 8, 1, 1, false>;
+    score_bf16_d64_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 1, 2, true>;
+    score_bf16_d64_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 1, 2, false>;
+    score_bf16_d64_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 2, 1, false>;
+    score_bf16_d96_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 1, 1, true>;
+    score_bf16_d96_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 1, 1, false>;
+    score_bf16_d96_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 2, 1, false>;
+    score_bf16_d128_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 1, 2, true>;
+    score_bf16_d128_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 1, 1, false>;
+    score_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 2, 1, false>;
+    score_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, true>;
+    score_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, false>;
+    conformance_indices(IndicesParams) = crate::conformance::indices;
+    conformance_shuffles(ShufflesParams) = crate::conformance::shuffles;
+    conformance_masked(MaskedParams) = crate::conformance::masked;
+    conformance_barriers(BarriersParams) = crate::conformance::barriers;
+    conformance_shared(SharedParams) = crate::conformance::shared;
+    conformance_global(GlobalParams) = crate::conformance::global;
+    conformance_atomics(AtomicsParams) = crate::conformance::atomics;
+    conformance_last_block(LastBlockParams) = crate::conformance::last_block;
+    conformance_async_copy(AsyncCopyParams) = crate::conformance::async_copy;
+    conformance_ldmatrix(LdMatrixParams) = crate::conformance::ldmatrix;
+    conformance_mma_f16(MmaParams) = crate::conformance::mma::<half::f16>;
+    conformance_mma_bf16(MmaParams) = crate::conformance::mma::<half::bf16>;
+    conformance_math(MathParams) = crate::conformance::math;
+}

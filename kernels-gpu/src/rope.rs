@@ -1,0 +1,73 @@
+//! Rotary position embedding from two short tables.
+//!
+//! `angle(p) = angle(FINE * (p / FINE)) + angle(p % FINE)`, and the rotation of a sum is the product of the rotations:
+//! two table rows give any position's cosines and sines, for a million positions within 2e-7 of exact ones. The host
+//! makes the tables in f64, with every frequency scaling and attention factor already in them.
+
+use crate::simt::data::V2;
+use crate::simt::global::GlobalPtr;
+
+/// Positions that the fine table covers.
+pub const FINE: u32 = 256;
+
+/// Which elements form a rotated pair.
+pub const HALF_SPLIT: u32 = 0;
+/// `2 i` with `2 i + 1`; [`HALF_SPLIT`] is `i` with `i + pairs`.
+pub const INTERLEAVED: u32 = 1;
+
+/// The tables, and what is rotated.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct RopeTables {
+    /// \[positions / FINE, pairs\] (cos, sin) of positions that are multiples of `FINE`. Address 0: nothing is rotated.
+    pub coarse: GlobalPtr<V2<f32>>,
+    /// \[FINE, pairs\] (cos, sin), times the attention factor.
+    pub fine: GlobalPtr<V2<f32>>,
+    /// Rotated pairs of a head, at most `head_dim / 2`.
+    pub pairs: u32,
+    /// [`HALF_SPLIT`] or [`INTERLEAVED`].
+    pub pairing: u32,
+}
+const _: () = assert!(size_of::<RopeTables>() == 24);
+
+impl RopeTables {
+    /// Tables that rotate nothing.
+    pub const fn none() -> Self {
+        RopeTables {
+            coarse: GlobalPtr::from_addr(0),
+            fine: GlobalPtr::from_addr(0),
+            pairs: 0,
+            pairing: HALF_SPLIT,
+        }
+    }
+
+    /// The two elements of pair `pair` of a head; beyond the rotated pairs, neighbours.
+    #[inline(always)]
+    pub fn elements(&self, pair: u32) -> (u32, u32) {
+        if pair < self.pairs && self.pairing == HALF_SPLIT {
+            (pair, pair + self.pairs)
+        } else {
+            (2 * pair, 2 * pair + 1)
+        }
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+impl RopeTables {
+    /// `(x, y)`, the elements of pair `pair`, rotated as at `position`.
+    ///
+    /// # Safety
+    /// - The tables are as described and cover `position`.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn rotate(&self, pair: u32, position: u32, (x, y): (f32, f32)) -> (f32, f32) {
+        if pair >= self.pairs {
+            return (x, y);
+        }
+        let row = |position: u32| position as u64 * self.pairs as u64 + pair as u64;
+        let [c0, s0] = self.coarse.add(row(position / FINE)).load_cached().0;
+        let [c1, s1] = self.fine.add(row(position % FINE)).load_cached().0;
+        let (cos, sin) = (c0 * c1 - s0 * s1, s0 * c1 + c0 * s1);
+        (x * cos - y * sin, y * cos + x * sin)
+    }
+}

@@ -1,0 +1,358 @@
+//! The machine on the CPU: each primitive in terms of [`emu`](crate::emu).
+//!
+//! A collective asks the emulator whether its lane must wait, and if so switches to the scheduler. Everything between a
+//! kernel and that switch is inlined: a call frame that straddles it would return, later, in an order that defeats the
+//! processor's return predictor, which doubles the cost of every collective. The bookkeeping is out of line.
+
+use core::panic::Location;
+
+use super::data::Pod;
+use super::shared::Shared;
+use crate::emu::access::Access;
+use crate::emu::barrier::{self, Arrival};
+use crate::emu::block::{suspend, with};
+use crate::emu::warp::{self, Op};
+use crate::emu::{access, atomics, copies, numeric};
+
+#[inline(always)]
+fn wait_if(must_wait: bool) {
+    if must_wait {
+        suspend()
+    }
+}
+
+// Indices.
+
+#[inline(always)]
+pub fn thread_idx(axis: usize) -> u32 {
+    with(|block| block.thread_idx(axis))
+}
+
+#[inline(always)]
+pub fn block_idx(axis: usize) -> u32 {
+    with(|block| block.index[axis])
+}
+
+#[inline(always)]
+pub fn block_dim(axis: usize) -> u32 {
+    with(|block| block.dims.block[axis])
+}
+
+#[inline(always)]
+pub fn grid_dim(axis: usize) -> u32 {
+    with(|block| block.dims.grid[axis])
+}
+
+#[inline(always)]
+pub fn lane_id() -> u32 {
+    with(|block| block.current as u32 % 32)
+}
+
+// Barriers.
+
+#[inline(always)]
+#[track_caller]
+pub fn sync_threads() {
+    wait_if(barrier::arrive(0, None, Arrival::Wait, Location::caller()))
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn sync_threads_count(predicate: bool) -> u32 {
+    wait_if(barrier::arrive(0, None, Arrival::Count(predicate), Location::caller()));
+    warp::result::<1>()[0]
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn sync_named(id: u32, threads: u32) {
+    wait_if(barrier::arrive(id, Some(threads), Arrival::Wait, Location::caller()))
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn arrive_named(id: u32, threads: u32) {
+    wait_if(barrier::arrive(id, Some(threads), Arrival::Pass, Location::caller()))
+}
+
+// Warp collectives.
+
+#[inline(always)]
+#[track_caller]
+pub fn sync_warp(mask: u32) {
+    wait_if(warp::arrive(Op::SyncWarp, mask, Location::caller()))
+}
+
+#[inline(always)]
+#[track_caller]
+fn shuffle(op: Op, mask: u32, value: u32, source: u32) -> u32 {
+    warp::arguments([value, source]);
+    wait_if(warp::arrive(op, mask, Location::caller()));
+    warp::result::<1>()[0]
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn shuffle_idx(mask: u32, value: u32, lane: u32) -> u32 {
+    shuffle(Op::ShuffleIdx, mask, value, lane)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn shuffle_xor(mask: u32, value: u32, lane_mask: u32) -> u32 {
+    shuffle(Op::ShuffleXor, mask, value, lane_mask)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn shuffle_up(mask: u32, value: u32, delta: u32) -> u32 {
+    shuffle(Op::ShuffleUp, mask, value, delta)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn shuffle_down(mask: u32, value: u32, delta: u32) -> u32 {
+    shuffle(Op::ShuffleDown, mask, value, delta)
+}
+
+#[inline(always)]
+#[track_caller]
+fn one_word(op: Op, mask: u32, value: u32) -> u32 {
+    warp::arguments([value]);
+    wait_if(warp::arrive(op, mask, Location::caller()));
+    warp::result::<1>()[0]
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn ballot(mask: u32, predicate: bool) -> u32 {
+    one_word(Op::Ballot, mask, predicate as u32)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn reduce_add(mask: u32, value: u32) -> u32 {
+    one_word(Op::ReduceAdd, mask, value)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn reduce_min(mask: u32, value: u32) -> u32 {
+    one_word(Op::ReduceMin, mask, value)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn reduce_max(mask: u32, value: u32) -> u32 {
+    one_word(Op::ReduceMax, mask, value)
+}
+
+// Shared memory: addresses are offsets from the start of the launch's.
+
+#[inline(always)]
+pub fn shared_base() -> u32 {
+    0
+}
+
+/// The host address of what `p` points to, checked; may let other lanes run first.
+#[inline(always)]
+#[track_caller]
+fn shared<T: Pod>(p: Shared<T>, access: Access) -> *mut T {
+    let site = Location::caller();
+    wait_if(access::preempted());
+    access::shared(p.addr(), p.bounds(), size_of::<T>(), access, site).cast()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_shared<T: Pod>(p: Shared<T>) -> T {
+    shared(p, Access::Read).read()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn store_shared<T: Pod>(p: Shared<T>, value: T) {
+    shared(p, Access::Write).write(value)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_add_shared(p: Shared<u32>, value: u32) -> u32 {
+    let word = shared(p, Access::Atomic);
+    word.replace(word.read().wrapping_add(value))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_max_shared(p: Shared<u32>, value: u32) -> u32 {
+    let word = shared(p, Access::Atomic);
+    word.replace(word.read().max(value))
+}
+
+// Global memory.
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global<T: Pod>(addr: u64) -> T {
+    access::global(addr, size_of::<T>(), Access::Read, Location::caller()).cast::<T>().read()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
+    access::global(addr, size_of::<T>(), Access::ReadConstant, Location::caller()).cast::<T>().read()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global_stream<T: Pod>(addr: u64) -> T {
+    load_global_cached(addr)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global_stream_row<T: Pod>(addr: u64) -> T {
+    load_global_cached(addr)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn store_global<T: Pod>(addr: u64, value: T) {
+    access::global(addr, size_of::<T>(), Access::Write, Location::caller()).cast::<T>().write(value)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn store_global_evict_first<T: Pod>(addr: u64, value: T) {
+    store_global(addr, value)
+}
+
+/// Lets others run, so that a lane may spin on the word, then applies `f` to it.
+#[inline(always)]
+#[track_caller]
+fn atomic(addr: u64, f: impl Fn(u32) -> u32) -> u32 {
+    let site = Location::caller();
+    atomics::requeue();
+    suspend();
+    atomics::read_modify_write(addr, &f, site)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_add_global(addr: u64, value: u32) -> u32 {
+    atomic(addr, |old| old.wrapping_add(value))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_add_global_f32(addr: u64, value: f32) -> f32 {
+    f32::from_bits(atomic(addr, |old| (f32::from_bits(old) + value).to_bits()))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_max_global(addr: u64, value: u32) -> u32 {
+    atomic(addr, |old| old.max(value))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_exchange_global(addr: u64, value: u32) -> u32 {
+    atomic(addr, |_| value)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_cas_global(addr: u64, expected: u32, new: u32) -> u32 {
+    atomic(addr, |old| if old == expected { new } else { old })
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn atomic_inc_global(addr: u64, last: u32) -> u32 {
+    atomic(addr, |old| if old >= last { 0 } else { old + 1 })
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_acquire_global(addr: u64) -> u32 {
+    let value = atomic(addr, |old| old);
+    atomics::fence();
+    value
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn store_release_global(addr: u64, value: u32) {
+    atomics::fence();
+    atomic(addr, |_| value);
+}
+
+// The grid.
+
+#[inline(always)]
+pub fn fence() {
+    atomics::fence()
+}
+
+/// Launches run one after the other here.
+#[inline(always)]
+pub fn launch_dependents() {}
+
+/// Launches run one after the other here.
+#[inline(always)]
+pub fn wait_for_previous() {}
+
+// Asynchronous copies and the tensor core.
+
+#[inline(always)]
+#[track_caller]
+pub fn cp_async_16<T: Pod>(dst: Shared<T>, src: u64, bytes: u32) {
+    copies::start(dst.addr(), dst.bounds(), src, bytes, Location::caller())
+}
+
+#[inline(always)]
+pub fn cp_async_commit() {
+    copies::commit()
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn cp_async_wait<const PENDING: u32>() {
+    copies::wait(PENDING as usize, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn ldmatrix_x4<T: Pod>(row: Shared<T>, trans: bool) -> [u32; 4] {
+    let (begin, end) = row.bounds();
+    warp::arguments([row.addr(), begin, end]);
+    let op = if trans { Op::LdMatrixTrans } else { Op::LdMatrix };
+    wait_if(warp::arrive(op, u32::MAX, Location::caller()));
+    warp::result()
+}
+
+#[inline(always)]
+#[track_caller]
+fn mma(op: Op, d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    let c = d.map(f32::to_bits);
+    warp::arguments([c[0], c[1], c[2], c[3], a[0], a[1], a[2], a[3], b[0], b[1]]);
+    wait_if(warp::arrive(op, u32::MAX, Location::caller()));
+    *d = warp::result::<4>().map(f32::from_bits);
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn mma_f16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    mma(Op::MmaF16, d, a, b)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    mma(Op::MmaBf16, d, a, b)
+}
+
+// Arithmetic.
+
+pub(super) use numeric::{ex2, fma, lg2, pack_bf16, pack_f16, rcp, sqrt, unpack_f16};

@@ -1,0 +1,522 @@
+//! The machine on an NVIDIA GPU: one PTX instruction, or a few, per primitive.
+//!
+//! What the options of each `asm!` say to the compiler, since speed and correctness hang on them:
+//! - Loads are `pure`: they may be merged, moved and batched, read-only ones (`nomem`) over stores as well, others
+//!   (`readonly`) not over anything that writes memory.
+//! - Arithmetic is `pure, nomem`.
+//! - Collectives are never `pure`. LLVM does not know inline PTX to be convergent; a pure `mma` whose result is used in
+//!   one branch only would be sunk into that branch, and then only some lanes execute it. Without `pure` it stays in
+//!   place. LLVM's passes that duplicate code over branches are off for this target.
+//! - Barriers, stores, atomics and fences write memory as far as the compiler knows (no `nomem`): no load moves over
+//!   them.
+
+use core::arch::{asm, global_asm, nvptx};
+
+use super::data::Pod;
+use super::shared::Shared;
+
+// 1024: the alignment that 128-byte swizzled tiles of bulk copies need.
+global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
+
+/// Bits of a value, whatever its size: the arms of `load!` that do not fit are never executed.
+#[inline(always)]
+unsafe fn reinterpret<A, B: Copy>(a: &A) -> B {
+    (a as *const A).cast::<B>().read_unaligned()
+}
+
+/// `$op` with the width of `$t`: `.b16`, `.b32`, `.b64` or `.v4.b32`.
+macro_rules! load {
+    ($op:literal, $t:ty, $class:ident $addr:expr, $($option:ident),*) => {
+        match size_of::<$t>() {
+            2 => {
+                let x: u16;
+                asm!(concat!($op, ".b16 {}, [{}];"), out(reg16) x, in($class) $addr, options($($option),*));
+                reinterpret(&x)
+            }
+            4 => {
+                let x: u32;
+                asm!(concat!($op, ".b32 {}, [{}];"), out(reg32) x, in($class) $addr, options($($option),*));
+                reinterpret(&x)
+            }
+            8 => {
+                let x: u64;
+                asm!(concat!($op, ".b64 {}, [{}];"), out(reg64) x, in($class) $addr, options($($option),*));
+                reinterpret(&x)
+            }
+            _ => {
+                let (a, b, c, d): (u32, u32, u32, u32);
+                asm!(
+                    concat!($op, ".v4.b32 {{{}, {}, {}, {}}}, [{}];"),
+                    out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in($class) $addr,
+                    options($($option),*)
+                );
+                reinterpret(&[a, b, c, d])
+            }
+        }
+    };
+}
+
+/// The stores that belong to `load!`.
+macro_rules! store {
+    ($op:literal, $class:ident $addr:expr, $value:expr) => {
+        match size_of_val(&$value) {
+            2 => {
+                let x: u16 = reinterpret(&$value);
+                asm!(concat!($op, ".b16 [{}], {};"), in($class) $addr, in(reg16) x, options(nostack));
+            }
+            4 => {
+                let x: u32 = reinterpret(&$value);
+                asm!(concat!($op, ".b32 [{}], {};"), in($class) $addr, in(reg32) x, options(nostack));
+            }
+            8 => {
+                let x: u64 = reinterpret(&$value);
+                asm!(concat!($op, ".b64 [{}], {};"), in($class) $addr, in(reg64) x, options(nostack));
+            }
+            _ => {
+                let [a, b, c, d]: [u32; 4] = reinterpret(&$value);
+                asm!(
+                    concat!($op, ".v4.b32 [{}], {{{}, {}, {}, {}}};"),
+                    in($class) $addr, in(reg32) a, in(reg32) b, in(reg32) c, in(reg32) d,
+                    options(nostack)
+                );
+            }
+        }
+    };
+}
+
+/// `$op` on one word of memory: returns what was there.
+macro_rules! atomic {
+    ($op:literal, $class:ident $addr:expr, $($value:expr),*) => {{
+        let old;
+        asm!(atomic!(@text $op, $($value),*), out(reg32) old, in($class) $addr, $(in(reg32) $value,)* options(nostack));
+        old
+    }};
+    (@text $op:literal, $a:expr) => { concat!($op, " {}, [{}], {};") };
+    (@text $op:literal, $a:expr, $b:expr) => { concat!($op, " {}, [{}], {}, {};") };
+}
+
+// Indices.
+
+#[inline(always)]
+pub fn thread_idx(axis: usize) -> u32 {
+    unsafe {
+        (match axis {
+            0 => nvptx::_thread_idx_x(),
+            1 => nvptx::_thread_idx_y(),
+            _ => nvptx::_thread_idx_z(),
+        }) as u32
+    }
+}
+
+#[inline(always)]
+pub fn block_idx(axis: usize) -> u32 {
+    unsafe {
+        (match axis {
+            0 => nvptx::_block_idx_x(),
+            1 => nvptx::_block_idx_y(),
+            _ => nvptx::_block_idx_z(),
+        }) as u32
+    }
+}
+
+#[inline(always)]
+pub fn block_dim(axis: usize) -> u32 {
+    unsafe {
+        (match axis {
+            0 => nvptx::_block_dim_x(),
+            1 => nvptx::_block_dim_y(),
+            _ => nvptx::_block_dim_z(),
+        }) as u32
+    }
+}
+
+#[inline(always)]
+pub fn grid_dim(axis: usize) -> u32 {
+    unsafe {
+        (match axis {
+            0 => nvptx::_grid_dim_x(),
+            1 => nvptx::_grid_dim_y(),
+            _ => nvptx::_grid_dim_z(),
+        }) as u32
+    }
+}
+
+#[inline(always)]
+pub fn lane_id() -> u32 {
+    let lane: u32;
+    unsafe { asm!("mov.u32 {}, %laneid;", out(reg32) lane, options(pure, nomem, nostack)) };
+    lane
+}
+
+// Barriers.
+
+#[inline(always)]
+pub unsafe fn sync_threads() {
+    nvptx::_syncthreads()
+}
+
+#[inline(always)]
+pub unsafe fn sync_threads_count(predicate: bool) -> u32 {
+    let count: u32;
+    asm!(
+        "{{.reg .pred p; setp.ne.u32 p, {1}, 0; bar.red.popc.u32 {0}, 0, p;}}",
+        out(reg32) count, in(reg32) predicate as u32, options(nostack)
+    );
+    count
+}
+
+#[inline(always)]
+pub unsafe fn sync_named(id: u32, threads: u32) {
+    asm!("bar.sync {}, {};", in(reg32) id, in(reg32) threads, options(nostack))
+}
+
+#[inline(always)]
+pub unsafe fn arrive_named(id: u32, threads: u32) {
+    asm!("bar.arrive {}, {};", in(reg32) id, in(reg32) threads, options(nostack))
+}
+
+#[inline(always)]
+pub unsafe fn sync_warp(mask: u32) {
+    asm!("bar.warp.sync {};", in(reg32) mask, options(nostack))
+}
+
+// Warp collectives. The last but one operand of `shfl` clamps: lane 31 upwards, lane 0 (`0`) for `up`.
+
+#[inline(always)]
+pub unsafe fn shuffle_idx(mask: u32, value: u32, lane: u32) -> u32 {
+    let out: u32;
+    asm!(
+        "shfl.sync.idx.b32 {}, {}, {}, 31, {};",
+        out(reg32) out, in(reg32) value, in(reg32) lane, in(reg32) mask, options(nomem, nostack)
+    );
+    out
+}
+
+#[inline(always)]
+pub unsafe fn shuffle_xor(mask: u32, value: u32, lane_mask: u32) -> u32 {
+    let out: u32;
+    asm!(
+        "shfl.sync.bfly.b32 {}, {}, {}, 31, {};",
+        out(reg32) out, in(reg32) value, in(reg32) lane_mask, in(reg32) mask, options(nomem, nostack)
+    );
+    out
+}
+
+#[inline(always)]
+pub unsafe fn shuffle_up(mask: u32, value: u32, delta: u32) -> u32 {
+    let out: u32;
+    asm!(
+        "shfl.sync.up.b32 {}, {}, {}, 0, {};",
+        out(reg32) out, in(reg32) value, in(reg32) delta, in(reg32) mask, options(nomem, nostack)
+    );
+    out
+}
+
+#[inline(always)]
+pub unsafe fn shuffle_down(mask: u32, value: u32, delta: u32) -> u32 {
+    let out: u32;
+    asm!(
+        "shfl.sync.down.b32 {}, {}, {}, 31, {};",
+        out(reg32) out, in(reg32) value, in(reg32) delta, in(reg32) mask, options(nomem, nostack)
+    );
+    out
+}
+
+#[inline(always)]
+pub unsafe fn ballot(mask: u32, predicate: bool) -> u32 {
+    let out: u32;
+    asm!(
+        "{{.reg .pred p; setp.ne.u32 p, {1}, 0; vote.sync.ballot.b32 {0}, p, {2};}}",
+        out(reg32) out, in(reg32) predicate as u32, in(reg32) mask, options(nomem, nostack)
+    );
+    out
+}
+
+#[inline(always)]
+pub unsafe fn reduce_add(mask: u32, value: u32) -> u32 {
+    let out: u32;
+    asm!("redux.sync.add.u32 {}, {}, {};", out(reg32) out, in(reg32) value, in(reg32) mask, options(nomem, nostack));
+    out
+}
+
+#[inline(always)]
+pub unsafe fn reduce_min(mask: u32, value: u32) -> u32 {
+    let out: u32;
+    asm!("redux.sync.min.u32 {}, {}, {};", out(reg32) out, in(reg32) value, in(reg32) mask, options(nomem, nostack));
+    out
+}
+
+#[inline(always)]
+pub unsafe fn reduce_max(mask: u32, value: u32) -> u32 {
+    let out: u32;
+    asm!("redux.sync.max.u32 {}, {}, {};", out(reg32) out, in(reg32) value, in(reg32) mask, options(nomem, nostack));
+    out
+}
+
+// Shared memory.
+
+#[inline(always)]
+pub fn shared_base() -> u32 {
+    let base: u32;
+    unsafe { asm!("mov.u32 {}, dynamic_shared;", out(reg32) base, options(pure, nomem, nostack)) };
+    base
+}
+
+#[inline(always)]
+pub unsafe fn load_shared<T: Pod>(p: Shared<T>) -> T {
+    load!("ld.shared", T, reg32 p.addr(), pure, readonly, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn store_shared<T: Pod>(p: Shared<T>, value: T) {
+    store!("st.shared", reg32 p.addr(), value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_add_shared(p: Shared<u32>, value: u32) -> u32 {
+    atomic!("atom.shared.add.u32", reg32 p.addr(), value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_max_shared(p: Shared<u32>, value: u32) -> u32 {
+    atomic!("atom.shared.max.u32", reg32 p.addr(), value)
+}
+
+// Global memory.
+
+#[inline(always)]
+pub unsafe fn load_global<T: Pod>(addr: u64) -> T {
+    load!("ld.global", T, reg64 addr, pure, readonly, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
+    load!("ld.global.nc", T, reg64 addr, pure, nomem, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn load_global_stream<T: Pod>(addr: u64) -> T {
+    load!("ld.global.nc.L1::no_allocate", T, reg64 addr, pure, nomem, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn load_global_stream_row<T: Pod>(addr: u64) -> T {
+    load!("ld.global.nc.L1::no_allocate.L2::256B", T, reg64 addr, pure, nomem, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn store_global<T: Pod>(addr: u64, value: T) {
+    store!("st.global", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn store_global_evict_first<T: Pod>(addr: u64, value: T) {
+    store!("st.global.cs", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_add_global(addr: u64, value: u32) -> u32 {
+    atomic!("atom.relaxed.gpu.global.add.u32", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_add_global_f32(addr: u64, value: f32) -> f32 {
+    atomic!("atom.relaxed.gpu.global.add.f32", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_max_global(addr: u64, value: u32) -> u32 {
+    atomic!("atom.relaxed.gpu.global.max.u32", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_exchange_global(addr: u64, value: u32) -> u32 {
+    atomic!("atom.relaxed.gpu.global.exch.b32", reg64 addr, value)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_cas_global(addr: u64, expected: u32, new: u32) -> u32 {
+    atomic!("atom.relaxed.gpu.global.cas.b32", reg64 addr, expected, new)
+}
+
+#[inline(always)]
+pub unsafe fn atomic_inc_global(addr: u64, last: u32) -> u32 {
+    atomic!("atom.relaxed.gpu.global.inc.u32", reg64 addr, last)
+}
+
+#[inline(always)]
+pub unsafe fn load_acquire_global(addr: u64) -> u32 {
+    let value: u32;
+    asm!("ld.acquire.gpu.global.u32 {}, [{}];", out(reg32) value, in(reg64) addr, options(nostack));
+    value
+}
+
+#[inline(always)]
+pub unsafe fn store_release_global(addr: u64, value: u32) {
+    asm!("st.release.gpu.global.u32 [{}], {};", in(reg64) addr, in(reg32) value, options(nostack));
+}
+
+// The grid.
+
+#[inline(always)]
+pub fn fence() {
+    unsafe { asm!("fence.acq_rel.gpu;", options(nostack)) }
+}
+
+#[inline(always)]
+pub fn launch_dependents() {
+    #[cfg(target_feature = "sm_90")]
+    unsafe {
+        asm!("griddepcontrol.launch_dependents;", options(nostack))
+    }
+}
+
+#[inline(always)]
+pub fn wait_for_previous() {
+    #[cfg(target_feature = "sm_90")]
+    unsafe {
+        asm!("griddepcontrol.wait;", options(nostack))
+    }
+}
+
+// Asynchronous copies and the tensor core.
+
+#[inline(always)]
+pub unsafe fn cp_async_16<T: Pod>(dst: Shared<T>, src: u64, bytes: u32) {
+    asm!(
+        "cp.async.cg.shared.global [{}], [{}], 16, {};",
+        in(reg32) dst.addr(), in(reg64) src, in(reg32) bytes, options(nostack)
+    )
+}
+
+#[inline(always)]
+pub fn cp_async_commit() {
+    unsafe { asm!("cp.async.commit_group;", options(nostack)) }
+}
+
+#[inline(always)]
+pub fn cp_async_wait<const PENDING: u32>() {
+    unsafe { asm!("cp.async.wait_group {};", const PENDING, options(nostack)) }
+}
+
+#[inline(always)]
+pub unsafe fn ldmatrix_x4<T: Pod>(row: Shared<T>, trans: bool) -> [u32; 4] {
+    let (a, b, c, d): (u32, u32, u32, u32);
+    if trans {
+        asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) row.addr(),
+            options(readonly, nostack)
+        );
+    } else {
+        asm!(
+            "ldmatrix.sync.aligned.m8n8.x4.shared.b16 {{{}, {}, {}, {}}}, [{}];",
+            out(reg32) a, out(reg32) b, out(reg32) c, out(reg32) d, in(reg32) row.addr(),
+            options(readonly, nostack)
+        );
+    }
+    [a, b, c, d]
+}
+
+macro_rules! mma {
+    ($types:literal, $d:expr, $a:expr, $b:expr) => {
+        asm!(
+            concat!(
+                "mma.sync.aligned.m16n8k16.row.col.", $types,
+                " {{{0}, {1}, {2}, {3}}}, {{{4}, {5}, {6}, {7}}}, {{{8}, {9}}}, {{{0}, {1}, {2}, {3}}};"
+            ),
+            inout(reg32) $d[0], inout(reg32) $d[1], inout(reg32) $d[2], inout(reg32) $d[3],
+            in(reg32) $a[0], in(reg32) $a[1], in(reg32) $a[2], in(reg32) $a[3],
+            in(reg32) $b[0], in(reg32) $b[1],
+            options(nomem, nostack)
+        )
+    };
+}
+
+#[inline(always)]
+pub unsafe fn mma_f16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    mma!("f32.f16.f16.f32", d, a, b)
+}
+
+#[inline(always)]
+pub unsafe fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
+    mma!("f32.bf16.bf16.f32", d, a, b)
+}
+
+// Arithmetic.
+
+#[inline(always)]
+pub fn ex2(x: f32) -> f32 {
+    let y: f32;
+    unsafe { asm!("ex2.approx.ftz.f32 {}, {};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+#[inline(always)]
+pub fn lg2(x: f32) -> f32 {
+    let y: f32;
+    unsafe { asm!("lg2.approx.ftz.f32 {}, {};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+#[inline(always)]
+pub fn rcp(x: f32) -> f32 {
+    let y: f32;
+    unsafe { asm!("rcp.approx.ftz.f32 {}, {};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+#[inline(always)]
+pub fn sqrt(x: f32) -> f32 {
+    let y: f32;
+    unsafe { asm!("sqrt.rn.f32 {}, {};", out(reg32) y, in(reg32) x, options(pure, nomem, nostack)) };
+    y
+}
+
+#[inline(always)]
+pub fn fma(a: f32, b: f32, c: f32) -> f32 {
+    let y: f32;
+    unsafe {
+        asm!(
+            "fma.rn.f32 {}, {}, {}, {};",
+            out(reg32) y, in(reg32) a, in(reg32) b, in(reg32) c, options(pure, nomem, nostack)
+        )
+    };
+    y
+}
+
+#[inline(always)]
+pub fn pack_f16(lo: f32, hi: f32) -> u32 {
+    let pair: u32;
+    unsafe {
+        asm!(
+            "cvt.rn.f16x2.f32 {}, {}, {};",
+            out(reg32) pair, in(reg32) hi, in(reg32) lo, options(pure, nomem, nostack)
+        )
+    };
+    pair
+}
+
+#[inline(always)]
+pub fn pack_bf16(lo: f32, hi: f32) -> u32 {
+    let pair: u32;
+    unsafe {
+        asm!(
+            "cvt.rn.bf16x2.f32 {}, {}, {};",
+            out(reg32) pair, in(reg32) hi, in(reg32) lo, options(pure, nomem, nostack)
+        )
+    };
+    pair
+}
+
+#[inline(always)]
+pub fn unpack_f16(pair: u32) -> [f32; 2] {
+    let (lo, hi): (f32, f32);
+    unsafe {
+        asm!(
+            "{{.reg .b16 l, h; mov.b32 {{l, h}}, {2}; cvt.f32.f16 {0}, l; cvt.f32.f16 {1}, h;}}",
+            out(reg32) lo, out(reg32) hi, in(reg32) pair, options(pure, nomem, nostack)
+        )
+    };
+    [lo, hi]
+}

@@ -1,0 +1,1 @@
+//! Stands for the emulator: the device build leaves it out.

@@ -1,0 +1,374 @@
+//! `attend`: softmax attention over lists of tokens, over parts of lists, and over all tokens.
+
+mod common;
+
+use common::paged::{Pool, STORAGES, Storage};
+use common::problem::{self, Content, Problem, Row, around, small_config};
+use common::run::{Inputs, outputs, token_select};
+use common::{
+    Random, assert_close, assert_lse, attention_tolerance, cases, devices, naive, naive_config, tensor,
+    values,
+};
+use proptest::prelude::*;
+use tokenselect::{Batch, DType, Device, HeadShape, Ranks, SelectConfig, Selection, StepOutput, Tensor};
+
+/// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
+struct Lists {
+    parts: Vec<Vec<(usize, usize)>>,
+    totals: Vec<usize>,
+}
+
+impl Lists {
+    fn whole(lists: &[Vec<usize>]) -> Self {
+        let parts = lists.iter().map(|list| naive::ranked(list)).collect();
+        Lists { parts, totals: lists.iter().map(Vec::len).collect() }
+    }
+}
+
+/// A `[rows, width]` buffer of lists; what lies beyond a list's end names no token and must not be read.
+fn padded(lists: impl Iterator<Item = Vec<usize>>, width: usize) -> Tensor {
+    let mut data = Vec::new();
+    let mut rows = 0;
+    for mut list in lists {
+        list.resize(width, u32::MAX as usize);
+        data.extend(list.into_iter().map(|x| x as f64));
+        rows += 1;
+    }
+    tensor(DType::U32, &data, [rows, width])
+}
+
+/// Attention of a problem over lists, with or without ranks: `(out, lse)`.
+fn attend_to(
+    device: &Device,
+    problem: &Problem,
+    pool: &Pool,
+    lists: &Lists,
+    with_ranks: bool,
+    out_dtype: DType,
+) -> (Vec<f64>, Vec<f64>) {
+    let batch = pool.batch(problem);
+    let ts = token_select(device, problem, &batch);
+    let (mut out, mut lse) = outputs(problem, out_dtype);
+    let width = lists.parts.iter().map(Vec::len).max().unwrap_or(0) + 2;
+    let column = |of: fn(&(usize, usize)) -> usize| {
+        padded(lists.parts.iter().map(move |list| list.iter().map(of).collect()), width)
+    };
+    let (ranks, tokens) = (column(|pair| pair.0), column(|pair| pair.1));
+    let rows = lists.parts.len();
+    let lens: Vec<f64> = lists.parts.iter().map(|list| list.len() as f64).collect();
+    let totals: Vec<f64> = lists.totals.iter().map(|&total| total as f64).collect();
+    let (len, total_len) = (tensor(DType::U32, &lens, [rows]), tensor(DType::U32, &totals, [rows]));
+    let ranks = with_ranks.then(|| Ranks { ranks: ranks.view(), total_len: total_len.view() });
+    let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
+    let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+    ts.attend_to(&batch, pool.view(), Inputs::new(problem).q.view(), selection, output).unwrap();
+    (values(&out), values(&lse))
+}
+
+/// The definitions for all rows: `(out, lse)`.
+fn expected(problem: &Problem, lists: &Lists) -> (Vec<f64>, Vec<f64>) {
+    let config = naive_config(&problem.config);
+    let (mut out, mut lse) = (Vec::new(), Vec::new());
+    for ((row, part), &total) in problem.rows.iter().zip(&lists.parts).zip(&lists.totals) {
+        let (o, l) = naive::attend(&config, &row.q, &row.k, &row.v, part, total);
+        out.extend(o);
+        lse.extend(l);
+    }
+    (out, lse)
+}
+
+fn assert_same(
+    what: &str,
+    problem: &Problem,
+    got: &(Vec<f64>, Vec<f64>),
+    want: &(Vec<f64>, Vec<f64>),
+    out_dtype: DType,
+) {
+    let config = naive_config(&problem.config);
+    let allowed = |dtype: DType| {
+        let of_row = |row: &Row| attention_tolerance(dtype, &config, &row.q, &row.k, row.n);
+        problem.rows.iter().map(of_row).fold(0.0, f64::max)
+    };
+    assert_close(what, &got.0, &want.0, config.d, allowed(out_dtype));
+    assert_lse(what, &got.1, &want.1, allowed(DType::F32));
+}
+
+/// A random ascending list of a row's tokens, at least as long as its block; or none at all, now and then.
+fn random_list(row: &Row, random: &mut Random) -> Vec<usize> {
+    if random.below(8) == 0 {
+        return Vec::new();
+    }
+    let keep = [0.1, 0.5, 1.0][random.below(3)];
+    let mut list: Vec<usize> = (0..row.n).filter(|_| random.unit() < keep).collect();
+    let mut rest: Vec<usize> = (0..row.n).filter(|token| !list.contains(token)).collect();
+    while list.len() < row.t {
+        list.push(rest.swap_remove(random.below(rest.len())));
+    }
+    list.sort_unstable();
+    list
+}
+
+/// Writes NaN over the keys and values of all tokens that are not in the row's list.
+fn poison_others(row: &mut Row, list: &[usize]) {
+    let width = row.k.len() / row.n.max(1);
+    for token in (0..row.n).filter(|token| !list.contains(token)) {
+        row.k[token * width..][..width].fill(f64::NAN);
+        row.v[token * width..][..width].fill(f64::NAN);
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn lists_of_every_kind(
+        config in problem::config(512),
+        lengths in problem::lengths(150),
+        content in problem::content(),
+        page_size in around(&[1, 16, 64]).prop_map(|size| size.max(1)),
+        storage in prop::sample::select(STORAGES.to_vec()),
+        (with_ranks, narrow) in any::<(bool, bool)>(),
+        seed in any::<u64>(),
+    ) {
+        let mut problem = Problem::new(&config, &lengths, content, seed);
+        let mut random = Random(seed);
+        let lists: Vec<Vec<usize>> = problem.rows.iter().map(|row| random_list(row, &mut random)).collect();
+        problem.rows.iter_mut().zip(&lists).for_each(|(row, list)| poison_others(row, list));
+        let pool = Pool::full(&problem, page_size, storage, seed);
+        let lists = Lists::whole(&lists);
+        let want = expected(&problem, &lists);
+        let out_dtype = if narrow { config.dtype } else { DType::F32 };
+        for device in devices() {
+            let got = attend_to(&device, &problem, &pool, &lists, with_ranks, out_dtype);
+            assert_same(device.name(), &problem, &got, &want, out_dtype);
+        }
+    }
+
+    /// Lists dealt out to up to four ranks, some of which get nothing: each part alone, and merged.
+    #[test]
+    fn parts_of_lists(
+        config in problem::config(512),
+        lengths in problem::lengths(120),
+        num_parts in 1usize..5,
+        seed in any::<u64>(),
+    ) {
+        let problem = Problem::new(&config, &lengths, Content::Peaked, seed);
+        let mut random = Random(seed);
+        let whole = Lists::whole(
+            &problem.rows.iter().map(|row| random_list(row, &mut random)).collect::<Vec<_>>());
+        let pool = Pool::full(&problem, 16, Storage::Nhd, seed);
+        let mut parts: Vec<Lists> = (0..num_parts)
+            .map(|_| Lists { parts: vec![Vec::new(); lengths.len()], totals: whole.totals.clone() })
+            .collect();
+        for (row, list) in whole.parts.iter().enumerate() {
+            for &pair in list {
+                parts[random.below(num_parts)].parts[row].push(pair);
+            }
+        }
+        let (tokens, heads) = (problem.num_query_tokens(), config.heads);
+        for device in devices() {
+            let (mut outs, mut lses) = (Vec::new(), Vec::new());
+            for part in &parts {
+                let got = attend_to(&device, &problem, &pool, part, true, DType::F32);
+                assert_same("part", &problem, &got, &expected(&problem, part), DType::F32);
+                outs.extend(got.0);
+                lses.extend(got.1);
+            }
+            let ts = token_select(&device, &problem, &pool.batch(&problem));
+            let outs = tensor(DType::F32, &outs, [num_parts, tokens, heads.num_qo_heads, heads.head_dim]);
+            let lses = tensor(DType::F32, &lses, [num_parts, tokens, heads.num_qo_heads]);
+            let (mut out, mut lse) = outputs(&problem, DType::F32);
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            ts.merge(outs.view(), lses.view(), output).unwrap();
+            assert_same("merged", &problem, &(values(&out), values(&lse)), &expected(&problem, &whole), DType::F32);
+        }
+    }
+}
+
+/// Dense attention of one row, checked against the definitions.
+fn check_dense(device: &Device, config: &SelectConfig, n: usize, t: usize, content: Content) {
+    let problem = Problem::new(config, &[(n, t)], content, (n * 131 + t) as u64);
+    let pool = Pool::full(&problem, 16, STORAGES[n % STORAGES.len()], 3);
+    let batch = pool.batch(&problem);
+    let ts = token_select(device, &problem, &batch);
+    let (mut out, mut lse) = outputs(&problem, DType::F32);
+    let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+    ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+    let want = expected(&problem, &Lists::whole(&[(0..n).collect()]));
+    let what = format!("{}: dense, n = {n}, T = {t}, {config:?}", device.name());
+    assert_same(&what, &problem, &(values(&out), values(&lse)), &want, DType::F32);
+}
+
+fn tiny(group: usize) -> SelectConfig {
+    SelectConfig {
+        heads: HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: 8 },
+        dtype: DType::F32,
+        ..SelectConfig::default()
+    }
+}
+
+#[test]
+fn list_lengths_around_every_cut() {
+    for device in devices() {
+        for n in [1, 2, 31, 63, 64, 65, 127, 128, 129, 191, 193, 4095, 4096, 4097, 4160, 8193] {
+            for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2)] {
+                check_dense(&device, &tiny(group), n, t.min(n), Content::Peaked);
+            }
+        }
+    }
+}
+
+#[test]
+fn block_lengths_around_every_cut() {
+    for device in devices() {
+        for group in [1, 3, 7, 8] {
+            for t in [1, 2, 8, 9, 15, 16, 17, 18, 19, 42, 43, 63, 65, 127, 128, 129] {
+                check_dense(&device, &tiny(group), t, t, Content::Peaked);
+                check_dense(&device, &tiny(group), t + 61, t, Content::Wild);
+            }
+        }
+    }
+}
+
+/// A few queries whose last tokens begin in the second part of a list that is cut for parallelism.
+#[test]
+fn causal_mask_across_parts() {
+    for device in devices() {
+        for n in 4094..4102 {
+            check_dense(&device, &tiny(2), n, 4, Content::Peaked);
+        }
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    #[test]
+    fn dense(
+        config in problem::config(512),
+        lengths in problem::lengths(150),
+        content in problem::content(),
+        seed in any::<u64>(),
+    ) {
+        let problem = Problem::new(&config, &lengths, content, seed);
+        let pool = Pool::full(&problem, 16, Storage::Hnd, seed);
+        let batch = pool.batch(&problem);
+        let all: Vec<Vec<usize>> = problem.rows.iter().map(|row| (0..row.n).collect()).collect();
+        let want = expected(&problem, &Lists::whole(&all));
+        for device in devices() {
+            let ts = token_select(&device, &problem, &batch);
+            let (mut out, mut lse) = outputs(&problem, DType::F32);
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+            assert_same(device.name(), &problem, &(values(&out), values(&lse)), &want, DType::F32);
+        }
+    }
+}
+
+/// The last token of a block is NaN: no earlier query of the block may notice.
+#[test]
+fn later_tokens_of_the_block_have_no_influence() {
+    for device in devices() {
+        for (t, group) in [(2, 2), (9, 1), (40, 4), (130, 1)] {
+            let mut problem = Problem::new(&tiny(group), &[(t + 70, t)], Content::Peaked, 4);
+            let last = problem.rows[0].k.len() - 8;
+            problem.rows[0].k[last..].fill(f64::NAN);
+            problem.rows[0].v[last..].fill(f64::NAN);
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let list = Lists::whole(&[(0..t + 70).collect()]);
+            let (out, lse) = attend_to(&device, &problem, &pool, &list, false, DType::F32);
+            let before_last = (t - 1) * group;
+            assert!(out[..before_last * 8].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
+            assert!(lse[..before_last].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
+            assert!(out[before_last * 8..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
+            assert!(lse[before_last..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
+        }
+    }
+}
+
+/// Every logit of the first head is -inf; the second head is as usual.
+#[test]
+fn a_query_that_sees_only_minus_infinity_gets_nothing() {
+    let config =
+        SelectConfig { heads: HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 8 }, ..tiny(1) };
+    for device in devices() {
+        for (n, t) in [(5, 1), (100, 1), (100, 12), (5000, 1)] {
+            let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 4);
+            let row = &mut problem.rows[0];
+            (0..n).for_each(|token| row.k[token * 16] = f64::NEG_INFINITY);
+            (0..t).for_each(|t| row.q[t * 16] = 1.0);
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let lists = Lists::whole(&[(0..n).collect()]);
+            let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
+            for t in 0..t {
+                assert_eq!(got.0[t * 16..][..8], [0.0; 8]);
+                assert_eq!(got.1[t * 2], f64::NEG_INFINITY);
+            }
+            assert_same(device.name(), &problem, &got, &expected(&problem, &lists), DType::F32);
+        }
+    }
+}
+
+/// An empty list is a padded row of a captured graph: nothing is attended to, nothing is read.
+#[test]
+fn empty_lists_give_zero_and_minus_infinity() {
+    let config =
+        SelectConfig { positions: tokenselect::Positions::Reassigned(Default::default()), ..small_config() };
+    let mut problem = Problem::new(&config, &[(40, 3), (30, 1), (20, 2)], Content::Peaked, 4);
+    for row in &mut problem.rows {
+        row.k.fill(f64::NAN);
+        row.v.fill(f64::NAN);
+    }
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+    for device in devices() {
+        for (with_ranks, totals) in [(false, vec![0; 3]), (true, vec![0; 3]), (true, vec![9, 7, 5])] {
+            let lists = Lists { parts: vec![Vec::new(); 3], totals };
+            let (out, lse) = attend_to(&device, &problem, &pool, &lists, with_ranks, DType::F32);
+            assert!(out.iter().all(|&x| x == 0.0));
+            assert!(lse.iter().all(|&x| x == f64::NEG_INFINITY));
+        }
+    }
+}
+
+/// One token: its value, exactly, and its logit.
+#[test]
+fn a_single_token_returns_its_value() {
+    for device in devices() {
+        for dtype in [DType::F16, DType::Bf16, DType::F32] {
+            let config = SelectConfig { dtype, sm_scale: Some(1.0), ..small_config() };
+            let problem = Problem::new(&config, &[(40, 1)], Content::Peaked, 4);
+            let pool = Pool::full(&problem, 4, Storage::Hnd, 1);
+            let row = &problem.rows[0];
+            for token in [0, 3, 4, 39] {
+                let (out, _) =
+                    attend_to(&device, &problem, &pool, &Lists::whole(&[vec![token]]), false, dtype);
+                for head in 0..4 {
+                    assert_eq!(
+                        out[head * 16..][..16],
+                        row.v[(token * 2 + head / 2) * 16..][..16],
+                        "token {token}"
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn lse_may_be_left_out_and_padding_has_no_rows() {
+    let problem = Problem::new(&small_config(), &[(20, 0), (30, 2), (0, 0)], Content::Peaked, 4);
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+    let batch: Batch = pool.batch(&problem);
+    for device in devices() {
+        let ts = token_select(&device, &problem, &batch);
+        let inputs = Inputs::new(&problem);
+        let [with, without] = [true, false].map(|with_lse| {
+            let (mut out, mut lse) = outputs(&problem, DType::F32);
+            let lse = with_lse.then(|| lse.view_mut());
+            ts.attend_dense(&batch, pool.view(), inputs.q.view(), StepOutput { out: out.view_mut(), lse })
+                .unwrap();
+            values(&out)
+        });
+        assert_eq!(with, without);
+    }
+}

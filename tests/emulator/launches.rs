@@ -1,0 +1,77 @@
+//! Launches as a whole: panics, dimensions, schedules, and what a fault leaves behind.
+
+use super::*;
+
+#[test]
+fn panics_name_their_lane() {
+    for options in schedules() {
+        let report =
+            run(block(64), &Memory::new(), options, || assert!(thread_idx_x() != 45, "lane {}", lane_id()));
+        let report = report.unwrap_err();
+        assert_eq!(report.kind, Kind::Panic);
+        assert!(report.message.contains("warp 1 lane 13 (thread [45, 0, 0]): panicked: lane 13"), "{report}");
+    }
+}
+
+#[test]
+fn launches_after_a_fault_are_unharmed() {
+    let memory = Memory::new();
+    for _ in 0..50 {
+        let report = run(block(64), &memory, Options::default(), || unsafe {
+            LAYOUT.a.get().store(1);
+            sync_threads();
+            unreachable!("the stores race");
+        });
+        assert_eq!(report.unwrap_err().kind, Kind::Race);
+        is_fine(96, || unsafe {
+            sync_threads();
+            if warp_id() == 2 {
+                LAYOUT.a.get().add(lane_id()).store(1);
+            }
+        });
+    }
+}
+
+#[test]
+fn dimensions_are_checked() {
+    let fault = |dims| {
+        let report = run(dims, &Memory::new(), Options::default(), || {}).unwrap_err();
+        assert_eq!(report.kind, Kind::Dims);
+        report.to_string()
+    };
+    assert!(fault(Dims::linear(0, 32, 0)).contains("kernel `planted`"));
+    assert!(fault(Dims::linear(0, 32, 0)).contains("no block along x"));
+    assert!(fault(Dims { grid: [1, 70_000, 1], ..Dims::linear(1, 32, 0) }).contains("70000 blocks along y"));
+    assert!(fault(Dims::linear(1, 0, 0)).contains("0 threads along x"));
+    assert!(fault(Dims { block: [1, 1, 96], ..Dims::linear(1, 1, 0) }).contains("96 threads along z"));
+    assert!(fault(Dims { block: [64, 32, 1], ..Dims::linear(1, 1, 0) }).contains("2048 threads a block"));
+    assert!(fault(Dims::linear(1, 40, 0)).contains("40 threads a block are no multiple of the 32"));
+    assert!(
+        fault(Dims::linear(1, 32, 300_000))
+            .contains("300000 bytes of shared memory a block, the device has 232448")
+    );
+}
+
+#[test]
+fn a_seed_fixes_the_schedule() {
+    let record = |seed: u64, threads: usize| {
+        let mut memory = Memory::new();
+        let next = memory.buffer("next", &[0u32; 3]);
+        let order = memory.alloc::<u32>("order", 3 * 64);
+        let options = Options { threads, ..Options::random(seed) };
+        run(Dims::linear(3, 64, LAYOUT.bytes), &memory, options, || unsafe {
+            let block = block_idx_x() as u64;
+            LAYOUT.a.get().add(thread_idx_x()).store(0);
+            let place = next.add(block).atomic_add(1);
+            order.add(block * 64 + place as u64).store(thread_idx_x());
+            sync_threads();
+        })
+        .unwrap();
+        memory.read(order, 3 * 64)
+    };
+    let first = record(1, 1);
+    assert_eq!(first, record(1, 1));
+    assert_eq!(first, record(1, 3), "the number of OS threads must not matter");
+    assert_ne!(first, record(2, 1), "another seed is another schedule");
+    assert_ne!(first[..64], first[64..128], "each block has a schedule of its own");
+}

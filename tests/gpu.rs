@@ -1,0 +1,180 @@
+//! What is particular to GPUs, real or emulated: memory of a device, copies of pages and of cached selections, and the
+//! errors of devices.
+
+mod common;
+
+use common::gpus;
+use common::problem::{cached, small_config};
+use half::bf16;
+use tokenselect::{
+    CacheConfig, DType, Device, Error, HeadShape, KvLayout, Limits, PagedKvCache, SelectConfig,
+    SelectionCache, Tensor, TensorView, TokenSelect,
+};
+
+fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
+    let heads = HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim };
+    SelectConfig { heads, dtype, ..small_config() }
+}
+
+#[test]
+fn tensors_move_between_host_and_device() {
+    for device in gpus() {
+        let numbers: Vec<u32> = (0..1000).collect();
+        let mut tensor = Tensor::from_slice_on(&device, &numbers, [10, 100]).unwrap();
+        assert_eq!(tensor.to_vec::<u32>().unwrap(), numbers);
+        assert_eq!(tensor.view().tail(990).unwrap().to_vec::<u32>().unwrap(), numbers[990..]);
+        let text = tensor.as_slice::<u32>().unwrap_err().to_string();
+        assert_eq!(text, format!("`tensor` must be on cpu, it is on {}", device.name()));
+        let zeros = Tensor::zeros_on(&device, DType::U32, [10, 100]).unwrap();
+        tensor.copy_from(zeros.view()).unwrap();
+        assert_eq!(tensor.to_vec::<u32>().unwrap(), [0; 1000]);
+        let elsewhere = Tensor::zeros_on(&Device::emulated(), DType::U32, [10, 100]).unwrap();
+        let text = tensor.copy_from(elsewhere.view()).unwrap_err().to_string();
+        assert!(text.starts_with("`from` must be on "), "{text}");
+    }
+}
+
+/// `made_at` of every layer and sequence, and the first word of each selection.
+fn entries(cache: &mut SelectionCache) -> Vec<(Vec<u32>, Vec<u32>)> {
+    (0..cache.num_layers())
+        .map(|layer| {
+            let layer = cache.layer_mut(layer).unwrap();
+            let width = layer.selections.shape().dims()[1];
+            let selections = layer.selections.as_view().to_vec::<u32>().unwrap();
+            (layer.made_at.as_view().to_vec().unwrap(), selections.into_iter().step_by(width).collect())
+        })
+        .collect()
+}
+
+#[test]
+fn cached_selections_are_forked_and_forgotten() {
+    const NONE: u32 = u32::MAX;
+    for device in gpus() {
+        let config = cached(config(64, 2, DType::Bf16), 0.9, None);
+        let mut cache = SelectionCache::new(&device, &config, 3, 4).unwrap();
+        for layer in 0..3 {
+            let base = 10 * layer as u32;
+            let layer = cache.layer_mut(layer).unwrap();
+            let made_at = [base, base + 1, base + 2, NONE];
+            let selections: Vec<u32> =
+                (0..4).flat_map(|row| (0..config.top_k as u32).map(move |i| base + row + i)).collect();
+            layer.made_at.copy_from(TensorView::new(&made_at, [4]).unwrap()).unwrap();
+            layer.selections.copy_from(TensorView::new(&selections, [4, config.top_k]).unwrap()).unwrap();
+        }
+        cache.fork(1, 3).unwrap();
+        let want = |made_at: [[u32; 4]; 3]| {
+            let firsts = |base: u32| vec![base, base + 1, base + 2, base + 1];
+            made_at.iter().zip([0, 10, 20]).map(|(m, base)| (m.to_vec(), firsts(base))).collect::<Vec<_>>()
+        };
+        assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, 21, 22, 21]]));
+        // Kept if made with at most so many tokens before the block.
+        cache.truncate(1, 11).unwrap();
+        assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, NONE, 22, 21]]));
+        cache.truncate(2, 11).unwrap();
+        cache.clear(0).unwrap();
+        let left = [[NONE, 1, 2, 1], [NONE, 11, NONE, 11], [NONE, NONE, NONE, 21]];
+        assert_eq!(entries(&mut cache), want(left));
+    }
+}
+
+#[test]
+fn forks_are_copied_on_write() {
+    for device in gpus() {
+        for layout in [KvLayout::Nhd, KvLayout::Hnd] {
+            let config = config(64, 1, DType::Bf16);
+            let cache_config =
+                CacheConfig { num_layers: 2, num_pages: 6, page_size: 4, max_sequences: 2, layout };
+            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
+            let ts = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
+            let grow = |cache: &mut PagedKvCache, id, tokens: usize, value: f32| {
+                let batch = cache.extend(&[(id, tokens)]).unwrap();
+                let data = vec![bf16::from_f32(value); tokens * 2 * 64];
+                let new = Tensor::from_slice_on(&device, &data, [tokens, 2, 64]).unwrap();
+                for layer in 0..2 {
+                    ts.append(&batch, cache.layer_mut(layer).unwrap().0, new.view(), new.view()).unwrap();
+                }
+            };
+            let parent = cache.create().unwrap();
+            grow(&mut cache, parent, 6, 1.0);
+            let child = cache.fork(parent).unwrap();
+            grow(&mut cache, child, 1, 2.0);
+            grow(&mut cache, parent, 1, 3.0);
+            for (id, last) in [(parent, 3.0), (child, 2.0)] {
+                let page = cache.pages().pages(id).unwrap()[1] as usize;
+                for layer in 0..2 {
+                    let kv = cache.layer(layer).unwrap();
+                    for memory in [kv.k(), kv.v()] {
+                        let all = memory.to_vec::<bf16>().unwrap();
+                        let at = |token: usize, head: usize| match layout {
+                            KvLayout::Nhd => all[((page * 4 + token) * 2 + head) * 64].to_f32(),
+                            KvLayout::Hnd => all[((page * 2 + head) * 4 + token) * 64].to_f32(),
+                        };
+                        let got: Vec<f32> = (0..3).flat_map(|t| [at(t, 0), at(t, 1)]).collect();
+                        assert_eq!(got, [1.0, 1.0, 1.0, 1.0, last, last], "on {}", device.name());
+                    }
+                }
+            }
+        }
+    }
+}
+
+fn score_error(device: &Device, config: SelectConfig) -> String {
+    let heads = config.heads;
+    let cache_config = CacheConfig { num_pages: 8, ..CacheConfig::default() };
+    let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
+    let mut ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+    let id = cache.create().unwrap();
+    let batch = cache.extend(&[(id, 40)]).unwrap();
+    let q = Tensor::zeros_on(device, config.dtype, [40, heads.num_qo_heads, heads.head_dim]).unwrap();
+    match ts.pool(&batch, q.view(), None).and_then(|()| ts.score(&batch, cache.layer(0).unwrap())) {
+        Ok(()) => "none".into(),
+        Err(error) => error.to_string(),
+    }
+}
+
+#[test]
+fn what_has_no_kernel_is_refused() {
+    for device in gpus() {
+        let name = device.name();
+        assert_eq!(score_error(&device, config(128, 4, DType::F16)), "none");
+        let text = score_error(&device, config(128, 17, DType::F16));
+        assert_eq!(text, format!("{name} has no `score` for groups of 17 heads, only up to 16"));
+        let text = score_error(&device, config(80, 4, DType::Bf16));
+        assert_eq!(text, format!("{name} has no `score` for an entry `score_bf16_d80_g4`"));
+        let text = score_error(&device, config(128, 4, DType::F32));
+        assert_eq!(text, format!("{name} has no `pool` for f32, only for f16 and bf16"));
+        let ts = TokenSelect::new(&device, config(128, 4, DType::F16), Limits::default()).unwrap();
+        assert!(matches!(unsupported_merge(&ts), Error::Unsupported { op: "merge", .. }));
+    }
+}
+
+fn unsupported_merge(ts: &TokenSelect) -> Error {
+    let heads = ts.config().heads;
+    let parts = Tensor::zeros(DType::F32, [1, 1, heads.num_qo_heads, heads.head_dim]).unwrap();
+    let lses = Tensor::zeros(DType::F32, [1, 1, heads.num_qo_heads]).unwrap();
+    let mut out = Tensor::zeros(DType::F32, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
+    let output = tokenselect::StepOutput { out: out.view_mut(), lse: None };
+    ts.merge(parts.view(), lses.view(), output).unwrap_err()
+}
+
+#[test]
+fn tensors_must_be_where_the_device_works() {
+    for device in gpus() {
+        let config = config(64, 2, DType::Bf16);
+        let mut cache = PagedKvCache::new(&device, &config, &CacheConfig::default()).unwrap();
+        let mut ts = TokenSelect::new(&device, config, Limits::default()).unwrap();
+        let id = cache.create().unwrap();
+        let batch = cache.extend(&[(id, 1)]).unwrap();
+        let q = Tensor::zeros(DType::Bf16, [1, 4, 64]).unwrap();
+        let text = ts.pool(&batch, q.view(), None).unwrap_err().to_string();
+        assert_eq!(text, "`q` must be on a GPU, it is on cpu");
+    }
+}
+
+#[test]
+fn a_missing_device_says_so() {
+    let text = Device::cuda(99).unwrap_err().to_string();
+    assert!(text.starts_with("cuda:99: "), "{text}");
+    let without_driver = text.contains("no CUDA driver: libcuda.so.1 could not be loaded");
+    assert!(without_driver || text.contains("cuDeviceGet: 101 (CUDA_ERROR_INVALID_DEVICE)"), "{text}");
+}

@@ -1,0 +1,236 @@
+//! `pool`: the scoring query of each block, its similarity to the cached one, and what follows for the row.
+
+mod common;
+
+use common::paged::{Pool, Storage, limits};
+use common::problem::{self, Content, Problem, cached, small_config};
+use common::run::{Inputs, token_select};
+use common::{assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values};
+use proptest::prelude::*;
+use tokenselect::{
+    Batch, DType, Device, HeadShape, Positions, Rope, RopePairing, RowAction, SelectConfig, SelectionCache,
+    TensorView, TensorViewMut, TokenSelect,
+};
+
+/// What `pool` decides without a cached selection.
+fn plain_action(config: &naive::Config, n: usize, t: usize) -> RowAction {
+    if t == 0 {
+        return RowAction::Skip;
+    }
+    match naive::candidates(config, n, t).len() > config.top_k {
+        true => RowAction::Score,
+        false => RowAction::Complete,
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn queries_are_means_of_rotated_blocks(
+        config in problem::config(1024),
+        lengths in problem::lengths(80),
+        seed in any::<u64>(),
+    ) {
+        check_queries(&devices(), &Problem::new(&config, &lengths, Content::Peaked, seed), seed);
+    }
+}
+
+/// Head dimensions, pairings, partial rotation and block lengths on GPU kernels, real and emulated.
+#[test]
+fn gpu_queries() {
+    let pairings = [RopePairing::HalfSplit, RopePairing::Interleaved];
+    for (i, head_dim) in [8, 64, 96, 128, 256].into_iter().enumerate() {
+        for (j, pairing) in pairings.into_iter().enumerate() {
+            let heads = HeadShape { num_qo_heads: 6, num_kv_heads: 2, head_dim };
+            let rotary_dim = [None, Some(head_dim / 4 * 2)][(i + j) % 2];
+            let rope = Rope { pairing, rotary_dim, ..Rope::default() };
+            let dtype = [DType::F16, DType::Bf16][j];
+            let positions = Positions::Reassigned(rope);
+            let config = SelectConfig { heads, dtype, positions, ..small_config() };
+            let lengths = [(40, 1), (0, 0), (90, 37), (20, 0), (30, 30)];
+            check_queries(&gpus(), &Problem::new(&config, &lengths, Content::Peaked, i as u64), 5);
+        }
+    }
+}
+
+fn check_queries(devices: &[Device], problem: &Problem, seed: u64) {
+    let naive_config = naive_config(&problem.config);
+    let batch = Pool::full(problem, 16, Storage::Nhd, seed).batch(problem);
+    for device in devices {
+        // A batch keeps its copy of the tables on one device.
+        let batch = Batch::new(16, batch.qo_indptr().to_vec(), batch.tables().clone()).unwrap();
+        let mut ts = token_select(device, problem, &batch);
+        ts.pool(&batch, Inputs::new(problem).to(device).q.view(), None).unwrap();
+        let (queries, similarities) = (values(&ts.workspace().queries), values(&ts.workspace().similarities));
+        let actions = ts.workspace().actions().unwrap();
+        let width = naive_config.hq * naive_config.d;
+        for (r, row) in problem.rows.iter().enumerate() {
+            assert_eq!(actions[r], plain_action(&naive_config, row.n, row.t), "row {r}");
+            if row.t == 0 {
+                continue;
+            }
+            let want = naive::scoring_query(&naive_config, &row.q);
+            let what = format!("{}: query of row {r}", device.name());
+            let allowed = tolerance(DType::F32, row.t * 16);
+            assert_close(&what, &queries[r * width..][..width], &want, naive_config.d, allowed);
+            assert_eq!(similarities[r], -1.0, "nothing is cached");
+        }
+    }
+}
+
+/// A batch of one row of `n` tokens and a block of `t`, with place `index` in the Selection Cache.
+fn one_row(n: usize, t: usize, index: u32) -> Batch {
+    let (tables, _) = common::paged::shuffled_tables(&[n], 16, &mut common::Random(1));
+    Batch::new(16, vec![0, t as u32], tables).unwrap().with_sequence_indices(vec![index]).unwrap()
+}
+
+/// Devices with a type that each of them takes.
+fn everywhere() -> Vec<(Device, DType)> {
+    let cpus = devices().into_iter().map(|device| (device, DType::F32));
+    cpus.chain(gpus().into_iter().map(|device| (device, DType::Bf16))).collect()
+}
+
+/// Fills the entry of sequence `index` as a scored row would.
+fn put(cache: &mut SelectionCache, index: usize, query: &[f64], age: u32, made_at: u32) {
+    fn change<T: tokenselect::Element>(mut view: TensorViewMut<'_>, at: usize, new: &[T]) {
+        let mut all = view.as_view().to_vec::<T>().unwrap();
+        all[at..at + new.len()].copy_from_slice(new);
+        let shape = view.shape();
+        view.reborrow().copy_from(TensorView::new(&all, shape).unwrap()).unwrap();
+    }
+    let query: Vec<f32> = query.iter().map(|&x| x as f32).collect();
+    let layer = cache.layer_mut(0).unwrap();
+    change(layer.queries, index * query.len(), &query);
+    change(layer.ages, index, &[age]);
+    change(layer.made_at, index, &[made_at]);
+}
+
+/// Action and similarity for a query against one cached query.
+fn decide(
+    ts: &mut TokenSelect,
+    cache: &mut SelectionCache,
+    batch: &Batch,
+    query: &[f64],
+) -> (RowAction, f64) {
+    let heads = ts.config().heads;
+    let q = tensor(ts.config().dtype, query, [1, heads.num_qo_heads, heads.head_dim]);
+    let q = to_device(ts.device(), &q);
+    ts.pool(batch, q.view(), Some(cache.layer_mut(0).unwrap())).unwrap();
+    (ts.workspace().actions().unwrap()[0], values(&ts.workspace().similarities)[0])
+}
+
+#[test]
+fn similarity_is_the_cosine_over_all_heads_at_once() {
+    let config = cached(small_config(), 0.9, Some(100));
+    let width = config.heads.num_qo_heads * config.heads.head_dim;
+    for (device, dtype) in everywhere() {
+        let batch = one_row(60, 1, 2);
+        let config = SelectConfig { dtype, ..config.clone() };
+        let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+        let mut cache = SelectionCache::new(&device, &config, 1, 4).unwrap();
+        // One head opposite, the other three equal: (3 - 1) / 4, though the mean of the heads' cosines
+        // weighted otherwise would differ: the opposite head is twice as long.
+        let head = |h: usize| if h == 0 { 2.0 } else { 1.0 };
+        let old: Vec<f64> = (0..width).map(|i| head(i / 16)).collect();
+        let new: Vec<f64> = old.iter().enumerate().map(|(i, x)| if i < 16 { -x } else { *x }).collect();
+        put(&mut cache, 2, &old, 0, 50);
+        let (action, similarity) = decide(&mut ts, &mut cache, &batch, &new);
+        assert!((similarity - (3.0 - 4.0) / 7.0).abs() < 1e-6, "{similarity}");
+        assert_eq!(action, RowAction::Score);
+        let (action, similarity) =
+            decide(&mut ts, &mut cache, &batch, &old.iter().map(|x| x * 3.0).collect::<Vec<_>>());
+        assert!((similarity - 1.0).abs() < 1e-6, "length does not matter: {similarity}");
+        assert_eq!(action, RowAction::Reuse);
+    }
+}
+
+#[test]
+fn threshold_and_age_decide() {
+    let threshold = 0.5;
+    let config = cached(small_config(), threshold, Some(3));
+    let width = config.heads.num_qo_heads * config.heads.head_dim;
+    // Cosine c to the first unit vector: (c, sqrt(1 - c^2)).
+    let at = |cosine: f64| {
+        let mut query = vec![0.0; width];
+        (query[0], query[1]) = (cosine, (1.0 - cosine * cosine).sqrt());
+        query
+    };
+    for (device, dtype) in everywhere() {
+        let batch = one_row(60, 1, 0);
+        let config = SelectConfig { dtype, ..config.clone() };
+        let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+        let mut cache = SelectionCache::new(&device, &config, 1, 1).unwrap();
+        for (cosine, age, made_at, want) in [
+            (0.51, 0, 59, RowAction::Reuse),
+            (0.49, 0, 59, RowAction::Score),
+            (-1.0, 0, 59, RowAction::Score),
+            (1.0, 2, 59, RowAction::Reuse),
+            (1.0, 3, 59, RowAction::Score),
+            (1.0, 4, 59, RowAction::Score),
+            (1.0, 0, 20, RowAction::Reuse),
+            // Made for more tokens than there are now before the block, and never made.
+            (1.0, 0, 60, RowAction::Score),
+            (1.0, 0, u32::MAX, RowAction::Score),
+        ] {
+            put(&mut cache, 0, &at(1.0), age, made_at);
+            let (action, _) = decide(&mut ts, &mut cache, &batch, &at(cosine));
+            assert_eq!(action, want, "cosine {cosine}, age {age}, made at {made_at}");
+        }
+        // Exactly at the threshold: cos = 1/2 in exact arithmetic.
+        let mut half = vec![0.0; width];
+        half[..4].fill(1.0);
+        put(&mut cache, 0, &at(1.0), 0, 59);
+        assert_eq!(decide(&mut ts, &mut cache, &batch, &half), (RowAction::Reuse, 0.5));
+        // A query of zeros resembles nothing.
+        let (action, similarity) = decide(&mut ts, &mut cache, &batch, &vec![0.0; width]);
+        assert_eq!(action, RowAction::Score);
+        assert!(similarity.is_nan(), "{similarity}");
+    }
+}
+
+#[test]
+fn few_candidates_come_before_reuse() {
+    let config = cached(small_config(), -1.0, Some(100));
+    let width = config.heads.num_qo_heads * config.heads.head_dim;
+    let query = vec![1.0; width];
+    // n_init 3, n_local 4, top_k 5: with 13 tokens there are 5 candidates, with 14 there are 6.
+    for (n, want) in [(1, RowAction::Complete), (13, RowAction::Complete), (14, RowAction::Reuse)] {
+        for (device, dtype) in everywhere() {
+            let batch = one_row(n, 1, 0);
+            let config = SelectConfig { dtype, ..config.clone() };
+            let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+            let mut cache = SelectionCache::new(&device, &config, 1, 1).unwrap();
+            put(&mut cache, 0, &query, 0, 0);
+            assert_eq!(decide(&mut ts, &mut cache, &batch, &query).0, want, "{n} tokens");
+        }
+    }
+}
+
+#[test]
+fn max_reuse_defaults_to_the_local_window() {
+    for (n_local, want) in [(0, 1), (1, 1), (7, 7), (512, 512)] {
+        let config = SelectConfig { n_local, ..cached(small_config(), 0.9, None) };
+        assert_eq!(config.max_reuse(), want);
+    }
+    assert_eq!(SelectConfig { selection_cache: None, ..small_config() }.max_reuse(), 0);
+}
+
+/// Reassigned positions rotate the scoring query at `n_local + t`, wherever the block stands in the text.
+#[test]
+fn scoring_position_does_not_depend_on_the_length() {
+    let positions = Positions::Reassigned(tokenselect::Rope::default());
+    let config = SelectConfig { positions, ..small_config() };
+    for device in devices() {
+        let pooled = [30, 90].map(|n| {
+            let mut problem = Problem::new(&config, &[(n, 4)], Content::Peaked, 3);
+            problem.rows[0].q = Problem::new(&config, &[(30, 4)], Content::Peaked, 9).rows[0].q.clone();
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let batch = pool.batch(&problem);
+            let mut ts = token_select(&device, &problem, &batch);
+            ts.pool(&batch, Inputs::new(&problem).q.view(), None).unwrap();
+            values(&ts.workspace().queries)
+        });
+        assert_eq!(pooled[0], pooled[1]);
+    }
+}

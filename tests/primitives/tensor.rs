@@ -1,0 +1,79 @@
+//! Fragments of the tensor core.
+
+use super::*;
+
+#[test]
+fn ldmatrix_plain_and_transposed() {
+    // Element (tile, row, column) is told from all others by its number.
+    let element =
+        |tile: usize, row: usize, column: usize| (tile * 64 + row * 8 + column) as u32 * 251 % 65536;
+    let rows: Vec<_> = (0..32)
+        .map(|lane| {
+            V4(std::array::from_fn(|i| {
+                let at = |column| element(lane / 8, lane % 8, column);
+                at(2 * i) | at(2 * i + 1) << 16
+            }))
+        })
+        .collect();
+    for options in schedules() {
+        let mut memory = Memory::new();
+        let params = LdMatrixParams { rows: memory.input("rows", &rows), out: memory.alloc("out", 64) };
+        launch_with("conformance_ldmatrix", WARP_SHARED_DIMS, &memory, params, options);
+        let out = memory.read(params.out, 64);
+        for lane in 0..32 {
+            let (g, t) = (lane / 4, lane % 4);
+            for tile in 0..4 {
+                assert_eq!(out[lane].0[tile], element(tile, g, 2 * t) | element(tile, g, 2 * t + 1) << 16);
+                assert_eq!(
+                    out[32 + lane].0[tile],
+                    element(tile, 2 * t, g) | element(tile, 2 * t + 1, g) << 16
+                );
+            }
+        }
+    }
+}
+
+/// `a·b + c` in f64, and the f32 results of the tensor core within the error of 16 additions.
+fn mma_is_a_product<T: Element>(name: &str, to_bits: fn(T) -> u16) {
+    for seed in 0..4 {
+        let mut numbers = numbers(seed, 4001);
+        let mut draw = |len: usize| -> Vec<f32> {
+            (0..len).map(|_| (numbers.next().unwrap() as f32 - 2000.0) / 512.0).collect()
+        };
+        let round = |values: Vec<f32>| -> Vec<T> { values.into_iter().map(T::from_f32).collect() };
+        let (a, b, c) = (round(draw(256)), round(draw(128)), draw(128));
+        let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
+        for options in schedules() {
+            let mut memory = Memory::new();
+            let params = MmaParams {
+                a: memory.input("a", &bits(&a)),
+                b: memory.input("b", &bits(&b)),
+                c: memory.input("c", &c),
+                d: memory.alloc("d", 128),
+            };
+            launch_with(name, WARP_DIMS, &memory, params, options);
+            let d = memory.read(params.d, 128);
+            for row in 0..16 {
+                for column in 0..8 {
+                    let terms =
+                        (0..16).map(|k| a[row * 16 + k].to_f32() as f64 * b[k * 8 + column].to_f32() as f64);
+                    let start = c[row * 8 + column] as f64;
+                    let want = terms.clone().sum::<f64>() + start;
+                    let size = terms.map(f64::abs).sum::<f64>() + start.abs();
+                    let error = (d[row * 8 + column] as f64 - want).abs();
+                    assert!(error <= 17.0 * size * 2f64.powi(-24), "{name} ({row}, {column}): {error}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn mma_f16() {
+    mma_is_a_product::<f16>("conformance_mma_f16", f16::to_bits);
+}
+
+#[test]
+fn mma_bf16() {
+    mma_is_a_product::<bf16>("conformance_mma_bf16", bf16::to_bits);
+}

@@ -1,0 +1,177 @@
+//! `score`: logits of the candidates and the softmax statistics of each head.
+
+mod common;
+
+use common::paged::{Pool, STORAGES, limits};
+use common::problem::{self, Content, Problem, around};
+use common::{
+    Random, assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values,
+};
+use proptest::prelude::*;
+use tokenselect::{Batch, DType, Device, HeadShape, RowAction, SelectConfig, TokenSelect};
+
+/// Stands where nothing may be written.
+const UNTOUCHED: f64 = -77.0;
+
+/// A workspace as `pool` would have left it, with queries of one's own; everything to be written is marked.
+fn prepared(
+    device: &Device,
+    config: &SelectConfig,
+    batch: &Batch,
+    queries: &[f64],
+    actions: &[RowAction],
+) -> TokenSelect {
+    let mut ts = TokenSelect::new(device, config.clone(), limits(batch)).unwrap();
+    let workspace = ts.workspace_mut();
+    workspace.queries = to_device(device, &tensor(DType::F32, queries, workspace.queries.shape()));
+    let codes: Vec<f64> = actions.iter().map(|&action| f64::from(action as u32)).collect();
+    workspace.actions = to_device(device, &tensor(DType::U32, &codes, workspace.actions.shape()));
+    for buffer in [&mut workspace.logits, &mut workspace.stats] {
+        let marked = tensor(DType::F32, &vec![UNTOUCHED; values(buffer).len()], buffer.shape());
+        *buffer = to_device(device, &marked);
+    }
+    ts
+}
+
+/// Maximum over the numbers and the sum of `exp(logit - max)`.
+fn statistics(logits: &[f64]) -> [f64; 2] {
+    let numbers: Vec<f64> = logits.iter().copied().filter(|x| !x.is_nan()).collect();
+    let max = numbers.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let term = |x: f64| if x == max { 1.0 } else { (x - max).exp() };
+    [max, numbers.into_iter().map(term).sum()]
+}
+
+fn check(devices: &[Device], problem: &Problem, pool: &Pool, actions: &[RowAction], seed: u64) {
+    let config = naive_config(&problem.config);
+    let (hq, d) = (config.hq, config.d);
+    let mut random = Random(seed);
+    let queries: Vec<f64> =
+        (0..problem.rows.len() * hq * d).map(|_| random.normal() as f32).map(f64::from).collect();
+    for device in devices {
+        let pool = pool.to(device);
+        let batch = pool.batch(problem); // keeps its copy of the tables on one device
+        let mut ts = prepared(device, &problem.config, &batch, &queries, actions);
+        ts.score(&batch, pool.view()).unwrap();
+        let (logits, stats) = (values(&ts.workspace().logits), values(&ts.workspace().stats));
+        let mut written = vec![false; logits.len()];
+        for (r, row) in problem.rows.iter().enumerate() {
+            let what = format!("{}: row {r} of {} tokens", device.name(), row.n);
+            let range = naive::candidates(&config, row.n, row.t);
+            let stats = &stats[r * hq * 2..][..hq * 2];
+            if actions[r] != RowAction::Score {
+                assert!(stats.iter().all(|&x| x == UNTOUCHED), "{what}: only scored rows are written");
+                continue;
+            }
+            for h in 0..hq {
+                let query = &queries[r * hq * d..][..hq * d];
+                let want = naive::logits(&config, query, &row.k, h, range.clone());
+                let places: Vec<usize> = range.clone().map(|j| (batch.token_base(r) + j) * hq + h).collect();
+                let got: Vec<f64> = places.iter().map(|&place| logits[place]).collect();
+                // Sums of products: the error is relative to the largest logit of the head.
+                assert_close(&what, &got, &want, want.len().max(1), tolerance(DType::F32, d));
+                // Statistics belong to this device's logits, whose error of 1e-6 is not theirs.
+                let allowed = tolerance(DType::F32, row.n);
+                assert_close(&what, &stats[2 * h..][..2], &statistics(&got), 1, allowed);
+                places.into_iter().for_each(|place| written[place] = true);
+            }
+        }
+        let others = logits.iter().zip(written).filter(|(_, written)| !written);
+        assert!(
+            others.into_iter().all(|(&x, _)| x == UNTOUCHED),
+            "only candidates of scored rows are written"
+        );
+    }
+}
+
+proptest! {
+    #![proptest_config(cases(128))]
+
+    #[test]
+    fn logits_and_statistics(
+        config in problem::config(1024),
+        lengths in problem::lengths(200),
+        content in problem::content(),
+        page_size in around(&[1, 16, 64]).prop_map(|size| size.max(1)),
+        storage in prop::sample::select(STORAGES.to_vec()),
+        skipped in 0usize..6,
+        seed in any::<u64>(),
+    ) {
+        let problem = Problem::new(&config, &lengths, content, seed);
+        let pool = Pool::full(&problem, page_size, storage, seed);
+        let others = [RowAction::Skip, RowAction::Complete, RowAction::Reuse];
+        let actions: Vec<RowAction> = (0..lengths.len())
+            .map(|r| if r == skipped { others[skipped % 3] } else { RowAction::Score })
+            .collect();
+        check(&devices(), &problem, &pool, &actions, seed);
+    }
+}
+
+/// The number of candidates around the places where work is cut.
+#[test]
+fn sizes_around_every_cut() {
+    let config = SelectConfig { n_init: 2, n_local: 3, ..problem::small_config() };
+    for candidates in [1, 2, 63, 64, 65, 511, 512, 513, 1021, 1023, 1024, 1025, 1536, 2053] {
+        let problem =
+            Problem::new(&config, &[(2 + candidates + 3 + 1, 1)], Content::Peaked, candidates as u64);
+        let pool = Pool::full(&problem, 16, STORAGES[candidates % STORAGES.len()], 1);
+        check(&devices(), &problem, &pool, &[RowAction::Score], 5);
+    }
+}
+
+/// Whole chunks without a number, or whose largest logit is infinite.
+#[test]
+fn chunks_of_nan_and_infinities() {
+    let config = SelectConfig { n_init: 0, n_local: 0, ..problem::small_config() };
+    let n = 1600;
+    let width = config.heads.num_kv_heads * config.heads.head_dim;
+    for (from, to) in [(0, 512), (512, 1024), (1024, 1599), (0, 1599)] {
+        for odd in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+            let mut problem = Problem::new(&config, &[(n, 1)], Content::Peaked, 8);
+            for token in from..to {
+                problem.rows[0].k[token * width + token % width] = odd;
+            }
+            let pool = Pool::full(&problem, 16, common::paged::Storage::Nhd, 1);
+            check(&devices(), &problem, &pool, &[RowAction::Score], 6);
+        }
+    }
+}
+
+/// Every instance of the GPU kernel, real and emulated: type, head dimension and columns, with ragged batches, pages of
+/// every kind and numbers of candidates around tile and chunk borders.
+#[test]
+fn gpu_instances() {
+    let groups = [(1, 8), (3, 2), (4, 2), (5, 1), (7, 2), (8, 1), (16, 1), (12, 3)];
+    for (i, (group, num_kv_heads)) in groups.into_iter().enumerate() {
+        for (j, head_dim) in [64, 96, 128, 256].into_iter().enumerate() {
+            if head_dim == 256 && group > 8 {
+                continue; // no such instance
+            }
+            let heads = HeadShape { num_qo_heads: group * num_kv_heads, num_kv_heads, head_dim };
+            let dtype = [DType::F16, DType::Bf16][(i + j) % 2];
+            let config = SelectConfig { heads, dtype, n_init: 2, n_local: 3, ..problem::small_config() };
+            let lengths = [(6 + 15, 1), (6 + 16, 1), (5, 1), (5 + 133, 1), (0, 0), (6 + 65, 1)];
+            let problem = Problem::new(&config, &lengths, Content::Peaked, i as u64);
+            let pool = Pool::full(&problem, [16, 1, 7, 64][(i + j) % 4], STORAGES[(i + 2 * j) % 5], 3);
+            let mut actions = [RowAction::Score; 6];
+            (actions[2], actions[4]) = (RowAction::Reuse, RowAction::Skip);
+            check(&gpus(), &problem, &pool, &actions, 9);
+        }
+    }
+}
+
+/// NaN and infinities on the GPU kernel: each token's own, and whole tiles of them.
+#[test]
+fn gpu_nan_and_infinities() {
+    let heads = HeadShape { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 0, n_local: 0, ..problem::small_config() };
+    for odd in [f64::NAN, f64::INFINITY, f64::NEG_INFINITY] {
+        for tokens in [7..8, 0..32, 0..199] {
+            let mut problem = Problem::new(&config, &[(200, 1)], Content::Peaked, 8);
+            for token in tokens {
+                problem.rows[0].k[token * 128 + token % 128] = odd;
+            }
+            let pool = Pool::full(&problem, 16, common::paged::Storage::Nhd, 1);
+            check(&gpus(), &problem, &pool, &[RowAction::Score], 6);
+        }
+    }
+}
