@@ -144,11 +144,10 @@ impl SelectionCache {
     /// [`Error::Driver`] where the device fails.
     pub fn stats(&self) -> Result<SelectionStats> {
         let mut sum = SelectionStats::default();
-        for layer in 0..self.num_layers {
-            let stats = self.layer_stats(layer)?;
-            sum.reused += stats.reused;
-            sum.scored += stats.scored;
-            sum.complete += stats.complete;
+        for layer in self.counters.to_vec::<u64>()?.chunks_exact(3) {
+            sum.reused += layer[0];
+            sum.scored += layer[1];
+            sum.complete += layer[2];
         }
         Ok(sum)
     }

@@ -144,10 +144,10 @@ impl Kernels {
         if let Some((_, kernels)) = loaded.iter().find(|(context, _)| *context == key) {
             return Ok(Arc::clone(kernels));
         }
-        if context.retained.is_some() {
+        if let Some(device) = context.retained {
             // Held for good: the kernels outlive the device that loads them first.
             let mut primary = null_mut();
-            cuda!(name, cuDevicePrimaryCtxRetain(&mut primary, context.retained.unwrap_or_default()))?;
+            cuda!(name, cuDevicePrimaryCtxRetain(&mut primary, device))?;
         }
         let begin = Instant::now();
         let bad_name = |_| Error::Driver {
