@@ -4,7 +4,9 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::small_config;
-use common::{Random, cases, devices, naive, naive_config, tensor, values};
+use common::{
+    Random, all_devices, cases, cuda, devices, gpus, naive, naive_config, tensor, to_device, values,
+};
 use proptest::prelude::*;
 use tokenselect::{Batch, DType, Device, RowAction, SelectConfig, TokenSelect};
 
@@ -34,11 +36,12 @@ fn check(device: &Device, config: &SelectConfig, rows: &[Row]) {
     for (r, row) in rows.iter().enumerate() {
         votes[batch.token_base(r) + config.n_init..][..row.votes.len()].copy_from_slice(&row.votes);
     }
-    workspace.votes = tensor(DType::F32, &votes, workspace.votes.shape());
+    let put = |dtype, values: &[f64], shape| to_device(device, &tensor(dtype, values, shape));
+    workspace.votes = put(DType::F32, &votes, workspace.votes.shape());
     let codes: Vec<f64> = rows.iter().map(|row| f64::from(row.action as u32)).collect();
-    workspace.actions = tensor(DType::U32, &codes, workspace.actions.shape());
+    workspace.actions = put(DType::U32, &codes, workspace.actions.shape());
     let blank = vec![UNTOUCHED; rows.len() * config.top_k];
-    workspace.top_k = tensor(DType::U32, &blank, workspace.top_k.shape());
+    workspace.top_k = put(DType::U32, &blank, workspace.top_k.shape());
     ts.top_k(&batch, None).unwrap();
 
     let chosen = values(&ts.workspace().top_k);
@@ -149,6 +152,87 @@ fn nan_is_chosen_last_and_by_index() {
         vec![nan; 9],
         vec![-nan, nan, 0.0, -nan, -0.0, nan],
     ] {
-        devices().iter().for_each(|device| check(device, &config, &[scored(votes.clone())]));
+        all_devices().iter().for_each(|device| check(device, &config, &[scored(votes.clone())]));
+    }
+}
+
+/// Votes that are hard on a radix select, by name.
+fn adversarial(len: usize) -> Vec<(&'static str, Vec<f64>)> {
+    let f32s = |f: &dyn Fn(usize) -> f32| (0..len).map(|j| f64::from(f(j))).collect::<Vec<f64>>();
+    // Visits every place once, so that nothing is sorted by accident.
+    let mixed = |j: usize| (j * 7919 + 13) % len;
+    let odd = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY, 0.0, -0.0, 1e-40, -1.0, -f32::NAN];
+    vec![
+        ("all equal", f32s(&|_| 0.25)),
+        (
+            "90 % equal at the cut",
+            f32s(&|j| {
+                if mixed(j) % 20 == 0 {
+                    0.75
+                } else if mixed(j) % 20 == 1 {
+                    0.125
+                } else {
+                    0.5
+                }
+            }),
+        ),
+        (
+            "geometric decay over 40 orders",
+            f32s(&|j| 10f64.powf(-40.0 * mixed(j) as f64 / len as f64) as f32),
+        ),
+        (
+            "NaN and inf mixed in",
+            f32s(&|j| if j % 3 == 0 { odd[mixed(j) % odd.len()] } else { mixed(j) as f32 / len as f32 }),
+        ),
+        ("one bit apart", f32s(&|j| f32::from_bits(0.5f32.to_bits() + mixed(j) as u32 % 3000))),
+        ("all distinct", f32s(&|j| mixed(j) as f32)),
+    ]
+}
+
+fn check_adversarial(device: &Device, len: usize, top_ks: &[usize]) {
+    for (name, votes) in adversarial(len) {
+        for &top_k in top_ks {
+            let config = SelectConfig { n_init: 3, n_local: 5, top_k, ..small_config() };
+            println!("{name}, k = {top_k}"); // shown where the test fails
+            check(device, &config, &[Row { votes: votes.clone(), block: 2, action: RowAction::Score }]);
+        }
+    }
+}
+
+/// Shares of every size, and `k` at both ends.
+#[test]
+fn gpu_adversarial_votes() {
+    for device in gpus() {
+        for len in [257, 3001] {
+            check_adversarial(&device, len, &[1, 64, len - 1]);
+        }
+    }
+}
+
+#[test]
+fn gpu_ragged_rows() {
+    let config = SelectConfig { top_k: 40, n_local: 3, ..small_config() };
+    for device in gpus() {
+        let mut rows: Vec<Row> = [41, 40, 39, 1, 255, 256, 257, 1025]
+            .into_iter()
+            .zip(0..)
+            .map(|(len, seed)| scored(votes(len, seed as usize % 4, seed)))
+            .collect();
+        rows.insert(2, Row { votes: vec![1.0; 12], block: 2, action: RowAction::Complete });
+        rows.insert(5, Row { votes: vec![1.0; 9], block: 0, action: RowAction::Skip });
+        check(&device, &config, &rows);
+    }
+}
+
+/// A million votes and three, exact, and the same bits in 20 runs.
+#[test]
+fn cuda_a_million_votes() {
+    let Some(device) = cuda() else { return };
+    let len = (1 << 20) + 3;
+    check_adversarial(&device, len, &[1, 2048, 8192, len - 1]);
+    let config = SelectConfig { top_k: 2048, ..small_config() };
+    let rows = [scored(votes(len, 0, 5))];
+    for _ in 0..20 {
+        check(&device, &config, &rows);
     }
 }

@@ -4,7 +4,9 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::{around, small_config};
-use common::{Random, assert_close, cases, devices, naive, tensor, tolerance, values};
+use common::{
+    Random, all_devices, assert_close, cases, devices, gpus, naive, tensor, to_device, tolerance, values,
+};
 use proptest::prelude::*;
 use tokenselect::{Batch, DType, Device, HeadShape, RowAction, SelectConfig, TokenSelect};
 
@@ -42,14 +44,15 @@ fn run(device: &Device, window: usize, rows: &[Logits], actions: &[RowAction]) -
             }
         }
     }
-    workspace.logits = tensor(DType::F32, &logits, workspace.logits.shape());
-    workspace.stats = tensor(DType::F32, &stats, workspace.stats.shape());
+    let put = |dtype, values: &[f64], shape| to_device(device, &tensor(dtype, values, shape));
+    workspace.logits = put(DType::F32, &logits, workspace.logits.shape());
+    workspace.stats = put(DType::F32, &stats, workspace.stats.shape());
     let codes: Vec<f64> = actions.iter().map(|&action| f64::from(action as u32)).collect();
-    workspace.actions = tensor(DType::U32, &codes, workspace.actions.shape());
-    workspace.votes = tensor(DType::F32, &vec![UNTOUCHED; batch.num_token_places()], workspace.votes.shape());
+    workspace.actions = put(DType::U32, &codes, workspace.actions.shape());
+    let untouched = vec![UNTOUCHED; batch.num_token_places()];
+    workspace.votes = put(DType::F32, &untouched, workspace.votes.shape());
     if window > 1 {
-        let untouched = vec![UNTOUCHED; batch.num_token_places()];
-        workspace.pooled_votes = tensor(DType::F32, &untouched, workspace.pooled_votes.shape());
+        workspace.pooled_votes = put(DType::F32, &untouched, workspace.pooled_votes.shape());
     }
     ts.vote(&batch).unwrap();
     if window > 1 {
@@ -154,7 +157,7 @@ fn rules_for_nan_and_infinities() {
         (vec![nan; 5], vec![nan; 5]),
     ] {
         assert_close("naive", &naive::votes(std::slice::from_ref(&logits)), &want, 1, 1e-12);
-        for device in devices() {
+        for device in all_devices() {
             let got = run(&device, 1, &[Vec::from([logits.clone()])], &[RowAction::Score]);
             assert_close(device.name(), &got[0], &want, 1, 1e-6);
         }
@@ -169,7 +172,7 @@ fn max_pool_passes_over_nan() {
     let row = [[f64::NAN, ln(4.0), ln(2.0), f64::NAN, 0.0, 0.0]];
     let row: Logits = row.iter().map(|head| head.iter().map(|&x| f64::from(x as f32)).collect()).collect();
     let want = [f64::NAN, 0.5, 0.5, f64::NAN, 0.125, 0.125];
-    for device in devices() {
+    for device in all_devices() {
         let got = run(&device, 3, std::slice::from_ref(&row), &[RowAction::Score]);
         assert_close(device.name(), &got[0], &want, 1, 1e-6);
     }
@@ -178,13 +181,26 @@ fn max_pool_passes_over_nan() {
 #[test]
 fn other_rows_are_left_alone() {
     let rows: Vec<Logits> = (0..4).map(|seed| logits(2, 70, 0, seed)).collect();
-    for device in devices() {
+    for device in all_devices() {
         // The pool is part of `top_k`, which reuses only what it is given.
         for (window, last) in [(1, RowAction::Reuse), (5, RowAction::Skip)] {
             let actions = [RowAction::Skip, RowAction::Score, RowAction::Complete, last];
             let got = run(&device, window, &rows, &actions);
             let want = naive::max_pool(&naive::votes(&rows[1]), window);
             assert_close(device.name(), &got[1], &want, want.len(), 1e-5);
+        }
+    }
+}
+
+/// Every mapping of heads to lanes, ragged rows, and shares of one token to several tiles.
+#[test]
+fn gpu_heads_and_sizes() {
+    for (i, hq) in [1usize, 2, 4, 7, 8, 12, 33, 40, 64, 132].into_iter().enumerate() {
+        let sizes = [1, 255, 256, 257, 700 + 13 * i, 2];
+        let rows: Vec<Logits> =
+            sizes.iter().zip(0..).map(|(&size, seed)| logits(hq, size, i % 3, seed)).collect();
+        for device in gpus() {
+            check(&device, [1, 3][i % 2], &rows);
         }
     }
 }

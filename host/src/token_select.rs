@@ -185,7 +185,7 @@ impl TokenSelect {
         self.pool(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
         self.score(batch, kv)?;
         self.vote(batch)?;
-        self.top_k(batch, cached)
+        self.choose(batch, cached, true)
     }
 
     /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
@@ -257,6 +257,7 @@ impl TokenSelect {
             logits: self.workspace.logits.view(),
             stats: self.workspace.stats.view(),
             votes: self.workspace.votes.view_mut(),
+            scratch: self.workspace.scratch.view_mut(),
         })
     }
 
@@ -271,6 +272,17 @@ impl TokenSelect {
     /// # Errors
     /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`].
     pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.choose(batch, cached, false)
+    }
+
+    /// [`top_k`](Self::top_k); `votes_are_fresh` if [`vote`](Self::vote) has just written them, so that what it counted
+    /// still holds.
+    fn choose(
+        &mut self,
+        batch: &Batch,
+        cached: Option<SelectionCacheLayer<'_>>,
+        votes_are_fresh: bool,
+    ) -> Result<()> {
         self.plan.check(batch)?;
         self.workspace.check(&self.plan)?;
         if let Some(cached) = &cached {
@@ -296,11 +308,13 @@ impl TokenSelect {
             batch,
             actions: self.workspace.actions.view(),
             votes: votes.view(),
+            votes_are_fresh: votes_are_fresh && !pools,
             queries: self.workspace.queries.view(),
             cached,
             top_k: self.workspace.top_k.view_mut(),
             selected: self.workspace.selected.view_mut(),
             selected_len: self.workspace.selected_len.view_mut(),
+            scratch: self.workspace.scratch.view_mut(),
         })
     }
 

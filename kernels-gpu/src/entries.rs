@@ -12,6 +12,9 @@ use crate::conformance::{
 use crate::forget::ForgetParams;
 use crate::pool::PoolParams;
 use crate::score::ScoreParams;
+use crate::smooth::SmoothParams;
+use crate::top_k::TopKParams;
+use crate::vote::VoteParams;
 
 /// One entry point.
 #[derive(Clone, Copy, Debug)]
@@ -90,6 +93,12 @@ entries! {
     score_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 2, 1, false>;
     score_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, true>;
     score_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, false>;
+    vote(VoteParams) = crate::vote::vote::<1>;
+    vote_by_four(VoteParams) = crate::vote::vote::<4>;
+    smooth(SmoothParams) = crate::smooth::smooth;
+    top_k_refine(TopKParams) = crate::top_k::refine;
+    top_k_count(TopKParams) = crate::top_k::count;
+    top_k_emit(TopKParams) = crate::top_k::emit;
     conformance_indices(IndicesParams) = crate::conformance::indices;
     conformance_shuffles(ShufflesParams) = crate::conformance::shuffles;
     conformance_masked(MaskedParams) = crate::conformance::masked;

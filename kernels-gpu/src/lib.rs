@@ -29,9 +29,13 @@ pub mod forget;
 pub mod launch;
 pub mod layout;
 pub mod pool;
+pub mod radix;
 pub mod rope;
 pub mod score;
 pub mod simt;
+pub mod smooth;
+pub mod top_k;
+pub mod vote;
 
 /// A kernel has nobody to tell: it stops the launch, and the driver reports an illegal instruction.
 #[cfg(target_arch = "nvptx64")]

@@ -55,6 +55,16 @@ pub fn gpus() -> Vec<Device> {
     present
 }
 
+/// The processor and every device that runs the GPU kernels.
+pub fn all_devices() -> Vec<Device> {
+    devices().into_iter().chain(gpus()).collect()
+}
+
+/// The first CUDA device, for sizes that would take an emulator too long.
+pub fn cuda() -> Option<Device> {
+    gpus().into_iter().find(|device| device.name().starts_with("cuda"))
+}
+
 /// Prints past the test harness, which hides the output of tests that pass.
 pub fn announce(line: &str) {
     let _ = writeln!(std::io::stderr(), "{line}");

@@ -130,6 +130,8 @@ pub struct VoteArgs<'a> {
     pub stats: TensorView<'a>,
     /// `[max_kv_tokens]` f32, written for candidates.
     pub votes: TensorViewMut<'a>,
+    /// [`Backend::scratch_words`] of the device's own.
+    pub scratch: TensorViewMut<'a>,
 }
 
 /// Arguments of [`Backend::smooth`].
@@ -158,6 +160,8 @@ pub struct TopKArgs<'a> {
     pub actions: TensorView<'a>,
     /// `[max_kv_tokens]` f32, read for the candidates of scored rows.
     pub votes: TensorView<'a>,
+    /// Whether these are the votes of the last [`Backend::vote`], unchanged, and `scratch` is as it left it.
+    pub votes_are_fresh: bool,
     /// `[max_rows, num_qo_heads, head_dim]` f32: scoring queries, to be cached.
     pub queries: TensorView<'a>,
     /// The layer's cached selections: read for reused rows, replaced for scored ones, counted.
@@ -168,6 +172,8 @@ pub struct TopKArgs<'a> {
     pub selected: TensorViewMut<'a>,
     /// `[max_rows]` u32, written: length of each list.
     pub selected_len: TensorViewMut<'a>,
+    /// [`Backend::scratch_words`] of the device's own.
+    pub scratch: TensorViewMut<'a>,
 }
 
 /// Lists of tokens to attend to, one a row.

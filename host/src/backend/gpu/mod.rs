@@ -20,6 +20,7 @@ use kernels_gpu::forget::ForgetParams;
 use kernels_gpu::launch::Dims;
 use kernels_gpu::layout::BatchTables;
 use kernels_gpu::pool::PoolParams;
+use kernels_gpu::radix::LEVELS;
 use kernels_gpu::rope::RopeTables;
 use kernels_gpu::score::{ScoreParams, columns};
 
@@ -98,7 +99,7 @@ impl Backend for GpuBackend {
     }
 
     fn scratch_words(&self, config: &SelectConfig, limits: &Limits) -> usize {
-        Scratch::words(config, limits)
+        Scratch::words(self.driver.gpu(), config, limits)
     }
 
     fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()> {
@@ -203,16 +204,44 @@ impl Backend for GpuBackend {
         unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
     }
 
-    fn vote(&self, _: VoteArgs<'_>) -> Result<()> {
-        Err(self.unsupported("vote", "any configuration yet"))
+    fn vote(&self, args: VoteArgs<'_>) -> Result<()> {
+        if args.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let by_four = args.config.heads.num_qo_heads.is_multiple_of(4);
+        let entry = self.entry("vote", if by_four { "vote_by_four" } else { "vote" })?;
+        let params = self.vote_params(&args)?;
+        // SAFETY: `TokenSelect` has checked shapes and lengths.
+        unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
     }
 
-    fn smooth(&self, _: SmoothArgs<'_>) -> Result<()> {
-        Err(self.unsupported("smooth", "any configuration yet"))
+    fn smooth(&self, args: SmoothArgs<'_>) -> Result<()> {
+        if args.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let params = self.smooth_params(&args)?;
+        // SAFETY: `TokenSelect` has checked shapes and lengths.
+        unsafe { self.launch(self.entry("smooth", "smooth")?, params.dims(self.driver.gpu()), &params) }
     }
 
-    fn top_k(&self, _: TopKArgs<'_>) -> Result<()> {
-        Err(self.unsupported("top_k", "any configuration yet"))
+    fn top_k(&self, args: TopKArgs<'_>) -> Result<()> {
+        if args.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let mut params = self.top_k_params(&args)?;
+        let dims = params.dims(self.driver.gpu());
+        let refine = self.entry("top_k", "top_k_refine")?;
+        // `vote` has counted the first digit.
+        for level in u32::from(args.votes_are_fresh)..LEVELS {
+            params.level = level;
+            // SAFETY: `TokenSelect` has checked shapes and lengths; digits are found in order.
+            unsafe { self.launch(refine, dims, &params)? };
+        }
+        for name in ["top_k_count", "top_k_emit"] {
+            // SAFETY: as above, and each launch finds what the one before has left.
+            unsafe { self.launch(self.entry("top_k", name)?, dims, &params)? };
+        }
+        Ok(())
     }
 
     fn attend(&self, _: AttendArgs<'_>) -> Result<()> {

@@ -1,14 +1,17 @@
 //! From checked arguments to kernel parameters.
 
 use kernels_gpu::append::{AppendParams, PIECE};
-use kernels_gpu::layout::PageStrides;
+use kernels_gpu::layout::{PageStrides, absent, absent_mut};
 use kernels_gpu::pool::PoolParams;
 use kernels_gpu::score::ScoreParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
+use kernels_gpu::smooth::SmoothParams;
+use kernels_gpu::top_k::TopKParams;
+use kernels_gpu::vote::VoteParams;
 
 use super::GpuBackend;
 use super::scratch::Scratch;
-use crate::backend::{AppendArgs, PoolArgs, ScoreArgs};
+use crate::backend::{AppendArgs, PoolArgs, ScoreArgs, SmoothArgs, TopKArgs, VoteArgs};
 use crate::cache::{KvStorageMut, KvStrides};
 use crate::error::{Error, Result};
 use crate::tensor::{TensorView, TensorViewMut};
@@ -49,6 +52,11 @@ pub(super) trait Pointers {
     /// Pointer to a writable tensor.
     fn pointer_mut<T>(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
         Ok(GlobalMut::from_addr(self.addr_mut(what, tensor)?))
+    }
+
+    /// Pointer to a tensor that may be absent: address 0.
+    fn optional<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
+        tensor.map_or(Ok(absent_mut()), |tensor| self.pointer_mut(what, tensor))
     }
 }
 
@@ -94,17 +102,13 @@ impl GpuBackend {
     pub(super) fn pool_params<T>(&self, args: &PoolArgs<'_>) -> Result<PoolParams<T>> {
         let config = args.config;
         let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, max_rows, config)?;
-        let absent = || Ok(0);
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
         let cached = args.cached.as_ref();
-        let cached_addr = |what, tensor: Option<&TensorViewMut<'_>>| {
-            tensor.map_or_else(absent, |tensor| self.addr_mut(what, tensor))
-        };
         Ok(PoolParams {
             q: self.pointer("q", &args.q)?,
-            cached_queries: GlobalPtr::from_addr(cached_addr("cached.queries", cached.map(|c| &c.queries))?),
-            cached_ages: GlobalPtr::from_addr(cached_addr("cached.ages", cached.map(|c| &c.ages))?),
-            cached_made_at: GlobalPtr::from_addr(cached_addr("cached.made_at", cached.map(|c| &c.made_at))?),
+            cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?.as_const(),
+            cached_ages: self.optional("cached.ages", cached.map(|c| &c.ages))?.as_const(),
+            cached_made_at: self.optional("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
             sequence_indices: args.batch.device_sequence_indices(&self.driver)?,
             queries: self.pointer_mut("queries", &args.queries)?,
             similarities: self.pointer_mut("similarities", &args.similarities)?,
@@ -127,7 +131,7 @@ impl GpuBackend {
     pub(super) fn score_params<T>(&self, args: &ScoreArgs<'_>) -> Result<ScoreParams<T>> {
         let config = args.config;
         let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, max_rows, config)?;
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
         Ok(ScoreParams {
             k_pages: self.pointer("k pages", &args.kv.k)?,
             queries: self.pointer("queries", &args.queries)?,
@@ -144,6 +148,75 @@ impl GpuBackend {
             n_local: config.n_local as u32,
             score_scale: config.score_scale(),
             head_dim: config.heads.head_dim as u32,
+        })
+    }
+    pub(super) fn vote_params(&self, args: &VoteArgs<'_>) -> Result<VoteParams> {
+        let config = args.config;
+        let max_rows = args.actions.shape().dims()[0];
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        Ok(VoteParams {
+            actions: self.pointer("actions", &args.actions)?,
+            logits: self.pointer("logits", &args.logits)?,
+            stats: self.pointer("stats", &args.stats)?,
+            votes: self.pointer_mut("votes", &args.votes)?,
+            radix: scratch.radix(),
+            batch: self.tables(args.batch)?,
+            num_qo_heads: config.heads.num_qo_heads as u32,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            top_k: config.top_k as u32,
+            max_tokens: args.votes.shape().dims()[0] as u32,
+            reserved: 0,
+        })
+    }
+
+    pub(super) fn smooth_params(&self, args: &SmoothArgs<'_>) -> Result<SmoothParams> {
+        let config = args.config;
+        Ok(SmoothParams {
+            actions: self.pointer("actions", &args.actions)?,
+            votes: self.pointer("votes", &args.votes)?,
+            pooled: self.pointer_mut("pooled", &args.pooled)?,
+            batch: self.tables(args.batch)?,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            window: config.vote_pool_window as u32,
+            max_tokens: args.votes.shape().dims()[0] as u32,
+        })
+    }
+
+    pub(super) fn top_k_params(&self, args: &TopKArgs<'_>) -> Result<TopKParams> {
+        let config = args.config;
+        let max_rows = args.actions.shape().dims()[0];
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        let cached = args.cached.as_ref();
+        let sequence_indices = match cached {
+            Some(_) => args.batch.device_sequence_indices(&self.driver)?,
+            None => absent(),
+        };
+        Ok(TopKParams {
+            actions: self.pointer("actions", &args.actions)?,
+            votes: self.pointer("votes", &args.votes)?,
+            queries: self.pointer("queries", &args.queries)?,
+            sequence_indices,
+            top_k: self.pointer_mut("top_k", &args.top_k)?,
+            selected: self.pointer_mut("selected", &args.selected)?,
+            selected_len: self.pointer_mut("selected_len", &args.selected_len)?,
+            cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?,
+            cached_selections: self.optional("cached.selections", cached.map(|c| &c.selections))?,
+            cached_ages: self.optional("cached.ages", cached.map(|c| &c.ages))?,
+            cached_made_at: self.optional("cached.made_at", cached.map(|c| &c.made_at))?,
+            cached_counters: self.optional("cached.counters", cached.map(|c| &c.counters))?,
+            counts: GlobalMut::from_addr(scratch.share_counts),
+            radix: scratch.radix(),
+            batch: self.tables(args.batch)?,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            k: config.top_k as u32,
+            max_selected: args.selected.shape().dims()[1] as u32,
+            query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
+            max_tokens: args.votes.shape().dims()[0] as u32,
+            level: 0,
+            reserved: 0,
         })
     }
 }

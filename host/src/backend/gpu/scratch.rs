@@ -1,6 +1,9 @@
 //! Device memory that kernels use among themselves: one tensor of words, counted and carved by the same code.
 
+use kernels_gpu::launch::GpuInfo;
+use kernels_gpu::radix::{BINS, RadixTables, blocks_of_row};
 use kernels_gpu::score::max_chunks;
+use kernels_gpu::simt::global::GlobalMut;
 
 use crate::config::{HeadShape, SelectConfig};
 use crate::error::Result;
@@ -15,13 +18,19 @@ pub(super) struct Scratch {
     pub pool_partial: u64,
     /// `[max_rows, max_chunks(num_kv_heads), num_qo_heads, 2]` f32.
     pub score_partial: u64,
+    /// `[max_rows, BINS]` u32, zero between launches.
+    pub histogram: u64,
+    /// `[max_rows, 2]` u32.
+    pub radix_state: u64,
+    /// `[num_rows, blocks_of_row]` pairs of u32, for any number of rows.
+    pub share_counts: u64,
     /// One past the last byte.
     end: u64,
 }
 
 impl Scratch {
     /// The places in scratch memory that begins at `base`.
-    fn carve(base: u64, max_rows: usize, heads: HeadShape) -> Self {
+    fn carve(base: u64, gpu: &GpuInfo, max_rows: usize, heads: HeadShape) -> Self {
         let chunks = max_chunks(heads.num_kv_heads as u32) as usize;
         let mut end = base;
         let mut words = |count: usize| {
@@ -32,17 +41,34 @@ impl Scratch {
         let counters = words(max_rows);
         let pool_partial = words(max_rows * heads.num_qo_heads * 3);
         let score_partial = words(max_rows * chunks * heads.num_qo_heads * 2);
-        Scratch { counters, pool_partial, score_partial, end }
+        let histogram = words(max_rows * BINS as usize);
+        let radix_state = words(max_rows * 2);
+        // `rows * blocks_of_row(rows)` is largest where the division of blocks among rows rounds up the most.
+        let share_counts = words(2 * (blocks_of_row(gpu, 1, u32::MAX) as usize + max_rows));
+        Scratch { counters, pool_partial, score_partial, histogram, radix_state, share_counts, end }
     }
 
     /// Words of scratch that batches within `limits` need.
-    pub fn words(config: &SelectConfig, limits: &Limits) -> usize {
-        Scratch::carve(0, limits.max_rows, config.heads).end as usize / 4
+    pub fn words(gpu: &GpuInfo, config: &SelectConfig, limits: &Limits) -> usize {
+        Scratch::carve(0, gpu, limits.max_rows, config.heads).end as usize / 4
     }
 
     /// The places in the workspace's scratch tensor; `max_rows` is the plan's.
-    pub fn of(scratch: &TensorViewMut<'_>, max_rows: usize, config: &SelectConfig) -> Result<Self> {
+    pub fn of(
+        scratch: &TensorViewMut<'_>,
+        gpu: &GpuInfo,
+        max_rows: usize,
+        config: &SelectConfig,
+    ) -> Result<Self> {
         let base = scratch.as_view().device_slice("scratch")?.addr();
-        Ok(Scratch::carve(base, max_rows, config.heads))
+        Ok(Scratch::carve(base, gpu, max_rows, config.heads))
+    }
+    /// The workspace of radix selects.
+    pub fn radix(&self) -> RadixTables {
+        RadixTables {
+            histogram: GlobalMut::from_addr(self.histogram),
+            state: GlobalMut::from_addr(self.radix_state),
+            counters: GlobalMut::from_addr(self.counters),
+        }
     }
 }

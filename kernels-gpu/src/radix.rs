@@ -1,0 +1,235 @@
+//! Radix select: the `k`-th largest of a row's votes, found digit by digit from the top.
+//!
+//! A vote becomes a 32-bit key that ascends as votes do, with NaN below everything. Each of three passes over the votes
+//! counts how often each value of the next digit (11, 11 and 10 bits) occurs among the keys that agree with what is
+//! known; the last block of a row then finds the digit in which the `k`-th key lies. What remains is the key itself and
+//! how many of the keys equal to it are chosen. Counts are integers, so the result has no order of additions in it, and
+//! no table limits how many keys may be equal or share a digit.
+
+use crate::launch::GpuInfo;
+use crate::simt::data::V2;
+use crate::simt::global::GlobalMut;
+use crate::simt::shared::{Carve, Region};
+
+/// Threads of a block.
+pub const THREADS: u32 = 256;
+/// Passes.
+pub const LEVELS: u32 = 3;
+/// Values of a digit at most.
+pub const BINS: u32 = 2048;
+/// Candidates that are a block's share at least, and a divisor of every share.
+const SHARE: u32 = 256;
+/// Blocks of an SM.
+const BLOCKS_PER_SM: u32 = 4;
+
+/// Workspace of a radix select.
+#[derive(Clone, Copy, Debug)]
+#[repr(C)]
+pub struct RadixTables {
+    /// \[num_rows, BINS\] u32, zero before and after each launch.
+    pub histogram: GlobalMut<u32>,
+    /// \[num_rows, 2\] u32: the digits of the `k`-th largest key found so far, and its rank (from 1) among the keys that
+    /// share them.
+    pub state: GlobalMut<V2<u32>>,
+    /// \[num_rows\] u32, zero before and after each launch.
+    pub counters: GlobalMut<u32>,
+}
+const _: () = assert!(size_of::<RadixTables>() == 24);
+
+/// Shared memory of a block.
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
+pub(crate) struct Layout {
+    histogram: Region<u32>,
+    warps: Region<u32>,
+    pub bytes: u32,
+}
+
+pub(crate) const LAYOUT: Layout = {
+    let mut carve = Carve::new();
+    Layout { histogram: carve.array(BINS, 16), warps: carve.array(THREADS / 32, 16), bytes: carve.bytes() }
+};
+
+/// Blocks that share a row of up to `max_tokens` candidates, so that all rows together fill the device.
+pub const fn blocks_of_row(gpu: &GpuInfo, num_rows: u32, max_tokens: u32) -> u32 {
+    let fair = (gpu.num_sms * BLOCKS_PER_SM).div_ceil(num_rows);
+    let useful = max_tokens.div_ceil(SHARE);
+    let blocks = if fair < useful { fair } else { useful };
+    if blocks == 0 { 1 } else { blocks }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub(crate) use machine::*;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+mod machine {
+    use super::*;
+    use crate::layout::Tokens;
+    use crate::simt::shared::Shared;
+    use crate::simt::{grid, thread, warp};
+
+    /// Bits that ascend as votes do; equal for -0 and 0, 0 for NaN.
+    #[inline(always)]
+    pub fn key(vote: f32) -> u32 {
+        if vote.is_nan() {
+            return 0;
+        }
+        let bits = (vote + 0.0).to_bits(); // -0 becomes 0
+        if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+    }
+
+    /// Bits below those of digit `level`.
+    #[inline(always)]
+    fn shift(level: u32) -> u32 {
+        match level {
+            0 => 21,
+            1 => 10,
+            _ => 0,
+        }
+    }
+
+    /// Whether a key agrees with the digits above `level` of `found`.
+    #[inline(always)]
+    pub fn agrees(key: u32, found: u32, level: u32) -> bool {
+        level == 0 || (key ^ found) >> shift(level - 1) == 0
+    }
+
+    /// The digit `level` of a key that agrees in those above.
+    #[inline(always)]
+    fn digit(key: u32, level: u32) -> u32 {
+        let bins = if level < 2 { BINS } else { BINS / 2 };
+        key >> shift(level) & (bins - 1)
+    }
+
+    /// Part of a row's candidates that block `block` of `num_blocks` works on: ascending with the block.
+    #[inline(always)]
+    pub fn share(candidates: Tokens, block: u32, num_blocks: u32) -> Tokens {
+        let len = candidates.len().div_ceil(num_blocks).next_multiple_of(SHARE);
+        let begin = (block * len).min(candidates.len());
+        let end = (begin + len).min(candidates.len());
+        Tokens { begin: candidates.begin + begin, end: candidates.begin + end }
+    }
+
+    /// The counts of one block, in shared memory.
+    #[derive(Clone, Copy)]
+    pub struct Histogram(Shared<u32>);
+
+    impl Histogram {
+        /// All counts 0.
+        ///
+        /// *Convergence:* aligned; every thread of the block.
+        ///
+        /// # Safety
+        /// - Every thread of the block calls it, and none uses the block's shared memory meanwhile.
+        #[inline(always)]
+        pub unsafe fn clear() -> Self {
+            let bins = LAYOUT.histogram.get();
+            let mut bin = thread::thread_idx_x();
+            while bin < BINS {
+                bins.add(bin).store(0);
+                bin += THREADS;
+            }
+            thread::sync_threads();
+            Histogram(bins)
+        }
+
+        /// Counts the digit `level` of a key.
+        ///
+        /// # Safety
+        /// - After [`clear`](Self::clear), before [`finish`](Self::finish).
+        #[inline(always)]
+        pub unsafe fn count(self, key: u32, level: u32) {
+            self.0.add(digit(key, level)).atomic_add(1);
+        }
+
+        /// Adds the block's counts to those of the row; the row's last block finds the digit and writes the state.
+        /// `rank` is the rank of the sought key at level 0; later it is taken from the state.
+        ///
+        /// *Convergence:* aligned; every thread of the block.
+        ///
+        /// # Safety
+        /// - Every thread of the block calls it, once, with the same arguments, and so does every block of the row.
+        /// - At least `rank > 0` keys agree with the digits found so far.
+        #[inline(always)]
+        pub unsafe fn finish(self, tables: &RadixTables, row: u32, level: u32, rank: u32) {
+            thread::sync_threads();
+            let of_row = tables.histogram.add(row as u64 * BINS as u64);
+            let mut bin = thread::thread_idx_x();
+            while bin < BINS {
+                let count = self.0.add(bin).load();
+                if count > 0 {
+                    of_row.add(bin as u64).atomic_add(count);
+                }
+                bin += THREADS;
+            }
+            if grid::is_last_block(tables.counters.add(row as u64), thread::grid_dim_x()) {
+                find(of_row, tables.state.add(row as u64), level, rank);
+            }
+        }
+    }
+
+    /// Finds the digit, writes the state, and sets the row's counts back to 0. Each thread takes eight bins, the first
+    /// thread the topmost.
+    #[inline(always)]
+    unsafe fn find(of_row: GlobalMut<u32>, state: GlobalMut<V2<u32>>, level: u32, rank: u32) {
+        const BINS_OF_THREAD: usize = (BINS / THREADS) as usize;
+        let (found, rank) = if level == 0 {
+            (0, rank)
+        } else {
+            let [found, rank] = state.load().0;
+            (found, rank)
+        };
+        let top = BINS - 1 - thread::thread_idx_x() * BINS_OF_THREAD as u32;
+        let mut counts = [0; BINS_OF_THREAD];
+        let mut sum = 0;
+        let mut i = 0;
+        while i < BINS_OF_THREAD {
+            let bin = of_row.add((top - i as u32) as u64);
+            counts[i] = bin.load();
+            bin.store(0);
+            sum += counts[i];
+            i += 1;
+        }
+        let (mut above, _) = sums_before(sum);
+        let mut i = 0;
+        while i < BINS_OF_THREAD {
+            if above < rank && rank <= above + counts[i] {
+                state.store(V2([found | (top - i as u32) << shift(level), rank - above]));
+            }
+            above += counts[i];
+            i += 1;
+        }
+    }
+
+    /// The sum of `value` over the threads before this one, and over all.
+    ///
+    /// *Convergence:* aligned; every thread of the block.
+    ///
+    /// # Safety
+    /// - Every thread of the block calls it.
+    #[inline(always)]
+    pub unsafe fn sums_before(value: u32) -> (u32, u32) {
+        let lane = warp::lane_id();
+        let mut up_to = value;
+        let mut distance = 1;
+        while distance < warp::SIZE {
+            let other = warp::shuffle_up(warp::FULL, up_to, distance);
+            up_to += if lane >= distance { other } else { 0 };
+            distance *= 2;
+        }
+        let warps = LAYOUT.warps.get();
+        thread::sync_threads();
+        if lane == warp::SIZE - 1 {
+            warps.add(warp::warp_id()).store(up_to);
+        }
+        thread::sync_threads();
+        let (mut before, mut all) = (up_to - value, 0);
+        let mut other = 0;
+        while other < THREADS / warp::SIZE {
+            let sum = warps.add(other).load();
+            before += if other < warp::warp_id() { sum } else { 0 };
+            all += sum;
+            other += 1;
+        }
+        (before, all)
+    }
+}
