@@ -1,6 +1,7 @@
 //! One step's rows: which queries belong to which sequence, and where its tokens lie.
 
 mod device_tables;
+mod slot;
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -9,14 +10,19 @@ use kernels_gpu::layout::{BatchTables, page_division};
 use kernels_gpu::simt::global::GlobalPtr;
 
 use self::device_tables::DeviceTables;
+pub use self::slot::BatchSlot;
 use crate::backend::gpu::driver::Driver;
 use crate::cache::{MAX_PAGE_SIZE, PageTables, SequenceId};
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
 use crate::error::{Error, Result};
 
+/// The sequence index of a padding row.
+const NO_SEQUENCE: u32 = u32::MAX;
+
 /// A ragged batch: every row is a sequence with `n` cached tokens, the last `T` of which are the block that
 /// this step computes. Lengths and blocks differ from row to row; `T = 1` is decoding. A row of 0 query
-/// tokens is padding and costs nothing.
+/// tokens is padding and costs nothing, and so is one of no cached tokens, whose queries get `out = 0` and
+/// `lse = -inf`.
 ///
 /// [`PagedKvCache::extend`](crate::PagedKvCache::extend) makes the batch of an owned cache,
 /// [`Batch::new`] that of another engine's tables.
@@ -43,7 +49,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Table`] where the tables contradict each other; a row's block must not be longer than the
-    /// row.
+    /// row, unless the row is empty.
     pub fn new(page_size: usize, qo_indptr: Vec<u32>, tables: PageTables) -> Result<Self> {
         Batch::build(page_size, qo_indptr, tables, None)
     }
@@ -123,7 +129,7 @@ impl Batch {
                 let rule = format!("an ascending range within [0, {kv_len}]");
                 return Err(Error::table(row, "candidates", rule, format!("{range:?}")));
             }
-        } else if block_len > kv_len {
+        } else if block_len > kv_len && kv_len > 0 {
             let rule = format!("at most the row's {kv_len} cached tokens");
             return Err(Error::table(row, "block length", rule, block_len));
         }
@@ -134,11 +140,14 @@ impl Batch {
     /// `[rows]`. Without it no selection is reused.
     ///
     /// # Errors
-    /// [`Error::Table`] where the number of entries is not the number of rows, or two rows share one.
+    /// [`Error::Table`] where the number of entries is not the number of rows, two rows share one, or one is `u32::MAX`.
     pub fn with_sequence_indices(mut self, indices: Vec<u32>) -> Result<Self> {
         if indices.len() != self.num_rows() {
             let rule = format!("of length {}", self.num_rows());
             return Err(Error::table(0, "sequence_indices", rule, indices.len()));
+        }
+        if let Some(row) = indices.iter().position(|&index| index == NO_SEQUENCE) {
+            return Err(Error::table(row, "sequence_indices", format!("below {NO_SEQUENCE}"), NO_SEQUENCE));
         }
         let mut sorted: Vec<(u32, usize)> = indices.iter().copied().zip(0..).collect();
         sorted.sort_unstable();
@@ -147,6 +156,33 @@ impl Batch {
             return Err(Error::table(pair[1].1, "sequence_indices", rule, pair[1].0));
         }
         self.sequence_indices = Some(indices);
+        self.on_device = DeviceTables::default();
+        Ok(self)
+    }
+
+    /// The batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
+    /// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where the batch has more rows already.
+    pub fn padded(mut self, num_rows: usize, block_len: usize) -> Result<Self> {
+        let got = self.num_rows();
+        let Some(missing) = num_rows.checked_sub(got) else {
+            return Err(Error::Limit { what: "num_rows", limit: num_rows, got });
+        };
+        let (mut query, page) = (self.qo_indptr[got], self.tables.indptr[got]);
+        for _ in 0..missing {
+            query += block_len as u32;
+            self.qo_indptr.push(query);
+            self.tables.indptr.push(page);
+            self.tables.last_page_len.push(0);
+        }
+        if let Some(indices) = &mut self.sequence_indices {
+            indices.resize(num_rows, NO_SEQUENCE);
+        }
+        if let Some(candidates) = &mut self.candidates {
+            candidates.resize(num_rows, 0..0);
+        }
         self.on_device = DeviceTables::default();
         Ok(self)
     }
@@ -242,7 +278,7 @@ impl Batch {
         if let Some(given) = &self.candidates {
             return given[row].start as usize..given[row].end as usize;
         }
-        let before_block = self.kv_len(row) - self.block_len(row);
+        let before_block = self.kv_len(row).saturating_sub(self.block_len(row));
         let end = before_block.saturating_sub(config.n_local);
         config.n_init.min(end)..end
     }
@@ -254,7 +290,13 @@ impl Batch {
 
     /// The row's place in per-sequence tables, where it has one.
     pub fn sequence_index(&self, row: usize) -> Option<usize> {
-        self.sequence_indices.as_ref().map(|indices| indices[row] as usize)
+        let index = self.sequence_indices.as_ref()?[row];
+        (index != NO_SEQUENCE).then_some(index as usize)
+    }
+
+    /// Whether the rows name their sequences.
+    pub(crate) fn has_sequences(&self) -> bool {
+        self.sequence_indices.is_some()
     }
 
     /// Page and place within it of a row's token.

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
-use crate::backend::gpu::driver::{Driver, Event};
+use crate::backend::gpu::driver::{Captured, Driver, Event};
 use crate::error::{Error, Result};
 
 /// A place where operations run and memory lies. Cheap to clone; clones share memory and order of work.
@@ -110,6 +110,27 @@ impl Device {
         }
     }
 
+    /// Records what `work` puts on the device, instead of doing it, as a CUDA graph: launching that costs the processor
+    /// one call for the whole of it.
+    ///
+    /// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded.
+    /// Batches come from a [`BatchSlot`](crate::BatchSlot), so that each launch reads the lengths and pages put there last.
+    ///
+    /// # Errors
+    /// Whatever `work` returns, [`Error::Missing`] where it allocates, waits or copies from or to the host,
+    /// [`Error::Unsupported`] on the processor. Then nothing was done.
+    pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
+        let Some(driver) = self.driver() else {
+            let device = self.name().to_owned();
+            return Err(Error::Unsupported { device, op: "capture", what: "any work".into() });
+        };
+        driver.begin_capture()?;
+        let done = work();
+        let captured = driver.end_capture();
+        done?;
+        Ok(Graph { driver: Arc::clone(driver), captured: captured? })
+    }
+
     /// How long it took to load the kernels, once per context; zero for the processor.
     pub fn load_time(&self) -> Duration {
         self.driver().map_or(Duration::ZERO, |driver| driver.load_time())
@@ -127,5 +148,32 @@ impl Device {
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Device({})", self.name())
+    }
+}
+
+/// Work recorded by [`Device::capture`].
+pub struct Graph {
+    driver: Arc<dyn Driver>,
+    captured: Captured,
+}
+
+impl Graph {
+    /// Does the work, after the device's earlier work. Does not wait for it.
+    ///
+    /// # Safety
+    /// - Every tensor, cache, workspace and [`BatchSlot`](crate::BatchSlot) that the recorded work used is alive, and none
+    ///   of its tensors has been replaced.
+    ///
+    /// # Errors
+    /// [`Error::Driver`], or [`Error::Launch`] in the emulator.
+    pub unsafe fn launch(&self) -> Result<()> {
+        // SAFETY: the arguments were checked when the work was recorded; the memory is there, by the caller's promise.
+        unsafe { self.driver.replay(&self.captured) }
+    }
+}
+
+impl fmt::Debug for Graph {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Graph({})", self.driver.name())
     }
 }

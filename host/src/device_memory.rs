@@ -51,6 +51,12 @@ impl DeviceMemory {
     }
 }
 
+impl std::fmt::Debug for DeviceMemory {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "DeviceMemory({} bytes on {})", self.bytes, self.driver.name())
+    }
+}
+
 impl Drop for DeviceMemory {
     fn drop(&mut self) {
         if self.addr != 0 {

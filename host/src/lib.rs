@@ -64,7 +64,7 @@ mod workspace;
 
 pub use backend::gpu::driver::Event;
 pub use backend::{Ranks, Selection};
-pub use batch::Batch;
+pub use batch::{Batch, BatchSlot};
 pub use cache::{
     CacheConfig, KvLayout, KvShape, KvStrides, KvView, KvViewMut, MAX_PAGE_SIZE, PageAllocator, PageCopy,
     PageTables, PagedKvCache, SequenceId,
@@ -72,7 +72,7 @@ pub use cache::{
 pub use config::{
     HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_SEQUENCE_LEN, Positions, SelectConfig, SelectionCacheConfig,
 };
-pub use device::Device;
+pub use device::{Device, Graph};
 pub use error::{Error, Result};
 pub use plan::{Limits, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};

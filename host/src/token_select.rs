@@ -52,6 +52,9 @@ impl TokenSelect {
     /// [`Error::Config`], naming the field that breaks its rule.
     pub fn new(device: &Device, config: SelectConfig, limits: Limits) -> Result<Self> {
         let plan = Plan::new(config, limits)?;
+        if let (Some(rope), Some(driver)) = (plan.rope(), device.driver()) {
+            rope.device_tables(driver)?; // now, so that no step allocates
+        }
         let workspace = Workspace::new(device, &plan)?;
         Ok(TokenSelect { device: device.clone(), plan, workspace })
     }
@@ -445,8 +448,7 @@ impl TokenSelect {
 
     /// Whether selections of this batch may be cached.
     fn caches(&self, batch: &Batch) -> bool {
-        let known = batch.num_rows() == 0 || batch.sequence_index(0).is_some();
-        self.config().selection_cache.is_some() && known && !batch.is_partial()
+        self.config().selection_cache.is_some() && batch.has_sequences() && !batch.is_partial()
     }
 
     fn check_kv(&self, batch: &Batch, kv: &KvView<'_>) -> Result<()> {

@@ -9,7 +9,7 @@ use crate::tensor::{DType, Shape, Tensor};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(u32)]
 pub enum RowAction {
-    /// Nothing: the row has no queries.
+    /// Nothing: the row has no queries, or no tokens.
     Skip = 0,
     /// There are at most `top_k` candidates: every token is selected and nothing is scored.
     Complete = 1,

@@ -69,7 +69,11 @@ pub unsafe fn append(params: AppendParams) {
     let query = thread::block_idx_x();
     let row = params.batch.row_of_query(query);
     let queries = params.batch.queries(row);
-    let token = params.batch.kv_len(row) + query - queries.end;
+    let kv_len = params.batch.kv_len(row);
+    if kv_len == 0 {
+        return; // padding
+    }
+    let token = kv_len + query - queries.end;
     let (page_index, token_in_page) = params.batch.split_token(token);
     let entry = params.batch.kv_indices.add((params.batch.first_page(row) + page_index) as u64);
     let page = entry.load_cached();

@@ -139,6 +139,12 @@ impl BatchTables {
         pages.saturating_sub(1) * self.page_size + self.kv_last_page_len.add(row as u64).load_cached()
     }
 
+    /// Whether rows are parts of sequences, with candidates of their own.
+    #[inline(always)]
+    pub fn is_partial(&self) -> bool {
+        self.candidates.addr() != 0
+    }
+
     /// Place of the row's token 0 in arrays with a place for every slot of the batch's pages, such as logits.
     ///
     /// # Safety
@@ -163,7 +169,7 @@ impl BatchTables {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn candidates(&self, row: u32, n_init: u32, n_local: u32) -> Tokens {
-        if self.candidates.addr() != 0 {
+        if self.is_partial() {
             let entry = self.candidates.add(2 * row as u64);
             return Tokens { begin: entry.load_cached(), end: entry.add(1).load_cached() };
         }

@@ -22,7 +22,7 @@ use crate::simt::shared::{Carve, Region};
 /// Threads of a block.
 pub const THREADS: u32 = 256;
 
-/// The row has no queries.
+/// The row has no queries, or no tokens: padding.
 pub const SKIP: u32 = 0;
 /// The row has at most `top_k` candidates: all tokens are selected.
 pub const COMPLETE: u32 = 1;
@@ -141,7 +141,8 @@ mod kernel {
         {
             let similarity = if cached == EMPTY { -1.0 } else { cosine(&params, row) };
             params.similarities.add(row as u64).store(similarity);
-            let action = if queries.is_empty() { SKIP } else { decide(&params, row, cached, similarity) };
+            let padding = queries.is_empty() || (params.batch.kv_len(row) == 0 && !params.batch.is_partial());
+            let action = if padding { SKIP } else { decide(&params, row, cached, similarity) };
             params.actions.add(row as u64).store(action);
         }
     }
@@ -149,12 +150,13 @@ mod kernel {
     /// The row's place in the cached tables if its selection can be used again, else [`EMPTY`].
     #[inline(always)]
     unsafe fn cached_entry<T: Element>(params: &PoolParams<T>, row: u32) -> u32 {
-        if params.cached_queries.addr() == 0 {
+        let kv_len = params.batch.kv_len(row);
+        if params.cached_queries.addr() == 0 || kv_len == 0 {
             return EMPTY;
         }
         let sequence = params.sequence_indices.add(row as u64).load_cached();
         let made_at = params.cached_made_at.add(sequence as u64).load_cached();
-        let before_block = params.batch.kv_len(row) - params.batch.queries(row).len();
+        let before_block = kv_len - params.batch.queries(row).len();
         if made_at <= before_block { sequence } else { EMPTY }
     }
 
@@ -269,8 +271,7 @@ mod kernel {
     #[inline(always)]
     unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, cached: u32, similarity: f32) -> u32 {
         let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        let partial_row = params.batch.candidates.addr() != 0;
-        if candidates.is_empty() || (candidates.len() <= params.top_k && !partial_row) {
+        if candidates.is_empty() || (candidates.len() <= params.top_k && !params.batch.is_partial()) {
             return COMPLETE;
         }
         let similar = cached != EMPTY && similarity >= params.similarity_threshold;

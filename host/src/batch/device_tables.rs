@@ -1,4 +1,5 @@
-//! The copy of a batch's tables in the memory of a GPU: one allocation, made at first use, shared by clones.
+//! The copy of a batch's tables in the memory of a GPU: made at first use and shared by clones, or put in a
+//! [`BatchSlot`](super::BatchSlot).
 
 use std::sync::{Arc, OnceLock};
 
@@ -11,9 +12,9 @@ use crate::error::Result;
 #[derive(Clone, Default)]
 pub(super) struct DeviceTables(OnceLock<Arc<Copied>>);
 
-/// The allocation and the addresses in it; 0 for a table that the batch does not have.
+/// The memory and the addresses in it; 0 for a table that the batch does not have.
 pub(super) struct Copied {
-    memory: DeviceMemory,
+    memory: Arc<DeviceMemory>,
     pub qo_indptr: u64,
     pub kv_indptr: u64,
     pub kv_indices: u64,
@@ -28,43 +29,59 @@ impl DeviceTables {
         let copied = match self.0.get() {
             Some(copied) => copied,
             None => {
-                let fresh = Arc::new(Copied::new(batch, driver)?);
-                self.0.get_or_init(|| fresh)
+                let bytes = Copied::bytes(batch);
+                let memory = Arc::new(DeviceMemory::from_bytes(driver, &bytes)?);
+                self.0.get_or_init(|| Arc::new(Copied::at(batch, memory)))
             }
         };
         copied.memory.slice().expect_on(driver, "batch")?;
         Ok(copied)
     }
+
+    /// A copy in memory of one's own, which holds at least [`Copied::bytes`].
+    pub fn put(batch: &Batch, memory: &Arc<DeviceMemory>) -> Result<Self> {
+        let bytes = Copied::bytes(batch);
+        memory.slice().part(0, bytes.len()).write(&bytes)?;
+        Ok(DeviceTables(OnceLock::from(Arc::new(Copied::at(batch, Arc::clone(memory))))))
+    }
+}
+
+/// The tables in their order in memory. Page numbers, whose number changes from step to step, come last.
+fn tables(batch: &Batch) -> [Vec<u32>; 6] {
+    let candidates = batch.candidates.iter().flatten().flat_map(|range| [range.start, range.end]);
+    [
+        batch.qo_indptr.clone(),
+        batch.tables.indptr.clone(),
+        batch.tables.last_page_len.clone(),
+        batch.sequence_indices.clone().unwrap_or_default(),
+        candidates.collect(),
+        batch.tables.indices.clone(),
+    ]
 }
 
 impl Copied {
-    fn new(batch: &Batch, driver: &Arc<dyn Driver>) -> Result<Self> {
-        let mut bytes = Vec::new();
-        let mut add = |table: &[u32]| {
-            let begin = bytes.len() as u64;
-            bytes.extend(table.iter().flat_map(|word| word.to_ne_bytes()));
-            begin
-        };
-        let qo_indptr = add(&batch.qo_indptr);
-        let kv_indptr = add(&batch.tables.indptr);
-        let kv_indices = add(&batch.tables.indices);
-        let last_page_len = add(&batch.tables.last_page_len);
-        let sequence_indices = batch.sequence_indices.as_ref().map(|indices| add(indices));
-        let candidates = batch.candidates.as_ref().map(|ranges| {
-            let flat: Vec<u32> = ranges.iter().flat_map(|range| [range.start, range.end]).collect();
-            add(&flat)
-        });
-        let memory = DeviceMemory::from_bytes(driver, &bytes)?;
-        let base = memory.slice().addr();
-        Ok(Copied {
+    /// What lies in memory.
+    pub fn bytes(batch: &Batch) -> Vec<u8> {
+        tables(batch).iter().flatten().flat_map(|word| word.to_ne_bytes()).collect()
+    }
+
+    fn at(batch: &Batch, memory: Arc<DeviceMemory>) -> Self {
+        let mut end = memory.slice().addr();
+        let [qo_indptr, kv_indptr, last_page_len, sequence_indices, candidates, kv_indices] = tables(batch)
+            .map(|table| {
+                let begin = end;
+                end += 4 * table.len() as u64;
+                begin
+            });
+        Copied {
             memory,
-            qo_indptr: base + qo_indptr,
-            kv_indptr: base + kv_indptr,
-            kv_indices: base + kv_indices,
-            last_page_len: base + last_page_len,
-            sequence_indices: sequence_indices.map_or(0, |at| base + at),
-            candidates: candidates.map_or(0, |at| base + at),
-        })
+            qo_indptr,
+            kv_indptr,
+            kv_indices,
+            last_page_len,
+            sequence_indices: batch.sequence_indices.as_ref().map_or(0, |_| sequence_indices),
+            candidates: batch.candidates.as_ref().map_or(0, |_| candidates),
+        }
     }
 }
 

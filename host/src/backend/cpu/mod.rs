@@ -156,7 +156,7 @@ fn append<T: Float>(args: AppendArgs<'_>) -> Result<()> {
     let (shape, strides, batch) = (args.kv.shape, args.kv.strides, args.batch);
     let write = |data: &mut [T], base: usize, new: &[T]| {
         let mut heads = new.chunks_exact(shape.head_dim);
-        for row in 0..batch.num_rows() {
+        for row in (0..batch.num_rows()).filter(|&row| batch.kv_len(row) > 0) {
             let first = batch.kv_len(row) - batch.block_len(row);
             for token in first..batch.kv_len(row) {
                 let (page, token_in_page) = batch.locate(row, token);

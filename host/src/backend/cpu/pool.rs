@@ -86,7 +86,7 @@ struct Entry<'a> {
 
 impl<'a> Cached<'a> {
     fn entry(&self, batch: &Batch, row: usize, query_len: usize) -> Option<Entry<'a>> {
-        let index = batch.sequence_index(row)?;
+        let index = batch.sequence_index(row).filter(|_| batch.kv_len(row) > 0)?;
         let before_block = batch.kv_len(row) - batch.block_len(row);
         let made_at = self.made_at[index];
         let usable = made_at != EMPTY && made_at as usize <= before_block;
@@ -110,7 +110,7 @@ fn cosine(a: &[f32], b: &[f32]) -> f32 {
 /// What to do for a row, given age and similarity of its cached selection if there is one.
 fn action(config: &SelectConfig, batch: &Batch, row: usize, entry: Option<(u32, f32)>) -> RowAction {
     let candidates = batch.candidates(row, config).len();
-    if batch.block_len(row) == 0 {
+    if batch.block_len(row) == 0 || (batch.kv_len(row) == 0 && !batch.is_partial()) {
         return RowAction::Skip;
     }
     if candidates == 0 || (candidates <= config.top_k && !batch.is_partial()) {

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
 
 use cust::sys::{self, CUresult};
@@ -15,7 +15,7 @@ use kernels_gpu::entries::Entry;
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
 use tokenselect_ptx::Ptx;
 
-use super::driver::{Driver, Event, check_launch};
+use super::driver::{Captured, Driver, Event, check_launch, while_capturing};
 use crate::error::{Error, Result};
 
 /// One GPU and one stream on it.
@@ -25,6 +25,14 @@ pub(crate) struct CudaDriver {
     context: Context,
     stream: Stream,
     kernels: Arc<Kernels>,
+    capturing: Mutex<Capturing>,
+}
+
+/// Whether work is being recorded, and what was freed meanwhile.
+#[derive(Default)]
+struct Capturing {
+    active: bool,
+    freed: Vec<u64>,
 }
 
 // SAFETY: contexts, streams and functions of the driver API may be used from any thread.
@@ -211,11 +219,20 @@ impl CudaDriver {
             }
         };
         drop(entered);
-        Ok(CudaDriver { name, gpu, context, stream, kernels })
+        Ok(CudaDriver { name, gpu, context, stream, kernels, capturing: Mutex::default() })
     }
 
     fn enter(&self) -> Result<Entered> {
         self.context.enter(&self.name)
+    }
+
+    fn capturing(&self) -> MutexGuard<'_, Capturing> {
+        self.capturing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The error for `op` while work is being recorded: CUDA would record it with an address of this moment.
+    fn expect_no_capture(&self, op: &'static str) -> Result<()> {
+        if self.capturing().active { Err(while_capturing(op)) } else { Ok(()) }
     }
 }
 
@@ -272,6 +289,7 @@ impl Driver for CudaDriver {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.expect_no_capture("allocating")?;
         let _entered = self.enter()?;
         let mut addr = 0;
         cuda!(&self.name, cuMemAllocAsync(&mut addr, bytes, self.stream.raw))?;
@@ -279,6 +297,12 @@ impl Driver for CudaDriver {
     }
 
     fn free(&self, addr: u64) {
+        let mut capturing = self.capturing();
+        if capturing.active {
+            capturing.freed.push(addr); // to be freed once, not at every launch
+            return;
+        }
+        drop(capturing);
         if let Ok(_entered) = self.enter() {
             // An error here stems from earlier work, and the next call that can say so will.
             let _ = cuda!(&self.name, cuMemFreeAsync(addr, self.stream.raw));
@@ -291,12 +315,14 @@ impl Driver for CudaDriver {
     }
 
     fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
+        self.expect_no_capture("copying from the host")?;
         let _entered = self.enter()?;
         // The driver copies pageable memory to a buffer of its own before it returns.
         cuda!(&self.name, cuMemcpyHtoDAsync_v2(addr, from.as_ptr().cast(), from.len(), self.stream.raw))
     }
 
     fn read(&self, addr: u64, to: &mut [u8]) -> Result<()> {
+        self.expect_no_capture("copying to the host")?;
         let _entered = self.enter()?;
         cuda!(&self.name, cuMemcpyDtoHAsync_v2(to.as_mut_ptr().cast(), addr, to.len(), self.stream.raw))?;
         cuda!(&self.name, cuStreamSynchronize(self.stream.raw))
@@ -327,6 +353,7 @@ impl Driver for CudaDriver {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.expect_no_capture("waiting")?;
         let _entered = self.enter()?;
         cuda!(&self.name, cuStreamSynchronize(self.stream.raw))
     }
@@ -350,6 +377,60 @@ impl Driver for CudaDriver {
         let mut milliseconds = 0.0;
         cuda!(&self.name, cuEventElapsedTime(&mut milliseconds, from.0, to.0))?;
         Ok(milliseconds)
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.expect_no_capture("capture")?;
+        let _entered = self.enter()?;
+        let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
+        cuda!(&self.name, cuStreamBeginCapture_v2(self.stream.raw, mode))?;
+        self.capturing().active = true;
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Captured> {
+        let _entered = self.enter()?;
+        let mut graph = CudaGraph { graph: null_mut(), exec: null_mut() };
+        let ended = cuda!(&self.name, cuStreamEndCapture(self.stream.raw, &mut graph.graph));
+        let freed = std::mem::take(&mut *self.capturing()).freed;
+        freed.into_iter().for_each(|addr| self.free(addr));
+        ended?;
+        cuda!(&self.name, cuGraphInstantiate_v2(&mut graph.exec, graph.graph, null_mut(), null_mut(), 0))?;
+        Ok(Captured(Box::new(graph)))
+    }
+
+    unsafe fn replay(&self, captured: &Captured) -> Result<()> {
+        let Some(graph) = captured.0.downcast_ref::<CudaGraph>() else {
+            return Err(Error::Missing { op: "launch", needs: "a graph of this device" });
+        };
+        let _one_at_a_time = self.capturing();
+        let _entered = self.enter()?;
+        cuda!(&self.name, cuGraphLaunch(graph.exec, self.stream.raw))
+    }
+}
+
+/// A graph of the driver API, and the same made ready to launch.
+struct CudaGraph {
+    graph: sys::CUgraph,
+    exec: sys::CUgraphExec,
+}
+
+// SAFETY: graphs may be used from any thread, one at a time; launches of one graph are serialised by its stream.
+unsafe impl Send for CudaGraph {}
+// SAFETY: as above.
+unsafe impl Sync for CudaGraph {}
+
+impl Drop for CudaGraph {
+    fn drop(&mut self) {
+        // SAFETY: made by `end_capture`; a launch under way ends first.
+        unsafe {
+            if !self.exec.is_null() {
+                let _ = sys::cuGraphExecDestroy(self.exec);
+            }
+            if !self.graph.is_null() {
+                let _ = sys::cuGraphDestroy(self.graph);
+            }
+        }
     }
 }
 

@@ -17,6 +17,9 @@ impl fmt::Debug for Event {
     }
 }
 
+/// Work that was recorded instead of done.
+pub(crate) struct Captured(pub(crate) Box<dyn std::any::Any + Send + Sync>);
+
 /// A device with one stream. Everything is done in the order of the calls; only [`read`](Self::read),
 /// [`synchronize`](Self::synchronize) and [`elapsed`](Self::elapsed) wait.
 pub(crate) trait Driver: fmt::Debug + Send + Sync {
@@ -64,6 +67,24 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
 
     /// Milliseconds between two moments; waits for the later one.
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32>;
+
+    /// From now on launches, copies within the device and zeroing are recorded instead of done. What cannot be recorded
+    /// (allocating, copies from and to the host, waiting) fails meanwhile.
+    fn begin_capture(&self) -> Result<()>;
+
+    /// Ends the recording, also where it failed.
+    fn end_capture(&self) -> Result<Captured>;
+
+    /// Does what was recorded by this driver.
+    ///
+    /// # Safety
+    /// - As for each [`launch`](Self::launch) that was recorded.
+    unsafe fn replay(&self, captured: &Captured) -> Result<()>;
+}
+
+/// The error for what cannot be recorded.
+pub(crate) fn while_capturing(op: &'static str) -> Error {
+    Error::Missing { op, needs: "to happen before the capture: run the work once first" }
 }
 
 /// Checks what every launch must keep: the entry's parameter size and the device's limits.

@@ -8,7 +8,7 @@ use kernels_gpu::emu::{Launch, Memory, Options};
 use kernels_gpu::entries::Entry;
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
 
-use super::driver::{Driver, Event, check_launch};
+use super::driver::{Captured, Driver, Event, check_launch, while_capturing};
 use crate::error::{Error, Result};
 
 /// A few SMs: enough that work is spread over blocks, few enough that small cases stay fast.
@@ -20,6 +20,16 @@ pub(crate) struct EmulatedDriver {
     gpu: GpuInfo,
     options: Options,
     memory: Mutex<DebugMemory>,
+    /// What is being recorded.
+    recorded: Mutex<Option<Vec<Command>>>,
+}
+
+/// One piece of recorded work.
+#[derive(Clone, Debug)]
+enum Command {
+    Zero { addr: u64, bytes: usize },
+    Copy { to: u64, from: u64, bytes: usize },
+    Launch { entry: &'static Entry, dims: Dims, params: Vec<u8> },
 }
 
 struct DebugMemory(Memory);
@@ -34,11 +44,31 @@ impl EmulatedDriver {
     /// A device with empty memory; `options` say what is checked and in which order lanes run.
     pub fn new(options: Options) -> Self {
         let gpu = GpuInfo { num_sms: NUM_SMS, limits: Limits::SM_90 };
-        EmulatedDriver { gpu, options, memory: Mutex::new(DebugMemory(Memory::new())) }
+        EmulatedDriver {
+            gpu,
+            options,
+            memory: Mutex::new(DebugMemory(Memory::new())),
+            recorded: Mutex::default(),
+        }
     }
 
     fn memory(&self) -> MutexGuard<'_, DebugMemory> {
         self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Command>>> {
+        self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// Records the command if a capture is under way; says whether it was recorded.
+    fn record_command(&self, command: impl FnOnce() -> Command) -> bool {
+        let mut recorded = self.recorded();
+        recorded.as_mut().map(|commands| commands.push(command())).is_some()
+    }
+
+    /// The error for `op` while a capture is under way.
+    fn expect_no_capture(&self, op: &'static str) -> Result<()> {
+        if self.recorded().is_some() { Err(while_capturing(op)) } else { Ok(()) }
     }
 }
 
@@ -52,6 +82,7 @@ impl Driver for EmulatedDriver {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
+        self.expect_no_capture("allocating")?;
         Ok(self.memory().0.alloc_bytes("allocation", bytes))
     }
 
@@ -60,21 +91,28 @@ impl Driver for EmulatedDriver {
     }
 
     fn zero(&self, addr: u64, bytes: usize) -> Result<()> {
-        self.memory().0.copy_in(addr, &vec![0; bytes]);
+        if !self.record_command(|| Command::Zero { addr, bytes }) {
+            self.memory().0.copy_in(addr, &vec![0; bytes]);
+        }
         Ok(())
     }
 
     fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
+        self.expect_no_capture("copying from the host")?;
         self.memory().0.copy_in(addr, from);
         Ok(())
     }
 
     fn read(&self, addr: u64, to: &mut [u8]) -> Result<()> {
+        self.expect_no_capture("copying to the host")?;
         self.memory().0.copy_out(addr, to);
         Ok(())
     }
 
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
+        if self.record_command(|| Command::Copy { to, from, bytes }) {
+            return Ok(());
+        }
         let mut buffer = vec![0; bytes];
         let mut memory = self.memory();
         memory.0.copy_out(from, &mut buffer);
@@ -84,6 +122,9 @@ impl Driver for EmulatedDriver {
 
     unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8]) -> Result<()> {
         check_launch(self, entry, &dims, params)?;
+        if self.record_command(|| Command::Launch { entry, dims, params: params.to_vec() }) {
+            return Ok(());
+        }
         // Parameter structs are aligned to 8 bytes at most.
         let mut aligned = vec![0u64; params.len().div_ceil(8)];
         for (word, bytes) in aligned.iter_mut().zip(params.chunks(8)) {
@@ -107,7 +148,7 @@ impl Driver for EmulatedDriver {
     }
 
     fn synchronize(&self) -> Result<()> {
-        Ok(())
+        self.expect_no_capture("waiting")
     }
 
     fn record(&self) -> Result<Event> {
@@ -119,5 +160,30 @@ impl Driver for EmulatedDriver {
             (Some(from), Some(to)) => Ok(to.duration_since(*from).as_secs_f32() * 1e3),
             _ => Err(Error::Missing { op: "elapsed", needs: "events of this device" }),
         }
+    }
+
+    fn begin_capture(&self) -> Result<()> {
+        self.expect_no_capture("capture")?;
+        *self.recorded() = Some(Vec::new());
+        Ok(())
+    }
+
+    fn end_capture(&self) -> Result<Captured> {
+        Ok(Captured(Box::new(self.recorded().take().unwrap_or_default())))
+    }
+
+    unsafe fn replay(&self, captured: &Captured) -> Result<()> {
+        let Some(commands) = captured.0.downcast_ref::<Vec<Command>>() else {
+            return Err(Error::Missing { op: "launch", needs: "a graph of this device" });
+        };
+        for command in commands {
+            match command {
+                Command::Zero { addr, bytes } => self.zero(*addr, *bytes)?,
+                Command::Copy { to, from, bytes } => self.copy(*to, *from, *bytes)?,
+                // SAFETY: the caller's promise.
+                Command::Launch { entry, dims, params } => unsafe { self.launch(entry, *dims, params)? },
+            }
+        }
+        Ok(())
     }
 }

@@ -1,0 +1,73 @@
+//! A fixed place for the tables of one batch after another.
+
+use std::sync::Arc;
+
+use super::Batch;
+use super::device_tables::{Copied, DeviceTables};
+use crate::device::Device;
+use crate::device_memory::{DeviceMemory, DeviceSlice};
+use crate::error::{Error, Result};
+
+/// A fixed place in a GPU's memory for the tables of one batch after another, so that captured work
+/// ([`Device::capture`]) reads lengths and pages of the batch that was put there last.
+///
+/// What may change from batch to batch are lengths, pages and sequences; rows and blocks stay: captured launches
+/// have as many blocks as the first batch asked for. Rows that are gone are replaced by
+/// [`Batch::padded`].
+#[derive(Debug)]
+pub struct BatchSlot {
+    qo_indptr: Vec<u32>,
+    page_size: usize,
+    has_sequences: bool,
+    is_partial: bool,
+    max_pages: usize,
+    memory: Arc<DeviceMemory>,
+}
+
+impl BatchSlot {
+    /// A place for batches with the rows and blocks of `like` and up to `max_pages` pages in all rows together.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] for the processor, which has no captured work.
+    pub fn new(device: &Device, like: &Batch, max_pages: usize) -> Result<Self> {
+        let Some(driver) = device.driver() else { return Err(DeviceSlice::not_on_device("device")) };
+        let fixed = Copied::bytes(like).len() - 4 * like.tables.indices.len();
+        Ok(BatchSlot {
+            qo_indptr: like.qo_indptr.clone(),
+            page_size: like.page_size,
+            has_sequences: like.has_sequences(),
+            is_partial: like.is_partial(),
+            max_pages,
+            memory: Arc::new(DeviceMemory::zeros(driver, fixed + 4 * max_pages)?),
+        })
+    }
+
+    /// Puts a batch in this place, after the device's earlier work, and returns it bound there: work captured with the
+    /// returned batch reads whatever batch was put here last when it is launched.
+    ///
+    /// # Errors
+    /// [`Error::Table`] where the rows, blocks or page size are not those of the slot's first batch, [`Error::Limit`]
+    /// for too many pages; then the slot holds what it held before.
+    pub fn put(&mut self, mut batch: Batch) -> Result<Batch> {
+        let rows = batch.num_rows();
+        if batch.qo_indptr != self.qo_indptr {
+            let rule = format!("that of the slot, {:?}", self.qo_indptr);
+            return Err(Error::table(rows, "qo_indptr", rule, format!("{:?}", batch.qo_indptr)));
+        }
+        for (what, expected, got) in [
+            ("page_size", self.page_size, batch.page_size),
+            ("sequence_indices", usize::from(self.has_sequences), usize::from(batch.has_sequences())),
+            ("candidates", usize::from(self.is_partial), usize::from(batch.is_partial())),
+        ] {
+            if got != expected {
+                return Err(Error::table(rows, what, format!("as in the slot, {expected}"), got));
+            }
+        }
+        let got = batch.tables.indices.len();
+        if got > self.max_pages {
+            return Err(Error::Limit { what: "pages of a slot", limit: self.max_pages, got });
+        }
+        batch.on_device = DeviceTables::put(&batch, &self.memory)?;
+        Ok(batch)
+    }
+}
