@@ -1,13 +1,19 @@
-//! What is particular to GPUs, real or emulated: memory of a device, copies of pages and of cached selections, and the
-//! errors of devices.
+//! What is particular to GPUs, real or emulated: memory of a device, copies of pages and of cached selections, streams
+//! and contexts of the caller's, single kernels, and the errors of devices.
 
 mod common;
 
-use common::gpus;
-use common::problem::{cached, small_config};
+use std::ptr::null_mut;
+
+use common::paged::{Pool, Storage, limits};
+use common::problem::{Content, Problem, cached, small_config};
+use common::{bits, cuda, gpus, tensor, to_device};
+use cust::sys;
 use half::bf16;
+use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
+use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
-    CacheConfig, DType, Device, Error, HeadShape, KvLayout, Limits, PagedKvCache, SelectConfig,
+    CacheConfig, DType, Device, Dims, Error, HeadShape, KvLayout, Limits, PagedKvCache, SelectConfig,
     SelectionCache, Tensor, TensorView, TokenSelect,
 };
 
@@ -177,4 +183,123 @@ fn a_missing_device_says_so() {
     assert!(text.starts_with("cuda:99: "), "{text}");
     let without_driver = text.contains("no CUDA driver: libcuda.so.1 could not be loaded");
     assert!(without_driver || text.contains("cuDeviceGet: 101 (CUDA_ERROR_INVALID_DEVICE)"), "{text}");
+}
+
+/// Appends, pools and scores a ragged batch, and returns the bits of everything that was written.
+fn append_pool_score(device: &Device) -> Vec<Vec<u64>> {
+    let config = SelectConfig { n_init: 2, n_local: 3, ..config(128, 4, DType::Bf16) };
+    let problem = Problem::new(&config, &[(300, 1), (77, 5), (1000, 2)], Content::Peaked, 3);
+    let heads = config.heads;
+    let mut pool = Pool::before_block(&problem, 16, Storage::Nhd, 4).to(device);
+    let batch = pool.batch(&problem);
+    let block = |values: Vec<f64>, num_heads: usize| {
+        let shape = [problem.num_query_tokens(), num_heads, heads.head_dim];
+        to_device(device, &tensor(config.dtype, &values, shape))
+    };
+    let k = block(problem.blocks(|row| &row.k), heads.num_kv_heads);
+    let v = block(problem.blocks(|row| &row.v), heads.num_kv_heads);
+    let q = block(problem.q(), heads.num_qo_heads);
+    let mut select = TokenSelect::new(device, config.clone(), limits(&batch)).unwrap();
+    select.append(&batch, pool.view_mut(), k.view(), v.view()).unwrap();
+    select.pool(&batch, q.view(), None).unwrap();
+    select.score(&batch, pool.view()).unwrap();
+    let workspace = select.workspace();
+    [&pool.k, &pool.v, &workspace.queries, &workspace.logits, &workspace.stats].map(bits).into()
+}
+
+/// Calls a function of the driver API, which must succeed.
+macro_rules! driver {
+    ($function:ident($($argument:expr),* $(,)?)) => {
+        // SAFETY: pointers to locals; handles and addresses that are alive.
+        assert_eq!(unsafe { sys::$function($($argument),*) }, sys::CUresult::CUDA_SUCCESS)
+    };
+}
+
+fn current_context() -> sys::CUcontext {
+    let mut current = null_mut();
+    driver!(cuCtxGetCurrent(&mut current));
+    current
+}
+
+/// A stream of the caller's, in the primary context and in one that the caller has made.
+#[test]
+fn work_joins_the_stream_of_the_caller() {
+    let Some(own_stream) = cuda() else { return };
+    let want = append_pool_score(&own_stream);
+    let (mut primary, mut made) = (null_mut(), null_mut());
+    driver!(cuDevicePrimaryCtxRetain(&mut primary, 0));
+    driver!(cuCtxCreate_v2(&mut made, 0, 0));
+    for (context, other) in [(primary, made), (made, primary), (primary, null_mut()), (made, null_mut())] {
+        driver!(cuCtxSetCurrent(context));
+        let mut stream = null_mut();
+        driver!(cuStreamCreate(&mut stream, sys::CUstream_flags::CU_STREAM_NON_BLOCKING as u32));
+        // SAFETY: a stream of the current context, destroyed after the device.
+        let device = unsafe { Device::cuda_on_stream(0, stream.cast()).unwrap() };
+        assert_eq!(current_context(), context);
+        copies_are_ordered(&device, stream);
+        assert_eq!(append_pool_score(&device), want);
+        assert_eq!(current_context(), context);
+        driver!(cuCtxSetCurrent(other));
+        assert_eq!(append_pool_score(&device), want, "whatever context is current");
+        drop(device);
+        assert_eq!(current_context(), other);
+        driver!(cuCtxSetCurrent(context));
+        driver!(cuStreamDestroy_v2(stream));
+    }
+    driver!(cuCtxDestroy_v2(made));
+    driver!(cuDevicePrimaryCtxRelease_v2(0));
+}
+
+/// A copy of ours takes what the caller's work before it has written, and not what is written after it.
+fn copies_are_ordered(device: &Device, stream: sys::CUstream) {
+    const WORDS: usize = 64 << 20;
+    let mut addr = 0;
+    driver!(cuMemAlloc_v2(&mut addr, 4 * WORDS));
+    let mut copy = Tensor::zeros_on(device, DType::U32, [WORDS]).unwrap();
+    // Enough work that a copy which does not wait for it comes too early.
+    for value in 0..20 {
+        driver!(cuMemsetD32Async(addr, value, WORDS, stream));
+    }
+    // SAFETY: an allocation of so many words, written in the order of the same stream.
+    let theirs = unsafe { TensorView::from_device_addr(device, addr, DType::U32, [WORDS]).unwrap() };
+    copy.copy_from(theirs).unwrap();
+    driver!(cuMemsetD32Async(addr, 77, WORDS, stream));
+    assert!(copy.to_vec::<u32>().unwrap().iter().all(|&word| word == 19));
+    assert!(theirs.to_vec::<u32>().unwrap().iter().all(|&word| word == 77));
+    driver!(cuMemFree_v2(addr));
+}
+
+/// The helper of the test above gives the same bits under every schedule of the emulator.
+#[test]
+fn steps_have_the_same_bits_again() {
+    let mut results = gpus().into_iter().filter(|device| device.name() == "emulated");
+    let first = append_pool_score(&results.next().unwrap());
+    assert!(results.all(|device| append_pool_score(&device) == first));
+}
+
+#[test]
+fn kernels_are_launched_by_name() {
+    for device in gpus() {
+        let name = device.name();
+        let out = Tensor::zeros_on(&device, DType::U32, [16 * 24 * 96]).unwrap();
+        let params = IndicesParams { out: GlobalMut::from_addr(out.view().device_addr().unwrap()) };
+        let text = |entry, dims| {
+            // SAFETY: what is launched at all is the conformance kernel, as it is meant to be.
+            let launched = unsafe { device.launch(entry, dims, &params) };
+            launched.map_or_else(|error| error.to_string(), |()| "launched".into())
+        };
+        assert_eq!(text("conformance_indices", INDICES_DIMS), "launched");
+        assert_eq!(
+            out.to_vec::<u32>().unwrap()[16 * 95..][..2],
+            [7, 5],
+            "the last thread of the first block"
+        );
+        assert_eq!(text("nothing", INDICES_DIMS), format!("{name} has no `launch` for an entry `nothing`"));
+        let expected = format!("{name}: kernel `forget`: takes 24 bytes of parameters, got 8");
+        assert_eq!(text("forget", INDICES_DIMS), expected);
+        let refused = text("conformance_indices", Dims { block: [2048, 1, 1], ..INDICES_DIMS });
+        assert!(refused.contains("2048 threads along x, the device launches 1 to 1024"), "{refused}");
+    }
+    let host = Tensor::zeros(DType::U32, [1]).unwrap();
+    assert_eq!(host.view().device_addr().unwrap_err().to_string(), "`tensor` must be on a GPU, it is on cpu");
 }

@@ -4,6 +4,8 @@ use std::fmt;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use kernels_gpu::launch::Dims;
+
 use crate::backend::Backend;
 use crate::backend::cpu::CpuBackend;
 use crate::backend::gpu::driver::{Captured, Driver, Event};
@@ -72,6 +74,30 @@ impl Device {
     #[cfg_attr(not(any(feature = "cuda", feature = "emulator")), allow(dead_code))]
     fn gpu(driver: Arc<dyn Driver>) -> Self {
         Device(Arc::new(crate::backend::gpu::GpuBackend::new(driver)))
+    }
+
+    /// Puts one kernel of the crate `kernels-gpu` into the device's order of work, with parameters of the caller's own:
+    /// for tests and measurements of a single kernel, and for kernels that no operation uses. Addresses of tensors are
+    /// given by [`TensorView::device_addr`](crate::TensorView::device_addr).
+    ///
+    /// Does not wait. On the emulated device the kernel has ended when this returns, and a broken rule is an error.
+    ///
+    /// # Safety
+    /// - `P` is the parameter struct of `entry`, `repr(C)` without padding.
+    /// - The kernel's own rules hold: its pointers name memory of this device with the stated shapes, which lives until
+    ///   the kernel has ended, and `dims` are what the kernel is to be launched with.
+    ///
+    /// # Errors
+    /// [`Error::Unsupported`] where the device has no such kernel, [`Error::Launch`] where the size of `P` or the
+    /// launch dimensions are wrong, or the launch fails.
+    pub unsafe fn launch<P: Copy>(&self, entry: &str, dims: Dims, params: &P) -> Result<()> {
+        let Some(driver) = self.driver() else {
+            let (device, what) = (self.name().to_owned(), format!("an entry `{entry}`"));
+            return Err(Error::Unsupported { device, op: "launch", what });
+        };
+        let entry = driver.entry("launch", entry)?;
+        // SAFETY: the caller's promise.
+        unsafe { driver.launch_with(entry, dims, params) }
     }
 
     /// Short name: `cpu`, `emulated`, `cuda:0 (NVIDIA H200)`.

@@ -74,6 +74,7 @@ pub use config::{
 };
 pub use device::{Device, Graph};
 pub use error::{Error, Result};
+pub use kernels_gpu::launch::Dims;
 pub use plan::{Limits, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};
 pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};

@@ -428,6 +428,15 @@ impl<'a> TensorView<'a> {
         }
     }
 
+    /// Address of the first element of a device tensor, for kernels and engines of the caller's own. What they do with it
+    /// is ordered with the device's work if it runs on the device's stream.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`] where the tensor is on the host.
+    pub fn device_addr(&self) -> Result<u64> {
+        Ok(self.device_slice("tensor")?.addr())
+    }
+
     /// Whether the memory is the host's.
     pub(crate) fn is_on_host(&self) -> bool {
         matches!(self.data, Borrowed::Host(_))

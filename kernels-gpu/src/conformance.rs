@@ -1,7 +1,7 @@
 //! Kernels that exercise every primitive of [`simt`](crate::simt) and write down what came out.
 //!
-//! They run in the emulator, where tests compare them with plain Rust, and on a GPU, where the same inputs must give
-//! the same outputs: bit for bit, but for the approximations of [`simt::math`](crate::simt), whose bounds are documented there.
+//! `tests/primitives` compares them with plain Rust, in the emulator and on a GPU: the same bits, but for the
+//! approximations of [`simt::math`](crate::simt), whose bounds are documented there.
 
 use crate::launch::Dims;
 use crate::simt::data::{V2, V4};
@@ -50,6 +50,8 @@ pub struct MaskedParams {
     pub out: GlobalMut<u32>,
     /// The lanes of `mask` and the others work as two parts, at the same time.
     pub mask: u32,
+    /// 0.
+    pub reserved: u32,
 }
 const _: () = assert!(size_of::<MaskedParams>() == 32);
 
@@ -102,6 +104,8 @@ pub struct GlobalParams {
     pub out_quads: GlobalMut<V4<u32>>,
     /// Number of elements.
     pub num_elements: u32,
+    /// 0.
+    pub reserved: u32,
 }
 const _: () = assert!(size_of::<GlobalParams>() == 72);
 
@@ -191,6 +195,8 @@ pub struct MathParams {
     pub packed: GlobalMut<u32>,
     /// Number of values.
     pub num_values: u32,
+    /// 0.
+    pub reserved: u32,
 }
 const _: () = assert!(size_of::<MathParams>() == 40);
 

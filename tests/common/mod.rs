@@ -23,46 +23,33 @@ use std::sync::Once;
 
 use half::{bf16, f16};
 use proptest::prelude::ProptestConfig;
-use tokenselect::{DType, Device, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor};
+use tokenselect::{DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor};
 
-/// Every device present. The others are named, with the reason, on the terminal: a skip is not a pass.
+/// The devices for cases of every size and type: the processor.
 pub fn devices() -> Vec<Device> {
-    let kinds: [(&str, Result<Device, String>); 1] = [("cpu", Ok(Device::cpu()))];
-    let mut present = Vec::new();
-    let mut skipped = Vec::new();
-    for (name, device) in kinds {
-        match device {
-            Ok(device) => present.push(device),
-            Err(reason) => skipped.push(format!("SKIPPED: device {name}: {reason}")),
-        }
-    }
-    static ONCE: Once = Once::new();
-    ONCE.call_once(|| skipped.iter().for_each(|line| announce(line)));
-    assert!(!present.is_empty(), "no device to test");
-    present
+    vec![Device::cpu()]
 }
 
 /// Every device that runs the GPU kernels: emulated in two schedules, and the first CUDA device where there is one.
 pub fn gpus() -> Vec<Device> {
-    let mut present = vec![Device::emulated(), Device::emulated_random(7)];
+    [Device::emulated(), Device::emulated_random(7)].into_iter().chain(cuda()).collect()
+}
+
+/// The first CUDA device. Where there is none, that is said, once.
+pub fn cuda() -> Option<Device> {
+    static ONCE: Once = Once::new();
     match Device::cuda(0) {
-        Ok(device) => present.push(device),
+        Ok(device) => Some(device),
         Err(error) => {
-            static ONCE: Once = Once::new();
             ONCE.call_once(|| announce(&format!("SKIPPED: device cuda: {error}")));
+            None
         }
     }
-    present
 }
 
 /// The processor and every device that runs the GPU kernels.
 pub fn all_devices() -> Vec<Device> {
     devices().into_iter().chain(gpus()).collect()
-}
-
-/// The first CUDA device, for sizes that would take an emulator too long.
-pub fn cuda() -> Option<Device> {
-    gpus().into_iter().find(|device| device.name().starts_with("cuda"))
 }
 
 /// Prints past the test harness, which hides the output of tests that pass.
@@ -231,6 +218,17 @@ pub fn tolerance(dtype: DType, len: usize) -> f64 {
         _ => 0.0,
     };
     arithmetic + storage
+}
+
+/// Whether a tensor lies in the memory of a GPU, real or emulated.
+pub fn is_on_gpu(tensor: &Tensor) -> bool {
+    matches!(tensor.as_slice::<f32>(), Err(Error::WrongDevice { .. }))
+}
+
+/// Largest error allowed of attention on a GPU, whose tensor cores multiply probabilities and rotated keys rounded to
+/// the type of the cache.
+pub fn gpu_tolerance(dtype: DType) -> f64 {
+    if dtype == DType::F16 { 4e-3 } else { 2e-2 }
 }
 
 /// As [`tolerance`], for attention: a logit has an error in proportion to the products it sums, which the

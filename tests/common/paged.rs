@@ -246,6 +246,7 @@ pub fn append(
     v: &Tensor,
 ) {
     let batch = cache.extend(&[(id, num_tokens)]).unwrap();
+    let (k, v) = (to_device(writer.device(), k), to_device(writer.device(), v));
     for layer in 0..cache.num_layers() {
         writer.append(&batch, cache.layer_mut(layer).unwrap().0, k.view(), v.view()).unwrap();
     }

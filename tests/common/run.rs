@@ -8,8 +8,8 @@ use tokenselect::{
 use super::paged::limits;
 use super::problem::{Problem, Row};
 use super::{
-    assert_chosen, assert_close, assert_lse, attention_tolerance, naive, naive_config, tensor, to_device,
-    values,
+    assert_chosen, assert_close, assert_lse, attention_tolerance, gpu_tolerance, is_on_gpu, naive,
+    naive_config, tensor, to_device, values,
 };
 
 /// What a step left behind.
@@ -64,6 +64,12 @@ pub fn outputs(problem: &Problem, dtype: DType) -> (Tensor, Tensor) {
     (out, tensor(DType::F32, &vec![-77.0; len], [tokens, heads.num_qo_heads]))
 }
 
+/// [`outputs`] in the memory of a device.
+pub fn outputs_on(device: &Device, problem: &Problem, dtype: DType) -> (Tensor, Tensor) {
+    let (out, lse) = outputs(problem, dtype);
+    (to_device(device, &out), to_device(device, &lse))
+}
+
 pub fn token_select(device: &Device, problem: &Problem, batch: &Batch) -> TokenSelect {
     TokenSelect::new(device, problem.config.clone(), limits(batch)).unwrap()
 }
@@ -82,8 +88,8 @@ pub fn select_and_attend(
     kv: KvView<'_>,
     cached: Option<SelectionCacheLayer<'_>>,
 ) -> Outcome {
-    let inputs = Inputs::new(problem);
-    let (mut out, mut lse) = outputs(problem, DType::F32);
+    let inputs = Inputs::new(problem).to(ts.device());
+    let (mut out, mut lse) = outputs_on(ts.device(), problem, DType::F32);
     ts.select(batch, kv, inputs.q.view(), cached).unwrap();
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
     ts.attend(batch, kv, inputs.q.view(), output).unwrap();
@@ -98,8 +104,8 @@ pub fn step(
     batch: &Batch,
     problem: &Problem,
 ) -> Outcome {
-    let inputs = Inputs::new(problem);
-    let (mut out, mut lse) = outputs(problem, DType::F32);
+    let inputs = Inputs::new(problem).to(ts.device());
+    let (mut out, mut lse) = outputs_on(ts.device(), problem, DType::F32);
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
     ts.step(cache, layer, batch, inputs.step(), output).unwrap();
     Outcome { selected: selected_lists(ts, problem.rows.len()), out, lse }
@@ -150,6 +156,7 @@ fn assert_ties(
 pub fn assert_outcome(what: &str, problem: &Problem, outcome: &Outcome) {
     let config = naive_config(&problem.config);
     let width = config.hq * config.d;
+    let on_gpu = is_on_gpu(&outcome.out);
     let (out, lse) = (values(&outcome.out), values(&outcome.lse));
     let mut token = 0;
     for (r, row) in problem.rows.iter().enumerate() {
@@ -162,7 +169,8 @@ pub fn assert_outcome(what: &str, problem: &Problem, outcome: &Outcome) {
         assert_selected(&what, &config, row, list);
         let (want, want_lse) =
             naive::attend(&config, &row.q, &row.k, &row.v, &naive::ranked(list), list.len());
-        let allowed = attention_tolerance(outcome.out.dtype(), &config, &row.q, &row.k, list.len());
+        let exact = attention_tolerance(outcome.out.dtype(), &config, &row.q, &row.k, list.len());
+        let allowed = if on_gpu { exact.max(gpu_tolerance(problem.config.dtype)) } else { exact };
         assert_close(&what, &out[token * width..][..row.t * width], &want, config.d, allowed);
         assert_lse(&what, &lse[token * config.hq..][..row.t * config.hq], &want_lse, allowed);
         token += row.t;

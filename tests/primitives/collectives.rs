@@ -6,11 +6,10 @@ use super::*;
 fn indices_and_sizes() {
     let (grid, block) = (INDICES_DIMS.grid, INDICES_DIMS.block);
     let threads = INDICES_DIMS.num_threads() as u32;
-    for options in schedules() {
-        let mut memory = Memory::new();
-        let out = memory.alloc("out", (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
-        launch_with("conformance_indices", INDICES_DIMS, &memory, IndicesParams { out }, options);
-        let found = memory.read(out, (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
+    for mut machine in machines() {
+        let out = machine.alloc("out", (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
+        machine.launch("conformance_indices", INDICES_DIMS, IndicesParams { out });
+        let found = machine.read(out, (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
         let mut rows = found.chunks(16);
         for (bz, by, bx) in cube(grid) {
             for (linear, (z, y, x)) in cube(block).enumerate() {
@@ -33,16 +32,15 @@ fn cube([nx, ny, nz]: [u32; 3]) -> impl Iterator<Item = (u32, u32, u32)> {
 #[test]
 fn shuffles_of_the_whole_warp() {
     let values: [u32; 32] = take(1, 1 << 20);
-    for options in schedules() {
-        let mut memory = Memory::new();
+    for mut machine in machines() {
         let params = ShufflesParams {
-            values: memory.input("values", &values),
-            words: memory.alloc("words", 4 * 32 * 32),
-            floats: memory.alloc("floats", 64),
-            signed: memory.alloc("signed", 32),
+            values: machine.input("values", &values),
+            words: machine.alloc("words", 4 * 32 * 32),
+            floats: machine.alloc("floats", 64),
+            signed: machine.alloc("signed", 32),
         };
-        launch_with("conformance_shuffles", WARP_DIMS, &memory, params, options);
-        let words = memory.read(params.words, 4 * 32 * 32);
+        machine.launch("conformance_shuffles", WARP_DIMS, params);
+        let words = machine.read(params.words, 4 * 32 * 32);
         for operand in 0..32usize {
             for lane in 0..32usize {
                 let at = |kind: usize| words[(kind * 32 + operand) * 32 + lane];
@@ -52,7 +50,7 @@ fn shuffles_of_the_whole_warp() {
                 assert_eq!(at(3), values[if lane + operand < 32 { lane + operand } else { lane }]);
             }
         }
-        let floats = memory.read(params.floats, 64);
+        let floats = machine.read(params.floats, 64);
         // The sum stays below 2^24 times a power of two that all partial sums share, so it is exact.
         let sum = values.iter().map(|&v| v as u64).sum::<u64>();
         assert!(
@@ -65,7 +63,7 @@ fn shuffles_of_the_whole_warp() {
             "the same bits in every lane"
         );
         assert!(floats[32..].iter().all(|&f| f == *values.iter().max().unwrap() as f32));
-        let signed = memory.read(params.signed, 32);
+        let signed = machine.read(params.signed, 32);
         assert!((0..32).all(|lane| signed[lane] == -(values[(lane + 7) % 32] as i32)));
     }
 }
@@ -84,16 +82,16 @@ fn collectives_with_masks() {
                 let all: Vec<_> = members(lane as u32).collect();
                 all[(lane * 5 + kind) % all.len()]
             });
-            for options in schedules() {
-                let mut memory = Memory::new();
+            for mut machine in machines() {
                 let params = MaskedParams {
-                    values: memory.input("values", &values),
-                    sources: memory.input("sources", &sources),
-                    out: memory.alloc("out", 7 * 32),
+                    values: machine.input("values", &values),
+                    sources: machine.input("sources", &sources),
+                    out: machine.alloc("out", 7 * 32),
                     mask,
+                    reserved: 0,
                 };
-                launch_with("conformance_masked", WARP_DIMS, &memory, params, options);
-                let out = memory.read(params.out, 7 * 32);
+                machine.launch("conformance_masked", WARP_DIMS, params);
+                let out = machine.read(params.out, 7 * 32);
                 for lane in 0..32u32 {
                     let of = |l: u32| values[l as usize];
                     let odd = members(lane).filter(|&l| of(l) % 2 == 1).fold(0, |bits, l| bits | 1 << l);
@@ -118,19 +116,18 @@ fn collectives_with_masks() {
 fn barriers_that_order_and_count() {
     let mut values: [u32; 128] = take(5, 900);
     values[77] = 5;
-    for options in schedules() {
-        let mut memory = Memory::new();
+    for mut machine in machines() {
         let params = BarriersParams {
-            consumed: memory.alloc("consumed", 64),
-            counts: memory.alloc("counts", 3 * 128),
-            values: memory.input("values", &values),
+            consumed: machine.alloc("consumed", 64),
+            counts: machine.alloc("counts", 3 * 128),
+            values: machine.input("values", &values),
         };
-        launch_with("conformance_barriers", BARRIERS_DIMS, &memory, params, options);
-        let consumed = memory.read(params.consumed, 64);
+        machine.launch("conformance_barriers", BARRIERS_DIMS, params);
+        let consumed = machine.read(params.consumed, 64);
         // Thread 64 + i reads place (64 + i + 1) % 64 of both rounds.
         assert!((0..64).all(|i| consumed[i] == 2 * values[(i + 1) % 64] + 1));
         let odd = values.iter().filter(|&v| v % 2 == 1).count() as u32;
-        let counts = memory.read(params.counts, 3 * 128);
+        let counts = machine.read(params.counts, 3 * 128);
         assert!(counts.chunks(3).all(|counts| counts == [odd, 1, 0]));
     }
 }

@@ -1,8 +1,12 @@
-//! Every primitive in the emulator against plain Rust.
+//! Every primitive, in the emulator and on a GPU, against plain Rust: bit for bit, but for approximations, whose
+//! documented bounds hold on both.
 //!
-//! The kernels are those of `kernels_gpu::conformance`, reached through the table of entries, as on a GPU.
+//! The kernels are those of `kernels_gpu::conformance`, reached through the table of entries.
 
 mod collectives;
+#[path = "../common/mod.rs"]
+mod common;
+mod machine;
 mod math;
 mod memory;
 mod tensor;
@@ -10,29 +14,14 @@ mod tensor;
 use half::{bf16, f16};
 use kernels_gpu::conformance::*;
 use kernels_gpu::element::Element;
-use kernels_gpu::emu::{Launch, Memory, Options, Order};
+use kernels_gpu::emu::Options;
 use kernels_gpu::entries::{ENTRIES, Entry};
-use kernels_gpu::launch::Dims;
 use kernels_gpu::simt::data::{V2, V4};
 use kernels_gpu::simt::global::GlobalMut;
 use kernels_gpu::simt::shared::{Carve, Region};
+use machine::{Machine, machines, machines_with};
 
 const FULL: u32 = u32::MAX;
-
-/// Launches an entry by name, under a schedule of its own.
-#[track_caller]
-fn launch_with<P: Copy + Sync>(name: &str, dims: Dims, memory: &Memory, params: P, options: Options) {
-    let entry = Entry::find(name).unwrap();
-    assert_eq!(entry.param_bytes, size_of::<P>(), "the parameters of another entry");
-    let run = || unsafe { (entry.run)((&raw const params).cast()) };
-    let launch = Launch { kernel: name, dims, memory, options };
-    launch.run(run).unwrap_or_else(|report| panic!("{:?}: {report}", options.order));
-}
-
-fn schedules() -> impl Iterator<Item = Options> {
-    let fixed = [Order::Forward, Order::Reverse].map(|order| Options { order, ..Options::default() });
-    fixed.into_iter().chain((0..3).map(Options::random)).map(|options| Options { threads: 2, ..options })
-}
 
 /// Small numbers without a pattern.
 fn numbers(seed: u64, below: u64) -> impl Iterator<Item = u32> {

@@ -135,18 +135,25 @@ fn arithmetic_and_conversions() {
     // Rounding the product first would lose the last term.
     x.push(1.0 + 2f32.powi(-12));
     y.push(-1.0 - 2f32.powi(-12));
+    for mut machine in machines_with(Options::default()) {
+        check_arithmetic(&mut machine, &x, &y);
+    }
+}
+
+/// The last pair is one whose product cannot be rounded before the sum.
+fn check_arithmetic(machine: &mut Machine, x: &[f32], y: &[f32]) {
     let n = x.len();
-    let mut memory = Memory::new();
     let params = MathParams {
-        x: memory.input("x", &x),
-        y: memory.input("y", &y),
-        floats: memory.alloc("floats", 8 * n),
-        packed: memory.alloc("packed", 4 * n),
+        x: machine.input("x", x),
+        y: machine.input("y", y),
+        floats: machine.alloc("floats", 8 * n),
+        packed: machine.alloc("packed", 4 * n),
         num_values: n as u32,
+        reserved: 0,
     };
-    launch_with("conformance_math", GRID_DIMS, &memory, params, Options::default());
-    let floats = memory.read(params.floats, 8 * n);
-    let packed = memory.read(params.packed, 4 * n);
+    machine.launch("conformance_math", GRID_DIMS, params);
+    let floats = machine.read(params.floats, 8 * n);
+    let packed = machine.read(params.packed, 4 * n);
     let two = |e: i32| 2f64.powi(e);
     for i in 0..n {
         let (x, y) = (x[i], y[i]);
@@ -185,25 +192,26 @@ fn arithmetic_and_conversions() {
 
 #[test]
 fn every_f16_and_bf16_survives_its_conversion() {
-    let mut memory = Memory::new();
     let decode = |format: Format| (0..=u16::MAX).map(move |bits| format.decode(bits)).filter(|x| !x.is_nan());
     let x: Vec<f32> = decode(F16).chain(decode(BF16)).collect();
     let n = x.len();
-    let input = memory.input("x", &x);
-    let params = MathParams {
-        x: input,
-        y: input,
-        floats: memory.alloc("floats", 8 * n),
-        packed: memory.alloc("packed", 4 * n),
-        num_values: n as u32,
-    };
     // Two bytes of every value in one cell of the shadow each: the slow check adds nothing here.
-    let options = Options { global_races: false, ..Options::default() };
-    launch_with("conformance_math", GRID_DIMS, &memory, params, options);
-    let floats = memory.read(params.floats, 8 * n);
-    let num_f16 = decode(F16).count();
-    for (i, &x) in x.iter().enumerate() {
-        let back = floats[8 * i + if i < num_f16 { 4 } else { 6 }];
-        assert_eq!(back.to_bits(), x.to_bits(), "{x:e}");
+    for mut machine in machines_with(Options { global_races: false, ..Options::default() }) {
+        let input = machine.input("x", &x);
+        let params = MathParams {
+            x: input,
+            y: input,
+            floats: machine.alloc("floats", 8 * n),
+            packed: machine.alloc("packed", 4 * n),
+            num_values: n as u32,
+            reserved: 0,
+        };
+        machine.launch("conformance_math", GRID_DIMS, params);
+        let floats = machine.read(params.floats, 8 * n);
+        let num_f16 = decode(F16).count();
+        for (i, &x) in x.iter().enumerate() {
+            let back = floats[8 * i + if i < num_f16 { 4 } else { 6 }];
+            assert_eq!(back.to_bits(), x.to_bits(), "{x:e}");
+        }
     }
 }

@@ -25,18 +25,17 @@ fn carve_refuses_a_small_alignment() {
 fn shared_memory_in_every_width() {
     let numbers: [u32; 256] = take(6, 1 << 32);
     let input: Vec<_> = numbers.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
-    for options in schedules() {
-        let mut memory = Memory::new();
+    for mut machine in machines() {
         let params = SharedParams {
-            input: memory.input("input", &input),
-            out: memory.alloc("out", 64),
-            atomics: memory.alloc("atomics", 4),
+            input: machine.input("input", &input),
+            out: machine.alloc("out", 64),
+            atomics: machine.alloc("atomics", 4),
         };
-        launch_with("conformance_shared", SHARED_DIMS, &memory, params, options);
-        assert_eq!(memory.read(params.out, 64), input);
+        machine.launch("conformance_shared", SHARED_DIMS, params);
+        assert_eq!(machine.read(params.out, 64), input);
         let sum = input.iter().fold(0, |sum: u32, quad| sum.wrapping_add(quad.0[0]));
         let max = input.iter().map(|quad| quad.0[0]).max().unwrap();
-        assert_eq!(memory.read(params.atomics, 4), [sum, max, 7, 12]);
+        assert_eq!(machine.read(params.atomics, 4), [sum, max, 7, 12]);
     }
 }
 
@@ -48,24 +47,24 @@ fn global_memory_in_every_form() {
         let floats: Vec<_> = words[..n].iter().map(|&w| w as f32).collect();
         let pairs: Vec<_> = words[..2 * n].chunks(2).map(|c| V2([c[0] as f32, c[1] as f32])).collect();
         let quads: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
-        for options in schedules() {
-            let mut memory = Memory::new();
+        for mut machine in machines() {
             let params = GlobalParams {
-                halves: memory.input("halves", &halves),
-                words: memory.input("words", &floats),
-                pairs: memory.input("pairs", &pairs),
-                quads: memory.input("quads", &quads),
-                out_halves: memory.alloc("out_halves", n),
-                out_words: memory.alloc("out_words", n),
-                out_pairs: memory.alloc("out_pairs", n),
-                out_quads: memory.alloc("out_quads", n),
+                halves: machine.input("halves", &halves),
+                words: machine.input("words", &floats),
+                pairs: machine.input("pairs", &pairs),
+                quads: machine.input("quads", &quads),
+                out_halves: machine.alloc("out_halves", n),
+                out_words: machine.alloc("out_words", n),
+                out_pairs: machine.alloc("out_pairs", n),
+                out_quads: machine.alloc("out_quads", n),
                 num_elements: n as u32,
+                reserved: 0,
             };
-            launch_with("conformance_global", GRID_DIMS, &memory, params, options);
-            assert_eq!(memory.read(params.out_halves, n), halves);
-            assert_eq!(memory.read(params.out_words, n), floats);
-            assert_eq!(memory.read(params.out_pairs, n), pairs);
-            assert_eq!(memory.read(params.out_quads, n), quads);
+            machine.launch("conformance_global", GRID_DIMS, params);
+            assert_eq!(machine.read(params.out_halves, n), halves);
+            assert_eq!(machine.read(params.out_words, n), floats);
+            assert_eq!(machine.read(params.out_pairs, n), pairs);
+            assert_eq!(machine.read(params.out_quads, n), quads);
         }
     }
 }
@@ -73,23 +72,22 @@ fn global_memory_in_every_form() {
 #[test]
 fn global_atomics() {
     let values: [u32; 320] = take(8, 1000);
-    for options in schedules() {
-        let mut memory = Memory::new();
+    for mut machine in machines() {
         let params = AtomicsParams {
-            words: memory.buffer("words", &[0; 6]),
-            float: memory.buffer("float", &[0.0]),
-            message: memory.alloc("message", 1),
-            received: memory.alloc("received", 1),
-            values: memory.input("values", &values),
+            words: machine.buffer("words", &[0; 6]),
+            float: machine.buffer("float", &[0.0]),
+            message: machine.alloc("message", 1),
+            received: machine.alloc("received", 1),
+            values: machine.input("values", &values),
         };
-        launch_with("conformance_atomics", ATOMICS_DIMS, &memory, params, options);
+        machine.launch("conformance_atomics", ATOMICS_DIMS, params);
         let sum = values.iter().sum::<u32>();
-        let words = memory.read(params.words, 6);
+        let words = machine.read(params.words, 6);
         assert_eq!(words[..2], [sum, *values.iter().max().unwrap()]);
         assert!(words[2] >> 31 == 1 && values.contains(&(words[2] & !(1 << 31))));
         assert_eq!(words[3..], [320, 320 % 100, 1]);
-        assert_eq!(memory.read(params.float, 1), [sum as f32], "below 2^24, so exact in any order");
-        assert_eq!(memory.read(params.received, 1), [values[0] + 1]);
+        assert_eq!(machine.read(params.float, 1), [sum as f32], "below 2^24, so exact in any order");
+        assert_eq!(machine.read(params.received, 1), [values[0] + 1]);
     }
 }
 
@@ -97,18 +95,19 @@ fn global_atomics() {
 fn last_block_sums_again_and_again() {
     for blocks in [1usize, 2, 7, 40] {
         let values: Vec<u32> = numbers(blocks as u64, 1 << 20).take(blocks * 64).collect();
-        let mut memory = Memory::new();
-        let params = LastBlockParams {
-            values: memory.input("values", &values),
-            partial: memory.alloc("partial", 2 * blocks),
-            counter: memory.buffer("counter", &[0]),
-            sum: memory.alloc("sum", 1),
-        };
-        for options in schedules() {
-            memory.write(params.sum, &[0]);
-            launch_with("conformance_last_block", last_block_dims(blocks as u32), &memory, params, options);
-            assert_eq!(memory.read(params.sum, 1), [values.iter().sum::<u32>()]);
-            assert_eq!(memory.read(params.counter, 1), [0], "ready for the next launch");
+        for mut machine in machines() {
+            let params = LastBlockParams {
+                values: machine.input("values", &values),
+                partial: machine.alloc("partial", 2 * blocks),
+                counter: machine.buffer("counter", &[0]),
+                sum: machine.alloc("sum", 1),
+            };
+            for _ in 0..3 {
+                machine.write(params.sum, &[0]);
+                machine.launch("conformance_last_block", last_block_dims(blocks as u32), params);
+                assert_eq!(machine.read(params.sum, 1), [values.iter().sum::<u32>()]);
+                assert_eq!(machine.read(params.counter, 1), [0], "ready for the next launch");
+            }
         }
     }
 }
@@ -118,15 +117,14 @@ fn async_copies_of_all_lengths() {
     let words: [u32; 512] = take(9, 1 << 32);
     let input: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
     let lengths: Vec<u32> = (0..128).map(|i| i % 17).collect();
-    for options in schedules() {
-        let mut memory = Memory::new();
+    for mut machine in machines() {
         let params = AsyncCopyParams {
-            input: memory.input("input", &input),
-            lengths: memory.input("lengths", &lengths),
-            out: memory.alloc("out", 128),
+            input: machine.input("input", &input),
+            lengths: machine.input("lengths", &lengths),
+            out: machine.alloc("out", 128),
         };
-        launch_with("conformance_async_copy", WARP_SHARED_DIMS, &memory, params, options);
-        for ((quad, length), found) in input.iter().zip(&lengths).zip(memory.read(params.out, 128)) {
+        machine.launch("conformance_async_copy", WARP_SHARED_DIMS, params);
+        for ((quad, length), found) in input.iter().zip(&lengths).zip(machine.read(params.out, 128)) {
             let mut bytes: Vec<u8> = quad.0.iter().flat_map(|word| word.to_le_bytes()).collect();
             bytes[*length as usize..].fill(0);
             assert_eq!(found.0.iter().flat_map(|word| word.to_le_bytes()).collect::<Vec<_>>(), bytes);

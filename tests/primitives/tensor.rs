@@ -15,11 +15,10 @@ fn ldmatrix_plain_and_transposed() {
             }))
         })
         .collect();
-    for options in schedules() {
-        let mut memory = Memory::new();
-        let params = LdMatrixParams { rows: memory.input("rows", &rows), out: memory.alloc("out", 64) };
-        launch_with("conformance_ldmatrix", WARP_SHARED_DIMS, &memory, params, options);
-        let out = memory.read(params.out, 64);
+    for mut machine in machines() {
+        let params = LdMatrixParams { rows: machine.input("rows", &rows), out: machine.alloc("out", 64) };
+        machine.launch("conformance_ldmatrix", WARP_SHARED_DIMS, params);
+        let out = machine.read(params.out, 64);
         for lane in 0..32 {
             let (g, t) = (lane / 4, lane % 4);
             for tile in 0..4 {
@@ -43,16 +42,15 @@ fn mma_is_a_product<T: Element>(name: &str, to_bits: fn(T) -> u16) {
         let round = |values: Vec<f32>| -> Vec<T> { values.into_iter().map(T::from_f32).collect() };
         let (a, b, c) = (round(draw(256)), round(draw(128)), draw(128));
         let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
-        for options in schedules() {
-            let mut memory = Memory::new();
+        for mut machine in machines() {
             let params = MmaParams {
-                a: memory.input("a", &bits(&a)),
-                b: memory.input("b", &bits(&b)),
-                c: memory.input("c", &c),
-                d: memory.alloc("d", 128),
+                a: machine.input("a", &bits(&a)),
+                b: machine.input("b", &bits(&b)),
+                c: machine.input("c", &c),
+                d: machine.alloc("d", 128),
             };
-            launch_with(name, WARP_DIMS, &memory, params, options);
-            let d = memory.read(params.d, 128);
+            machine.launch(name, WARP_DIMS, params);
+            let d = machine.read(params.d, 128);
             for row in 0..16 {
                 for column in 0..8 {
                     let terms =

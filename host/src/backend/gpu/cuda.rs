@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard};
+use std::sync::{Arc, Mutex, MutexGuard, Weak};
 use std::time::{Duration, Instant};
 
 use cust::sys::{self, CUresult};
@@ -22,9 +22,10 @@ use crate::error::{Error, Result};
 pub(crate) struct CudaDriver {
     name: String,
     gpu: GpuInfo,
+    /// Before the context, which must be there when they are unloaded.
+    kernels: Arc<Kernels>,
     context: Context,
     stream: Stream,
-    kernels: Arc<Kernels>,
     capturing: Mutex<Capturing>,
 }
 
@@ -131,32 +132,43 @@ struct Stream {
 
 /// The kernels of a context, loaded once, however many devices share it.
 struct Kernels {
+    context: sys::CUcontext,
+    module: sys::CUmodule,
     functions: HashMap<&'static str, sys::CUfunction>,
     load_time: Duration,
 }
 
-// SAFETY: function handles may be used from any thread.
+// SAFETY: contexts, modules and functions may be used from any thread.
 unsafe impl Send for Kernels {}
 // SAFETY: as above; the map is not changed once it is made.
 unsafe impl Sync for Kernels {}
 
-/// Kernels by context. A primary context, once used, lives as long as the process in all but name: releasing it
-/// while others hold it keeps it, and the driver hands out the same address again.
-static LOADED: Mutex<Vec<(usize, Arc<Kernels>)>> = Mutex::new(Vec::new());
+/// Kernels by the address of their context. A context of the caller's may end when its devices are gone, and another
+/// one may get its address; so nothing is kept of it beyond them.
+static LOADED: Mutex<Vec<(usize, Weak<Kernels>)>> = Mutex::new(Vec::new());
 
 impl Kernels {
     /// The kernels of the current context.
     fn of(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Arc<Self>> {
         let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
+        loaded.retain(|(_, kernels)| kernels.strong_count() > 0);
         let key = context.raw as usize;
-        if let Some((_, kernels)) = loaded.iter().find(|(context, _)| *context == key) {
-            return Ok(Arc::clone(kernels));
+        let found = loaded.iter().find(|(context, _)| *context == key);
+        if let Some(kernels) = found.and_then(|(_, kernels)| kernels.upgrade()) {
+            return Ok(kernels);
         }
+        let kernels = Arc::new(Kernels::load(name, context, ptx, shared_bytes)?);
         if let Some(device) = context.retained {
-            // Held for good: the kernels outlive the device that loads them first.
+            // A primary context and its kernels are held for good: loading them again would take longer than a step.
             let mut primary = null_mut();
             cuda!(name, cuDevicePrimaryCtxRetain(&mut primary, device))?;
+            std::mem::forget(Arc::clone(&kernels));
         }
+        loaded.push((key, Arc::downgrade(&kernels)));
+        Ok(kernels)
+    }
+
+    fn load(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Self> {
         let begin = Instant::now();
         let bad_name = |_| Error::Driver {
             device: name.to_owned(),
@@ -166,18 +178,31 @@ impl Kernels {
         let text = CString::new(ptx.text).map_err(bad_name)?;
         let mut module = null_mut();
         cuda!(name, cuModuleLoadData(&mut module, text.as_ptr().cast()))?;
-        let mut functions = HashMap::new();
+        let (functions, load_time) = (HashMap::new(), Duration::ZERO);
+        let mut kernels = Kernels { context: context.raw, module, functions, load_time };
         for entry in kernels_gpu::entries::ENTRIES {
             let mut function = null_mut();
             let symbol = CString::new(entry.name).map_err(bad_name)?;
             cuda!(name, cuModuleGetFunction(&mut function, module, symbol.as_ptr()))?;
             let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
             cuda!(name, cuFuncSetAttribute(function, attribute, shared_bytes as i32))?;
-            functions.insert(entry.name, function);
+            kernels.functions.insert(entry.name, function);
         }
-        let kernels = Arc::new(Kernels { functions, load_time: begin.elapsed() });
-        loaded.push((key, Arc::clone(&kernels)));
+        kernels.load_time = begin.elapsed();
         Ok(kernels)
+    }
+}
+
+impl Drop for Kernels {
+    fn drop(&mut self) {
+        // SAFETY: the context lives as long as its devices, which hold the kernels. An error would mean that the
+        // process is ending.
+        unsafe {
+            if sys::cuCtxPushCurrent_v2(self.context) == CUresult::CUDA_SUCCESS {
+                let _ = sys::cuModuleUnload(self.module);
+                let _ = sys::cuCtxPopCurrent_v2(&mut null_mut());
+            }
+        }
     }
 }
 
@@ -219,7 +244,7 @@ impl CudaDriver {
             }
         };
         drop(entered);
-        Ok(CudaDriver { name, gpu, context, stream, kernels, capturing: Mutex::default() })
+        Ok(CudaDriver { name, gpu, kernels, context, stream, capturing: Mutex::default() })
     }
 
     fn enter(&self) -> Result<Entered> {

@@ -87,6 +87,27 @@ pub(crate) fn while_capturing(op: &'static str) -> Error {
     Error::Missing { op, needs: "to happen before the capture: run the work once first" }
 }
 
+impl dyn Driver {
+    /// The entry called `name`, or the error that the device has no such kernel.
+    pub fn entry(&self, op: &'static str, name: &str) -> Result<&'static Entry> {
+        Entry::find(name).ok_or_else(|| {
+            let what = format!("an entry `{name}`");
+            Error::Unsupported { device: self.name().to_owned(), op, what }
+        })
+    }
+
+    /// [`launch`](Self::launch) with a parameter struct.
+    ///
+    /// # Safety
+    /// - `P` is the entry's parameter struct, without padding, and the entry's own rules hold for it.
+    pub unsafe fn launch_with<P: Copy>(&self, entry: &'static Entry, dims: Dims, params: &P) -> Result<()> {
+        // SAFETY: no padding, so all bytes are initialised.
+        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
+        // SAFETY: the caller's promise.
+        unsafe { self.launch(entry, dims, bytes) }
+    }
+}
+
 /// Checks what every launch must keep: the entry's parameter size and the device's limits.
 pub(crate) fn check_launch(
     driver: &dyn Driver,

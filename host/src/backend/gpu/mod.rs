@@ -55,9 +55,8 @@ impl GpuBackend {
         Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_string() }
     }
 
-    /// The entry called `name`, or the error that the device has no such kernel.
     fn entry(&self, op: &'static str, name: &str) -> Result<&'static Entry> {
-        Entry::find(name).ok_or_else(|| self.unsupported(op, format!("an entry `{name}`")))
+        self.driver.entry(op, name)
     }
 
     /// Launches an entry.
@@ -65,10 +64,8 @@ impl GpuBackend {
     /// # Safety
     /// - `params` is the entry's parameter struct, and the entry's own rules hold for it.
     unsafe fn launch<P: Copy>(&self, entry: &'static Entry, dims: Dims, params: &P) -> Result<()> {
-        // SAFETY: parameter structs are `repr(C)` without padding, so all their bytes are initialised.
-        let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
-        // SAFETY: the caller's promise.
-        unsafe { self.driver.launch(entry, dims, bytes) }
+        // SAFETY: the caller's promise; parameter structs are `repr(C)` without padding.
+        unsafe { self.driver.launch_with(entry, dims, params) }
     }
 
     fn tables(&self, batch: &Batch) -> Result<BatchTables> {
