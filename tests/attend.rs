@@ -4,13 +4,15 @@ mod common;
 
 use common::paged::{Pool, STORAGES, Storage};
 use common::problem::{self, Content, Problem, Row, around, small_config};
-use common::run::{Inputs, outputs, token_select};
+use common::run::{Inputs, outputs, outputs_on, token_select};
 use common::{
-    Random, assert_close, assert_lse, attention_tolerance, cases, devices, naive, naive_config, tensor,
-    values,
+    Random, all_devices, assert_close, assert_lse, attention_tolerance, cases, devices, gpu_tolerance, gpus,
+    naive, naive_config, tensor, to_device, values,
 };
 use proptest::prelude::*;
-use tokenselect::{Batch, DType, Device, HeadShape, Ranks, SelectConfig, Selection, StepOutput, Tensor};
+use tokenselect::{
+    Batch, DType, Device, HeadShape, Positions, Ranks, Rope, SelectConfig, Selection, StepOutput, Tensor,
+};
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
 struct Lists {
@@ -46,22 +48,24 @@ fn attend_to(
     with_ranks: bool,
     out_dtype: DType,
 ) -> (Vec<f64>, Vec<f64>) {
+    let (pool, inputs) = (pool.to(device), Inputs::new(problem).to(device));
     let batch = pool.batch(problem);
     let ts = token_select(device, problem, &batch);
-    let (mut out, mut lse) = outputs(problem, out_dtype);
+    let (mut out, mut lse) = outputs_on(device, problem, out_dtype);
     let width = lists.parts.iter().map(Vec::len).max().unwrap_or(0) + 2;
     let column = |of: fn(&(usize, usize)) -> usize| {
-        padded(lists.parts.iter().map(move |list| list.iter().map(of).collect()), width)
+        to_device(device, &padded(lists.parts.iter().map(move |list| list.iter().map(of).collect()), width))
     };
     let (ranks, tokens) = (column(|pair| pair.0), column(|pair| pair.1));
     let rows = lists.parts.len();
     let lens: Vec<f64> = lists.parts.iter().map(|list| list.len() as f64).collect();
     let totals: Vec<f64> = lists.totals.iter().map(|&total| total as f64).collect();
-    let (len, total_len) = (tensor(DType::U32, &lens, [rows]), tensor(DType::U32, &totals, [rows]));
+    let of_rows = |values: &[f64]| to_device(device, &tensor(DType::U32, values, [rows]));
+    let (len, total_len) = (of_rows(&lens), of_rows(&totals));
     let ranks = with_ranks.then(|| Ranks { ranks: ranks.view(), total_len: total_len.view() });
     let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend_to(&batch, pool.view(), Inputs::new(problem).q.view(), selection, output).unwrap();
+    ts.attend_to(&batch, pool.view(), inputs.q.view(), selection, output).unwrap();
     (values(&out), values(&lse))
 }
 
@@ -78,6 +82,7 @@ fn expected(problem: &Problem, lists: &Lists) -> (Vec<f64>, Vec<f64>) {
 }
 
 fn assert_same(
+    device: &Device,
     what: &str,
     problem: &Problem,
     got: &(Vec<f64>, Vec<f64>),
@@ -85,10 +90,12 @@ fn assert_same(
     out_dtype: DType,
 ) {
     let config = naive_config(&problem.config);
+    let least = if device.name() == "cpu" { 0.0 } else { gpu_tolerance(problem.config.dtype) };
     let allowed = |dtype: DType| {
         let of_row = |row: &Row| attention_tolerance(dtype, &config, &row.q, &row.k, row.n);
-        problem.rows.iter().map(of_row).fold(0.0, f64::max)
+        problem.rows.iter().map(of_row).fold(least, f64::max)
     };
+    let what = &format!("{}: {what}", device.name());
     assert_close(what, &got.0, &want.0, config.d, allowed(out_dtype));
     assert_lse(what, &got.1, &want.1, allowed(DType::F32));
 }
@@ -140,7 +147,7 @@ proptest! {
         let out_dtype = if narrow { config.dtype } else { DType::F32 };
         for device in devices() {
             let got = attend_to(&device, &problem, &pool, &lists, with_ranks, out_dtype);
-            assert_same(device.name(), &problem, &got, &want, out_dtype);
+            assert_same(&device, "attention", &problem, &got, &want, out_dtype);
         }
     }
 
@@ -170,7 +177,7 @@ proptest! {
             let (mut outs, mut lses) = (Vec::new(), Vec::new());
             for part in &parts {
                 let got = attend_to(&device, &problem, &pool, part, true, DType::F32);
-                assert_same("part", &problem, &got, &expected(&problem, part), DType::F32);
+                assert_same(&device, "part", &problem, &got, &expected(&problem, part), DType::F32);
                 outs.extend(got.0);
                 lses.extend(got.1);
             }
@@ -180,7 +187,7 @@ proptest! {
             let (mut out, mut lse) = outputs(&problem, DType::F32);
             let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
             ts.merge(outs.view(), lses.view(), output).unwrap();
-            assert_same("merged", &problem, &(values(&out), values(&lse)), &expected(&problem, &whole), DType::F32);
+            assert_same(&device, "merged", &problem, &(values(&out), values(&lse)), &expected(&problem, &whole), DType::F32);
         }
     }
 }
@@ -188,15 +195,15 @@ proptest! {
 /// Dense attention of one row, checked against the definitions.
 fn check_dense(device: &Device, config: &SelectConfig, n: usize, t: usize, content: Content) {
     let problem = Problem::new(config, &[(n, t)], content, (n * 131 + t) as u64);
-    let pool = Pool::full(&problem, 16, STORAGES[n % STORAGES.len()], 3);
+    let pool = Pool::full(&problem, 16, STORAGES[n % STORAGES.len()], 3).to(device);
     let batch = pool.batch(&problem);
     let ts = token_select(device, &problem, &batch);
-    let (mut out, mut lse) = outputs(&problem, DType::F32);
+    let (mut out, mut lse) = outputs_on(device, &problem, DType::F32);
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+    ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).to(device).q.view(), output).unwrap();
     let want = expected(&problem, &Lists::whole(&[(0..n).collect()]));
-    let what = format!("{}: dense, n = {n}, T = {t}, {config:?}", device.name());
-    assert_same(&what, &problem, &(values(&out), values(&lse)), &want, DType::F32);
+    let what = format!("dense, n = {n}, T = {t}, {config:?}");
+    assert_same(device, &what, &problem, &(values(&out), values(&lse)), &want, DType::F32);
 }
 
 fn tiny(group: usize) -> SelectConfig {
@@ -260,27 +267,38 @@ proptest! {
             let (mut out, mut lse) = outputs(&problem, DType::F32);
             let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
             ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
-            assert_same(device.name(), &problem, &(values(&out), values(&lse)), &want, DType::F32);
+            assert_same(&device, "attention", &problem, &(values(&out), values(&lse)), &want, DType::F32);
         }
     }
+}
+
+/// The smallest configuration that a device has kernels for.
+fn least(device: &Device, group: usize) -> SelectConfig {
+    if device.name() == "cpu" {
+        return tiny(group);
+    }
+    let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: 64 };
+    SelectConfig { heads, dtype: DType::Bf16, ..tiny(group) }
 }
 
 /// The last token of a block is NaN: no earlier query of the block may notice.
 #[test]
 fn later_tokens_of_the_block_have_no_influence() {
-    for device in devices() {
+    for device in all_devices() {
         for (t, group) in [(2, 2), (9, 1), (40, 4), (130, 1)] {
-            let mut problem = Problem::new(&tiny(group), &[(t + 70, t)], Content::Peaked, 4);
-            let last = problem.rows[0].k.len() - 8;
+            let config = least(&device, group);
+            let d = config.heads.head_dim;
+            let mut problem = Problem::new(&config, &[(t + 70, t)], Content::Peaked, 4);
+            let last = problem.rows[0].k.len() - d;
             problem.rows[0].k[last..].fill(f64::NAN);
             problem.rows[0].v[last..].fill(f64::NAN);
             let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             let list = Lists::whole(&[(0..t + 70).collect()]);
             let (out, lse) = attend_to(&device, &problem, &pool, &list, false, DType::F32);
             let before_last = (t - 1) * group;
-            assert!(out[..before_last * 8].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
+            assert!(out[..before_last * d].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
             assert!(lse[..before_last].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
-            assert!(out[before_last * 8..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
+            assert!(out[before_last * d..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
             assert!(lse[before_last..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
         }
     }
@@ -289,22 +307,24 @@ fn later_tokens_of_the_block_have_no_influence() {
 /// Every logit of the first head is -inf; the second head is as usual.
 #[test]
 fn a_query_that_sees_only_minus_infinity_gets_nothing() {
-    let config =
-        SelectConfig { heads: HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 8 }, ..tiny(1) };
-    for device in devices() {
-        for (n, t) in [(5, 1), (100, 1), (100, 12), (5000, 1)] {
+    for device in all_devices() {
+        let one = least(&device, 1);
+        let d = one.heads.head_dim;
+        let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: d };
+        let config = SelectConfig { heads, ..one };
+        for (n, t) in [(5, 1), (100, 1), (100, 12), (5000, 1), (100, 70)] {
             let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 4);
             let row = &mut problem.rows[0];
-            (0..n).for_each(|token| row.k[token * 16] = f64::NEG_INFINITY);
-            (0..t).for_each(|t| row.q[t * 16] = 1.0);
+            (0..n).for_each(|token| row.k[token * 2 * d] = f64::NEG_INFINITY);
+            (0..t).for_each(|t| row.q[t * 2 * d] = 1.0);
             let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             let lists = Lists::whole(&[(0..n).collect()]);
             let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
             for t in 0..t {
-                assert_eq!(got.0[t * 16..][..8], [0.0; 8]);
+                assert!(got.0[t * 2 * d..][..d].iter().all(|&x| x == 0.0));
                 assert_eq!(got.1[t * 2], f64::NEG_INFINITY);
             }
-            assert_same(device.name(), &problem, &got, &expected(&problem, &lists), DType::F32);
+            assert_same(&device, "attention", &problem, &got, &expected(&problem, &lists), DType::F32);
         }
     }
 }
@@ -314,13 +334,17 @@ fn a_query_that_sees_only_minus_infinity_gets_nothing() {
 fn empty_lists_give_zero_and_minus_infinity() {
     let config =
         SelectConfig { positions: tokenselect::Positions::Reassigned(Default::default()), ..small_config() };
-    let mut problem = Problem::new(&config, &[(40, 3), (30, 1), (20, 2)], Content::Peaked, 4);
-    for row in &mut problem.rows {
-        row.k.fill(f64::NAN);
-        row.v.fill(f64::NAN);
-    }
-    let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
-    for device in devices() {
+    let on_gpus = gpus().into_iter().map(|device| {
+        let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+        (device, SelectConfig { heads, dtype: DType::F16, ..config.clone() })
+    });
+    for (device, config) in std::iter::once((Device::cpu(), config.clone())).chain(on_gpus) {
+        let mut problem = Problem::new(&config, &[(40, 3), (30, 1), (20, 2)], Content::Peaked, 4);
+        for row in &mut problem.rows {
+            row.k.fill(f64::NAN);
+            row.v.fill(f64::NAN);
+        }
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
         for (with_ranks, totals) in [(false, vec![0; 3]), (true, vec![0; 3]), (true, vec![9, 7, 5])] {
             let lists = Lists { parts: vec![Vec::new(); 3], totals };
             let (out, lse) = attend_to(&device, &problem, &pool, &lists, with_ranks, DType::F32);
@@ -370,5 +394,117 @@ fn lse_may_be_left_out_and_padding_has_no_rows() {
             values(&out)
         });
         assert_eq!(with, without);
+    }
+}
+
+/// A configuration that GPU kernels serve: their head dimensions and types, groups up to 16, every kind of position.
+/// Logits stay moderate: rounded operands of tensor cores give them an error in proportion.
+fn gpu_config() -> impl Strategy<Value = SelectConfig> {
+    let heads = (prop::sample::select(vec![64usize, 96, 128]), 1usize..=2, 1usize..=16);
+    let scales = (prop::option::of(0.05f32..0.11), prop::option::of(3.0f32..40.0));
+    let dtype = prop::sample::select(vec![DType::F16, DType::Bf16]);
+    (heads, dtype, scales).prop_flat_map(|((head_dim, num_kv_heads, group), dtype, (sm_scale, cap))| {
+        let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
+        problem::positions(head_dim).prop_map(move |positions| SelectConfig {
+            heads,
+            dtype,
+            sm_scale,
+            logits_soft_cap: cap,
+            positions,
+            // Lists of any length may be gathered.
+            top_k: 400,
+            ..SelectConfig::default()
+        })
+    })
+}
+
+proptest! {
+    #![proptest_config(cases(24))]
+
+    /// Few queries and many, lists and parts of lists, keys used as they are, rotated in registers and gathered.
+    #[test]
+    fn gpu_lists_of_every_kind(
+        config in gpu_config(),
+        lengths in problem::lengths(150),
+        content in problem::content(),
+        page_size in around(&[1, 16, 64]).prop_map(|size| size.max(1)),
+        storage in prop::sample::select(STORAGES.to_vec()),
+        (parted, with_ranks, narrow) in any::<(bool, bool, bool)>(),
+        seed in any::<u64>(),
+    ) {
+        let mut problem = Problem::new(&config, &lengths, content, seed);
+        let mut random = Random(seed);
+        let lists: Vec<Vec<usize>> = problem.rows.iter().map(|row| random_list(row, &mut random)).collect();
+        problem.rows.iter_mut().zip(&lists).for_each(|(row, list)| poison_others(row, list));
+        let pool = Pool::full(&problem, page_size, storage, seed);
+        let mut lists = Lists::whole(&lists);
+        if parted {
+            lists.parts.iter_mut().for_each(|part| part.retain(|_| random.below(3) > 0));
+        }
+        let want = expected(&problem, &lists);
+        let out_dtype = if narrow { config.dtype } else { DType::F32 };
+        for device in gpus() {
+            let got = attend_to(&device, &problem, &pool, &lists, with_ranks || parted, out_dtype);
+            assert_same(&device, "attention", &problem, &got, &want, out_dtype);
+        }
+    }
+}
+
+/// Dense attention around the places where lists are cut: into tiles, and into shares for the blocks.
+#[test]
+fn gpu_list_lengths_around_every_cut() {
+    for device in gpus() {
+        for (i, n) in [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 250, 1030].into_iter().enumerate() {
+            for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2), (16, 5)] {
+                let heads =
+                    HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [64, 128, 96][i % 3] };
+                let dtype = [DType::F16, DType::Bf16][i % 2];
+                let positions = match i % 4 {
+                    0 => Positions::Reassigned(Rope::default()),
+                    _ => Positions::Native,
+                };
+                let config = SelectConfig { heads, dtype, positions, ..SelectConfig::default() };
+                check_dense(&device, &config, n, t.min(n), Content::Peaked);
+            }
+        }
+    }
+}
+
+/// Blocks around the places where query rows are cut, and where the prefill kernel takes over.
+#[test]
+fn gpu_block_lengths_around_every_cut() {
+    for device in gpus() {
+        for (i, t) in [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129].into_iter().enumerate() {
+            for group in [1, 4, 5] {
+                let heads =
+                    HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [128, 64, 96][i % 3] };
+                let dtype = [DType::F16, DType::Bf16][i % 2];
+                let config = SelectConfig { heads, dtype, ..SelectConfig::default() };
+                check_dense(&device, &config, t + [0, 61][group % 2], t, Content::Peaked);
+            }
+        }
+    }
+}
+
+/// Values of the block's own tokens that are infinite or NaN here and there: each query has those that it sees.
+#[test]
+fn gpu_values_that_are_not_finite() {
+    for device in gpus() {
+        for (t, group, head_dim) in [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128)] {
+            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
+            let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
+            let n = t + 45;
+            let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 5);
+            let mut random = Random(t as u64);
+            for _ in 0..t {
+                let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)];
+                let token = n - 1 - random.below(t);
+                problem.rows[0].v[token * head_dim + random.below(head_dim)] = odd;
+            }
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let lists = Lists::whole(&[(0..n).collect()]);
+            let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
+            assert_same(&device, "odd values", &problem, &got, &expected(&problem, &lists), DType::F32);
+        }
     }
 }

@@ -8,15 +8,25 @@ mod common;
 use common::cases::{Case, golden_cases};
 use common::paged::{Pool, Storage, owned};
 use common::problem::{Problem, Row};
-use common::run::{Inputs, Outcome, outputs, select_and_attend, step, token_select};
-use common::{announce, assert_close, assert_lse, devices, naive, naive_config, round, values};
+use common::run::{Inputs, Outcome, outputs_on, select_and_attend, step, token_select};
+use common::{
+    all_devices, announce, assert_close, assert_lse, gpu_tolerance, naive, naive_config, round, values,
+};
 use tokenselect::{Device, KvLayout, Limits, RowAction, StepOutput, TokenSelect};
 
 /// The promise: `out` and `lse` within this of float64, `out` relative to the largest element of its head.
 const GOLDEN_TOLERANCE: f64 = 1e-3;
 /// The files hold `out` and `lse` as f32.
 const NAIVE_TOLERANCE: f64 = 1e-6;
-const PAGE_SIZES: [usize; 4] = [1, 16, 64, 128];
+/// Page sizes to try on a device; an emulator is slow.
+fn page_sizes(device: &Device) -> &'static [usize] {
+    if device.name() == "emulated" { &[1, 16] } else { &[1, 16, 64, 128] }
+}
+
+/// [`GOLDEN_TOLERANCE`], or what is promised of GPUs.
+fn golden_tolerance(device: &Device, case: &Case) -> f64 {
+    if device.name() == "cpu" { GOLDEN_TOLERANCE } else { gpu_tolerance(case.config.dtype) }
+}
 
 /// Runs `check` on every case that is a single step (`steps: false`) or a run of steps, and counts them.
 fn each_case(what: &str, steps: bool, mut check: impl FnMut(&Case)) {
@@ -47,30 +57,32 @@ fn naive_matches_numpy() {
     });
 }
 
-fn assert_golden(what: &str, case: &Case, outcome: &Outcome) -> f64 {
+fn assert_golden(what: &str, device: &Device, case: &Case, outcome: &Outcome) -> f64 {
+    let tolerance = golden_tolerance(device, case);
     assert_eq!(outcome.selected[0], case.indices("selected"), "{what}: selected");
     let d = case.config.heads.head_dim;
-    let worst = assert_close(what, &values(&outcome.out), case.array("out"), d, GOLDEN_TOLERANCE);
-    assert_lse(what, &values(&outcome.lse), case.array("lse"), GOLDEN_TOLERANCE);
-    worst * GOLDEN_TOLERANCE
+    let worst = assert_close(what, &values(&outcome.out), case.array("out"), d, tolerance);
+    assert_lse(what, &values(&outcome.lse), case.array("lse"), tolerance);
+    worst * tolerance
 }
 
 #[test]
 fn every_device_matches_on_borrowed_memory() {
-    for device in devices() {
+    for device in all_devices() {
         let mut worst: f64 = 0.0;
         each_case(&format!("{} on borrowed memory", device.name()), false, |case| {
             let problem = case.problem();
-            for (page_size, storage) in PAGE_SIZES
-                .into_iter()
+            for (page_size, storage) in page_sizes(&device)
+                .iter()
+                .copied()
                 .flat_map(|p| [Storage::Nhd, Storage::Hnd, Storage::CombinedNhd].map(|s| (p, s)))
             {
                 let what = format!("{} on {}, page size {page_size}, {storage:?}", case.name, device.name());
-                let pool = Pool::full(&problem, page_size, storage, page_size as u64);
+                let pool = Pool::full(&problem, page_size, storage, page_size as u64).to(&device);
                 let batch = pool.batch(&problem);
                 let mut ts = token_select(&device, &problem, &batch);
                 let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-                worst = worst.max(assert_golden(&what, case, &outcome));
+                worst = worst.max(assert_golden(&what, &device, case, &outcome));
             }
         });
         announce(&format!("golden: {}: largest error of out {worst:.1e}", device.name()));
@@ -79,18 +91,20 @@ fn every_device_matches_on_borrowed_memory() {
 
 #[test]
 fn every_device_matches_on_an_owned_cache() {
-    for device in devices() {
+    for device in all_devices() {
         each_case(&format!("{} on an owned cache", device.name()), false, |case| {
             let problem = case.problem();
-            for (page_size, layout) in
-                PAGE_SIZES.into_iter().flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
+            for (page_size, layout) in page_sizes(&device)
+                .iter()
+                .copied()
+                .flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
             {
                 let what = format!("{} on {}, page size {page_size}, {layout:?}", case.name, device.name());
                 let (mut cache, ids) = owned(&device, &problem, page_size, layout, 1, page_size as u64);
                 let batch = cache.extend(&[(ids[0], problem.rows[0].t)]).unwrap();
                 let mut ts = token_select(&device, &problem, &batch);
                 let outcome = step(&mut ts, &mut cache, 0, &batch, &problem);
-                assert_golden(&what, case, &outcome);
+                assert_golden(&what, &device, case, &outcome);
             }
         });
     }
@@ -133,11 +147,13 @@ fn naive_matches_numpy_over_steps() {
 
 #[test]
 fn every_device_matches_over_steps() {
-    for device in devices() {
+    for device in all_devices() {
         each_case(&format!("{} over steps", device.name()), true, |case| {
             let problems = decode_steps(case);
-            for (page_size, layout) in
-                PAGE_SIZES.into_iter().flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
+            for (page_size, layout) in page_sizes(&device)
+                .iter()
+                .copied()
+                .flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
             {
                 check_steps(case, &problems, &device, page_size, layout);
             }
@@ -167,7 +183,7 @@ fn check_steps(case: &Case, problems: &[Problem], device: &Device, page_size: us
         assert!((similarity - case.array("similarity")[s]).abs() < 1e-4, "{what}: similarity {similarity}");
         let width = heads.num_qo_heads * heads.head_dim;
         let out = &case.array("out")[s * width..][..width];
-        assert_close(&what, &values(&outcome.out), out, heads.head_dim, GOLDEN_TOLERANCE);
+        assert_close(&what, &values(&outcome.out), out, heads.head_dim, golden_tolerance(device, case));
         lists.extend(outcome.selected.into_iter().flatten());
     }
     assert_eq!(lists, case.indices("selected"), "{}: selected, page size {page_size}", case.name);
@@ -178,15 +194,15 @@ fn check_steps(case: &Case, problems: &[Problem], device: &Device, page_size: us
 /// Golden cases are written in the storage type's own numbers; outputs may be in that type, too.
 #[test]
 fn outputs_in_the_storage_type_are_rounded_once() {
-    for device in devices() {
+    for device in all_devices() {
         each_case(&format!("{} into the storage type", device.name()), false, |case| {
             let problem = case.problem();
-            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1).to(&device);
             let batch = pool.batch(&problem);
             let mut ts = token_select(&device, &problem, &batch);
             let exact = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-            let (mut out, _) = outputs(&problem, case.config.dtype);
-            let inputs = Inputs::new(&problem);
+            let (mut out, _) = outputs_on(&device, &problem, case.config.dtype);
+            let inputs = Inputs::new(&problem).to(&device);
             let output = StepOutput { out: out.view_mut(), lse: None };
             ts.attend(&batch, pool.view(), inputs.q.view(), output).unwrap();
             let rounded: Vec<f64> = values(&exact.out).iter().map(|&x| round(case.config.dtype, x)).collect();

@@ -13,8 +13,8 @@ use half::bf16;
 use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
-    CacheConfig, DType, Device, Dims, Error, HeadShape, KvLayout, Limits, PagedKvCache, SelectConfig,
-    SelectionCache, Tensor, TensorView, TokenSelect,
+    CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, PagedKvCache, Positions, Rope,
+    SelectConfig, SelectionCache, Tensor, TensorView, TokenSelect,
 };
 
 fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
@@ -149,18 +149,28 @@ fn what_has_no_kernel_is_refused() {
         assert_eq!(text, format!("{name} has no `score` for an entry `score_bf16_d80_g4`"));
         let text = score_error(&device, config(128, 4, DType::F32));
         assert_eq!(text, format!("{name} has no `pool` for f32, only for f16 and bf16"));
-        let ts = TokenSelect::new(&device, config(128, 4, DType::F16), Limits::default()).unwrap();
-        assert!(matches!(unsupported_merge(&ts), Error::Unsupported { op: "merge", .. }));
+        let text = attend_error(&device, config(256, 2, DType::Bf16));
+        assert_eq!(text, format!("{name} has no `attend` for an entry `attend_decode_bf16_d256`"));
+        let rope = Rope { rotary_dim: Some(32), ..Rope::default() };
+        let partial = SelectConfig { positions: Positions::Reassigned(rope), ..config(64, 2, DType::F16) };
+        let text = attend_error(&device, partial);
+        let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
+        assert_eq!(text, format!("{name} has no `attend` for {rest}"));
     }
 }
 
-fn unsupported_merge(ts: &TokenSelect) -> Error {
-    let heads = ts.config().heads;
-    let parts = Tensor::zeros(DType::F32, [1, 1, heads.num_qo_heads, heads.head_dim]).unwrap();
-    let lses = Tensor::zeros(DType::F32, [1, 1, heads.num_qo_heads]).unwrap();
-    let mut out = Tensor::zeros(DType::F32, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
+/// The error of dense attention.
+fn attend_error(device: &Device, config: SelectConfig) -> String {
+    let heads = config.heads;
+    let cache_config = CacheConfig { num_pages: 8, ..CacheConfig::default() };
+    let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
+    let ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+    let id = cache.create().unwrap();
+    let batch = cache.extend(&[(id, 1)]).unwrap();
+    let q = Tensor::zeros_on(device, config.dtype, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
+    let mut out = Tensor::zeros_on(device, config.dtype, q.shape()).unwrap();
     let output = tokenselect::StepOutput { out: out.view_mut(), lse: None };
-    ts.merge(parts.view(), lses.view(), output).unwrap_err()
+    ts.attend_dense(&batch, cache.layer(0).unwrap(), q.view(), output).unwrap_err().to_string()
 }
 
 #[test]

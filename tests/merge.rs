@@ -3,9 +3,9 @@
 mod common;
 
 use common::problem::small_config;
-use common::{Random, assert_close, assert_lse, cases, devices, tensor, tolerance, values};
+use common::{Random, all_devices, assert_close, assert_lse, cases, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
-use tokenselect::{DType, Device, HeadShape, Limits, SelectConfig, StepOutput, TokenSelect};
+use tokenselect::{DType, Device, HeadShape, Limits, SelectConfig, Shape, StepOutput, TokenSelect};
 
 /// `parts` of `tokens * hq` rows of `d`, and their log-sum-exps.
 struct Parts {
@@ -56,10 +56,11 @@ impl Parts {
         let config = SelectConfig { heads: self.heads, ..small_config() };
         let ts = TokenSelect::new(device, config, Limits::default()).unwrap();
         let (tokens, hq, d) = (self.tokens, self.heads.num_qo_heads, self.heads.head_dim);
-        let outs = tensor(DType::F32, &self.outs, [self.num_parts, tokens, hq, d]);
-        let lses = tensor(DType::F32, &self.lses, [self.num_parts, tokens, hq]);
-        let mut out = tensor(out_dtype, &vec![-77.0; tokens * hq * d], [tokens, hq, d]);
-        let mut lse = tensor(DType::F32, &vec![-77.0; tokens * hq], [tokens, hq]);
+        let on = |dtype, values: &[f64], shape: Shape| to_device(device, &tensor(dtype, values, shape));
+        let outs = on(DType::F32, &self.outs, [self.num_parts, tokens, hq, d].into());
+        let lses = on(DType::F32, &self.lses, [self.num_parts, tokens, hq].into());
+        let mut out = on(out_dtype, &vec![-77.0; tokens * hq * d], [tokens, hq, d].into());
+        let mut lse = on(DType::F32, &vec![-77.0; tokens * hq], [tokens, hq].into());
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
         ts.merge(outs.view(), lses.view(), output).unwrap();
         (values(&out), values(&lse))
@@ -80,7 +81,7 @@ proptest! {
         let heads = HeadShape { num_qo_heads: group * kv, num_kv_heads: kv, head_dim: d };
         let parts = Parts::random(heads, num_parts, tokens, seed);
         let want = parts.expected();
-        for device in devices() {
+        for device in all_devices() {
             let got = parts.merge(&device, out_dtype);
             // A log-sum-exp near 100 has an error of 4e-6, which exp passes on to the weights.
             let allowed = tolerance(out_dtype, 16) + 1e-5;
@@ -99,7 +100,7 @@ fn parts_without_tokens_do_not_count() {
     outs[8..16].copy_from_slice(&[1.0, -2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
     let lses = vec![f64::NEG_INFINITY, 0.25, f64::NEG_INFINITY];
     let parts = Parts { heads: ONE_HEAD, num_parts: 3, tokens: 1, outs: outs.clone(), lses };
-    for device in devices() {
+    for device in all_devices() {
         assert_eq!(
             parts.merge(&device, DType::F32),
             (outs[8..16].to_vec(), vec![0.25]),
@@ -113,7 +114,7 @@ fn parts_without_tokens_do_not_count() {
 /// A NaN that counts stays NaN: an error elsewhere must not look like an answer.
 #[test]
 fn nan_is_passed_on() {
-    for device in devices() {
+    for device in all_devices() {
         let outs = vec![1.0; 16];
         let parts = Parts { heads: ONE_HEAD, num_parts: 2, tokens: 1, outs, lses: vec![0.5, f64::NAN] };
         let (out, lse) = parts.merge(&device, DType::F32);

@@ -211,6 +211,7 @@ impl TokenSelect {
         self.workspace.check(&self.plan)?;
         self.device.backend().pool(PoolArgs {
             config: self.plan.config(),
+            limits: self.plan.limits(),
             rope: self.plan.rope(),
             batch,
             q,
@@ -233,6 +234,7 @@ impl TokenSelect {
         self.workspace.check(&self.plan)?;
         self.device.backend().score(ScoreArgs {
             config: self.plan.config(),
+            limits: self.plan.limits(),
             batch,
             kv,
             queries: self.workspace.queries.view(),
@@ -255,6 +257,7 @@ impl TokenSelect {
         self.workspace.check(&self.plan)?;
         self.device.backend().vote(VoteArgs {
             config: self.plan.config(),
+            limits: self.plan.limits(),
             batch,
             actions: self.workspace.actions.view(),
             logits: self.workspace.logits.view(),
@@ -308,6 +311,7 @@ impl TokenSelect {
         let votes = if pools { &self.workspace.pooled_votes } else { &self.workspace.votes };
         self.device.backend().top_k(TopKArgs {
             config: self.plan.config(),
+            limits: self.plan.limits(),
             batch,
             actions: self.workspace.actions.view(),
             votes: votes.view(),
@@ -398,6 +402,7 @@ impl TokenSelect {
     ) -> Result<()> {
         self.device.backend().attend(AttendArgs {
             config: self.plan.config(),
+            limits: self.plan.limits(),
             rope: self.plan.rope(),
             batch,
             kv,
@@ -405,6 +410,7 @@ impl TokenSelect {
             selection,
             out: output.out,
             lse: output.lse,
+            scratch: self.workspace.scratch.view(),
         })
     }
 

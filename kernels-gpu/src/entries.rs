@@ -5,11 +5,16 @@
 use half::{bf16, f16};
 
 use crate::append::AppendParams;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+use crate::attend_decode::{HALVES, NATIVE, NEIGHBOURS, attend_decode};
+use crate::attention::AttendParams;
 use crate::conformance::{
     AsyncCopyParams, AtomicsParams, BarriersParams, GlobalParams, IndicesParams, LastBlockParams,
     LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams, ShufflesParams,
 };
 use crate::forget::ForgetParams;
+use crate::gather::GatherParams;
+use crate::merge::MergeParams;
 use crate::pool::PoolParams;
 use crate::score::ScoreParams;
 use crate::smooth::SmoothParams;
@@ -99,6 +104,34 @@ entries! {
     top_k_refine(TopKParams) = crate::top_k::refine;
     top_k_count(TopKParams) = crate::top_k::count;
     top_k_emit(TopKParams) = crate::top_k::emit;
+    gather_f16(GatherParams<f16>) = crate::gather::gather::<f16>;
+    attend_decode_f16_d64(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NATIVE>;
+    attend_decode_f16_d64_halves(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, HALVES>;
+    attend_decode_f16_d64_neighbours(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NEIGHBOURS>;
+    attend_decode_f16_d96(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, NATIVE>;
+    attend_decode_f16_d96_halves(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, HALVES>;
+    attend_decode_f16_d96_neighbours(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, NEIGHBOURS>;
+    attend_decode_f16_d128(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, NATIVE>;
+    attend_decode_f16_d128_halves(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, HALVES>;
+    attend_decode_f16_d128_neighbours(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, NEIGHBOURS>;
+    attend_decode_bf16_d64(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, NATIVE>;
+    attend_decode_bf16_d64_halves(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, HALVES>;
+    attend_decode_bf16_d64_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, NEIGHBOURS>;
+    attend_decode_bf16_d96(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, NATIVE>;
+    attend_decode_bf16_d96_halves(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, HALVES>;
+    attend_decode_bf16_d96_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, NEIGHBOURS>;
+    attend_decode_bf16_d128(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, NATIVE>;
+    attend_decode_bf16_d128_halves(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, HALVES>;
+    attend_decode_bf16_d128_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, NEIGHBOURS>;
+    attend_prefill_f16_d64(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 4, 8>;
+    attend_prefill_f16_d96(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 6, 12>;
+    attend_prefill_f16_d128(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 8, 16>;
+    merge_f16(MergeParams<f16>) = crate::merge::merge::<f16>;
+    gather_bf16(GatherParams<bf16>) = crate::gather::gather::<bf16>;
+    attend_prefill_bf16_d64(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 4, 8>;
+    attend_prefill_bf16_d96(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 6, 12>;
+    attend_prefill_bf16_d128(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 8, 16>;
+    merge_bf16(MergeParams<bf16>) = crate::merge::merge::<bf16>;
     conformance_indices(IndicesParams) = crate::conformance::indices;
     conformance_shuffles(ShufflesParams) = crate::conformance::shuffles;
     conformance_masked(MaskedParams) = crate::conformance::masked;

@@ -20,14 +20,19 @@
 compile_error!("the feature `emulator` is for host builds: a GPU has no CPU to emulate itself on");
 
 pub mod append;
+pub mod attend_decode;
+pub mod attend_prefill;
+pub mod attention;
 pub mod conformance;
 pub mod element;
 #[cfg(feature = "emulator")]
 pub mod emu;
 pub mod entries;
 pub mod forget;
+pub mod gather;
 pub mod launch;
 pub mod layout;
+pub mod merge;
 pub mod pool;
 pub mod radix;
 pub mod rope;

@@ -41,6 +41,15 @@ impl RopeTables {
         }
     }
 
+    /// Whether [`attend_decode`](mod@crate::attend_decode) finds both elements of every pair in one lane, two pairs at a
+    /// time: neighbours, or the halves of the whole head. Nothing to rotate will do, too.
+    #[inline(always)]
+    pub const fn pairs_in_lane(&self, head_dim: u32) -> bool {
+        let whole = 2 * self.pairs == head_dim;
+        let even = self.pairs.is_multiple_of(2) && self.pairs != 0;
+        self.coarse.addr() == 0 || (even && (whole || self.pairing == INTERLEAVED))
+    }
+
     /// The two elements of pair `pair` of a head; beyond the rotated pairs, neighbours.
     #[inline(always)]
     pub fn elements(&self, pair: u32) -> (u32, u32) {
@@ -65,9 +74,49 @@ impl RopeTables {
             return (x, y);
         }
         let row = |position: u32| position as u64 * self.pairs as u64 + pair as u64;
-        let [c0, s0] = self.coarse.add(row(position / FINE)).load_cached().0;
-        let [c1, s1] = self.fine.add(row(position % FINE)).load_cached().0;
-        let (cos, sin) = (c0 * c1 - s0 * s1, s0 * c1 + c0 * s1);
-        (x * cos - y * sin, y * cos + x * sin)
+        let coarse = self.coarse.add(row(position / FINE)).load_cached().0;
+        let fine = self.fine.add(row(position % FINE)).load_cached().0;
+        Angle::sum(coarse, fine).turn((x, y))
+    }
+
+    /// Angles of the pairs `pair`, which is even, and `pair + 1` at `position`. Beyond the pairs that are rotated: of the
+    /// last.
+    ///
+    /// # Safety
+    /// - The tables are as described, 16-byte aligned, cover `position`, and have an even number of pairs, at least two.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn two_angles(&self, pair: u32, position: u32) -> [Angle; 2] {
+        let row = |position: u32| (position as u64 * self.pairs as u64 + pair as u64) / 2;
+        let coarse =
+            self.coarse.cast::<crate::simt::data::V4<f32>>().add(row(position / FINE)).load_cached().0;
+        let fine = self.fine.cast::<crate::simt::data::V4<f32>>().add(row(position % FINE)).load_cached().0;
+        [
+            Angle::sum([coarse[0], coarse[1]], [fine[0], fine[1]]),
+            Angle::sum([coarse[2], coarse[3]], [fine[2], fine[3]]),
+        ]
+    }
+}
+
+/// Cosine and sine.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[derive(Clone, Copy)]
+pub struct Angle {
+    cos: f32,
+    sin: f32,
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+impl Angle {
+    /// The sum of two angles given as (cos, sin).
+    #[inline(always)]
+    fn sum([c0, s0]: [f32; 2], [c1, s1]: [f32; 2]) -> Self {
+        Angle { cos: c0 * c1 - s0 * s1, sin: s0 * c1 + c0 * s1 }
+    }
+
+    /// A pair, rotated.
+    #[inline(always)]
+    pub fn turn(self, (x, y): (f32, f32)) -> (f32, f32) {
+        (x * self.cos - y * self.sin, y * self.cos + x * self.sin)
     }
 }

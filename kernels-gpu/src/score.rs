@@ -138,6 +138,7 @@ pub use kernel::score;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::*;
+    use crate::attention::{add_low, split};
     use crate::element::Element;
     use crate::layout::Tokens;
     use crate::pool::SCORE;
@@ -370,16 +371,6 @@ mod kernel {
         fragments
     }
 
-    /// Two values as packed high parts and packed remainders.
-    #[inline(always)]
-    fn split<T: Element>(x: f32, y: f32) -> (u32, u32) {
-        let high = T::pack(x, y);
-        let [hx, hy] = T::unpack(high);
-        // Beyond the type's range the high part is infinite, and there is no remainder.
-        let rest = |x: f32, high: f32| if (x - high).is_finite() { x - high } else { 0.0 };
-        (high, T::pack(rest(x, hx), rest(y, hy)))
-    }
-
     /// Page numbers of the tokens whose keys the lane loads. Tokens beyond the candidates become the last.
     #[inline(always)]
     unsafe fn load_pages<T: Element, const U: usize>(work: &Work<'_, T>, tile: Tile) -> [[u32; 2]; U] {
@@ -459,13 +450,6 @@ mod kernel {
             i += 1;
         }
         d
-    }
-
-    /// A product of high parts with that of low parts added. Where a key is infinite or NaN, the low parts (0, or of the
-    /// other sign) would say something else than the high ones, which decide alone.
-    #[inline(always)]
-    fn add_low(high: f32, low: f32) -> f32 {
-        high + if low.is_finite() { low } else { 0.0 }
     }
 
     /// Scales, stores and counts the lane's products of 16 tokens with a column tile.

@@ -76,6 +76,8 @@ pub struct AppendArgs<'a> {
 pub struct PoolArgs<'a> {
     /// Configuration.
     pub config: &'a SelectConfig,
+    /// What the scratch memory was sized for.
+    pub limits: &'a Limits,
     /// Angles of the scoring rotation; `None` for native positions.
     pub rope: Option<&'a RopeTable>,
     /// Rows.
@@ -99,6 +101,8 @@ pub struct PoolArgs<'a> {
 pub struct ScoreArgs<'a> {
     /// Configuration.
     pub config: &'a SelectConfig,
+    /// What the scratch memory was sized for.
+    pub limits: &'a Limits,
     /// Rows and page tables.
     pub batch: &'a Batch,
     /// One layer; keys are read.
@@ -120,6 +124,8 @@ pub struct ScoreArgs<'a> {
 pub struct VoteArgs<'a> {
     /// Configuration.
     pub config: &'a SelectConfig,
+    /// What the scratch memory was sized for.
+    pub limits: &'a Limits,
     /// Rows and page tables.
     pub batch: &'a Batch,
     /// `[max_rows]` u32: only rows with `RowAction::Score` vote.
@@ -154,6 +160,8 @@ pub struct SmoothArgs<'a> {
 pub struct TopKArgs<'a> {
     /// Configuration.
     pub config: &'a SelectConfig,
+    /// What the scratch memory was sized for.
+    pub limits: &'a Limits,
     /// Rows.
     pub batch: &'a Batch,
     /// `[max_rows]` u32: a [`RowAction`](crate::RowAction) each.
@@ -201,6 +209,8 @@ pub struct Ranks<'a> {
 pub struct AttendArgs<'a> {
     /// Configuration.
     pub config: &'a SelectConfig,
+    /// What the scratch memory was sized for.
+    pub limits: &'a Limits,
     /// Angles of reassigned positions; `None` for native ones.
     pub rope: Option<&'a RopeTable>,
     /// Rows and page tables.
@@ -215,6 +225,8 @@ pub struct AttendArgs<'a> {
     pub out: TensorViewMut<'a>,
     /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials.
     pub lse: Option<TensorViewMut<'a>>,
+    /// [`Backend::scratch_words`] of the device's own, written; steps of one device use it in turn.
+    pub scratch: TensorView<'a>,
 }
 
 /// Arguments of [`Backend::merge`].

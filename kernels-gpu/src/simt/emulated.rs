@@ -48,6 +48,10 @@ pub fn lane_id() -> u32 {
     with(|block| block.current as u32 % 32)
 }
 
+/// Registers are without limit here.
+#[inline(always)]
+pub fn launch_bounds<const THREADS: u32, const BLOCKS: u32>() {}
+
 // Barriers.
 
 #[inline(always)]

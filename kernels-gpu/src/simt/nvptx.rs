@@ -180,6 +180,12 @@ pub unsafe fn sync_warp(mask: u32) {
     asm!("bar.warp.sync {};", in(reg32) mask, options(nostack))
 }
 
+/// A comment, which `cargo ptx` turns into directives of the entry that it stands in.
+#[inline(always)]
+pub fn launch_bounds<const THREADS: u32, const BLOCKS: u32>() {
+    unsafe { asm!("// launch_bounds {} {}", const THREADS, const BLOCKS, options(nomem, nostack)) }
+}
+
 // Warp collectives. The last but one operand of `shfl` clamps: lane 31 upwards, lane 0 (`0`) for `up`.
 
 #[inline(always)]

@@ -144,3 +144,11 @@ pub unsafe fn sync_named(id: u32, threads: u32) {
 pub unsafe fn arrive_named(id: u32, threads: u32) {
     imp::arrive_named(id, threads)
 }
+
+/// Tells the assembler that blocks of this kernel have `THREADS` threads, and that an SM is to run at least `BLOCKS` of
+/// them at a time: it fits registers to that (`.maxntid`, `.minnctapersm`, which `cargo ptx` puts at the head of the
+/// entry). Without effect in the emulator.
+#[inline(always)]
+pub fn launch_bounds<const THREADS: u32, const BLOCKS: u32>() {
+    imp::launch_bounds::<THREADS, BLOCKS>()
+}

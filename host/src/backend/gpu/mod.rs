@@ -15,13 +15,15 @@ mod scratch;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use kernels_gpu::attention::AttendParams;
 use kernels_gpu::entries::Entry;
 use kernels_gpu::forget::ForgetParams;
 use kernels_gpu::launch::Dims;
-use kernels_gpu::layout::BatchTables;
+use kernels_gpu::layout::{BatchTables, PageStrides};
+use kernels_gpu::merge::MergeParams;
 use kernels_gpu::pool::PoolParams;
 use kernels_gpu::radix::LEVELS;
-use kernels_gpu::rope::RopeTables;
+use kernels_gpu::rope::{HALF_SPLIT, RopeTables};
 use kernels_gpu::score::{ScoreParams, columns};
 
 use self::driver::Driver;
@@ -38,6 +40,9 @@ use crate::error::{Error, Result};
 use crate::plan::Limits;
 use crate::rope::RopeTable;
 use crate::tensor::DType;
+
+/// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128.
+const FEW_QUERY_ROWS: u32 = 64;
 
 /// A GPU behind a driver.
 #[derive(Debug)]
@@ -241,11 +246,56 @@ impl Backend for GpuBackend {
         Ok(())
     }
 
-    fn attend(&self, _: AttendArgs<'_>) -> Result<()> {
-        Err(self.unsupported("attend", "any configuration yet"))
+    fn attend(&self, args: AttendArgs<'_>) -> Result<()> {
+        if args.batch.num_query_tokens() == 0 {
+            return Ok(());
+        }
+        let (dtype, head_dim) = (self.dtype_name("attend", args.q.dtype())?, args.config.heads.head_dim);
+        // The two element types have the same parameters.
+        let mut params: AttendParams<f16> = self.attend_params(&args)?;
+        let in_lane = params.rope.pairs_in_lane(head_dim as u32);
+        let gathers = if args.rope.is_some() { self.gather_params(&args, params)? } else { None };
+        let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
+        if in_lane && (few || (args.rope.is_some() && gathers.is_none())) {
+            let keys = match args.rope.map(|_| params.rope.pairing) {
+                None => "",
+                Some(HALF_SPLIT) => "_halves",
+                Some(_) => "_neighbours",
+            };
+            let entry = self.entry("attend", &format!("attend_decode_{dtype}_d{head_dim}{keys}"))?;
+            let dims = params.decode_dims(self.driver.gpu(), head_dim as u32);
+            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `attend_params` strides and places.
+            return unsafe { self.launch(entry, dims, &params) };
+        }
+        let entry = self.entry("attend", &format!("attend_prefill_{dtype}_d{head_dim}"))?;
+        if args.rope.is_some() {
+            let Some(gather) = gathers else {
+                let what =
+                    "half-split pairs over a part of the head, but over lists within the plan's limits";
+                return Err(self.unsupported("attend", what));
+            };
+            // SAFETY: as above; the scratch memory has room for all places of all lists.
+            unsafe {
+                self.launch(self.entry("attend", &format!("gather_{dtype}"))?, gather.dims(), &gather)?
+            };
+            let head = gather.max_places as u64 * head_dim as u64;
+            params.k_pages = gather.gathered.as_const();
+            params.k_stride =
+                PageStrides { page: head * params.num_kv_heads as u64, token: head_dim as u64, head };
+            params.k_is_gathered = 1;
+        }
+        // SAFETY: as above.
+        unsafe { self.launch(entry, params.prefill_dims(head_dim as u32), &params) }
     }
 
-    fn merge(&self, _: MergeArgs<'_>) -> Result<()> {
-        Err(self.unsupported("merge", "any configuration yet"))
+    fn merge(&self, args: MergeArgs<'_>) -> Result<()> {
+        let params: MergeParams<f16> = self.merge_params(&args)?;
+        if params.num_heads == 0 {
+            return Ok(());
+        }
+        let entry =
+            self.entry("merge", if args.out.dtype() == DType::F16 { "merge_f16" } else { "merge_bf16" })?;
+        // SAFETY: `TokenSelect` has checked the shapes.
+        unsafe { self.launch(entry, params.dims(), &params) }
     }
 }

@@ -1,7 +1,10 @@
 //! From checked arguments to kernel parameters.
 
 use kernels_gpu::append::{AppendParams, PIECE};
+use kernels_gpu::attention::AttendParams;
+use kernels_gpu::gather::GatherParams;
 use kernels_gpu::layout::{PageStrides, absent, absent_mut};
+use kernels_gpu::merge::MergeParams;
 use kernels_gpu::pool::PoolParams;
 use kernels_gpu::score::ScoreParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
@@ -11,10 +14,12 @@ use kernels_gpu::vote::VoteParams;
 
 use super::GpuBackend;
 use super::scratch::Scratch;
-use crate::backend::{AppendArgs, PoolArgs, ScoreArgs, SmoothArgs, TopKArgs, VoteArgs};
+use crate::backend::{
+    AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
+};
 use crate::cache::{KvStorageMut, KvStrides};
 use crate::error::{Error, Result};
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{DType, TensorView, TensorViewMut};
 
 /// Kernels move 16 bytes at a time.
 const ALIGN: u64 = 16;
@@ -101,8 +106,7 @@ impl GpuBackend {
 
     pub(super) fn pool_params<T>(&self, args: &PoolArgs<'_>) -> Result<PoolParams<T>> {
         let config = args.config;
-        let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
         let cached = args.cached.as_ref();
         Ok(PoolParams {
             q: self.pointer("q", &args.q)?,
@@ -130,8 +134,7 @@ impl GpuBackend {
 
     pub(super) fn score_params<T>(&self, args: &ScoreArgs<'_>) -> Result<ScoreParams<T>> {
         let config = args.config;
-        let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
         Ok(ScoreParams {
             k_pages: self.pointer("k pages", &args.kv.k)?,
             queries: self.pointer("queries", &args.queries)?,
@@ -150,10 +153,10 @@ impl GpuBackend {
             head_dim: config.heads.head_dim as u32,
         })
     }
+
     pub(super) fn vote_params(&self, args: &VoteArgs<'_>) -> Result<VoteParams> {
         let config = args.config;
-        let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
         Ok(VoteParams {
             actions: self.pointer("actions", &args.actions)?,
             logits: self.pointer("logits", &args.logits)?,
@@ -186,8 +189,7 @@ impl GpuBackend {
 
     pub(super) fn top_k_params(&self, args: &TopKArgs<'_>) -> Result<TopKParams> {
         let config = args.config;
-        let max_rows = args.actions.shape().dims()[0];
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), max_rows, config)?;
+        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
         let cached = args.cached.as_ref();
         let sequence_indices = match cached {
             Some(_) => args.batch.device_sequence_indices(&self.driver)?,
@@ -217,6 +219,79 @@ impl GpuBackend {
             max_tokens: args.votes.shape().dims()[0] as u32,
             level: 0,
             reserved: 0,
+        })
+    }
+
+    pub(super) fn attend_params<T>(&self, args: &AttendArgs<'_>) -> Result<AttendParams<T>> {
+        let (config, batch) = (args.config, args.batch);
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), config, args.limits)?;
+        let lists = args.selection.as_ref();
+        let ranks = lists.and_then(|lists| lists.ranks.as_ref());
+        let pointer =
+            |what, tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), |t| self.pointer(what, t));
+        let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
+        let stride = page_strides(args.kv.strides)?;
+        Ok(AttendParams {
+            q: self.pointer("q", &args.q)?,
+            k_pages: self.pointer("k pages", &args.kv.k)?,
+            v_pages: self.pointer("v pages", &args.kv.v)?,
+            selected: pointer("selection.tokens", lists.map(|lists| &lists.tokens))?,
+            selected_len: pointer("selection.len", lists.map(|lists| &lists.len))?,
+            ranks: pointer("selection.ranks", ranks.map(|ranks| &ranks.ranks))?,
+            total_len: pointer("selection.total_len", ranks.map(|ranks| &ranks.total_len))?,
+            out: self.pointer_mut("out", &args.out)?,
+            lse: self.optional("lse", args.lse.as_ref())?,
+            partial: GlobalMut::from_addr(scratch.attend_partial),
+            partial_stats: GlobalMut::from_addr(scratch.attend_stats),
+            counters: GlobalMut::from_addr(scratch.attend_counters),
+            batch: self.tables(batch)?,
+            k_stride: stride,
+            v_stride: stride,
+            rope: self.rope(args.rope)?,
+            num_kv_heads: config.heads.num_kv_heads as u32,
+            group: config.heads.group() as u32,
+            max_selected: width as u32,
+            max_block_len: batch.max_block_len() as u32,
+            max_len: lists.map_or(batch.max_kv_len(), |_| width) as u32,
+            k_is_gathered: 0,
+            out_is_f32: u32::from(args.out.dtype() == DType::F32),
+            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
+            soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
+            reserved: 0,
+        })
+    }
+
+    /// What [`gather`](kernels_gpu::gather) needs for these lists; `None` where there are none, or the workspace has no
+    /// room for lists so long.
+    pub(super) fn gather_params<T>(
+        &self,
+        args: &AttendArgs<'_>,
+        attend: AttendParams<T>,
+    ) -> Result<Option<GatherParams<T>>> {
+        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), args.config, args.limits)?;
+        let max_places = scratch.max_places as u32;
+        if attend.selected.addr() == 0 || attend.max_selected > max_places {
+            return Ok(None);
+        }
+        let head_dim = args.config.heads.head_dim as u32;
+        let gathered = GlobalMut::from_addr(scratch.gathered);
+        Ok(Some(GatherParams { attend, gathered, head_dim, max_places }))
+    }
+
+    pub(super) fn merge_params<T>(&self, args: &MergeArgs<'_>) -> Result<MergeParams<T>> {
+        let dims = args.parts.shape();
+        let &[num_parts, tokens, heads, head_dim] = dims.dims() else {
+            return Err(Error::config("parts", "four-dimensional", dims));
+        };
+        Ok(MergeParams {
+            parts: self.pointer("parts", &args.parts)?,
+            part_lses: self.pointer("part_lses", &args.part_lses)?,
+            out: self.pointer_mut("out", &args.out)?,
+            lse: self.optional("lse", args.lse.as_ref())?,
+            num_parts: num_parts as u32,
+            num_heads: (tokens * heads) as u32,
+            head_dim: head_dim as u32,
+            out_is_f32: u32::from(args.out.dtype() == DType::F32),
         })
     }
 }

@@ -1,14 +1,15 @@
 //! Device memory that kernels use among themselves: one tensor of words, counted and carved by the same code.
 
+use kernels_gpu::attend_decode::{QUERY_ROWS, max_parts};
 use kernels_gpu::launch::GpuInfo;
 use kernels_gpu::radix::{BINS, RadixTables, blocks_of_row};
 use kernels_gpu::score::max_chunks;
 use kernels_gpu::simt::global::GlobalMut;
 
-use crate::config::{HeadShape, SelectConfig};
+use crate::config::{Positions, SelectConfig};
 use crate::error::Result;
 use crate::plan::Limits;
-use crate::tensor::TensorViewMut;
+use crate::tensor::TensorView;
 
 /// Where each kernel's workspace lies, in device addresses. Counters are zero between launches.
 pub(super) struct Scratch {
@@ -24,13 +25,24 @@ pub(super) struct Scratch {
     pub radix_state: u64,
     /// `[num_rows, blocks_of_row]` pairs of u32, for any number of rows.
     pub share_counts: u64,
+    /// `[max_parts]` u32, zero between launches.
+    pub attend_counters: u64,
+    /// `[max_parts, QUERY_ROWS, head_dim]` f32.
+    pub attend_partial: u64,
+    /// `[max_parts, QUERY_ROWS]` pairs of f32.
+    pub attend_stats: u64,
+    /// `[max_rows, num_kv_heads, max_places, head_dim]` of 2 bytes: rotated keys.
+    pub gathered: u64,
+    /// Places of a list in `gathered`; 0 where nothing need be gathered.
+    pub max_places: usize,
     /// One past the last byte.
     end: u64,
 }
 
 impl Scratch {
     /// The places in scratch memory that begins at `base`.
-    fn carve(base: u64, gpu: &GpuInfo, max_rows: usize, heads: HeadShape) -> Self {
+    fn carve(base: u64, gpu: &GpuInfo, config: &SelectConfig, limits: &Limits) -> Self {
+        let (heads, max_rows) = (config.heads, limits.max_rows);
         let chunks = max_chunks(heads.num_kv_heads as u32) as usize;
         let mut end = base;
         let mut words = |count: usize| {
@@ -45,24 +57,46 @@ impl Scratch {
         let radix_state = words(max_rows * 2);
         // `rows * blocks_of_row(rows)` is largest where the division of blocks among rows rounds up the most.
         let share_counts = words(2 * (blocks_of_row(gpu, 1, u32::MAX) as usize + max_rows));
-        Scratch { counters, pool_partial, score_partial, histogram, radix_state, share_counts, end }
+        let parts = max_parts(gpu) as usize;
+        let attend_counters = words(parts);
+        let attend_partial = words(parts * QUERY_ROWS as usize * heads.head_dim);
+        let attend_stats = words(2 * parts * QUERY_ROWS as usize);
+        let max_places = match &config.positions {
+            Positions::Native => 0,
+            Positions::Reassigned(_) => config.max_selected(limits.max_block_len),
+        };
+        let gathered = words(max_rows * heads.num_kv_heads * max_places * heads.head_dim / 2);
+        Scratch {
+            counters,
+            pool_partial,
+            score_partial,
+            histogram,
+            radix_state,
+            share_counts,
+            attend_counters,
+            attend_partial,
+            attend_stats,
+            gathered,
+            max_places,
+            end,
+        }
     }
 
     /// Words of scratch that batches within `limits` need.
     pub fn words(gpu: &GpuInfo, config: &SelectConfig, limits: &Limits) -> usize {
-        Scratch::carve(0, gpu, limits.max_rows, config.heads).end as usize / 4
+        Scratch::carve(0, gpu, config, limits).end as usize / 4
     }
 
-    /// The places in the workspace's scratch tensor; `max_rows` is the plan's.
+    /// The places in the workspace's scratch tensor, made for the same configuration and limits.
     pub fn of(
-        scratch: &TensorViewMut<'_>,
+        scratch: &TensorView<'_>,
         gpu: &GpuInfo,
-        max_rows: usize,
         config: &SelectConfig,
+        limits: &Limits,
     ) -> Result<Self> {
-        let base = scratch.as_view().device_slice("scratch")?.addr();
-        Ok(Scratch::carve(base, gpu, max_rows, config.heads))
+        Ok(Scratch::carve(scratch.device_slice("scratch")?.addr(), gpu, config, limits))
     }
+
     /// The workspace of radix selects.
     pub fn radix(&self) -> RadixTables {
         RadixTables {

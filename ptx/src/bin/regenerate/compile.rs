@@ -68,7 +68,7 @@ pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: 
         return Err(Error::Output { architecture: name, folder: outputs, found: found.len() });
     };
     check_inputs(&assembly.with_extension("d"), name, &options.kernels)?;
-    let body = tidy(&read(assembly)?);
+    let body = tidy(&bound_launches(&read(assembly)?));
     let got = IsaVersion::of(&body)?;
     if got != isa {
         return Err(Error::IsaVersion {
@@ -137,6 +137,30 @@ fn unhashed_input(dep_info: &str, hashed: &[String]) -> Option<String> {
     inputs.map(|input| input.replace('\\', "/")).find(|input| !covered(input))
 }
 
+/// The comment that `simt::thread::launch_bounds` leaves in an entry, as directives at the entry's head: rustc has no
+/// attribute for them.
+fn bound_launches(text: &str) -> String {
+    let mut bounded = String::with_capacity(text.len());
+    let mut rest = text;
+    while let Some(begin) = rest.find(".entry") {
+        let (before, entry) = rest.split_at(begin);
+        bounded.push_str(before);
+        let end = entry[1..].find(".entry").map_or(entry.len(), |next| next + 1);
+        let (entry, others) = entry.split_at(end);
+        let marker = entry.lines().find_map(|line| line.trim().strip_prefix("// launch_bounds "));
+        match (marker.and_then(|bounds| bounds.split_once(' ')), entry.split_once("\n{")) {
+            (Some((threads, blocks)), Some((head, body))) => {
+                bounded
+                    .push_str(&format!("{head}\n.maxntid {threads}, 1, 1\n.minnctapersm {blocks}\n{{{body}"));
+            }
+            _ => bounded.push_str(entry),
+        }
+        rest = others;
+    }
+    bounded.push_str(rest);
+    bounded
+}
+
 /// The compiler's text without comments (two lines for each inline instruction) and runs of empty lines.
 fn tidy(text: &str) -> String {
     let mut tidied = String::with_capacity(text.len());
@@ -161,6 +185,13 @@ mod tests {
     fn tidy_drops_comments_and_runs_of_empty_lines() {
         let text = "//\n// Generated\n//\n\n.version 7.4\n\n\n\t// .globl\tf\n\nf:  \n\t// begin inline asm\n\tbar;\n\n\n";
         assert_eq!(tidy(text), ".version 7.4\n\nf:\n\tbar;\n");
+    }
+
+    #[test]
+    fn launch_bounds_move_to_the_head_of_their_entry() {
+        let text = "a\n.visible .entry f(\n)\n{\n\tret;\n}\n.visible .entry g(\n)\n{\n\t// launch_bounds 128 3\n\tret;\n}\n";
+        let bounded = "a\n.visible .entry f(\n)\n{\n\tret;\n}\n.visible .entry g(\n)\n.maxntid 128, 1, 1\n.minnctapersm 3\n{\n\tret;\n}\n";
+        assert_eq!(tidy(&bound_launches(text)), bounded);
     }
 
     #[test]

@@ -1,0 +1,947 @@
+//! `attend` for few queries: attention of each row's block over its list, keys and values straight to tensor cores.
+//!
+//! ```text
+//! for each row, KV head, 8 query rows, share of the list's tiles:                    (a block)
+//!     for each tile of 16 places:                                                    (a warp)
+//!         s = logit(rotate(k, rank) . q),  -inf where the rank is not seen
+//!         p = exp(s - max so far);  out = out * correction + v^T p
+//!     merge the warps
+//! merge the shares                                                                   (the last block to finish)
+//! ```
+//! Departures from the loops:
+//! 1. Everything is transposed, so that the 16 rows of `mma.m16n8k16` are tokens, then dimensions, and query rows, of
+//!    which there are few, its 8 columns. The head dimension is permuted alike in queries and keys, so that the piece a
+//!    lane loads from a key *is* its A fragment: chunk `c` of `8 W` dimensions gives lane `t` (of 4) the dimensions
+//!    `8 W c + 2 W t ..`, `W` words. Of values a lane loads the same piece of four tokens, and pairs them by byte
+//!    permutation: word `w` of chunk `v` holds rows `16 W v + 2 W g + 2 w` and the next. Nothing passes through shared
+//!    memory but the queries.
+//! 2. Keys are rotated in registers, where both elements of a pair lie in one lane: for half-split pairs over the whole
+//!    head, chunk `c` pairs with chunk `c + C / 2`. (For `D = 96` pieces are 8 bytes, since 48 is no multiple of 32.)
+//!    Rotated queries and keys are split in high and low parts, as in [`score`](mod@crate::score), so that rotation
+//!    costs no precision. (Half-split pairs over a part of the head are left to [`gather`](mod@crate::gather).)
+//! 3. A tile's keys are multiplied while its values are under way; both are replaced by the next tile's as soon as they
+//!    are used, at places that were looked up a tile ahead.
+//! 4. Every warp keeps a softmax of its own over all 8 query rows. Warps and shares are merged in order: the bits of
+//!    the result depend on the launch shape, not on timing.
+//!
+//! **Bytes.** Keys and values of the list once: `len * num_kv_heads * head_dim * 4` for up to 8 query rows a KV head.
+
+use crate::attention::AttendParams;
+use crate::launch::{Dims, GpuInfo};
+use crate::simt::data::V2;
+use crate::simt::shared::{Carve, Region};
+
+/// Instances for keys that are used as they are,
+pub const NATIVE: u32 = 0;
+/// rotated in pairs of one half of the head with the other, or
+pub const HALVES: u32 = 1;
+/// rotated in pairs of neighbours.
+pub const NEIGHBOURS: u32 = 2;
+
+/// Threads of a block.
+const THREADS: u32 = 128;
+/// Warps of a block.
+const WARPS: u32 = THREADS / 32;
+/// Places of a tile: the depth of one `mma`.
+const TILE: u32 = 16;
+/// Query rows of a block: the columns of one `mma`.
+pub const QUERY_ROWS: u32 = 8;
+/// Blocks that one SM runs at a time, with up to 255 registers a thread.
+const BLOCKS_PER_SM: u32 = 2;
+/// Shares of a list at most; their statistics are merged in shared memory.
+const MAX_SPLITS: u32 = 128;
+
+/// Shared memory of a block.
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
+struct Layout {
+    /// Rotated queries, `[QUERY_ROWS, head_dim]`.
+    rotated: Region<f32>,
+    /// Query fragments, `[high and low, chunk, lane, words]`.
+    queries: Region<u32>,
+    /// Outputs of the warps, `[WARPS, QUERY_ROWS, head_dim]`.
+    out: Region<f32>,
+    /// Largest logit and sum, `[WARPS or splits, QUERY_ROWS]`.
+    stats: Region<V2<f32>>,
+    bytes: u32,
+}
+
+impl Layout {
+    const fn new(head_dim: u32) -> Layout {
+        let mut carve = Carve::new();
+        Layout {
+            rotated: carve.array(QUERY_ROWS * head_dim, 16),
+            queries: carve.array(2 * QUERY_ROWS * head_dim / 2, 16),
+            out: carve.array(WARPS * QUERY_ROWS * head_dim, 16),
+            stats: carve.array(MAX_SPLITS * QUERY_ROWS, 16),
+            bytes: carve.bytes(),
+        }
+    }
+}
+
+impl<T> AttendParams<T> {
+    /// Tiles of query rows that the longest block needs.
+    const fn query_tiles(&self) -> u32 {
+        (self.max_block_len * self.group).div_ceil(QUERY_ROWS)
+    }
+
+    /// Rows, KV heads and tiles of query rows: what [`AttendParams::counters`] counts for.
+    pub const fn decode_units(&self) -> u32 {
+        self.batch.num_rows * self.num_kv_heads * self.query_tiles()
+    }
+
+    /// Shares that each list is cut into: enough to fill the device, and no emptier than a tile for each warp.
+    pub const fn decode_splits(&self, gpu: &GpuInfo) -> u32 {
+        let units = self.decode_units();
+        let fair = max_parts(gpu) / if units == 0 { 1 } else { units };
+        let useful = self.max_len.div_ceil(TILE * WARPS);
+        let splits = if fair < useful { fair } else { useful };
+        match splits {
+            0 => 1,
+            1..=MAX_SPLITS => splits,
+            _ => MAX_SPLITS,
+        }
+    }
+
+    /// A block per share, KV head and tile of query rows, and row.
+    pub const fn decode_dims(&self, gpu: &GpuInfo, head_dim: u32) -> Dims {
+        Dims {
+            grid: [self.decode_splits(gpu), self.num_kv_heads * self.query_tiles(), self.batch.num_rows],
+            block: [THREADS, 1, 1],
+            shared_bytes: Layout::new(head_dim).bytes,
+        }
+    }
+}
+
+/// Units times shares at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
+pub const fn max_parts(gpu: &GpuInfo) -> u32 {
+    gpu.num_sms * BLOCKS_PER_SM
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub use kernel::attend_decode;
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+mod kernel {
+    use super::*;
+    use crate::attention::{List, NOWHERE, add_low, any_not_finite, split, subtracted};
+    use crate::element::Element;
+    use crate::simt::data::V4;
+    use crate::simt::global::{GlobalMut, GlobalPtr};
+    use crate::simt::shared::Shared;
+    use crate::simt::{grid, math, thread, warp};
+
+    /// The lane's words of a key: `[chunk, word]`.
+    type Key<const W: usize, const C: usize> = [[u32; W]; C];
+    /// The lane's words of its four values: `[token, chunk, word]`.
+    type Values<const W: usize, const V: usize> = [[[u32; W]; V]; 4];
+    /// The lane's part of the output: `[chunk, word, (first row, columns 2t and 2t + 1; second row, the same)]`.
+    type Out<const W: usize, const V: usize> = [[[f32; 4]; W]; V];
+
+    /// What the blocks of a tile of query rows work on.
+    struct Work<'a, T> {
+        params: &'a AttendParams<T>,
+        list: List,
+        kv_head: u32,
+        /// First query row.
+        first_row: u32,
+        /// Query rows that there are, at most [`QUERY_ROWS`].
+        num_rows: u32,
+        /// Ranks that the lane's query rows `2t` and `2t + 1` see.
+        bounds: [u32; 2],
+    }
+
+    /// Where the lane's place of a tile lies: element offset of its page and token in keys, and its rank.
+    #[derive(Clone, Copy)]
+    struct At {
+        offset: u64,
+        rank: u32,
+    }
+
+    /// Softmax of the lane's query rows `2t` and `2t + 1`: the largest logit of the row, the lane's part of the sum.
+    #[derive(Clone, Copy)]
+    struct Softmax {
+        max: [f32; 2],
+        sum: [f32; 2],
+    }
+
+    /// See the module. `W` words a piece, `C` chunks of keys, `V` chunks of values; `ROTATE`: [`NATIVE`],
+    /// [`HALVES`] or [`NEIGHBOURS`].
+    ///
+    /// # Safety
+    /// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; tokens lie in their rows, page numbers
+    ///   in the pool.
+    /// - `head_dim = 8 W C = 16 W V`. Keys are not gathered; `k_stride` is `v_stride`.
+    /// - The rope tables cover every rank below the length of a whole list, and have the pairs that `ROTATE` says
+    ///   ([`RopeTables::pairs_in_lane`](crate::rope::RopeTables::pairs_in_lane)).
+    /// - Launched with [`AttendParams::decode_dims`].
+    #[inline(always)]
+    pub unsafe fn attend_decode<
+        T: Element,
+        const W: usize,
+        const C: usize,
+        const V: usize,
+        const ROTATE: u32,
+    >(
+        params: AttendParams<T>,
+    ) {
+        thread::launch_bounds::<THREADS, BLOCKS_PER_SM>();
+        grid::wait_for_previous();
+        let layout = const { &Layout::new((8 * W * C) as u32) };
+        let row = thread::block_idx_z();
+        let list = params.list(row);
+        let (kv_head, tile) =
+            (thread::block_idx_y() % params.num_kv_heads, thread::block_idx_y() / params.num_kv_heads);
+        let first_row = tile * QUERY_ROWS;
+        let all_rows = params.num_query_rows(&list);
+        if first_row >= all_rows {
+            return;
+        }
+        let num_rows = (all_rows - first_row).min(QUERY_ROWS);
+        let t = warp::lane_id() % 4;
+        let bound = |i: u32| list.first_bound + (first_row + i.min(num_rows - 1)) / params.group.max(1);
+        let bounds = [bound(2 * t), bound(2 * t + 1)];
+        let work = Work { params: &params, list, kv_head, first_row, num_rows, bounds };
+        if list.len == 0 {
+            if thread::block_idx_x() == 0 {
+                write_nothing::<T, W, C>(&work);
+            }
+            return;
+        }
+        if ROTATE != NATIVE {
+            rotate_queries::<T, W, C>(&work, layout);
+        }
+        let queries = load_queries::<T, W, C, ROTATE>(&work, layout);
+        let (out, softmax) = attend_share::<T, W, C, V, ROTATE>(&work, layout, queries);
+        merge_warps::<T, W, C, V>(&work, layout, out, softmax);
+    }
+
+    /// Output of a list without entries.
+    #[inline(always)]
+    unsafe fn write_nothing<T: Element, const W: usize, const C: usize>(work: &Work<'_, T>) {
+        let quads = (2 * W * C) as u32;
+        let mut i = thread::thread_idx_x();
+        while i < work.num_rows * quads {
+            let (at, _) = work.params.query_row(&work.list, work.kv_head, work.first_row + i / quads);
+            work.params.store_out(at * (4 * quads) as u64 + (i % quads * 4) as u64, [0.0; 4]);
+            if i.is_multiple_of(quads) {
+                work.params.store_lse(at, 0.0, 0.0);
+            }
+            i += THREADS;
+        }
+    }
+
+    /// Writes the block's rotated query rows to shared memory. Rows that there are not are left out.
+    #[inline(always)]
+    unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(
+        work: &Work<'_, T>,
+        layout: &Layout,
+    ) {
+        let (params, head_dim) = (work.params, (8 * W * C) as u32);
+        let pairs = head_dim / 2;
+        let rotated = layout.rotated.get();
+        let mut i = thread::thread_idx_x();
+        while i < work.num_rows * pairs {
+            let (row, pair) = (i / pairs, i % pairs);
+            let (at, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
+            let q = params.q.add(at * head_dim as u64);
+            let (x, y) = params.rope.elements(pair);
+            let position = (work.list.first_bound + t).saturating_sub(1);
+            let values = (q.add(x as u64).load_cached().to_f32(), q.add(y as u64).load_cached().to_f32());
+            let values = params.rope.rotate(pair, position, values);
+            rotated.add(row * head_dim + x).store(values.0);
+            rotated.add(row * head_dim + y).store(values.1);
+            i += THREADS;
+        }
+        thread::sync_threads();
+    }
+
+    /// Puts the query fragments in shared memory; a chunk is made by a warp. Returns where the lane's lie.
+    #[inline(always)]
+    unsafe fn load_queries<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
+        work: &Work<'_, T>,
+        layout: &Layout,
+    ) -> Shared<u32> {
+        let fragments = layout.queries.get();
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let head_dim = (8 * W * C) as u32;
+        let mut c = warp::warp_id();
+        while c < C as u32 {
+            let first = 8 * W as u32 * c + 2 * W as u32 * t;
+            let (mut high, mut low) = ([0; W], [0; W]);
+            if g < work.num_rows {
+                if ROTATE != NATIVE {
+                    let from = layout.rotated.get().add(g * head_dim + first);
+                    let mut w = 0;
+                    while w < W {
+                        let pair = from.add(2 * w as u32).cast::<V2<f32>>().load().0;
+                        (high[w], low[w]) = split::<T>(pair[0], pair[1]);
+                        w += 1;
+                    }
+                } else {
+                    let params = work.params;
+                    let (at, _) = params.query_row(&work.list, work.kv_head, work.first_row + g);
+                    high = load_words(params.q.add(at * head_dim as u64 + first as u64));
+                }
+            }
+            let at = fragments.add((c * 32 + warp::lane_id()) * W as u32);
+            store_words(at, high);
+            if ROTATE != NATIVE {
+                store_words(at.add((C * 32 * W) as u32), low);
+            }
+            c += WARPS;
+        }
+        thread::sync_threads();
+        fragments.add(warp::lane_id() * W as u32)
+    }
+
+    /// `W` words at once.
+    #[inline(always)]
+    unsafe fn load_words<T, const W: usize>(at: GlobalPtr<T>) -> [u32; W] {
+        let mut words = [0; W];
+        if W == 4 {
+            let quad = at.cast::<V4<u32>>().load_stream_row().0;
+            let mut w = 0;
+            while w < W {
+                words[w] = quad[w];
+                w += 1;
+            }
+        } else {
+            let pair = at.cast::<V2<u32>>().load_stream_row().0;
+            let mut w = 0;
+            while w < W {
+                words[w] = pair[w];
+                w += 1;
+            }
+        }
+        words
+    }
+
+    #[inline(always)]
+    unsafe fn store_words<const W: usize>(at: Shared<u32>, words: [u32; W]) {
+        if W == 4 {
+            at.cast::<V4<u32>>().store(V4([words[0], words[1], words[2], words[W - 1]]));
+        } else {
+            at.cast::<V2<u32>>().store(V2([words[0], words[W - 1]]));
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn load_shared_words<const W: usize>(at: Shared<u32>) -> [u32; W] {
+        let mut words = [0; W];
+        if W == 4 {
+            let quad = at.cast::<V4<u32>>().load().0;
+            let mut w = 0;
+            while w < W {
+                words[w] = quad[w];
+                w += 1;
+            }
+        } else {
+            let pair = at.cast::<V2<u32>>().load().0;
+            let mut w = 0;
+            while w < W {
+                words[w] = pair[w];
+                w += 1;
+            }
+        }
+        words
+    }
+
+    /// Attention of the warp over every fourth tile of the block's share.
+    #[inline(always)]
+    unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
+        work: &Work<'_, T>,
+        layout: &Layout,
+        queries: Shared<u32>,
+    ) -> (Out<W, V>, Softmax) {
+        let scratch = layout.out.get().add(warp::warp_id() * QUERY_ROWS * (8 * W * C) as u32);
+        let mut out = [[[0.0; 4]; W]; V];
+        let mut softmax = Softmax { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
+        let tiles = work.list.len.div_ceil(TILE) as u64;
+        let (split, splits) = (thread::block_idx_x() as u64, thread::grid_dim_x() as u64);
+        let end = (tiles * (split + 1) / splits) as u32;
+        let mut tile = (tiles * split / splits) as u32 + warp::warp_id();
+        if tile >= end {
+            return (out, softmax);
+        }
+        let mut here = look_up(work, tile);
+        let mut keys = load_keys::<T, W, C>(work, here);
+        let mut values = load_values::<T, W, V>(work, here);
+        let mut ahead = look_up(work, tile + WARPS);
+        loop {
+            let next = tile + WARPS;
+            let products = multiply::<T, W, C, ROTATE>(work, queries, here, &keys);
+            let after = look_up(work, next + WARPS);
+            let followed = next < end;
+            if followed {
+                keys = load_keys::<T, W, C>(work, ahead);
+            }
+            let weights = fold(work, here, products, &mut softmax, &mut out);
+            accumulate::<T, W, V>(work, here, weights, &values, scratch, &mut out);
+            if !followed {
+                return (out, softmax);
+            }
+            values = load_values::<T, W, V>(work, ahead);
+            (tile, here, ahead) = (next, ahead, after);
+        }
+    }
+
+    /// Looks up the lane's place of a tile, place `lane % 16`. Beyond the end it is the last one's.
+    #[inline(always)]
+    unsafe fn look_up<T: Element>(work: &Work<'_, T>, tile: u32) -> At {
+        let params = work.params;
+        let place = params.place(&work.list, tile * TILE + warp::lane_id() % TILE);
+        let (page, within) = params.page(&work.list, place.token);
+        At { offset: params.v_stride.offset(page, within, work.kv_head), rank: place.rank }
+    }
+
+    /// Offset of place `place` of the tile, from the lane that has looked it up.
+    #[inline(always)]
+    unsafe fn offset_of(at: At, place: u32) -> u64 {
+        let low = warp::shuffle_idx(warp::FULL, at.offset as u32, place);
+        let high = warp::shuffle_idx(warp::FULL, (at.offset >> 32) as u32, place);
+        (high as u64) << 32 | low as u64
+    }
+
+    /// The lane's pieces of the keys at places `g` and `g + 8` of the tile.
+    #[inline(always)]
+    unsafe fn load_keys<T: Element, const W: usize, const C: usize>(
+        work: &Work<'_, T>,
+        at: At,
+    ) -> [Key<W, C>; 2] {
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let mut keys = [[[0; W]; C]; 2];
+        let mut half = 0;
+        while half < 2 {
+            let offset = offset_of(at, 8 * half as u32 + g) + (2 * W as u32 * t) as u64;
+            let from = work.params.k_pages.add(offset);
+            let mut c = 0;
+            while c < C {
+                keys[half][c] = load_words(from.add((8 * W * c) as u64));
+                c += 1;
+            }
+            half += 1;
+        }
+        keys
+    }
+
+    /// The lane's pieces of the values at places `2t`, `2t + 1`, `2t + 8` and `2t + 9` of the tile.
+    #[inline(always)]
+    unsafe fn load_values<T: Element, const W: usize, const V: usize>(
+        work: &Work<'_, T>,
+        at: At,
+    ) -> Values<W, V> {
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let mut values = [[[0; W]; V]; 4];
+        let mut i = 0;
+        while i < 4 {
+            let place = 2 * t + (i as u32 % 2) + 8 * (i as u32 / 2);
+            let offset = offset_of(at, place) + (2 * W as u32 * g) as u64;
+            let from = work.params.v_pages.add(offset);
+            let mut v = 0;
+            while v < V {
+                values[i][v] = load_words(from.add((16 * W * v) as u64));
+                v += 1;
+            }
+            i += 1;
+        }
+        values
+    }
+
+    /// Products of the tile's keys with all query rows: the fragment has places `g` and `g + 8` in its rows.
+    #[inline(always)]
+    unsafe fn multiply<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
+        work: &Work<'_, T>,
+        queries: Shared<u32>,
+        at: At,
+        keys: &[Key<W, C>; 2],
+    ) -> [f32; 4] {
+        let mut d = [0.0; 4];
+        if ROTATE == NATIVE {
+            let mut c = 0;
+            while c < C {
+                dot::<T, W>(&mut d, queries, c, [&keys[0][c], &keys[1][c]]);
+                c += 1;
+            }
+            return d;
+        }
+        let position = |half: u32| {
+            let rank = warp::shuffle_idx(warp::FULL, at.rank, 8 * half + warp::lane_id() / 4);
+            if rank == NOWHERE { 0 } else { rank }
+        };
+        let positions = [position(0), position(1)];
+        // Of high parts with high parts, and of either with the other's low parts.
+        let mut rest = [0.0; 4];
+        let lane = 2 * W as u32 * (warp::lane_id() % 4);
+        let rope = &work.params.rope;
+        let mut c = 0;
+        while c < if ROTATE == HALVES { C / 2 } else { C } {
+            let (mut x, mut y) = ([Parts::<W>::ZERO; 2], [Parts::<W>::ZERO; 2]);
+            let mut half = 0;
+            while half < 2 {
+                let mut w = 0;
+                if ROTATE == HALVES {
+                    while w < W {
+                        let angles = rope.two_angles((8 * W * c + 2 * w) as u32 + lane, positions[half]);
+                        let own = T::unpack(keys[half][c][w]);
+                        let partner = T::unpack(keys[half][c + C / 2][w]);
+                        let (x0, y0) = angles[0].turn((own[0], partner[0]));
+                        let (x1, y1) = angles[1].turn((own[1], partner[1]));
+                        x[half].set::<T>(w, (x0, x1));
+                        y[half].set::<T>(w, (y0, y1));
+                        w += 1;
+                    }
+                } else {
+                    while w < W {
+                        let pair = (4 * W * c + w) as u32 + lane / 2;
+                        let angles = rope.two_angles(pair, positions[half]);
+                        let mut i = 0;
+                        while i < 2 {
+                            let own = T::unpack(keys[half][c][w + i]);
+                            let turned = angles[i].turn((own[0], own[1]));
+                            x[half]
+                                .set::<T>(w + i, if pair < rope.pairs { turned } else { (own[0], own[1]) });
+                            i += 1;
+                        }
+                        w += 2;
+                    }
+                }
+                half += 1;
+            }
+            dot_parts::<T, W, C>(&mut d, &mut rest, queries, c, &x);
+            if ROTATE == HALVES {
+                dot_parts::<T, W, C>(&mut d, &mut rest, queries, c + C / 2, &y);
+            }
+            c += 1;
+        }
+        let mut i = 0;
+        while i < 4 {
+            d[i] = add_low(d[i], rest[i]);
+            i += 1;
+        }
+        d
+    }
+
+    /// A rotated piece of a key.
+    #[derive(Clone, Copy)]
+    struct Parts<const W: usize> {
+        high: [u32; W],
+        low: [u32; W],
+    }
+
+    impl<const W: usize> Parts<W> {
+        const ZERO: Self = Parts { high: [0; W], low: [0; W] };
+
+        #[inline(always)]
+        fn set<T: Element>(&mut self, w: usize, (x, y): (f32, f32)) {
+            (self.high[w], self.low[w]) = split::<T>(x, y);
+        }
+    }
+
+    /// `d += k q^T` over chunk `c`, for the pieces of the keys at places `g` and `g + 8`.
+    #[inline(always)]
+    unsafe fn dot<T: Element, const W: usize>(
+        d: &mut [f32; 4],
+        queries: Shared<u32>,
+        c: usize,
+        [upper, lower]: [&[u32; W]; 2],
+    ) {
+        let query = load_shared_words::<W>(queries.add((c * 32 * W) as u32));
+        let mut w = 0;
+        while w < W {
+            T::mma(d, [upper[w], lower[w], upper[w + 1], lower[w + 1]], [query[w], query[w + 1]]);
+            w += 2;
+        }
+    }
+
+    /// [`dot`] of queries and keys that are both in high and low parts.
+    #[inline(always)]
+    unsafe fn dot_parts<T: Element, const W: usize, const C: usize>(
+        d: &mut [f32; 4],
+        rest: &mut [f32; 4],
+        queries: Shared<u32>,
+        c: usize,
+        keys: &[Parts<W>; 2],
+    ) {
+        dot::<T, W>(d, queries, c, [&keys[0].high, &keys[1].high]);
+        dot::<T, W>(rest, queries, c, [&keys[0].low, &keys[1].low]);
+        dot::<T, W>(rest, queries.add((C * 32 * W) as u32), c, [&keys[0].high, &keys[1].high]);
+    }
+
+    /// The largest of a query row's logits, the same bits in the eight lanes that hold the row.
+    #[inline(always)]
+    unsafe fn max_of_row(own: f32) -> f32 {
+        let max = own.max(warp::shuffle_xor(warp::FULL, own, 4));
+        let max = max.max(warp::shuffle_xor(warp::FULL, max, 8));
+        max.max(warp::shuffle_xor(warp::FULL, max, 16))
+    }
+
+    /// Turns products into weights, `exp(logit - max)`, with the softmax and the output so far brought up to date.
+    #[inline(always)]
+    unsafe fn fold<T: Element, const W: usize, const V: usize>(
+        work: &Work<'_, T>,
+        at: At,
+        products: [f32; 4],
+        softmax: &mut Softmax,
+        out: &mut Out<W, V>,
+    ) -> [f32; 4] {
+        let mut weights = [0.0; 4];
+        let mut largest = softmax.max;
+        let mut i = 0;
+        while i < 4 {
+            let rank = warp::shuffle_idx(warp::FULL, at.rank, 8 * (i as u32 / 2) + warp::lane_id() / 4);
+            let seen = rank < work.bounds[i % 2];
+            weights[i] = if seen { work.params.logit(products[i]) } else { f32::NEG_INFINITY };
+            largest[i % 2] = largest[i % 2].max(weights[i]);
+            i += 1;
+        }
+        let mut row = 0;
+        while row < 2 {
+            let max = max_of_row(largest[row]);
+            let correction = math::ex2(softmax.max[row] - subtracted(max));
+            softmax.max[row] = max;
+            softmax.sum[row] *= correction;
+            let mut v = 0;
+            while v < V {
+                let mut w = 0;
+                while w < W {
+                    out[v][w][row] *= correction;
+                    out[v][w][row + 2] *= correction;
+                    w += 1;
+                }
+                v += 1;
+            }
+            row += 1;
+        }
+        let mut i = 0;
+        while i < 4 {
+            weights[i] = math::ex2(weights[i] - subtracted(softmax.max[i % 2]));
+            softmax.sum[i % 2] += weights[i];
+            i += 1;
+        }
+        weights
+    }
+
+    /// Weights of eight places as a B fragment: from lanes with a place and two query rows to lanes with a query row and
+    /// two places.
+    #[inline(always)]
+    unsafe fn transpose<T: Element>(first: f32, second: f32) -> u32 {
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let pair = T::pack(first, second);
+        let upper = warp::shuffle_idx(warp::FULL, pair, 8 * t + g / 2);
+        let lower = warp::shuffle_idx(warp::FULL, pair, 8 * t + 4 + g / 2);
+        if g.is_multiple_of(2) { low_halves(upper, lower) } else { high_halves(upper, lower) }
+    }
+
+    #[inline(always)]
+    fn low_halves(a: u32, b: u32) -> u32 {
+        a & 0xffff | b << 16
+    }
+
+    #[inline(always)]
+    fn high_halves(a: u32, b: u32) -> u32 {
+        a >> 16 | b & 0xffff_0000
+    }
+
+    /// `out += values^T * weights`.
+    #[inline(always)]
+    unsafe fn accumulate<T: Element, const W: usize, const V: usize>(
+        work: &Work<'_, T>,
+        at: At,
+        weights: [f32; 4],
+        values: &Values<W, V>,
+        scratch: Shared<f32>,
+        out: &mut Out<W, V>,
+    ) {
+        if work.hides_some(at) && any_value_not_finite::<T, W, V>(values) {
+            return accumulate_seen::<T, W, V>(work, at, weights, scratch, out);
+        }
+        let b = [transpose::<T>(weights[0], weights[1]), transpose::<T>(weights[2], weights[3])];
+        let mut v = 0;
+        while v < V {
+            let mut w = 0;
+            while w < W {
+                let [first, second] =
+                    [[values[0][v][w], values[1][v][w]], [values[2][v][w], values[3][v][w]]];
+                let a = [
+                    low_halves(first[0], first[1]),
+                    high_halves(first[0], first[1]),
+                    low_halves(second[0], second[1]),
+                    high_halves(second[0], second[1]),
+                ];
+                T::mma(&mut out[v][w], a, b);
+                w += 1;
+            }
+            v += 1;
+        }
+    }
+
+    impl<T: Element> Work<'_, T> {
+        /// Whether some place of the tile, which is in the list, is hidden from some query of the block; the same in
+        /// all lanes.
+        #[inline(always)]
+        unsafe fn hides_some(&self, at: At) -> bool {
+            let hidden = at.rank != NOWHERE && at.rank >= self.list.first_bound;
+            warp::any(warp::FULL, hidden)
+        }
+    }
+
+    /// Whether a value of the tile is infinite or NaN; the same in all lanes.
+    #[inline(always)]
+    unsafe fn any_value_not_finite<T: Element, const W: usize, const V: usize>(
+        values: &Values<W, V>,
+    ) -> bool {
+        let mut found = false;
+        let mut i = 0;
+        while i < 4 {
+            let mut v = 0;
+            while v < V {
+                let mut w = 0;
+                while w < W {
+                    found |= any_not_finite::<T>(values[i][v][w]);
+                    w += 1;
+                }
+                v += 1;
+            }
+            i += 1;
+        }
+        warp::any(warp::FULL, found)
+    }
+
+    /// As [`accumulate`], one place at a time, so that a value a query does not see is not multiplied by its weight of 0
+    /// either: it may be infinite or NaN. For the rare tile that has such a value among the block's own tokens. `scratch`
+    /// is the warp's own, for 8 times 16 numbers.
+    #[inline(always)]
+    unsafe fn accumulate_seen<T: Element, const W: usize, const V: usize>(
+        work: &Work<'_, T>,
+        at: At,
+        weights: [f32; 4],
+        scratch: Shared<f32>,
+        out: &mut Out<W, V>,
+    ) {
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let mut i = 0;
+        while i < 4 {
+            let (row, place) = (2 * t + i as u32 % 2, 8 * (i as u32 / 2) + g);
+            scratch.add(TILE * row + place).store(weights[i]);
+            i += 1;
+        }
+        warp::sync_warp(warp::FULL);
+        let mut place = 0;
+        while place < TILE {
+            let rank = warp::shuffle_idx(warp::FULL, at.rank, place);
+            let value = work.params.v_pages.add(offset_of(at, place) + (2 * W as u32 * g) as u64);
+            let mut row = 0;
+            while row < 2 {
+                let weight = scratch.add(TILE * (2 * t + row as u32) + place).load();
+                let seen = rank < work.bounds[row];
+                let mut v = 0;
+                while v < V {
+                    let mut w = 0;
+                    while w < W {
+                        let [x, y] =
+                            T::unpack(value.add((16 * W * v + 2 * w) as u64).cast::<u32>().load_cached());
+                        if seen {
+                            out[v][w][row] += weight * x;
+                            out[v][w][row + 2] += weight * y;
+                        }
+                        w += 1;
+                    }
+                    v += 1;
+                }
+                row += 1;
+            }
+            place += 1;
+        }
+        warp::sync_warp(warp::FULL); // the scratch memory is free again
+    }
+
+    /// Merges the warps' outputs, and the shares' where there are several.
+    #[inline(always)]
+    unsafe fn merge_warps<T: Element, const W: usize, const C: usize, const V: usize>(
+        work: &Work<'_, T>,
+        layout: &Layout,
+        out: Out<W, V>,
+        softmax: Softmax,
+    ) {
+        let (params, head_dim) = (work.params, (8 * W * C) as u32);
+        let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+        let (outs, stats) = (layout.out.get(), layout.stats.get());
+        let mut row = 0;
+        while row < 2 {
+            let sum = softmax.sum[row] + warp::shuffle_xor(warp::FULL, softmax.sum[row], 4);
+            let sum = sum + warp::shuffle_xor(warp::FULL, sum, 8);
+            let sum = sum + warp::shuffle_xor(warp::FULL, sum, 16);
+            let query_row = 2 * t + row as u32;
+            let place = warp::warp_id() * QUERY_ROWS + query_row;
+            if query_row < work.num_rows {
+                if g == 0 {
+                    stats.add(place).store(V2([softmax.max[row], sum]));
+                }
+                let mut v = 0;
+                while v < V {
+                    let first = (16 * W * v) as u32 + 2 * W as u32 * g;
+                    let to = outs.add(place * head_dim + first).cast::<V4<f32>>();
+                    let mut w = 0;
+                    while w < W {
+                        let (low, high) = (out[v][w], out[v][w + 1]);
+                        to.add(w as u32 / 2).store(V4([low[row], low[row + 2], high[row], high[row + 2]]));
+                        w += 2;
+                    }
+                    v += 1;
+                }
+            }
+            row += 1;
+        }
+        thread::sync_threads();
+
+        let (split, splits) = (thread::block_idx_x(), thread::grid_dim_x());
+        let unit = thread::block_idx_z() * thread::grid_dim_y() + thread::block_idx_y();
+        let part = (unit as u64 * splits as u64 + split as u64) * QUERY_ROWS as u64;
+        let quads = head_dim / 4;
+        let mut i = thread::thread_idx_x();
+        while i < work.num_rows * quads {
+            let (row, quad) = (i / quads, i % quads);
+            let merged = merge(WARPS, |warp| {
+                let place = warp * QUERY_ROWS + row;
+                (stats.add(place), outs.add(place * head_dim + 4 * quad).cast::<V4<f32>>())
+            });
+            if splits == 1 {
+                merged.finish(work, row, quad, head_dim);
+            } else {
+                let at = part + row as u64;
+                params
+                    .partial
+                    .add(at * head_dim as u64)
+                    .cast::<V4<f32>>()
+                    .add(quad as u64)
+                    .store(V4(merged.out));
+                if quad == 0 {
+                    params.partial_stats.add(at).store(V2([merged.max, merged.sum]));
+                }
+            }
+            i += THREADS;
+        }
+        if splits > 1 && grid::is_last_block(params.counters.add(unit as u64), splits) {
+            merge_splits(work, stats, unit, splits, head_dim);
+        }
+    }
+
+    /// Four elements of an output that is not divided by its sum yet.
+    struct Merged {
+        max: f32,
+        sum: f32,
+        out: [f32; 4],
+    }
+
+    impl Merged {
+        /// Divides, and writes the output of query row `row`.
+        #[inline(always)]
+        unsafe fn finish<T: Element>(&self, work: &Work<'_, T>, row: u32, quad: u32, head_dim: u32) {
+            let (at, _) = work.params.query_row(&work.list, work.kv_head, work.first_row + row);
+            let inverse = if self.sum == 0.0 { 0.0 } else { 1.0 / self.sum };
+            let mut out = self.out;
+            let mut i = 0;
+            while i < 4 {
+                out[i] = if self.sum == 0.0 { 0.0 } else { out[i] * inverse };
+                i += 1;
+            }
+            work.params.store_out(at * head_dim as u64 + (4 * quad) as u64, out);
+            if quad == 0 {
+                work.params.store_lse(at, self.max, self.sum);
+            }
+        }
+    }
+
+    /// Merges parts in shared memory, in order.
+    #[inline(always)]
+    unsafe fn merge(parts: u32, part: impl Fn(u32) -> (Shared<V2<f32>>, Shared<V4<f32>>)) -> Merged {
+        let mut max = f32::NEG_INFINITY;
+        let mut i = 0;
+        while i < parts {
+            max = max.max(part(i).0.load().0[0]);
+            i += 1;
+        }
+        let mut merged = Merged { max, sum: 0.0, out: [0.0; 4] };
+        let mut i = 0;
+        while i < parts {
+            let (stats, out) = part(i);
+            merged.add(stats.load().0, out.load().0);
+            i += 1;
+        }
+        merged
+    }
+
+    impl Merged {
+        /// Adds a part whose largest logit is at most `max`.
+        #[inline(always)]
+        fn add(&mut self, [max, sum]: [f32; 2], out: [f32; 4]) {
+            // A part that saw nothing counts nothing, whatever the maximum.
+            let factor = if sum == 0.0 { 0.0 } else { math::ex2(max - subtracted(self.max)) };
+            self.sum += factor * sum;
+            let mut i = 0;
+            while i < 4 {
+                self.out[i] += factor * out[i];
+                i += 1;
+            }
+        }
+    }
+
+    /// Merges the shares of a list, eight of which are under way at a time.
+    #[inline(always)]
+    unsafe fn merge_splits<T: Element>(
+        work: &Work<'_, T>,
+        stats: Shared<V2<f32>>,
+        unit: u32,
+        splits: u32,
+        head_dim: u32,
+    ) {
+        const BATCH: usize = 8;
+        let params = work.params;
+        let first = unit as u64 * splits as u64 * QUERY_ROWS as u64;
+        let mut i = thread::thread_idx_x();
+        while i < splits * QUERY_ROWS {
+            if i % QUERY_ROWS < work.num_rows {
+                stats.add(i).store(params.partial_stats.add(first + i as u64).load());
+            }
+            i += THREADS;
+        }
+        thread::sync_threads();
+        let quads = head_dim / 4;
+        let mut i = thread::thread_idx_x();
+        while i < work.num_rows * quads {
+            let (row, quad) = (i / quads, i % quads);
+            let of_split = |split: u32| stats.add(split * QUERY_ROWS + row).load().0;
+            let mut merged = Merged { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; 4] };
+            let mut split = 0;
+            while split < splits {
+                merged.max = merged.max.max(of_split(split)[0]);
+                split += 1;
+            }
+            let from = |split: u32| -> GlobalMut<V4<f32>> {
+                let at = first + (split * QUERY_ROWS + row) as u64;
+                params.partial.add(at * head_dim as u64).cast::<V4<f32>>().add(quad as u64)
+            };
+            let mut split = 0;
+            while split < splits {
+                let mut batch = [[0.0; 4]; BATCH];
+                let mut b = 0;
+                while b < BATCH {
+                    if split + (b as u32) < splits {
+                        batch[b] = from(split + b as u32).load().0;
+                    }
+                    b += 1;
+                }
+                let mut b = 0;
+                while b < BATCH {
+                    if split + (b as u32) < splits {
+                        merged.add(of_split(split + b as u32), batch[b]);
+                    }
+                    b += 1;
+                }
+                split += BATCH as u32;
+            }
+            merged.finish(work, row, quad, head_dim);
+            i += THREADS;
+        }
+    }
+}
