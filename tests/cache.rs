@@ -132,6 +132,7 @@ impl Machine {
         }
         let id = made.unwrap();
         assert!(self.ever.insert(id), "{id} was used twice");
+        assert_eq!(SequenceId::from_bits(id.to_bits()), id);
         self.model.push((id, tokens));
         true
     }

@@ -73,6 +73,11 @@ fn tensors_and_views() {
     says(KvView::strided(enough.view(), short.view(), shape, strides), &text("v"));
     let half = tensor(DType::F16, &[0.0; 320], [320]);
     says(KvView::strided(enough.view(), half.view(), shape, strides), "`v` must be f32, got f16");
+    let (mut k, mut v) = (f32s(&[320]), f32s(&[319]));
+    says(KvViewMut::strided(k.view_mut(), v.view_mut(), shape, strides), &text("v"));
+    says(KvViewMut::strided(v.view_mut(), k.view_mut(), shape, strides), &text("k"));
+    let mut half = half;
+    says(KvViewMut::strided(k.view_mut(), half.view_mut(), shape, strides), "`v` must be f32, got f16");
     KvViewMut::combined(f32s(&[384]).view_mut(), 64, shape, strides).unwrap();
     let text = "`kv` of shape [383] needs 384 elements, the slice has 383";
     says(KvViewMut::combined(f32s(&[383]).view_mut(), 64, shape, strides), text);

@@ -105,6 +105,11 @@ impl Device {
         self.0.name()
     }
 
+    /// Whether this is the processor, whose tensors lie in the host's memory.
+    pub fn is_cpu(&self) -> bool {
+        self.driver().is_none()
+    }
+
     /// Waits until everything queued on the device is done.
     ///
     /// # Errors

@@ -1,7 +1,7 @@
 //! The buffers between the operations of a step, all reachable, so that a collective can run between two.
 
 use crate::device::Device;
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::plan::Plan;
 use crate::tensor::{DType, Shape, Tensor};
 
@@ -70,21 +70,70 @@ impl Workspace {
     /// # Errors
     /// [`Error::Config`](crate::Error::Config) where a size does not fit the address space.
     pub fn new(device: &Device, plan: &Plan) -> Result<Self> {
-        let zeros = |dtype, shape: Shape| Tensor::zeros_on(device, dtype, shape);
-        let scratch = device.backend().scratch_words(plan.config(), plan.limits());
+        let make = |dtype, shape| Tensor::zeros_on(device, dtype, shape);
+        let [
+            queries,
+            similarities,
+            actions,
+            logits,
+            stats,
+            votes,
+            pooled_votes,
+            top_k,
+            selected,
+            selected_len,
+            scratch,
+        ] = Workspace::each_buffer(device, plan, make)?;
         Ok(Workspace {
-            queries: zeros(DType::F32, plan.query_shape())?,
-            similarities: zeros(DType::F32, plan.row_shape())?,
-            actions: zeros(DType::U32, plan.row_shape())?,
-            logits: zeros(DType::F32, plan.logits_shape())?,
-            stats: zeros(DType::F32, plan.stats_shape())?,
-            votes: zeros(DType::F32, plan.votes_shape())?,
-            pooled_votes: zeros(DType::F32, plan.pooled_votes_shape())?,
-            top_k: zeros(DType::U32, plan.top_k_shape())?,
-            selected: zeros(DType::U32, plan.selected_shape())?,
-            selected_len: zeros(DType::U32, plan.row_shape())?,
-            scratch: zeros(DType::U32, [scratch].into())?,
+            queries,
+            similarities,
+            actions,
+            logits,
+            stats,
+            votes,
+            pooled_votes,
+            top_k,
+            selected,
+            selected_len,
+            scratch,
         })
+    }
+
+    /// Bytes of the buffers that [`new`](Self::new) allocates. Allocates nothing.
+    ///
+    /// # Errors
+    /// [`Error::Config`](crate::Error::Config) where they do not fit the address space.
+    pub fn num_bytes(device: &Device, plan: &Plan) -> Result<usize> {
+        let sizes = Workspace::each_buffer(device, plan, |dtype, shape| {
+            let bytes = shape.checked_len().and_then(|len| len.checked_mul(dtype.size()));
+            bytes.ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
+        })?;
+        let sum = sizes.iter().try_fold(0usize, |sum, &bytes| sum.checked_add(bytes));
+        sum.ok_or_else(|| {
+            Error::config("limits", "of buffers that fit the address space", plan.logits_shape())
+        })
+    }
+
+    /// Calls `make` with type and shape of each buffer, in the order of the fields.
+    fn each_buffer<T>(
+        device: &Device,
+        plan: &Plan,
+        mut make: impl FnMut(DType, Shape) -> Result<T>,
+    ) -> Result<[T; 11]> {
+        let scratch = device.backend().scratch_words(plan.config(), plan.limits());
+        Ok([
+            make(DType::F32, plan.query_shape())?,
+            make(DType::F32, plan.row_shape())?,
+            make(DType::U32, plan.row_shape())?,
+            make(DType::F32, plan.logits_shape())?,
+            make(DType::F32, plan.stats_shape())?,
+            make(DType::F32, plan.votes_shape())?,
+            make(DType::F32, plan.pooled_votes_shape())?,
+            make(DType::U32, plan.top_k_shape())?,
+            make(DType::U32, plan.selected_shape())?,
+            make(DType::U32, plan.row_shape())?,
+            make(DType::U32, [scratch].into())?,
+        ])
     }
 
     /// Checks that the buffers, which are open to collectives, are still of the plan's types and shapes.
@@ -122,8 +171,27 @@ impl Workspace {
     pub fn selected(&self, row: usize) -> Result<Vec<u32>> {
         let lengths = self.selected_len.to_vec::<u32>()?;
         let limit = lengths.len();
-        let len = lengths.get(row).ok_or(crate::Error::Index { what: "row", limit, got: row })?;
+        let len = lengths.get(row).ok_or(Error::Index { what: "row", limit, got: row })?;
         let width = self.selected.shape().dims()[1];
         Ok(self.selected.to_vec::<u32>()?[row * width..][..*len as usize].to_vec())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{Limits, SelectConfig};
+
+    #[test]
+    fn num_bytes_is_what_new_allocates() {
+        let config = SelectConfig { vote_pool_window: 3, ..SelectConfig::default() };
+        let limits = Limits { max_rows: 3, max_block_len: 7, max_kv_tokens: 1000 };
+        let (device, plan) = (Device::cpu(), Plan::new(config, limits).expect("a valid plan"));
+        let w = Workspace::new(&device, &plan).expect("little memory");
+        let bytes = |t: &Tensor| t.shape().checked_len().expect("allocated") * t.dtype().size();
+        let tensors = [&w.queries, &w.similarities, &w.actions, &w.logits, &w.stats, &w.votes];
+        let more = [&w.pooled_votes, &w.top_k, &w.selected, &w.selected_len, &w.scratch];
+        let sum: usize = tensors.into_iter().chain(more).map(bytes).sum();
+        assert_eq!(Workspace::num_bytes(&device, &plan), Ok(sum));
     }
 }

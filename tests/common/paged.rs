@@ -148,11 +148,13 @@ impl Pool {
     }
 
     pub fn view_mut(&mut self) -> KvViewMut<'_> {
-        if !self.storage.is_combined() {
-            let layout = self.layout();
-            return KvViewMut::new(self.k.view_mut(), self.v.view_mut(), layout).unwrap();
-        }
-        KvViewMut::combined(self.k.view_mut(), self.v_offset, self.shape, self.strides).unwrap()
+        let (layout, k) = (self.layout(), self.k.view_mut());
+        let view = match self.storage {
+            Storage::Nhd => KvViewMut::new(k, self.v.view_mut(), layout),
+            Storage::Hnd => KvViewMut::strided(k, self.v.view_mut(), self.shape, self.strides),
+            _ => KvViewMut::combined(k, self.v_offset, self.shape, self.strides),
+        };
+        view.unwrap()
     }
 
     /// The same pool in the memory of a device.

@@ -24,6 +24,16 @@ impl SequenceId {
     pub fn index(self) -> usize {
         self.index as usize
     }
+
+    /// The identifier as one number, for interfaces to other languages.
+    pub fn to_bits(self) -> u64 {
+        u64::from(self.generation) << 32 | u64::from(self.index)
+    }
+
+    /// The identifier with this number. One that no sequence has is unknown to every allocator, like a freed one.
+    pub fn from_bits(bits: u64) -> Self {
+        SequenceId { index: bits as u32, generation: (bits >> 32) as u32 }
+    }
 }
 
 impl fmt::Display for SequenceId {

@@ -47,8 +47,9 @@ impl KvShape {
         Ok(KvShape { num_pages, page_size, num_kv_heads, head_dim })
     }
 
-    /// Elements from the first to one past the last, or `None` where that does not fit a `usize`.
-    fn extent(&self, strides: KvStrides) -> Option<usize> {
+    /// Elements from the first to one past the last of pages that lie `strides` apart, or `None` where that does not fit
+    /// a `usize`.
+    pub fn extent(&self, strides: KvStrides) -> Option<usize> {
         if [self.num_pages, self.page_size, self.num_kv_heads, self.head_dim].contains(&0) {
             return Some(0);
         }
@@ -182,8 +183,25 @@ impl<'a> KvViewMut<'a> {
         Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, strides })
     }
 
+    /// Strided pools inside two tensors that do not overlap: the writable twin of [`KvView::strided`] for keys and
+    /// values that do not lie among each other.
+    ///
+    /// # Errors
+    /// As [`KvView::strided`].
+    pub fn strided(
+        k: TensorViewMut<'a>,
+        v: TensorViewMut<'a>,
+        shape: KvShape,
+        strides: KvStrides,
+    ) -> Result<Self> {
+        reach("k", shape, strides, 0, k.shape())?;
+        reach("v", shape, strides, 0, v.shape())?;
+        v.expect("v", &[k.dtype()], v.shape())?;
+        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, strides })
+    }
+
     /// Keys and values in one one-dimensional tensor, the first value `v_offset` elements after the first
-    /// key: the writable twin of [`KvView::strided`].
+    /// key: the writable twin of [`KvView::strided`] for keys and values that lie among each other.
     ///
     /// # Errors
     /// [`Error::Length`] where the tensor is shorter than the strides reach.
