@@ -1,0 +1,1252 @@
+/* tokenselect: token-level KV-cache selection and sparse attention for long-context LLM inference.
+ *
+ * Made by cbindgen from host/capi/src: do not edit. The guide is host/capi/README.md.
+ *
+ * - A function answers a ts_status, 0 for success; the text of the last error is kept per thread, ts_last_error_message.
+ * - Objects are opaque handles, made by a _create function and given back by _destroy, in any order.
+ * - Pointers to tensors are addresses of the device, of the host for the processor. Types and shapes follow from
+ *   configuration and batch; all tensors but the cache are dense. A null pointer is an error unless the text allows it.
+ * - Work on a GPU is put in the device's stream; only functions that say so wait for it.
+ * - A handle is used by one thread at a time, except where it says otherwise.
+ */
+
+#ifndef TOKENSELECT_H
+#define TOKENSELECT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+/// Version of the interface. Raised when a function or structure changes in a way that old programs do not survive.
+#define TS_ABI_VERSION 1
+
+/// What a function answers. 0 is success; anything else comes with a text, `ts_last_error_message`.
+///
+/// A call that fails has changed nothing, except for `TS_STATUS_PANIC`.
+enum ts_status
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// Done, or (on a GPU) put into the stream.
+  TS_STATUS_OK = 0,
+  /// A pointer is null that must not be.
+  TS_STATUS_NULL_POINTER = 1,
+  /// A pointer is not aligned as its contents or the device need it.
+  TS_STATUS_MISALIGNED = 2,
+  /// A number is none of its enumeration's.
+  TS_STATUS_UNKNOWN_ENUM = 3,
+  /// A structure has a size that this version of the library does not know.
+  TS_STATUS_STRUCT_SIZE = 4,
+  /// A buffer that is written overlaps another argument.
+  TS_STATUS_OVERLAP = 5,
+  /// A buffer of the caller's is too short for the answer.
+  TS_STATUS_CAPACITY = 6,
+  /// The caller's function in `ts_capture` answered something else than 0.
+  TS_STATUS_CALLBACK = 7,
+  /// A defect of this library. Destroy the handles that took part; nothing else may be done with them.
+  TS_STATUS_PANIC = 8,
+  /// A field of a configuration breaks its rule.
+  TS_STATUS_CONFIG = 16,
+  /// A tensor has the wrong shape.
+  TS_STATUS_SHAPE = 17,
+  /// A tensor has the wrong number of elements.
+  TS_STATUS_LENGTH = 18,
+  /// A tensor has the wrong element type.
+  TS_STATUS_ELEMENT_TYPE = 19,
+  /// An index is not below its limit.
+  TS_STATUS_INDEX = 20,
+  /// A batch is larger than the limits of the context.
+  TS_STATUS_LIMIT = 21,
+  /// Page tables or lengths of a batch contradict each other.
+  TS_STATUS_TABLE = 22,
+  /// Not enough free pages.
+  TS_STATUS_OUT_OF_PAGES = 23,
+  /// No sequence can be added.
+  TS_STATUS_TOO_MANY_SEQUENCES = 24,
+  /// The sequence was never created by this cache, or was freed.
+  TS_STATUS_UNKNOWN_SEQUENCE = 25,
+  /// A sequence appears twice in one batch.
+  TS_STATUS_DUPLICATE_SEQUENCE = 26,
+  /// A sequence would grow beyond the largest length.
+  TS_STATUS_SEQUENCE_TOO_LONG = 27,
+  /// A sequence can be truncated only to a length it has reached.
+  TS_STATUS_TRUNCATE_BEYOND_END = 28,
+  /// The batch was made before the cache changed under it.
+  TS_STATUS_STALE_BATCH = 29,
+  /// Memory or a batch belongs to another device.
+  TS_STATUS_WRONG_DEVICE = 30,
+  /// The device, or this build of the library, cannot do that.
+  TS_STATUS_UNSUPPORTED = 31,
+  /// A driver call failed. It may stem from earlier asynchronous work.
+  TS_STATUS_DRIVER = 32,
+  /// A kernel could not be launched, or (in the emulator) broke a rule.
+  TS_STATUS_LAUNCH = 33,
+  /// Something is needed that the configuration turned off, or that was not given.
+  TS_STATUS_MISSING = 34,
+  /// An error that this version of the interface has no code for; its text says what it is.
+  TS_STATUS_OTHER = 35,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_status ts_status;
+#else
+typedef int32_t ts_status;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// Element types.
+enum ts_dtype
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// IEEE 754 half precision.
+  TS_DTYPE_F16 = 0,
+  /// bfloat16.
+  TS_DTYPE_BF16 = 1,
+  /// IEEE 754 single precision.
+  TS_DTYPE_F32 = 2,
+  /// Unsigned 32-bit integer.
+  TS_DTYPE_U32 = 3,
+  /// Unsigned 64-bit integer.
+  TS_DTYPE_U64 = 4,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_dtype ts_dtype;
+#else
+typedef int32_t ts_dtype;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// Order of the dimensions of a page.
+enum ts_kv_layout
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// `[num_pages, page_size, num_kv_heads, head_dim]`.
+  TS_KV_LAYOUT_NHD = 0,
+  /// `[num_pages, num_kv_heads, page_size, head_dim]`.
+  TS_KV_LAYOUT_HND = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_kv_layout ts_kv_layout;
+#else
+typedef int32_t ts_kv_layout;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// Where tokens stand when they are compared.
+enum ts_positions
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// Keys enter the cache already rotated by the model.
+  TS_POSITIONS_NATIVE = 0,
+  /// Keys enter the cache before RoPE and are rotated at their rank in the selected list.
+  TS_POSITIONS_REASSIGNED = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_positions ts_positions;
+#else
+typedef int32_t ts_positions;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// Which elements of a head form a rotated pair.
+enum ts_rope_pairing
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// `i` with `i + rotary_dim / 2`: Llama and Qwen in the Hugging Face layout.
+  TS_ROPE_PAIRING_HALF_SPLIT = 0,
+  /// `2 i` with `2 i + 1`: GPT-J, GLM.
+  TS_ROPE_PAIRING_INTERLEAVED = 1,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_rope_pairing ts_rope_pairing;
+#else
+typedef int32_t ts_rope_pairing;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// How frequencies are stretched for contexts beyond the training length.
+enum ts_rope_scaling
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// Frequencies as trained.
+  TS_ROPE_SCALING_NONE = 0,
+  /// Every frequency divided by `factor`.
+  TS_ROPE_SCALING_LINEAR = 1,
+  /// Llama 3.1: uses `factor`, `low_freq_factor`, `high_freq_factor`, `original_max_position`.
+  TS_ROPE_SCALING_LLAMA3 = 2,
+  /// YaRN: uses `factor`, `original_max_position`, `beta_fast`, `beta_slow`, `attention_factor`.
+  TS_ROPE_SCALING_YARN = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_rope_scaling ts_rope_scaling;
+#else
+typedef int32_t ts_rope_scaling;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// What a step does for a row, as `TS_WORKSPACE_ACTIONS` holds it.
+enum ts_row_action
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// Nothing: the row has no queries, or no tokens.
+  TS_ROW_ACTION_SKIP = 0,
+  /// There are at most `top_k` candidates: every token is selected.
+  TS_ROW_ACTION_COMPLETE = 1,
+  /// Score, vote and select.
+  TS_ROW_ACTION_SCORE = 2,
+  /// Use the cached selection again.
+  TS_ROW_ACTION_REUSE = 3,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_row_action ts_row_action;
+#else
+typedef int32_t ts_row_action;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// Buffers between the operations of a step. Rows are rows of the batch; token `j` of a row is at
+/// `ts_batch_row.token_base + j`. Entries that the current batch does not use are undefined.
+enum ts_workspace
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// `[max_rows, num_qo_heads, head_dim]` f32, written by pool: the scoring queries.
+  TS_WORKSPACE_QUERIES = 0,
+  /// `[max_rows]` f32, written by pool: cosine with the cached scoring query; -1 where there is none.
+  TS_WORKSPACE_SIMILARITIES = 1,
+  /// `[max_rows]` u32, written by pool: a `ts_row_action`.
+  TS_WORKSPACE_ACTIONS = 2,
+  /// `[max_kv_tokens, num_qo_heads]` f32, written by score for candidates: scaled dot products.
+  TS_WORKSPACE_LOGITS = 3,
+  /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
+  TS_WORKSPACE_STATS = 4,
+  /// `[max_kv_tokens]` f32, written by vote for candidates: softmax probabilities summed over heads.
+  TS_WORKSPACE_VOTES = 5,
+  /// `[max_kv_tokens]` f32, written by top-k where `vote_pool_window` is above 1 (else `[0]`): max-pooled votes.
+  TS_WORKSPACE_POOLED_VOTES = 6,
+  /// `[max_rows, top_k]` u32, written by top-k: chosen tokens, ascending.
+  TS_WORKSPACE_TOP_K = 7,
+  /// `[max_rows, width]` u32, written by top-k: selected tokens, ascending.
+  TS_WORKSPACE_SELECTED = 8,
+  /// `[max_rows]` u32, written by top-k: length of each selected list.
+  TS_WORKSPACE_SELECTED_LEN = 9,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_workspace ts_workspace;
+#else
+typedef int32_t ts_workspace;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
+/// One step's rows: which queries belong to which sequence, and in which pages its tokens lie. Never changes.
+///
+/// May be used by several threads at once, by contexts of one device. The first operation on a GPU copies the tables
+/// there.
+typedef struct ts_batch ts_batch;
+
+/// A fixed place in a GPU's memory for the tables of one batch after another, so that captured work reads lengths and
+/// pages of the batch that was put there last. One thread at a time.
+typedef struct ts_batch_slot ts_batch_slot;
+
+/// Memory of a device that the library owns: for programs without an allocator of their own.
+typedef struct ts_buffer ts_buffer;
+
+/// An owned paged cache: memory, page tables and Selection Cache. One thread at a time.
+typedef struct ts_cache ts_cache;
+
+/// Runs steps and operations: configuration, limits and workspace. One context serves all layers and sequences of a
+/// model in turn; one thread at a time.
+typedef struct ts_context ts_context;
+
+/// A place where operations run and memory lies, with one order of work: a stream.
+///
+/// Handles made on a device hold it: destroying a device before them is allowed. A device may be used by several
+/// threads at once.
+typedef struct ts_device ts_device;
+
+/// Work recorded by `ts_capture`: a CUDA graph. One thread at a time.
+typedef struct ts_graph ts_graph;
+
+/// Cached selections of every layer and sequence, for an engine with a cache of its own, which calls
+/// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a `ts_cache`.
+/// One thread at a time.
+typedef struct ts_selection_cache ts_selection_cache;
+
+/// Rotary embedding of the position mode `TS_POSITIONS_REASSIGNED`; not looked at otherwise.
+typedef struct ts_rope {
+  /// Base of the frequencies, above 1. Default 10000.
+  double theta;
+  /// Leading elements of a head that are rotated, even; 0 for all. Default 0.
+  uint32_t rotary_dim;
+  /// A `ts_rope_pairing`. Default `TS_ROPE_PAIRING_HALF_SPLIT`.
+  int32_t pairing;
+  /// A `ts_rope_scaling`, which says what fields below are used. Default `TS_ROPE_SCALING_NONE`.
+  int32_t scaling;
+  /// 0.
+  uint32_t reserved;
+  /// Stretch, above 0. Default 1.
+  double factor;
+  /// Default 1.
+  double low_freq_factor;
+  /// Default 4.
+  double high_freq_factor;
+  /// Training context in tokens. Default 8192.
+  double original_max_position;
+  /// Default 32.
+  double beta_fast;
+  /// Default 1.
+  double beta_slow;
+  /// Factor on rotated queries and keys; NaN for `0.1 ln(factor) + 1`. Default NaN.
+  double attention_factor;
+} ts_rope;
+
+/// Everything that decides what is selected and attended to. Filled by `ts_config_default`.
+typedef struct ts_config {
+  /// `sizeof(ts_config)`.
+  size_t struct_size;
+  /// Query (and output) heads, a multiple of `num_kv_heads`. Default 32.
+  uint32_t num_qo_heads;
+  /// Key/value heads. Default 8.
+  uint32_t num_kv_heads;
+  /// Elements of a head, a multiple of 8, at most 256. Default 128.
+  uint32_t head_dim;
+  /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default `TS_DTYPE_BF16`.
+  int32_t dtype;
+  /// The first `n_init` tokens of a sequence are always selected. Default 128.
+  size_t n_init;
+  /// The last `n_local` tokens before the current block are always selected. Default 512.
+  size_t n_local;
+  /// Tokens chosen by vote among the rest, at least 1. Default 2048.
+  size_t top_k;
+  /// Odd width of the max-pool over votes before the top-k; 1 for none. Default 1.
+  size_t vote_pool_window;
+  /// Factor on the scoring dot products; NaN for `1 / sqrt(head_dim)`. Default NaN.
+  float score_scale;
+  /// Factor on the attention logits; NaN for `1 / sqrt(head_dim)`. Default NaN.
+  float sm_scale;
+  /// `c` of the soft cap `c * tanh(logit / c)` in attention; 0 for none. Default 0.
+  float logits_soft_cap;
+  /// Position mode, a `ts_positions`. Default `TS_POSITIONS_NATIVE`.
+  int32_t positions;
+  /// Rotary embedding for reassigned positions.
+  struct ts_rope rope;
+  /// Whether selections may be used again between steps: 0 or 1. Default 1.
+  int32_t selection_cache;
+  /// Smallest cosine of scoring queries for which a selection is used again, from -1 to 1. Default 0.9.
+  float similarity_threshold;
+  /// How often one selection may be used again; `UINT32_MAX` for `max(n_local, 1)`. Default `UINT32_MAX`.
+  uint32_t max_reuse;
+  /// 0.
+  uint32_t reserved;
+} ts_config;
+
+/// The largest batch that a context will be given. Filled by `ts_limits_default`.
+typedef struct ts_limits {
+  /// `sizeof(ts_limits)`.
+  size_t struct_size;
+  /// Rows of a batch. Default 1.
+  size_t max_rows;
+  /// Query tokens of one row. Default 512.
+  size_t max_block_len;
+  /// Tokens cached by all rows of a batch together, every row rounded up to whole pages. Default 131072.
+  size_t max_kv_tokens;
+} ts_limits;
+
+/// Size and layout of an owned cache. Filled by `ts_cache_config_default`.
+typedef struct ts_cache_config {
+  /// `sizeof(ts_cache_config)`.
+  size_t struct_size;
+  /// Layers of the model, each with keys and values of its own. Default 1.
+  size_t num_layers;
+  /// Pages of every layer. Default 1024.
+  size_t num_pages;
+  /// Tokens in a page, 1 to 256. Default 16.
+  size_t page_size;
+  /// Sequences that may be alive at once. Default 16.
+  size_t max_sequences;
+  /// Order of the dimensions of a page, a `ts_kv_layout`. Default `TS_KV_LAYOUT_NHD`.
+  int32_t layout;
+  /// 0.
+  int32_t reserved;
+} ts_cache_config;
+
+/// Address, type and shape of a dense tensor of the library's.
+typedef struct ts_tensor {
+  /// First element: an address of the device, of the host for the processor. Null or any address for an empty tensor.
+  void *data;
+  /// A `ts_dtype`.
+  int32_t dtype;
+  /// Dimensions used of `shape`.
+  uint32_t rank;
+  /// Outermost first; 1 beyond the rank.
+  size_t shape[4];
+} ts_tensor;
+
+/// Paged keys and values of one layer. Their type is the configuration's; they lie on the context's device.
+///
+/// The element `i` of head `h` of token `t` of page `p` is at `p * stride_page + t * stride_token + h * stride_head + i`.
+/// Keys and values may lie among each other, as in `[num_pages, 2, page_size, num_kv_heads, head_dim]`. Unused places are
+/// never read into a result.
+typedef struct ts_kv_view {
+  /// First key. Aligned to 16 bytes on a GPU.
+  void *k;
+  /// First value. As `k`.
+  void *v;
+  /// Pages in the pool.
+  size_t num_pages;
+  /// Tokens in a page.
+  size_t page_size;
+  /// KV heads of a token.
+  size_t num_kv_heads;
+  /// Elements of a head, which are adjacent.
+  size_t head_dim;
+  /// Elements from a page to the next. On a GPU strides are multiples of 8.
+  size_t stride_page;
+  /// Elements from a token to the next of its page.
+  size_t stride_token;
+  /// Elements from a head to the next of its token.
+  size_t stride_head;
+} ts_kv_view;
+
+/// Page tables, in the host's memory, copied by `ts_batch_create`. They describe the cache *after* the block was
+/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block.
+typedef struct ts_batch_tables {
+  /// Tokens in a page, 1 to 256.
+  size_t page_size;
+  /// Rows of the batch.
+  size_t num_rows;
+  /// `[num_rows + 1]`, ascending from 0: the query tokens of row `r` are rows `qo_indptr[r]` to `qo_indptr[r + 1]` of
+  /// `q`, `k`, `v` and `out`. A row of 0 query tokens is padding.
+  const int32_t *qo_indptr;
+  /// `[num_rows + 1]`, ascending from 0: the pages of row `r` are `indices[indptr[r]]` to `indices[indptr[r + 1]]`.
+  const int32_t *indptr;
+  /// `[indptr[num_rows]]`: page numbers, in token order.
+  const int32_t *indices;
+  /// `[num_rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
+  const int32_t *last_page_len;
+  /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
+  /// selection is used again.
+  const int32_t *sequence_indices;
+  /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that compete
+  /// for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
+  const int32_t *candidates;
+} ts_batch_tables;
+
+/// Sizes of a batch.
+typedef struct ts_batch_info {
+  /// Rows.
+  size_t num_rows;
+  /// Query tokens of all rows: the leading dimension of `q`, `k`, `v` and `out`.
+  size_t num_query_tokens;
+  /// Tokens in a page.
+  size_t page_size;
+  /// The longest block.
+  size_t max_block_len;
+  /// The most tokens cached by one row.
+  size_t max_kv_len;
+  /// Places for tokens in logits and votes: all pages of all rows. What `ts_limits.max_kv_tokens` limits.
+  size_t num_token_places;
+} ts_batch_info;
+
+/// Sizes and places of a row.
+typedef struct ts_batch_row {
+  /// First query token.
+  size_t query_begin;
+  /// Query tokens of the row.
+  size_t block_len;
+  /// Tokens cached, the block included.
+  size_t kv_len;
+  /// Where the row begins in logits and votes: its token `j` is at `token_base + j`.
+  size_t token_base;
+} ts_batch_row;
+
+/// Outputs of attention, dense.
+typedef struct ts_output {
+  /// `[num_query_tokens, num_qo_heads, head_dim]` of `out_dtype`, written.
+  void *out;
+  /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials. May be null.
+  float *lse;
+  /// A `ts_dtype`: the configuration's or f32.
+  int32_t out_dtype;
+  /// 0.
+  int32_t reserved;
+} ts_output;
+
+/// Lists of tokens to attend to, one a row, in memory of the device.
+typedef struct ts_selection {
+  /// Rows of the arrays, at least the batch's.
+  size_t num_rows;
+  /// Places for tokens in a row.
+  size_t width;
+  /// `[num_rows, width]`: tokens of each row, ascending.
+  const uint32_t *tokens;
+  /// `[num_rows]`: length of each list.
+  const uint32_t *len;
+  /// `[num_rows, width]`, or null: rank of each token in the whole list, where these lists are parts of longer ones.
+  const uint32_t *ranks;
+  /// `[num_rows]`, null exactly if `ranks` is: length of each whole list.
+  const uint32_t *total_len;
+} ts_selection;
+
+/// Attention outputs over disjoint parts of a list, dense.
+typedef struct ts_parts {
+  /// Parts, at least 1.
+  size_t num_parts;
+  /// Query tokens.
+  size_t num_query_tokens;
+  /// `[num_parts, num_query_tokens, num_qo_heads, head_dim]` f32.
+  const float *parts;
+  /// `[num_parts, num_query_tokens, num_qo_heads]` f32. A part with `-inf` does not count.
+  const float *part_lses;
+} ts_parts;
+
+/// What was done for the rows of past steps.
+typedef struct ts_selection_stats {
+  /// Rows that used a cached selection again.
+  uint64_t reused;
+  /// Rows that were scored and selected anew.
+  uint64_t scored;
+  /// Rows so short that every token was selected without scoring.
+  uint64_t complete;
+} ts_selection_stats;
+
+/// Names a sequence of one cache. A name is never used twice.
+typedef uint64_t ts_sequence;
+
+/// Inputs of a step of one layer, of the configuration's type, dense.
+typedef struct ts_step_input {
+  /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows.
+  const void *q;
+  /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append.
+  const void *k;
+  /// As `k`: values to append.
+  const void *v;
+} ts_step_input;
+
+/// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given. Answers 0
+/// if all went well. Must not unwind.
+typedef int32_t (*ts_work)(void *user_data);
+
+#ifdef __cplusplus
+extern "C" {
+#endif // __cplusplus
+
+/// `TS_ABI_VERSION` of the library that was loaded, to be compared with that of the header.
+uint32_t ts_abi_version(void);
+
+/// Version of the library: `0.1.0`. Static, never null.
+const char *ts_version(void);
+
+/// Text of the last error that a function answered in this thread, UTF-8; empty before the first. Never null. It names
+/// the argument, the rule it broke and the numbers.
+///
+/// Belongs to the library and is valid until the next function of the library that this thread calls.
+const char *ts_last_error_message(void);
+
+/// Name of a status: `TS_STATUS_OUT_OF_PAGES`; `unknown status` for a number that is none. Static, never null.
+const char *ts_status_name(int32_t status);
+
+/// The processor. Pointers given to its handles are the host's.
+///
+/// Promised by the caller:
+/// - `device` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_device_cpu(struct ts_device **device);
+
+/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own, which
+/// does not wait for the default stream.
+///
+/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0 or
+/// in a build without CUDA.
+///
+/// Promised by the caller:
+/// - `device` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_device_cuda(uint32_t ordinal,
+                         struct ts_device **device);
+
+/// CUDA device `ordinal`, with all work put in a stream of the caller's: a `CUstream` or `cudaStream_t`, null for the
+/// default stream. Uses the current context if it belongs to that device, else the primary one.
+///
+/// Errors: those of `ts_device_cuda`.
+///
+/// Promised by the caller:
+/// - `stream` is null or a stream of that context, and lives until the device and all that was made on it are destroyed.
+/// - `device` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_device_cuda_on_stream(uint32_t ordinal,
+                                   void *stream,
+                                   struct ts_device **device);
+
+/// The GPU kernels, run on the processor by an emulator that reports races, accesses out of bounds and divergence as
+/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws the
+/// schedule.
+///
+/// Errors: `TS_STATUS_UNSUPPORTED` in a build without the emulator.
+///
+/// Promised by the caller:
+/// - `device` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_device_emulated(uint64_t seed,
+                             struct ts_device **device);
+
+/// Short name: `cpu`, `emulated`, `cuda:0 (NVIDIA H200)`. Null for a null device.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle. The text lives as long as the handle.
+const char *ts_device_name(const struct ts_device *device);
+
+/// Waits until everything put on the device is done.
+///
+/// Errors: `TS_STATUS_DRIVER` where something failed, `TS_STATUS_MISSING` while work is being captured.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle.
+ts_status ts_device_synchronize(const struct ts_device *device);
+
+/// Gives a device back. Null is nothing. What was made on it stays usable.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle, used for the last time.
+ts_status ts_device_destroy(struct ts_device *device);
+
+/// Allocates `num_bytes`, zeroed, aligned to at least 256 bytes on a GPU and 8 on the processor.
+///
+/// Errors: `TS_STATUS_CONFIG` where the address space is too small, `TS_STATUS_DRIVER` where the device's memory is.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle.
+/// - `buffer` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_buffer_create(const struct ts_device *device,
+                           size_t num_bytes,
+                           struct ts_buffer **buffer);
+
+/// Address of the first byte: the device's, or the host's for the processor.
+///
+/// Promised by the caller:
+/// - `buffer` is null or a handle; the memory lives as long as it.
+/// - `data` is null or has room for a pointer, written.
+ts_status ts_buffer_data(struct ts_buffer *buffer, void **data);
+
+/// Frees a buffer, after the device's earlier work. Null is nothing.
+///
+/// Promised by the caller:
+/// - `buffer` is null or a handle, used for the last time; no pointer into it is used any more.
+ts_status ts_buffer_destroy(struct ts_buffer *buffer);
+
+/// Copies `num_bytes`, an even number, from the host to memory of the device, after the device's earlier work. The
+/// host's bytes may be changed as soon as this returns.
+///
+/// Errors: `TS_STATUS_NULL_POINTER`, `TS_STATUS_MISALIGNED`, `TS_STATUS_CONFIG` for an odd size, `TS_STATUS_DRIVER`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle.
+/// - `to` is memory of the device (of the host for the processor) with room for `num_bytes`, aligned to 16 bytes on a
+///   GPU and 2 on the processor.
+/// - `from` holds `num_bytes` of host memory, aligned to 2 bytes, apart from `to`.
+ts_status ts_memory_write(const struct ts_device *device,
+                          void *to,
+                          const void *from,
+                          size_t num_bytes);
+
+/// Copies `num_bytes`, an even number, from memory of the device to the host. Waits for the device's earlier work.
+///
+/// Errors: as `ts_memory_write`.
+///
+/// Promised by the caller:
+/// - As for `ts_memory_write`, with `from` on the device and `to` on the host.
+ts_status ts_memory_read(const struct ts_device *device,
+                         void *to,
+                         const void *from,
+                         size_t num_bytes);
+
+/// Fills a configuration with defaults: 32 query heads and 8 KV heads of 128, bf16, 128 initial, 2048 chosen and 512
+/// local tokens, native positions, Selection Cache on.
+///
+/// `struct_size` is `sizeof(ts_config)`; it is written to `config->struct_size`.
+/// Errors: `TS_STATUS_STRUCT_SIZE` where it is less than this version's.
+///
+/// Promised by the caller:
+/// - `config` is null or has room for `struct_size` bytes, written.
+ts_status ts_config_default(struct ts_config *config,
+                            size_t struct_size);
+
+/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens. `struct_size` is `sizeof(ts_limits)`.
+///
+/// Promised by the caller:
+/// - `limits` is null or has room for `struct_size` bytes, written.
+ts_status ts_limits_default(struct ts_limits *limits,
+                            size_t struct_size);
+
+/// Fills the configuration of an owned cache with defaults: 1 layer, 1024 pages of 16 tokens, 16 sequences, NHD.
+/// `struct_size` is `sizeof(ts_cache_config)`.
+///
+/// Promised by the caller:
+/// - `config` is null or has room for `struct_size` bytes, written.
+ts_status ts_cache_config_default(struct ts_cache_config *config,
+                                  size_t struct_size);
+
+/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
+/// naming the first field that breaks its rule.
+///
+/// Promised by the caller:
+/// - `config` is null or holds `config->struct_size` bytes.
+ts_status ts_config_validate(const struct ts_config *config);
+
+/// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
+///
+/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `config` and `limits` are null or hold as many bytes as their `struct_size`.
+/// - `context` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_context_create(const struct ts_device *device,
+                            const struct ts_config *config,
+                            const struct ts_limits *limits,
+                            struct ts_context **context);
+
+/// Bytes of the workspace that `ts_context_create` would allocate with the same arguments. Allocates nothing on the
+/// device.
+///
+/// Errors: as `ts_context_create`.
+///
+/// Promised by the caller:
+/// - As for `ts_context_create`; `num_bytes` is null or has room for a number, written.
+ts_status ts_workspace_bytes(const struct ts_device *device,
+                             const struct ts_config *config,
+                             const struct ts_limits *limits,
+                             size_t *num_bytes);
+
+/// Gives a context back, after the device's earlier work. Null is nothing.
+///
+/// Promised by the caller:
+/// - `context` is null or a handle, used for the last time; so are pointers into its workspace.
+ts_status ts_context_destroy(struct ts_context *context);
+
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations. Its
+/// address never changes.
+///
+/// Errors: `TS_STATUS_UNKNOWN_ENUM`.
+///
+/// Promised by the caller:
+/// - `context` is null or a handle that nothing else uses meanwhile; the address is valid as long as it.
+/// - `tensor` is null or has room for the structure, written.
+ts_status ts_context_workspace(struct ts_context *context,
+                               int32_t buffer,
+                               struct ts_tensor *tensor);
+
+/// Copies the selected tokens of one row of the current batch, ascending, to the host. Waits for the device's earlier
+/// work. With `tokens` null and `capacity` 0, only tells the length.
+///
+/// Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_CAPACITY` where the list is longer than `capacity`
+/// (then `len` is written nevertheless).
+///
+/// Promised by the caller:
+/// - `context` is null or a handle that nothing changes meanwhile.
+/// - `tokens` is null or has room for `capacity` entries in the host's memory, `len` of them written.
+/// - `len` is null or has room for a number, written.
+ts_status ts_context_selected(const struct ts_context *context,
+                              size_t row,
+                              uint32_t *tokens,
+                              size_t capacity,
+                              size_t *len);
+
+/// Sets the strides of a view to those of a dense pool of its `num_pages`, `page_size`, `num_kv_heads` and `head_dim`.
+/// `layout` is a `ts_kv_layout`.
+///
+/// Errors: `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address space.
+///
+/// Promised by the caller:
+/// - `kv` is null or a view, its strides written.
+ts_status ts_kv_view_set_dense(struct ts_kv_view *kv,
+                               int32_t layout);
+
+/// A batch over page tables of another engine.
+///
+/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry.
+///
+/// Promised by the caller:
+/// - `tables` is null or a structure whose pointers are null or name arrays of the stated lengths in the host's memory.
+///   They are not used after this returns.
+/// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_create(const struct ts_batch_tables *tables,
+                          struct ts_batch **batch);
+
+/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
+/// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+///
+/// Errors: `TS_STATUS_LIMIT` where the batch has more rows already.
+///
+/// Promised by the caller:
+/// - `batch` is null or a handle.
+/// - `padded` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_padded(const struct ts_batch *batch,
+                          size_t num_rows,
+                          size_t block_len,
+                          struct ts_batch **padded);
+
+/// Sizes of a batch.
+///
+/// Promised by the caller:
+/// - `batch` is null or a handle; `info` is null or has room for the structure, written.
+ts_status ts_batch_get_info(const struct ts_batch *batch, struct ts_batch_info *info);
+
+/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row.
+///
+/// Promised by the caller:
+/// - `batch` is null or a handle; `info` is null or has room for the structure, written.
+ts_status ts_batch_get_row(const struct ts_batch *batch, size_t row, struct ts_batch_row *info);
+
+/// Gives a batch back. Null is nothing. On a GPU, its tables are freed after the device's earlier work.
+///
+/// Promised by the caller:
+/// - `batch` is null or a handle, used for the last time.
+ts_status ts_batch_destroy(struct ts_batch *batch);
+
+/// A place for batches with the rows, blocks and page size of `like` and up to `max_pages` pages in all rows together.
+///
+/// Errors: `TS_STATUS_WRONG_DEVICE` for the processor.
+///
+/// Promised by the caller:
+/// - `device` and `like` are null or handles.
+/// - `slot` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_slot_create(const struct ts_device *device,
+                               const struct ts_batch *like,
+                               size_t max_pages,
+                               struct ts_batch_slot **slot);
+
+/// Puts a copy of a batch in the slot, after the device's earlier work: work captured with `bound` reads whatever batch
+/// was put there last when it is launched.
+///
+/// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages.
+///
+/// Promised by the caller:
+/// - `slot` and `batch` are null or handles; nothing else uses `slot` meanwhile.
+/// - `bound` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_slot_put(struct ts_batch_slot *slot,
+                            const struct ts_batch *batch,
+                            struct ts_batch **bound);
+
+/// Gives a slot back. Null is nothing.
+///
+/// Promised by the caller:
+/// - `slot` is null or a handle, used for the last time; no captured work that reads it is launched any more.
+ts_status ts_batch_slot_destroy(struct ts_batch_slot *slot);
+
+/// Writes the keys and values of each row's block into its pages.
+///
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
+/// for native positions, not rotated for reassigned ones. Writes `kv`.
+///
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
+/// pool, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` for parts of sequences, and those of pointers.
+///
+/// Promised by the caller:
+/// - `context` and `batch` are null or handles.
+/// - `kv` is null or a view whose memory, from the first element to the last, is the device's; all pointers are valid
+///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+ts_status ts_append(const struct ts_context *context,
+                    const struct ts_batch *batch,
+                    const struct ts_kv_view *kv,
+                    const void *k,
+                    const void *v);
+
+/// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
+///
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
+/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+///
+/// Errors: those of the four operations.
+///
+/// Promised by the caller:
+/// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
+/// - `kv` is null or a view; its memory and `q` are the device's and unchanged until its work is done.
+ts_status ts_select(struct ts_context *context,
+                    const struct ts_batch *batch,
+                    const struct ts_kv_view *kv,
+                    const void *q,
+                    struct ts_selection_cache *selection_cache,
+                    size_t layer);
+
+/// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
+/// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
+///
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
+/// that the Selection Cache does not have, and those of pointers.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_pool(struct ts_context *context,
+                  const struct ts_batch *batch,
+                  const void *q,
+                  struct ts_selection_cache *selection_cache,
+                  size_t layer);
+
+/// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
+/// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
+///
+/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_score(struct ts_context *context,
+                   const struct ts_batch *batch,
+                   const struct ts_kv_view *kv);
+
+/// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
+/// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
+///
+/// Errors: `TS_STATUS_LIMIT`.
+///
+/// Promised by the caller:
+/// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
+ts_status ts_vote(struct ts_context *context,
+                  const struct ts_batch *batch);
+
+/// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
+/// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
+/// every row is counted; pass what was passed to `ts_pool`.
+///
+/// Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_MISSING` where rows reuse a selection that is not given.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_top_k(struct ts_context *context,
+                   const struct ts_batch *batch,
+                   struct ts_selection_cache *selection_cache,
+                   size_t layer);
+
+/// Attention over the selected lists of the workspace. Writes `output`.
+///
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. Query `t` of a block of `T`
+/// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
+/// `lse = -inf`.
+///
+/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_TABLE`,
+/// `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+///
+/// Promised by the caller:
+/// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
+/// - `kv` and `output` are null or structures; all memory is the device's and valid until its work is done, and nothing
+///   else uses the outputs meanwhile.
+ts_status ts_attend(const struct ts_context *context,
+                    const struct ts_batch *batch,
+                    const struct ts_kv_view *kv,
+                    const void *q,
+                    const struct ts_output *output);
+
+/// As `ts_attend`, over all tokens of each row: ordinary paged attention.
+///
+/// Errors: those of `ts_attend`, and `TS_STATUS_MISSING` for parts of sequences.
+///
+/// Promised by the caller:
+/// - As for `ts_attend`.
+ts_status ts_attend_dense(const struct ts_context *context,
+                          const struct ts_batch *batch,
+                          const struct ts_kv_view *kv,
+                          const void *q,
+                          const struct ts_output *output);
+
+/// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
+/// are combined by `ts_merge`.
+///
+/// Errors: those of `ts_attend`. On a GPU the lists are not looked at.
+///
+/// Promised by the caller:
+/// - As for `ts_attend`, and `selection` is null or a structure whose arrays are the device's and unchanged until its
+///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+ts_status ts_attend_to(const struct ts_context *context,
+                       const struct ts_batch *batch,
+                       const struct ts_kv_view *kv,
+                       const void *q,
+                       const struct ts_selection *selection,
+                       const struct ts_output *output);
+
+/// Combines attention outputs over disjoint parts of a list through their log-sum-exps. Writes `output`, whose
+/// `out_dtype` may be f16, bf16 or f32.
+///
+/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED`.
+///
+/// Promised by the caller:
+/// - `context` is null or a handle; `parts` and `output` are null or structures; all memory is the device's and valid
+///   until its work is done, and nothing else uses the outputs meanwhile.
+ts_status ts_merge(const struct ts_context *context,
+                   const struct ts_parts *parts,
+                   const struct ts_output *output);
+
+/// An empty Selection Cache on a device: `num_layers * num_sequences * (num_qo_heads * head_dim + top_k) * 4` bytes.
+///
+/// Errors: `TS_STATUS_CONFIG` where `config` breaks a rule or the size does not fit, `TS_STATUS_DRIVER`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
+/// - `selections` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_selection_cache_create(const struct ts_device *device,
+                                    const struct ts_config *config,
+                                    size_t num_layers,
+                                    size_t num_sequences,
+                                    struct ts_selection_cache **selections);
+
+/// Forgets the selections of one sequence, in all layers. Errors: `TS_STATUS_INDEX`.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle that nothing else uses meanwhile.
+ts_status ts_selection_cache_clear(struct ts_selection_cache *selections, size_t sequence);
+
+/// Copies the selections of sequence `src` to `dst`, in all layers. Errors: `TS_STATUS_INDEX`.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle that nothing else uses meanwhile.
+ts_status ts_selection_cache_fork(struct ts_selection_cache *selections, size_t src, size_t dst);
+
+/// Forgets those selections of a sequence cut to `len` tokens that could name a token that is gone. Errors:
+/// `TS_STATUS_INDEX`.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle that nothing else uses meanwhile.
+ts_status ts_selection_cache_truncate(struct ts_selection_cache *selections,
+                                      size_t sequence,
+                                      size_t len);
+
+/// What was done so far, summed over layers. Waits for the device's earlier work.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle that nothing else uses meanwhile; `stats` is null or has room for the structure,
+///   written.
+ts_status ts_selection_cache_stats(struct ts_selection_cache *selections,
+                                   struct ts_selection_stats *stats);
+
+/// What was done so far in one layer. Waits for the device's earlier work. Errors: `TS_STATUS_INDEX`.
+///
+/// Promised by the caller:
+/// - As for `ts_selection_cache_stats`.
+ts_status ts_selection_cache_layer_stats(struct ts_selection_cache *selections,
+                                         size_t layer,
+                                         struct ts_selection_stats *stats);
+
+/// Sets all counters to 0; cached selections stay.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle that nothing else uses meanwhile.
+ts_status ts_selection_cache_reset_stats(struct ts_selection_cache *selections);
+
+/// Gives a Selection Cache back, after the device's earlier work. Null is nothing. Those of a `ts_cache` stay in it.
+///
+/// Promised by the caller:
+/// - `selections` is null or a handle, used for the last time.
+ts_status ts_selection_cache_destroy(struct ts_selection_cache *selections);
+
+/// Allocates an empty cache on a device, with a Selection Cache if `config` asks for one: `2 * num_layers * num_pages *
+/// page_size * num_kv_heads * head_dim` elements.
+///
+/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `config` and `cache_config` are null or hold as many bytes as their `struct_size`.
+/// - `cache` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_cache_create(const struct ts_device *device,
+                          const struct ts_config *config,
+                          const struct ts_cache_config *cache_config,
+                          struct ts_cache **cache);
+
+/// Gives a cache back, after the device's earlier work. Null is nothing.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle, used for the last time; so are views of its layers and its selections.
+ts_status ts_cache_destroy(struct ts_cache *cache);
+
+/// Adds an empty sequence. Errors: `TS_STATUS_TOO_MANY_SEQUENCES`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile; `sequence` is null or has room for one, written.
+ts_status ts_cache_sequence_create(struct ts_cache *cache,
+                                   ts_sequence *sequence);
+
+/// Adds a sequence with the same tokens and cached selections. Pages are shared until one of the two writes into them.
+///
+/// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_TOO_MANY_SEQUENCES`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile; `child` is null or has room for one, written.
+ts_status ts_cache_sequence_fork(struct ts_cache *cache,
+                                 ts_sequence sequence,
+                                 ts_sequence *child);
+
+/// Drops the tokens of a sequence from `len` on, and every cached selection that could name one of them.
+///
+/// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_TRUNCATE_BEYOND_END`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile.
+ts_status ts_cache_sequence_truncate(struct ts_cache *cache,
+                                     ts_sequence sequence,
+                                     size_t len);
+
+/// Ends a sequence; pages that no fork holds become free. Errors: `TS_STATUS_UNKNOWN_SEQUENCE`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile.
+ts_status ts_cache_sequence_free(struct ts_cache *cache, ts_sequence sequence);
+
+/// Tokens of a sequence. Errors: `TS_STATUS_UNKNOWN_SEQUENCE`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing changes meanwhile; `len` is null or has room for a number, written.
+ts_status ts_cache_sequence_len(const struct ts_cache *cache,
+                                ts_sequence sequence,
+                                size_t *len);
+
+/// Pages that no sequence holds.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing changes meanwhile; `num_pages` is null or has room for a number, written.
+ts_status ts_cache_num_free_pages(const struct ts_cache *cache,
+                                  size_t *num_pages);
+
+/// Makes room for a block of new tokens of each sequence named, all or nothing, and hands out the batch whose rows are
+/// these sequences in this order. Once for all layers. A length of 0 is a padding row.
+///
+/// Errors: `TS_STATUS_OUT_OF_PAGES`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_DUPLICATE_SEQUENCE`,
+/// `TS_STATUS_SEQUENCE_TOO_LONG`.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile.
+/// - `sequences` and `num_tokens` are null or hold `num_rows` entries.
+/// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_cache_extend(struct ts_cache *cache,
+                          const ts_sequence *sequences,
+                          const size_t *num_tokens,
+                          size_t num_rows,
+                          struct ts_batch **batch);
+
+/// A layer's keys and values, for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To write them on
+/// the processor use `ts_cache_append`.
+///
+/// Errors: `TS_STATUS_INDEX` where there is no such layer.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing changes meanwhile. The view is valid as long as the cache.
+/// - `kv` is null or has room for the structure, written.
+ts_status ts_cache_layer(const struct ts_cache *cache,
+                         size_t layer,
+                         struct ts_kv_view *kv);
+
+/// The Selection Cache of an owned cache, for `ts_select` and the like. A handle of its own, to be destroyed before the
+/// cache; using it counts as using the cache.
+///
+/// Errors: `TS_STATUS_MISSING` where the cache has none.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing else uses meanwhile.
+/// - `selections` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_cache_selections(struct ts_cache *cache,
+                              struct ts_selection_cache **selections);
+
+/// How often selections were reused and made, summed over layers; zeros without a Selection Cache. Waits for the
+/// device's earlier work.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure, written.
+ts_status ts_cache_stats(const struct ts_cache *cache,
+                         struct ts_selection_stats *stats);
+
+/// Writes the keys and values of each row's block into the pages of a layer.
+///
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type. `batch` comes from
+/// `ts_cache_extend`. Errors: `TS_STATUS_STALE_BATCH`, `TS_STATUS_INDEX`, `TS_STATUS_LIMIT` and those of pointers.
+///
+/// Promised by the caller:
+/// - Handles are null or handles; nothing else uses `cache` meanwhile.
+/// - `k` and `v` are memory of the device that lives, unchanged, until its work is done.
+ts_status ts_cache_append(const struct ts_context *context,
+                          struct ts_cache *cache,
+                          size_t layer,
+                          const struct ts_batch *batch,
+                          const void *k,
+                          const void *v);
+
+/// One step of one layer of an owned cache: append keys and values, select, attend.
+///
+/// `batch` comes from `ts_cache_extend`. Selections are reused if both the context's and the cache's configuration have
+/// a Selection Cache. On a GPU this returns as soon as everything is in the stream; what was wrong with it by then is
+/// found at a later call.
+///
+/// Errors: a status for every wrong pointer, layer, limit or stale batch, and then nothing was written;
+/// `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+///
+/// Promised by the caller:
+/// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile.
+/// - `input` and `output` are null or structures whose pointers are memory of the device with the stated shapes, which
+///   lives, unchanged by others, until the device's work is done. Outputs overlap nothing.
+ts_status ts_step(struct ts_context *context,
+                  struct ts_cache *cache,
+                  size_t layer,
+                  const struct ts_batch *batch,
+                  const struct ts_step_input *input,
+                  const struct ts_output *output);
+
+/// As `ts_step`, with dense attention: append keys and values, attend to all tokens.
+///
+/// Promised by the caller:
+/// - As for `ts_step`.
+ts_status ts_step_dense(struct ts_context *context,
+                        struct ts_cache *cache,
+                        size_t layer,
+                        const struct ts_batch *batch,
+                        const struct ts_step_input *input,
+                        const struct ts_output *output);
+
+/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one call
+/// for the whole of it.
+///
+/// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded. Batches
+/// come from a `ts_batch_slot`, so that each launch reads the lengths and pages put there last.
+///
+/// Errors: `TS_STATUS_CALLBACK` where `work` does not answer 0, `TS_STATUS_MISSING` where it allocates, waits or copies
+/// from or to the host, `TS_STATUS_UNSUPPORTED` on the processor. Then nothing was done.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `work` is null or may be called with `user_data` and does not unwind.
+/// - `graph` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_capture(const struct ts_device *device,
+                     ts_work work,
+                     void *user_data,
+                     struct ts_graph **graph);
+
+/// Does recorded work, after the device's earlier work. Does not wait for it.
+///
+/// Errors: `TS_STATUS_DRIVER`, or `TS_STATUS_LAUNCH` in the emulator.
+///
+/// Promised by the caller:
+/// - `graph` is null or a handle that nothing else uses meanwhile.
+/// - All memory, contexts, caches, batches and slots that the recorded work used are alive, and slots hold a batch.
+ts_status ts_graph_launch(const struct ts_graph *graph);
+
+/// Gives a graph back. Null is nothing.
+///
+/// Promised by the caller:
+/// - `graph` is null or a handle, used for the last time.
+ts_status ts_graph_destroy(struct ts_graph *graph);
+
+#ifdef __cplusplus
+}  // extern "C"
+#endif  // __cplusplus
+
+#endif  /* TOKENSELECT_H */

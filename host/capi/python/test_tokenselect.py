@@ -1,0 +1,290 @@
+"""Tests of the Python module on the processor and, where it was built in, the emulated GPU, against the definitions in
+NumPy. Run by `cargo test -p tokenselect-capi --test python`, or by hand with TOKENSELECT_LIBRARY set."""
+
+import ctypes
+import os
+import unittest
+
+import numpy as np
+import tokenselect as ts
+import tokenselect_abi
+
+HQ, HKV, D, PAGE = 4, 2, 16, 4
+THETA = 5e5
+
+
+def rotate(x, positions):
+    """RoPE of `[tokens, heads, D]`, pairs `i` and `i + D / 2`."""
+    angles = positions[:, None, None] * THETA ** (-2.0 * np.arange(D // 2) / D)
+    a, b = x[..., : D // 2], x[..., D // 2 :]
+    return np.concatenate([a * np.cos(angles) - b * np.sin(angles), a * np.sin(angles) + b * np.cos(angles)], -1)
+
+
+def select(config, q, k):
+    """The votes of the candidates and the selected list."""
+    n, block = len(k), len(q)
+    end = max(n - block - config.n_local, 0)
+    begin = min(config.n_init, end)
+    if end - begin <= config.top_k:
+        return None, list(range(n))
+    if config.positions == 1:
+        q = rotate(q, config.n_local + np.arange(block))
+    keys = np.repeat(k[begin:end], HQ // HKV, axis=1)
+    logits = np.einsum("hd,jhd->hj", q.mean(0), keys) / np.sqrt(D)
+    weights = np.exp(logits - logits.max(-1, keepdims=True))
+    votes = (weights / weights.sum(-1, keepdims=True)).sum(0)
+    chosen = np.sort(np.lexsort((np.arange(len(votes)), -votes))[: config.top_k]) + begin
+    return votes, [*range(begin), *chosen.tolist(), *range(end, n)]
+
+
+def attend(config, q, k, v, tokens):
+    """Attention over a list: out and log-sum-exp."""
+    block, m = len(q), len(tokens)
+    k, v = k[tokens], v[tokens]
+    if config.positions == 1:
+        k, q = rotate(k, np.arange(m)), rotate(q, m - block + np.arange(block))
+    k, v = np.repeat(k, HQ // HKV, axis=1), np.repeat(v, HQ // HKV, axis=1)
+    logits = np.einsum("thd,jhd->thj", q, k) / np.sqrt(D)
+    hidden = np.arange(m)[None, :] > m - block + np.arange(block)[:, None]
+    logits[np.broadcast_to(hidden[:, None, :], logits.shape)] = -np.inf
+    largest = logits.max(-1, keepdims=True)
+    weights = np.exp(logits - largest)
+    total = weights.sum(-1, keepdims=True)
+    return np.einsum("thj,jhd->thd", weights / total, v), (largest + np.log(total))[..., 0]
+
+
+def to_bf16(x):
+    """Rounded to bfloat16, as uint16."""
+    bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def from_bf16(x):
+    """bfloat16 bits as float64."""
+    return (x.astype(np.uint32) << 16).view(np.float32).astype(np.float64)
+
+
+def config(**fields):
+    given = dict(num_qo_heads=HQ, num_kv_heads=HKV, head_dim=D, dtype="f32", n_init=2, n_local=3, top_k=5)
+    return ts.Config(**{**given, "selection_cache": 0, **fields})
+
+
+def tables(length, num_pages):
+    """indptr, indices and last_page_len of one row in pages that lie in reverse order."""
+    pages = -(-length // PAGE)
+    return [0, pages], [num_pages - 1 - page for page in range(pages)], [length - (pages - 1) * PAGE]
+
+
+class StandIn:
+    """What the module asks of a PyTorch tensor, over a NumPy array: for machines without PyTorch."""
+
+    def __init__(self, array, dtype):
+        self.array, self.dtype, self.shape, self.device = array, f"torch.{dtype}", array.shape, "cpu"
+
+    def data_ptr(self):
+        return self.array.__array_interface__["data"][0]
+
+    def stride(self):
+        return tuple(stride // self.array.itemsize for stride in self.array.strides)
+
+
+class Structures(unittest.TestCase):
+    def test_sizes(self):
+        given = os.environ.get("TOKENSELECT_SIZES")
+        if given is None:
+            self.skipTest("TOKENSELECT_SIZES is not set")
+        sizes = dict(entry.split("=") for entry in given.split(","))
+        mine = {struct.__name__: str(ctypes.sizeof(struct)) for struct in tokenselect_abi.STRUCTURES}
+        self.assertEqual(mine, sizes)
+
+
+class Steps(unittest.TestCase):
+    def setUp(self):
+        self.random = np.random.default_rng(1)
+        self.device = ts.Device.cpu()
+
+    def draw(self, *shape):
+        return self.random.standard_normal(shape).astype(np.float32)
+
+    def test_owned_cache(self):
+        for fields in [{}, dict(positions="reassigned", rope=dict(theta=THETA))]:
+            cfg = config(**fields)
+            cache = ts.Cache(self.device, cfg, num_layers=1, num_pages=16, page_size=PAGE)
+            ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=64)
+            sequence = cache.create()
+            keys, values = np.zeros((0, HKV, D)), np.zeros((0, HKV, D))
+            for block in [8, 8, 8, 1, 1]:
+                q, k, v = self.draw(block, HQ, D), self.draw(block, HKV, D), self.draw(block, HKV, D)
+                keys, values = np.concatenate([keys, k]), np.concatenate([values, v])
+                batch = cache.extend([(sequence, block)])
+                out, lse = ctx.step(cache, 0, batch, q, k, v, lse=True)
+                votes, tokens = select(cfg, q.astype(np.float64), keys)
+                self.assertEqual(ctx.selected(), tokens)
+                want_out, want_lse = attend(cfg, q.astype(np.float64), keys, values, tokens)
+                np.testing.assert_allclose(out, want_out, atol=1e-5)
+                np.testing.assert_allclose(lse, want_lse, atol=1e-5)
+                if votes is not None:
+                    shown = np.asarray(ctx.workspace("votes"))[cfg.n_init : cfg.n_init + len(votes)]
+                    np.testing.assert_allclose(shown, votes, atol=1e-5)
+                    self.assertEqual(ctx.workspace("votes").numpy().shape, (64,))
+            self.assertEqual(cache.len(sequence), 26)
+            out = np.empty_like(q)
+            self.assertIs(ctx.attend_dense(batch, cache.layer(0), q, out=out), out)
+            want_out, _ = attend(cfg, q.astype(np.float64), keys, values, list(range(26)))
+            np.testing.assert_allclose(out, want_out, atol=1e-5)
+            cache.free(sequence)
+            self.assertEqual(cache.num_free_pages, 16)
+
+    def test_borrowed_cache(self):
+        """bf16, keys and values among each other in both layouts, one operation at a time."""
+        cfg = config(dtype="bf16", selection_cache=1, similarity_threshold=0.5)
+        for layout in ["NHD", "HND"]:
+            shape = (PAGE, HKV, D) if layout == "NHD" else (HKV, PAGE, D)
+            pool = np.full((16, 2, *shape), 0x7FC0, dtype=np.uint16)  # NaN
+            kv = ts.KvView(pool[:, 0], pool[:, 1], layout)
+            ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=64)
+            selections = ts.SelectionCache(self.device, cfg, num_layers=2, num_sequences=4)
+            keys, values = np.zeros((0, HKV, D)), np.zeros((0, HKV, D))
+            for block in [8, 8, 1, 1]:
+                q, k, v = (to_bf16(self.draw(block, heads, D)) for heads in (HQ, HKV, HKV))
+                keys = np.concatenate([keys, from_bf16(k)])
+                values = np.concatenate([values, from_bf16(v)])
+                given = tables(len(keys), 16)
+                batch = ts.Batch(PAGE, np.array([0, block]), *given, sequence_indices=[3])
+                ctx.append(batch, kv, k, v)
+                ctx.pool(batch, q, selections, layer=1)
+                ctx.score(batch, kv)
+                ctx.vote(batch)
+                ctx.top_k(batch, selections, layer=1)
+                out, lse = np.empty((block, HQ, D), np.float32), np.empty((block, HQ), np.float32)
+                ctx.attend(batch, kv, q, out, lse)
+                _, tokens = select(cfg, from_bf16(q), keys)
+                self.assertEqual(ctx.selected(), tokens)
+                want_out, want_lse = attend(cfg, from_bf16(q), keys, values, tokens)
+                np.testing.assert_allclose(out, want_out, atol=1e-4)
+                np.testing.assert_allclose(lse, want_lse, atol=1e-4)
+                rounded = ctx.attend(batch, kv, q)
+                np.testing.assert_allclose(from_bf16(rounded), want_out, atol=1e-2, rtol=1e-2)
+            self.assertEqual(batch.row(0).kv_len, 18)
+            before = selections.stats(1).reused
+            ctx.select(batch, kv, q, selections, layer=1)  # the same queries again
+            self.assertEqual((selections.stats(1).reused, selections.stats(0).reused), (before + 1, 0))
+
+    def test_parts(self):
+        """Attention over two halves of a list, merged."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+        k, v, q = self.draw(16, PAGE, HKV, D), self.draw(16, PAGE, HKV, D), self.draw(1, HQ, D)
+        kv, batch = ts.KvView(k, v), ts.Batch(PAGE, [0, 1], [0, 16], range(16), [PAGE])
+        tokens = np.arange(0, 64, 3, dtype=np.int32)
+        total = np.array([len(tokens)], dtype=np.int32)
+        whole = ctx.attend_to(batch, kv, q, tokens[None], total)
+        parts = []
+        for ranks in np.split(np.arange(len(tokens), dtype=np.int32), [9]):
+            length = np.array([len(ranks)], dtype=np.int32)
+            parts.append(ctx.attend_to(batch, kv, q, tokens[ranks][None], length, ranks[None], total, lse=True))
+        out = np.empty_like(q)
+        ctx.merge(np.stack([out for out, _ in parts]), np.stack([lse for _, lse in parts]), out)
+        np.testing.assert_allclose(out, whole, atol=1e-6)
+
+    def test_errors(self):
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+        batch = ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
+        self.assertGreater(self.device.workspace_bytes(cfg, max_kv_tokens=64), 64 * HQ * 4)
+        with self.assertRaisesRegex(ts.Error, "`top_k` must be at least 1, got 0") as caught:
+            config(top_k=0)
+        self.assertEqual(caught.exception.status, "TS_STATUS_CONFIG")
+        with self.assertRaisesRegex(TypeError, "no field `topk` in ts_config"):
+            config(topk=1)
+        with self.assertRaisesRegex(ValueError, "`dtype` must be one of f16, .*, got f8"):
+            config(dtype="f8")
+        with self.assertRaisesRegex(ValueError, r"`q` must have shape \(1, 4, 16\), got \(2, 4, 16\)"):
+            ctx.pool(batch, self.draw(2, HQ, D))
+        with self.assertRaisesRegex(TypeError, "`q` must be f32, got f16"):
+            ctx.pool(batch, self.draw(1, HQ, D).astype(np.float16))
+        with self.assertRaisesRegex(ValueError, "`q` must be contiguous"):
+            ctx.pool(batch, self.draw(1, HQ, 2 * D)[:, :, ::2])
+        with self.assertRaisesRegex(ValueError, "`indptr` must have 2 entries for 1 rows, got 3"):
+            ts.Batch(PAGE, [0, 1], [0, 1, 2], [0], [1])
+        with self.assertRaisesRegex(ValueError, "`indptr` must end with the number of indices, 2, got 1"):
+            ts.Batch(PAGE, [0, 1], [0, 1], [0, 1], [1])
+        with self.assertRaisesRegex(ts.Error, "cpu has no `capture`"):
+            self.device.capture(lambda: None)
+        with self.assertRaisesRegex(ValueError, "`name` must be one of queries"):
+            ctx.workspace("vote")
+
+    def test_data_ptr(self):
+        """Tensors with PyTorch's methods give what NumPy's arrays give."""
+        cfg = config(dtype="bf16")
+        ctx = ts.Context(self.device, cfg, max_block_len=1, max_kv_tokens=64)
+        pool, q = to_bf16(self.draw(16, 2, PAGE, HKV, D)), to_bf16(self.draw(1, HQ, D))
+        batch = ts.Batch(PAGE, [0, 1], [0, 16], range(16), [PAGE])
+        want, want_lse = ctx.attend_dense(batch, ts.KvView(pool[:, 0], pool[:, 1]), q, lse=True)
+        as_bf16 = [StandIn(part, "bfloat16") for part in (pool[:, 0], pool[:, 1], q)]
+        out, lse = np.empty_like(q), np.empty((1, HQ), np.float32)
+        ctx.attend_dense(
+            batch, ts.KvView(*as_bf16[:2]), as_bf16[2], StandIn(out, "bfloat16"), StandIn(lse, "float32")
+        )
+        np.testing.assert_array_equal(out, want)
+        np.testing.assert_array_equal(lse, want_lse)
+        as_bf16[2].device = "cuda:0"
+        with self.assertRaisesRegex(ValueError, "`q` must be on cpu, it is on cuda:0"):
+            ctx.pool(batch, as_bf16[2])
+
+    def test_torch(self):
+        try:
+            import torch
+        except ImportError:
+            self.skipTest("no PyTorch")
+        cfg = config(dtype="bf16")
+        cache = ts.Cache(self.device, cfg, num_pages=16, page_size=PAGE)
+        ctx = ts.Context(self.device, cfg, max_block_len=8, max_kv_tokens=64)
+        q, k, v = (torch.randn(8, heads, D, dtype=torch.bfloat16) for heads in (HQ, HKV, HKV))
+        batch = cache.extend([(cache.create(), 8)])
+        out, lse = ctx.step(cache, 0, batch, q, k, v, lse=True)
+        as_f64 = [x.to(torch.float64).numpy() for x in (q, k, v)]
+        want_out, want_lse = attend(cfg, *as_f64, list(range(8)))
+        np.testing.assert_allclose(out.to(torch.float64).numpy(), want_out, atol=1e-2, rtol=1e-2)
+        np.testing.assert_allclose(lse.numpy(), want_lse, atol=1e-4)
+        self.assertEqual(ctx.workspace("selected").torch()[0, :8].tolist(), list(range(8)))
+
+
+class Emulated(unittest.TestCase):
+    """GPU kernels. Attention is not among them here; selection is."""
+
+    def test_select_and_capture(self):
+        try:
+            device = ts.Device.emulated()
+        except ts.Error as error:
+            self.skipTest(str(error))
+        random = np.random.default_rng(3)
+        cfg = config(dtype="bf16", head_dim=64)
+        lists = []
+        for on in [ts.Device.cpu(), device]:
+            random = np.random.default_rng(3)
+            copy = (lambda x: x) if on.kind == "cpu" else on.to_device
+            k, v, q = (to_bf16(random.standard_normal(s)) for s in [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)])
+            k, v, q = copy(k), copy(v), copy(q)
+            ctx = ts.Context(on, cfg, max_rows=1, max_block_len=1, max_kv_tokens=32)
+            batch = ts.Batch(PAGE, [0, 1], *tables(30, 8))
+            ctx.select(batch, ts.KvView(k, v), q)
+            lists.append(ctx.selected())
+        self.assertEqual(lists[0], lists[1])
+        self.assertEqual(ctx.workspace("selected").numpy()[0, : len(lists[1])].tolist(), lists[1])
+        np.testing.assert_array_equal(q.numpy().shape, (1, HQ, 64))
+
+        slot = ts.BatchSlot(device, batch, max_pages=8)
+        bound = slot.put(batch)
+        kv = ts.KvView(k, v)
+        ctx.select(bound, kv, q)
+        graph = device.capture(lambda: ctx.select(bound, kv, q))
+        slot.put(ts.Batch(PAGE, [0, 1], *tables(31, 8)))
+        graph.launch()
+        self.assertEqual(ctx.selected()[-1], 30)
+        with self.assertRaisesRegex(ZeroDivisionError, "division"):
+            device.capture(lambda: 1 / 0)
+
+
+if __name__ == "__main__":
+    unittest.main()

@@ -1,0 +1,522 @@
+"""Token selection and sparse attention over paged KV caches, through the C library.
+
+Tensors are PyTorch's (CUDA or CPU), NumPy's, or anything with `__cuda_array_interface__` or `__array_interface__`; on
+the CPU device they lie in the host's memory, on a CUDA device in that device's. bf16 without PyTorch is `uint16`.
+
+    stream = torch.cuda.current_stream().cuda_stream
+    device = Device.cuda(0, stream=stream)  # ordered with PyTorch's own work
+    config = Config(num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype="bf16", top_k=2048)
+    ctx = Context(device, config, max_rows=1, max_block_len=1, max_kv_tokens=1 << 20)
+    kv = KvView(k_pages, v_pages)  # [num_pages, page_size, num_kv_heads, head_dim], any strides
+    batch = Batch(16, qo_indptr, indptr, indices, last_page_len)
+    ctx.select(batch, kv, q)
+    out = ctx.attend(batch, kv, q)
+
+Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `numpy` and `to_host`. A tensor that is passed must live
+until the device has done the work; tensors of PyTorch's caching allocator do, if both use one stream. Objects may be
+dropped in any order. One object is used by one thread at a time; a failed call raises `Error` and has changed nothing.
+"""
+
+import ctypes
+
+import tokenselect_abi as abi
+from tokenselect_abi import Error
+from tokenselect_tensors import LIBRARY as _lib
+from tokenselect_tensors import TYPESTR, Memory, View, int32, like
+
+__all__ = ["Batch", "BatchSlot", "Buffer", "Cache", "Config", "Context", "Device", "Error", "Graph", "KvView"]
+__all__ += ["SelectionCache", "version"]
+
+version = _lib.version
+
+_DTYPES = ["f16", "bf16", "f32", "u32", "u64"]
+_CODES = {name: code for code, name in enumerate(_DTYPES)}
+_CODES.update(float16=0, bfloat16=1, float32=2, half=0)
+_LAYOUTS = {"NHD": 0, "HND": 1}
+_CHOICES = {
+    "dtype": _CODES,
+    "positions": {"native": 0, "reassigned": 1},
+    "layout": _LAYOUTS,
+    "pairing": {"half_split": 0, "interleaved": 1},
+    "scaling": {"none": 0, "linear": 1, "llama3": 2, "yarn": 3},
+}
+_WORKSPACE = [
+    "queries", "similarities", "actions", "logits", "stats", "votes", "pooled_votes", "top_k", "selected",
+    "selected_len",
+]  # fmt: skip
+
+
+def _set(structure, fields):
+    """Sets fields of a structure; names stand for the numbers of enumerations."""
+    known = {name for name, _ in structure._fields_}
+    for name, value in fields.items():
+        if name not in known or name in ("struct_size", "reserved"):
+            raise TypeError(f"no field `{name}` in {type(structure).__name__}")
+        choices = _CHOICES.get(name)
+        if name == "rope":
+            _set(structure.rope, value)
+        elif choices is not None and isinstance(value, str):
+            if value not in choices:
+                raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value}")
+            setattr(structure, name, choices[value])
+        else:
+            setattr(structure, name, value)
+
+
+class Config:
+    """What is computed: the fields of `ts_config`, by keyword.
+
+    `dtype`, `positions`, `rope["pairing"]` and `rope["scaling"]` take names: `dtype="bf16"`, `positions="reassigned",
+    rope=dict(theta=5e5)`. What is not given has the default of the library.
+    """
+
+    def __init__(self, **fields):
+        self.raw = abi.Config()
+        _lib.config_default(self.raw, ctypes.sizeof(abi.Config))
+        _set(self.raw, fields)
+        _lib.config_validate(self.raw)
+
+    @property
+    def dtype(self):
+        """Type of queries, keys and values: `f16`, `bf16` or `f32`."""
+        return _DTYPES[self.raw.dtype]
+
+    def __getattr__(self, name):
+        if name == "raw":
+            raise AttributeError(name)
+        return getattr(self.raw, name)
+
+
+class _Handle:
+    """Owns a handle of the library."""
+
+    def __init__(self, handle, destroy):
+        self.handle, self._destroy = handle, destroy
+
+    def close(self):
+        """Gives the handle back now instead of when the object is dropped."""
+        handle, self.handle = getattr(self, "handle", None), None
+        if handle:
+            self._destroy(handle)
+
+    __del__ = close
+
+
+class Device(_Handle):
+    """Where operations run: `Device.cpu()`, `Device.cuda(0)`, `Device.emulated()`."""
+
+    def __init__(self, handle, kind, ordinal=0):
+        super().__init__(handle, _lib.device_destroy)
+        self.kind, self.ordinal = kind, ordinal
+        self.name = _lib.device_name(handle).decode()
+
+    @classmethod
+    def cpu(cls):
+        """The processor."""
+        return cls(_lib.made("device_cpu"), "cpu")
+
+    @classmethod
+    def cuda(cls, ordinal=0, stream=None):
+        """A CUDA device. `stream` is a raw stream (0 for the default one) that all work is put in; None makes one, which
+        is not ordered with anything else."""
+        if stream is None:
+            return cls(_lib.made("device_cuda", ordinal), "cuda", ordinal)
+        return cls(_lib.made("device_cuda_on_stream", ordinal, stream), "cuda", ordinal)
+
+    @classmethod
+    def emulated(cls, seed=0):
+        """The GPU kernels on the processor, every access checked, for tests. Tensors come from `to_device`."""
+        return cls(_lib.made("device_emulated", seed), "emulated")
+
+    def synchronize(self):
+        """Waits until everything put on the device is done."""
+        _lib.device_synchronize(self.handle)
+
+    def to_device(self, host):
+        """A copy of a NumPy array in memory of the device."""
+        interface = host.__array_interface__
+        if interface.get("strides") is not None:
+            raise ValueError("`host` must be contiguous")
+        buffer = Buffer(self, interface["shape"], interface["typestr"])
+        if buffer.num_bytes:
+            _lib.memory_write(self.handle, buffer.ptr, interface["data"][0], buffer.num_bytes)
+        return buffer
+
+    def workspace_bytes(self, config, **limits):
+        """Bytes of the workspace of a `Context` with these arguments."""
+        return _lib.made("workspace_bytes", self.handle, config.raw, _limits(limits), kind=ctypes.c_size_t)
+
+    def capture(self, work):
+        """Records what `work()` puts on the device, instead of doing it. Run it once before; batches come from a
+        `BatchSlot`. What it uses must live as long as the graph."""
+        raised = []
+
+        def call(_):
+            try:
+                work()
+            except BaseException as error:  # noqa: BLE001: raised again below
+                raised.append(error)
+            return len(raised)
+
+        try:
+            return Graph(_lib.made("capture", self.handle, abi.WORK(call), None), _lib.graph_destroy)
+        except Error:
+            if raised:
+                raise raised[0] from None
+            raise
+
+
+class Graph(_Handle):
+    """Work recorded by `Device.capture`."""
+
+    def launch(self):
+        """Does the work, after the device's earlier work. Does not wait."""
+        _lib.graph_launch(self.handle)
+
+
+class Buffer(Memory, _Handle):
+    """Memory of a device that the library owns."""
+
+    def __init__(self, device, shape, typestr):
+        _Handle.__init__(self, None, _lib.buffer_destroy)
+        self.describe(device, 0, shape, typestr, None)
+        self.handle = _lib.made("buffer_create", device.handle, self.num_bytes)
+        self.ptr = _lib.made("buffer_data", self.handle) or 0
+
+
+class Workspace(Memory):
+    """A buffer of a context's workspace; holds the context. Token numbers are int32."""
+
+    def __init__(self, context, name):
+        raw = _lib.made("context_workspace", context.handle, _WORKSPACE.index(name), kind=abi.Tensor)
+        self.dtype = _DTYPES[raw.dtype]
+        self.describe(context.device, raw.data or 0, raw.shape[: raw.rank], TYPESTR[self.dtype], context)
+
+
+class KvView:
+    """Paged keys and values of one layer: `[num_pages, page_size, num_kv_heads, head_dim]`, or with `layout="HND"`
+    `[num_pages, num_kv_heads, page_size, head_dim]`. Any strides but that of the last dimension; keys and values may be
+    slices of one tensor: `KvView(kv[:, 0], kv[:, 1])`. Holds the two."""
+
+    def __init__(self, k, v, layout="NHD"):
+        if layout not in _LAYOUTS:
+            raise ValueError(f"`layout` must be NHD or HND, got {layout}")
+        self.k, self.v, self.layout = k, v, layout
+        self._raw = {}
+
+    @classmethod
+    def _of(cls, raw, owner):
+        view = cls(None, None)
+        view._raw, view.owner = raw, owner  # the same for every device
+        return view
+
+    def raw(self, device, dtype):
+        """The structure of the library."""
+        if isinstance(self._raw, abi.KvView):
+            return self._raw
+        key = (device.name, dtype)
+        if key not in self._raw:
+            self._raw[key] = self._describe(device, dtype)
+        return self._raw[key]
+
+    def _describe(self, device, dtype):
+        k, v = View("k pages", self.k, device), View("v pages", self.v, device)
+        k.dtype("k pages", [dtype])
+        v.dtype("v pages", [dtype])
+        if len(k.shape) != 4 or k.shape != v.shape:
+            raise ValueError(f"k and v pages must have the same four dimensions, got {k.shape} and {v.shape}")
+        strides = [(k.strides[i], v.strides[i]) for i in range(4) if k.shape[i] > 1]
+        if any(a != b for a, b in strides) or (k.shape[3] > 1 and k.strides[3] != 1):
+            text = f"k and v pages must have the same strides, the last 1, got {k.strides} and {v.strides}"
+            raise ValueError(text)
+        token, head = (1, 2) if self.layout == "NHD" else (2, 1)
+        return abi.KvView(
+            k.ptr, v.ptr, k.shape[0], k.shape[token], k.shape[head], k.shape[3], k.strides[0], k.strides[token],
+            k.strides[head],
+        )  # fmt: skip
+
+
+class Batch(_Handle):
+    """One step's rows, from FlashInfer's tables (lists, arrays or tensors of integers, copied): see `ts_batch_tables`.
+
+    `candidates` is `[rows, 2]`, for parts of sequences.
+    """
+
+    def __init__(self, page_size, qo_indptr, indptr, indices, last_page_len, sequence_indices=None, candidates=None):
+        super().__init__(None, _lib.batch_destroy)
+        if isinstance(candidates, (list, tuple)):
+            candidates = [bound for bounds in candidates for bound in bounds]
+        given = dict(qo_indptr=qo_indptr, indptr=indptr, indices=indices, last_page_len=last_page_len)
+        given.update(sequence_indices=sequence_indices, candidates=candidates)
+        tables = {what: int32(what, values) for what, values in given.items() if values is not None}
+        count = {what: table[1] for what, table in tables.items()}
+        rows = count["last_page_len"]
+        wanted = {"qo_indptr": rows + 1, "indptr": rows + 1, "sequence_indices": rows, "candidates": 2 * rows}
+        for what, need in wanted.items():
+            if count.get(what, need) != need:
+                raise ValueError(f"`{what}` must have {need} entries for {rows} rows, got {count[what]}")
+        pages = ctypes.c_int32.from_address(tables["indptr"][0] + 4 * rows).value
+        if pages != count["indices"]:
+            raise ValueError(f"`indptr` must end with the number of indices, {count['indices']}, got {pages}")
+        raw = abi.BatchTables(page_size=page_size, num_rows=rows, **{what: table[0] for what, table in tables.items()})
+        self._own(_lib.made("batch_create", raw))
+
+    @classmethod
+    def _of(cls, handle):
+        batch = cls.__new__(cls)
+        _Handle.__init__(batch, None, _lib.batch_destroy)
+        batch._own(handle)
+        return batch
+
+    def _own(self, handle):
+        self.handle = handle
+        self.info = _lib.made("batch_get_info", handle, kind=abi.BatchInfo)
+        self.num_rows, self.num_query_tokens = self.info.num_rows, self.info.num_query_tokens
+
+    def row(self, row):
+        """`query_begin`, `block_len`, `kv_len` and `token_base` (its place in votes and logits) of a row."""
+        return _lib.made("batch_get_row", self.handle, row, kind=abi.BatchRow)
+
+    def padded(self, num_rows, block_len):
+        """The batch with padding rows of `block_len` queries added, until it has `num_rows`."""
+        return Batch._of(_lib.made("batch_padded", self.handle, num_rows, block_len))
+
+
+class BatchSlot(_Handle):
+    """A fixed place for the tables of batches with the rows and blocks of `like`, for captured work."""
+
+    def __init__(self, device, like, max_pages):
+        super().__init__(None, _lib.batch_slot_destroy)
+        self.handle = _lib.made("batch_slot_create", device.handle, like.handle, max_pages)
+
+    def put(self, batch):
+        """Puts a batch there; the batch that is answered is to be captured with."""
+        return Batch._of(_lib.made("batch_slot_put", self.handle, batch.handle))
+
+
+class SelectionCache(_Handle):
+    """Cached selections of every layer and sequence, for an engine with a cache of its own."""
+
+    def __init__(self, device, config, num_layers, num_sequences):
+        super().__init__(None, _lib.selection_cache_destroy)
+        self.handle = _lib.made("selection_cache_create", device.handle, config.raw, num_layers, num_sequences)
+
+    def clear(self, sequence):
+        """Forgets the selections of a sequence."""
+        _lib.selection_cache_clear(self.handle, sequence)
+
+    def fork(self, src, dst):
+        """Copies the selections of a sequence to another."""
+        _lib.selection_cache_fork(self.handle, src, dst)
+
+    def truncate(self, sequence, length):
+        """Forgets the selections that a sequence cut to `length` tokens cannot use."""
+        _lib.selection_cache_truncate(self.handle, sequence, length)
+
+    def stats(self, layer=None):
+        """`reused`, `scored` and `complete` rows so far, of a layer or of all."""
+        if layer is None:
+            return _lib.made("selection_cache_stats", self.handle, kind=abi.SelectionStats)
+        return _lib.made("selection_cache_layer_stats", self.handle, layer, kind=abi.SelectionStats)
+
+    def reset_stats(self):
+        """Sets the counters to 0."""
+        _lib.selection_cache_reset_stats(self.handle)
+
+
+class Cache(_Handle):
+    """An owned cache: `num_layers`, `num_pages`, `page_size`, `max_sequences`, `layout` as in `ts_cache_config`."""
+
+    def __init__(self, device, config, **size):
+        super().__init__(None, _lib.cache_destroy)
+        raw = abi.CacheConfig()
+        _lib.cache_config_default(raw, ctypes.sizeof(raw))
+        _set(raw, size)
+        self.handle = _lib.made("cache_create", device.handle, config.raw, raw)
+
+    def create(self):
+        """A new, empty sequence."""
+        return _lib.made("cache_sequence_create", self.handle, kind=ctypes.c_uint64)
+
+    def fork(self, sequence):
+        """A new sequence with the same tokens."""
+        return _lib.made("cache_sequence_fork", self.handle, sequence, kind=ctypes.c_uint64)
+
+    def truncate(self, sequence, length):
+        """Drops the tokens of a sequence from `length` on."""
+        _lib.cache_sequence_truncate(self.handle, sequence, length)
+
+    def free(self, sequence):
+        """Ends a sequence."""
+        _lib.cache_sequence_free(self.handle, sequence)
+
+    def len(self, sequence):
+        """Tokens of a sequence."""
+        return _lib.made("cache_sequence_len", self.handle, sequence, kind=ctypes.c_size_t)
+
+    @property
+    def num_free_pages(self):
+        """Pages that no sequence holds."""
+        return _lib.made("cache_num_free_pages", self.handle, kind=ctypes.c_size_t)
+
+    def extend(self, growth):
+        """Makes room for new tokens, `[(sequence, num_tokens)]`; answers the batch of these rows, for all layers."""
+        rows = len(growth)
+        sequences = (ctypes.c_uint64 * rows)(*(sequence for sequence, _ in growth))
+        num_tokens = (ctypes.c_size_t * rows)(*(tokens for _, tokens in growth))
+        return Batch._of(_lib.made("cache_extend", self.handle, sequences, num_tokens, rows))
+
+    def layer(self, layer):
+        """Keys and values of a layer, to read."""
+        return KvView._of(_lib.made("cache_layer", self.handle, layer, kind=abi.KvView), self)
+
+    def selections(self):
+        """The Selection Cache, for `Context.select` and the like."""
+        made = SelectionCache.__new__(SelectionCache)
+        _Handle.__init__(made, _lib.made("cache_selections", self.handle), _lib.selection_cache_destroy)
+        made.cache = self
+        return made
+
+    def stats(self):
+        """`reused`, `scored` and `complete` rows so far."""
+        return _lib.made("cache_stats", self.handle, kind=abi.SelectionStats)
+
+
+def _limits(given):
+    raw = abi.Limits()
+    _lib.limits_default(raw, ctypes.sizeof(raw))
+    _set(raw, given)
+    return raw
+
+
+class Context(_Handle):
+    """Runs steps and single operations: configuration, limits (`max_rows`, `max_block_len`, `max_kv_tokens`) and
+    workspace."""
+
+    def __init__(self, device, config, **limits):
+        super().__init__(None, _lib.context_destroy)
+        self.device, self.config = device, config
+        self.handle = _lib.made("context_create", device.handle, config.raw, _limits(limits))
+
+    def append(self, batch, kv, k, v):
+        """Writes `k` and `v`, `[num_query_tokens, num_kv_heads, head_dim]`, into the pages of the batch; `kv` may be a
+        pair `(cache, layer)`."""
+        k, v = self._rows("k", k, batch), self._rows("v", v, batch)
+        if isinstance(kv, tuple):
+            return _lib.cache_append(self.handle, kv[0].handle, kv[1], batch.handle, k, v)
+        return _lib.append(self.handle, batch.handle, self._kv(kv), k, v)
+
+    def select(self, batch, kv, q, selection_cache=None, layer=0):
+        """`pool`, `score`, `vote` and `top_k` in one."""
+        q, cached = self._rows("q", q, batch), _handle(selection_cache)
+        _lib.select(self.handle, batch.handle, self._kv(kv), q, cached, layer)
+
+    def pool(self, batch, q, selection_cache=None, layer=0):
+        """Scoring queries, similarities and actions from `q`, `[num_query_tokens, num_qo_heads, head_dim]`."""
+        _lib.pool(self.handle, batch.handle, self._rows("q", q, batch), _handle(selection_cache), layer)
+
+    def score(self, batch, kv):
+        """Logits and softmax statistics of the candidates."""
+        _lib.score(self.handle, batch.handle, self._kv(kv))
+
+    def vote(self, batch):
+        """Votes of the candidates."""
+        _lib.vote(self.handle, batch.handle)
+
+    def top_k(self, batch, selection_cache=None, layer=0):
+        """The selected lists; pass what was passed to `pool`."""
+        _lib.top_k(self.handle, batch.handle, _handle(selection_cache), layer)
+
+    def attend(self, batch, kv, q, out=None, lse=None):
+        """Attention over the selected lists: `out`, or `(out, lse)` where `lse` is a tensor or True. What is not given
+        is made like `q`, with f32 for `lse`."""
+        return self._attend("attend", batch, kv, q, (), out, lse)
+
+    def attend_dense(self, batch, kv, q, out=None, lse=None):
+        """As `attend`, over all tokens."""
+        return self._attend("attend_dense", batch, kv, q, (), out, lse)
+
+    def attend_to(self, batch, kv, q, tokens, length, ranks=None, total_len=None, out=None, lse=None):
+        """As `attend`, over lists of one's own, int32 on the device: `tokens` (and `ranks`) `[rows, width]`, `length`
+        (and `total_len`) `[rows]`."""
+        rows, width = View("tokens", tokens, self.device).shape
+        raw = abi.Selection(num_rows=rows, width=width)
+        shapes = dict(tokens=(rows, width), len=(rows,), ranks=(rows, width), total_len=(rows,))
+        for (name, shape), tensor in zip(shapes.items(), (tokens, length, ranks, total_len)):
+            if tensor is not None:
+                setattr(raw, name, View(name, tensor, self.device).expect(name, shape, ["u32"]))
+        return self._attend("attend_to", batch, kv, q, (raw,), out, lse)
+
+    def merge(self, parts, part_lses, out, lse=None):
+        """Combines attention over disjoint parts of a list: f32, `[parts, tokens, heads, head_dim]` and
+        `[parts, tokens, heads]`. Writes `out`."""
+        parts_view = View("parts", parts, self.device)
+        num_parts, tokens, *_ = parts_view.shape
+        hq, d = self.config.num_qo_heads, self.config.head_dim
+        raw = abi.Parts(num_parts=num_parts, num_query_tokens=tokens)
+        raw.parts = parts_view.expect("parts", (num_parts, tokens, hq, d), ["f32"])
+        raw.part_lses = View("part_lses", part_lses, self.device).expect("part_lses", (num_parts, tokens, hq), ["f32"])
+        output, answer = self._output(tokens, out, out, lse)
+        _lib.merge(self.handle, raw, output)
+        return answer
+
+    def step(self, cache, layer, batch, q, k, v, out=None, lse=None):
+        """Append, select and attend for one layer of an owned cache. Answers as `attend`."""
+        return self._step("step", cache, layer, batch, (q, k, v), out, lse)
+
+    def step_dense(self, cache, layer, batch, q, k, v, out=None, lse=None):
+        """As `step`, attending to all tokens."""
+        return self._step("step_dense", cache, layer, batch, (q, k, v), out, lse)
+
+    def workspace(self, name):
+        """A buffer between operations, by name: `queries`, `similarities`, `actions`, `logits`, `stats`, `votes`,
+        `pooled_votes`, `top_k`, `selected`, `selected_len`. The same memory; `.torch()`, `.numpy()` for copies."""
+        if name not in _WORKSPACE:
+            raise ValueError(f"`name` must be one of {', '.join(_WORKSPACE)}, got {name}")
+        return Workspace(self, name)
+
+    def selected(self, row=0):
+        """The selected tokens of a row, as a list. Waits for the device."""
+        length = _lib.made("context_selected", self.handle, row, None, 0, kind=ctypes.c_size_t)
+        tokens = (ctypes.c_uint32 * length)()
+        _lib.made("context_selected", self.handle, row, tokens, length, kind=ctypes.c_size_t)
+        return list(tokens)
+
+    def _kv(self, kv):
+        return kv.raw(self.device, self.config.dtype)
+
+    def _rows(self, what, tensor, batch):
+        """Address of a tensor with a row for every query token."""
+        heads = self.config.num_qo_heads if what == "q" else self.config.num_kv_heads
+        shape = (batch.num_query_tokens, heads, self.config.head_dim)
+        return View(what, tensor, self.device).expect(what, shape, [self.config.dtype])
+
+    def _output(self, tokens, q, out, lse):
+        """The structure of the library, and what is answered."""
+        heads = (tokens, self.config.num_qo_heads)
+        shape = (*heads, self.config.head_dim)
+        out = like(q, shape, None) if out is None else out
+        lse = like(q, heads, "float32") if lse is True else lse
+        view = View("out", out, self.device)
+        dtypes = list(dict.fromkeys([self.config.dtype, "f32", "f16", "bf16"]))
+        raw = abi.Output(view.expect("out", shape, dtypes), None, _CODES[view.dtype("out", dtypes)])
+        if lse is None:
+            return raw, out
+        raw.lse = View("lse", lse, self.device).expect("lse", heads, ["f32"])
+        return raw, (out, lse)
+
+    def _attend(self, name, batch, kv, q, more, out, lse):
+        address = self._rows("q", q, batch)
+        output, answer = self._output(batch.num_query_tokens, q, out, lse)
+        getattr(_lib, name)(self.handle, batch.handle, self._kv(kv), address, *more, output)
+        return answer
+
+    def _step(self, name, cache, layer, batch, tensors, out, lse):
+        addresses = [self._rows(what, tensor, batch) for what, tensor in zip("qkv", tensors)]
+        output, answer = self._output(batch.num_query_tokens, tensors[0], out, lse)
+        getattr(_lib, name)(self.handle, cache.handle, layer, batch.handle, abi.StepInput(*addresses), output)
+        return answer
+
+
+def _handle(optional):
+    return None if optional is None else optional.handle

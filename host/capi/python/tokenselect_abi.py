@@ -1,0 +1,202 @@
+"""The C interface of tokenselect as ctypes sees it: structures, prototypes, errors. `tokenselect` is what to import.
+
+Follows include/tokenselect.h; the test compares the size of every structure.
+"""
+
+import ctypes
+import os
+from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
+from pathlib import Path
+
+ABI_VERSION = 1
+
+
+class Error(RuntimeError):
+    """What the library answers: a text that names the argument, the rule it broke and the numbers.
+
+    `status` is the name of the code: `TS_STATUS_OUT_OF_PAGES`.
+    """
+
+    def __init__(self, status, text):
+        super().__init__(text)
+        self.status = status
+
+
+def _structure(name, **fields):
+    """A structure with these fields, in this order."""
+    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+
+
+Rope = _structure(
+    "ts_rope",
+    theta=c_double, rotary_dim=c_uint32, pairing=c_int32, scaling=c_int32, reserved=c_uint32, factor=c_double,
+    low_freq_factor=c_double, high_freq_factor=c_double, original_max_position=c_double, beta_fast=c_double,
+    beta_slow=c_double, attention_factor=c_double,
+)  # fmt: skip
+Config = _structure(
+    "ts_config",
+    struct_size=c_size_t, num_qo_heads=c_uint32, num_kv_heads=c_uint32, head_dim=c_uint32, dtype=c_int32,
+    n_init=c_size_t, n_local=c_size_t, top_k=c_size_t, vote_pool_window=c_size_t, score_scale=c_float,
+    sm_scale=c_float, logits_soft_cap=c_float, positions=c_int32, rope=Rope, selection_cache=c_int32,
+    similarity_threshold=c_float, max_reuse=c_uint32, reserved=c_uint32,
+)  # fmt: skip
+Limits = _structure(
+    "ts_limits", struct_size=c_size_t, max_rows=c_size_t, max_block_len=c_size_t, max_kv_tokens=c_size_t
+)
+CacheConfig = _structure(
+    "ts_cache_config",
+    struct_size=c_size_t, num_layers=c_size_t, num_pages=c_size_t, page_size=c_size_t, max_sequences=c_size_t,
+    layout=c_int32, reserved=c_int32,
+)  # fmt: skip
+KvView = _structure(
+    "ts_kv_view",
+    k=c_void_p, v=c_void_p, num_pages=c_size_t, page_size=c_size_t, num_kv_heads=c_size_t, head_dim=c_size_t,
+    stride_page=c_size_t, stride_token=c_size_t, stride_head=c_size_t,
+)  # fmt: skip
+BatchTables = _structure(
+    "ts_batch_tables",
+    page_size=c_size_t, num_rows=c_size_t, qo_indptr=c_void_p, indptr=c_void_p, indices=c_void_p,
+    last_page_len=c_void_p, sequence_indices=c_void_p, candidates=c_void_p,
+)  # fmt: skip
+BatchInfo = _structure(
+    "ts_batch_info",
+    num_rows=c_size_t, num_query_tokens=c_size_t, page_size=c_size_t, max_block_len=c_size_t,
+    max_kv_len=c_size_t, num_token_places=c_size_t,
+)  # fmt: skip
+BatchRow = _structure(
+    "ts_batch_row", query_begin=c_size_t, block_len=c_size_t, kv_len=c_size_t, token_base=c_size_t
+)
+Output = _structure("ts_output", out=c_void_p, lse=c_void_p, out_dtype=c_int32, reserved=c_int32)
+Selection = _structure(
+    "ts_selection",
+    num_rows=c_size_t, width=c_size_t, tokens=c_void_p, len=c_void_p, ranks=c_void_p, total_len=c_void_p,
+)  # fmt: skip
+Parts = _structure(
+    "ts_parts", num_parts=c_size_t, num_query_tokens=c_size_t, parts=c_void_p, part_lses=c_void_p
+)
+StepInput = _structure("ts_step_input", q=c_void_p, k=c_void_p, v=c_void_p)
+SelectionStats = _structure("ts_selection_stats", reused=c_uint64, scored=c_uint64, complete=c_uint64)
+Tensor = _structure("ts_tensor", data=c_void_p, dtype=c_int32, rank=c_uint32, shape=c_size_t * 4)
+
+STRUCTURES = [
+    Rope, Config, Limits, CacheConfig, KvView, BatchTables, BatchInfo, BatchRow, Output, Selection, Parts,
+    StepInput, SelectionStats, Tensor,
+]  # fmt: skip
+
+WORK = ctypes.CFUNCTYPE(c_int32, c_void_p)
+
+_P = c_void_p  # a handle or address
+_OUT = POINTER(c_void_p)  # where a new handle is written
+_FUNCTIONS = {
+    "ts_device_cpu": [_OUT],
+    "ts_device_cuda": [c_uint32, _OUT],
+    "ts_device_cuda_on_stream": [c_uint32, _P, _OUT],
+    "ts_device_emulated": [c_uint64, _OUT],
+    "ts_device_synchronize": [_P],
+    "ts_buffer_create": [_P, c_size_t, _OUT],
+    "ts_buffer_data": [_P, _OUT],
+    "ts_memory_write": [_P, _P, _P, c_size_t],
+    "ts_memory_read": [_P, _P, _P, c_size_t],
+    "ts_config_default": [POINTER(Config), c_size_t],
+    "ts_limits_default": [POINTER(Limits), c_size_t],
+    "ts_cache_config_default": [POINTER(CacheConfig), c_size_t],
+    "ts_config_validate": [POINTER(Config)],
+    "ts_context_create": [_P, POINTER(Config), POINTER(Limits), _OUT],
+    "ts_workspace_bytes": [_P, POINTER(Config), POINTER(Limits), POINTER(c_size_t)],
+    "ts_context_workspace": [_P, c_int32, POINTER(Tensor)],
+    "ts_context_selected": [_P, c_size_t, POINTER(c_uint32), c_size_t, POINTER(c_size_t)],
+    "ts_batch_create": [POINTER(BatchTables), _OUT],
+    "ts_batch_padded": [_P, c_size_t, c_size_t, _OUT],
+    "ts_batch_get_info": [_P, POINTER(BatchInfo)],
+    "ts_batch_get_row": [_P, c_size_t, POINTER(BatchRow)],
+    "ts_batch_slot_create": [_P, _P, c_size_t, _OUT],
+    "ts_batch_slot_put": [_P, _P, _OUT],
+    "ts_append": [_P, _P, POINTER(KvView), _P, _P],
+    "ts_select": [_P, _P, POINTER(KvView), _P, _P, c_size_t],
+    "ts_pool": [_P, _P, _P, _P, c_size_t],
+    "ts_score": [_P, _P, POINTER(KvView)],
+    "ts_vote": [_P, _P],
+    "ts_top_k": [_P, _P, _P, c_size_t],
+    "ts_attend": [_P, _P, POINTER(KvView), _P, POINTER(Output)],
+    "ts_attend_dense": [_P, _P, POINTER(KvView), _P, POINTER(Output)],
+    "ts_attend_to": [_P, _P, POINTER(KvView), _P, POINTER(Selection), POINTER(Output)],
+    "ts_merge": [_P, POINTER(Parts), POINTER(Output)],
+    "ts_selection_cache_create": [_P, POINTER(Config), c_size_t, c_size_t, _OUT],
+    "ts_selection_cache_clear": [_P, c_size_t],
+    "ts_selection_cache_fork": [_P, c_size_t, c_size_t],
+    "ts_selection_cache_truncate": [_P, c_size_t, c_size_t],
+    "ts_selection_cache_stats": [_P, POINTER(SelectionStats)],
+    "ts_selection_cache_layer_stats": [_P, c_size_t, POINTER(SelectionStats)],
+    "ts_selection_cache_reset_stats": [_P],
+    "ts_cache_create": [_P, POINTER(Config), POINTER(CacheConfig), _OUT],
+    "ts_cache_sequence_create": [_P, POINTER(c_uint64)],
+    "ts_cache_sequence_fork": [_P, c_uint64, POINTER(c_uint64)],
+    "ts_cache_sequence_truncate": [_P, c_uint64, c_size_t],
+    "ts_cache_sequence_free": [_P, c_uint64],
+    "ts_cache_sequence_len": [_P, c_uint64, POINTER(c_size_t)],
+    "ts_cache_num_free_pages": [_P, POINTER(c_size_t)],
+    "ts_cache_extend": [_P, POINTER(c_uint64), POINTER(c_size_t), c_size_t, _OUT],
+    "ts_cache_layer": [_P, c_size_t, POINTER(KvView)],
+    "ts_cache_selections": [_P, _OUT],
+    "ts_cache_stats": [_P, POINTER(SelectionStats)],
+    "ts_cache_append": [_P, _P, c_size_t, _P, _P, _P],
+    "ts_step": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
+    "ts_step_dense": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
+    "ts_capture": [_P, WORK, _P, _OUT],
+    "ts_graph_launch": [_P],
+}
+_HANDLES = ["device", "buffer", "context", "batch", "batch_slot", "selection_cache", "cache", "graph"]
+_FUNCTIONS.update({f"ts_{handle}_destroy": [_P] for handle in _HANDLES})
+
+
+def _find():
+    """The shared library: `TOKENSELECT_LIBRARY`, beside this file, or where cargo puts it in a checkout."""
+    here = Path(__file__).resolve().parent
+    name = "libtokenselect_c.so"
+    places = [here / name, *(here.parents[2] / "target" / profile / name for profile in ("release", "debug"))]
+    given = os.environ.get("TOKENSELECT_LIBRARY")
+    places = [Path(given)] if given else places
+    for place in places:
+        if place.exists():
+            return str(place)
+    raise ImportError(
+        f"no tokenselect library at {', '.join(map(str, places))}: build it with "
+        "`cargo build --release -p tokenselect-capi`, or name it in TOKENSELECT_LIBRARY"
+    )
+
+
+class Library:
+    """Every function of the header by its name without `ts_`; one that fails raises `Error`."""
+
+    def __init__(self):
+        self.path = _find()
+        library = ctypes.CDLL(self.path)
+        library.ts_version.restype = c_char_p
+        library.ts_abi_version.restype = c_uint32
+        library.ts_last_error_message.restype = c_char_p
+        library.ts_status_name.restype = c_char_p
+        library.ts_status_name.argtypes = [c_int32]
+        library.ts_device_name.restype = c_char_p
+        library.ts_device_name.argtypes = [c_void_p]
+        if library.ts_abi_version() != ABI_VERSION:
+            raise ImportError(
+                f"{self.path} has version {library.ts_abi_version()} of the interface, this module {ABI_VERSION}"
+            )
+        self.version = library.ts_version().decode()
+        self.device_name = library.ts_device_name
+
+        def check(status, function, arguments):
+            if status != 0:
+                name = library.ts_status_name(status).decode()
+                raise Error(name, library.ts_last_error_message().decode())
+
+        for name, types in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype, function.errcheck = types, c_int32, check
+            setattr(self, name.removeprefix("ts_"), function)
+
+    def made(self, function, *arguments, kind=c_void_p):
+        """What `function` writes through its last argument."""
+        to = kind()
+        getattr(self, function)(*arguments, ctypes.byref(to))
+        return to if isinstance(to, ctypes.Structure) else to.value

@@ -1,0 +1,289 @@
+//! Batches: page tables of one step in the layout of FlashInfer.
+
+use tokenselect::{Batch, BatchSlot, Error, PageTables};
+
+use crate::device::ts_device;
+use crate::pointers::{answer, hand_out, reference, reference_mut, slice, take_back};
+use crate::status::{Failure, Result, fence, ts_status};
+
+/// One step's rows: which queries belong to which sequence, and in which pages its tokens lie. Never changes.
+///
+/// May be used by several threads at once, by contexts of one device. The first operation on a GPU copies the tables
+/// there.
+#[derive(Debug)]
+pub struct ts_batch {
+    pub(crate) batch: Batch,
+}
+
+/// Page tables, in the host's memory, copied by `ts_batch_create`. They describe the cache *after* the block was
+/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_batch_tables {
+    /// Tokens in a page, 1 to 256.
+    pub page_size: usize,
+    /// Rows of the batch.
+    pub num_rows: usize,
+    /// `[num_rows + 1]`, ascending from 0: the query tokens of row `r` are rows `qo_indptr[r]` to `qo_indptr[r + 1]` of
+    /// `q`, `k`, `v` and `out`. A row of 0 query tokens is padding.
+    pub qo_indptr: *const i32,
+    /// `[num_rows + 1]`, ascending from 0: the pages of row `r` are `indices[indptr[r]]` to `indices[indptr[r + 1]]`.
+    pub indptr: *const i32,
+    /// `[indptr[num_rows]]`: page numbers, in token order.
+    pub indices: *const i32,
+    /// `[num_rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
+    pub last_page_len: *const i32,
+    /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
+    /// selection is used again.
+    pub sequence_indices: *const i32,
+    /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that compete
+    /// for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
+    pub candidates: *const i32,
+}
+
+/// Sizes of a batch.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_batch_info {
+    /// Rows.
+    pub num_rows: usize,
+    /// Query tokens of all rows: the leading dimension of `q`, `k`, `v` and `out`.
+    pub num_query_tokens: usize,
+    /// Tokens in a page.
+    pub page_size: usize,
+    /// The longest block.
+    pub max_block_len: usize,
+    /// The most tokens cached by one row.
+    pub max_kv_len: usize,
+    /// Places for tokens in logits and votes: all pages of all rows. What `ts_limits.max_kv_tokens` limits.
+    pub num_token_places: usize,
+}
+
+/// Sizes and places of a row.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_batch_row {
+    /// First query token.
+    pub query_begin: usize,
+    /// Query tokens of the row.
+    pub block_len: usize,
+    /// Tokens cached, the block included.
+    pub kv_len: usize,
+    /// Where the row begins in logits and votes: its token `j` is at `token_base + j`.
+    pub token_base: usize,
+}
+
+/// A batch over page tables of another engine.
+///
+/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry.
+///
+/// # Safety
+/// - `tables` is null or a structure whose pointers are null or name arrays of the stated lengths in the host's memory.
+///   They are not used after this returns.
+/// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_create(
+    tables: *const ts_batch_tables,
+    batch: *mut *mut ts_batch,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let make = || unsafe { Ok(ts_batch { batch: read(reference("tables", tables)?)? }) };
+        // SAFETY: as above.
+        unsafe { hand_out("batch", batch, make) }
+    })
+}
+
+/// # Safety
+/// - As for [`ts_batch_create`].
+unsafe fn read(tables: &ts_batch_tables) -> Result<Batch> {
+    let &ts_batch_tables { page_size, num_rows, .. } = tables;
+    // SAFETY: the caller's promise.
+    let (qo_indptr, indptr, last_page_len) = unsafe {
+        (
+            table("qo_indptr", tables.qo_indptr, num_rows.saturating_add(1))?,
+            table("indptr", tables.indptr, num_rows.saturating_add(1))?,
+            table("last_page_len", tables.last_page_len, num_rows)?,
+        )
+    };
+    let num_indices = indptr.last().map_or(0, |&end| end as usize);
+    // SAFETY: the caller's promise.
+    let indices = unsafe { table("indices", tables.indices, num_indices)? };
+    let pages = PageTables { indptr, indices, last_page_len };
+    let mut batch = if tables.candidates.is_null() {
+        Batch::new(page_size, qo_indptr, pages)?
+    } else {
+        // SAFETY: the caller's promise.
+        let bounds = unsafe { table("candidates", tables.candidates, num_rows.saturating_mul(2))? };
+        let ranges = bounds.chunks_exact(2).map(|bounds| bounds[0]..bounds[1]).collect();
+        Batch::partial(page_size, qo_indptr, pages, ranges)?
+    };
+    if !tables.sequence_indices.is_null() {
+        // SAFETY: the caller's promise.
+        let indices = unsafe { table("sequence_indices", tables.sequence_indices, num_rows)? };
+        batch = batch.with_sequence_indices(indices)?;
+    }
+    Ok(batch)
+}
+
+/// A copy of a table, none of whose entries is negative.
+///
+/// # Safety
+/// - Null, or `len` numbers.
+unsafe fn table(what: &'static str, pointer: *const i32, len: usize) -> Result<Vec<u32>> {
+    // SAFETY: the caller's promise.
+    let entries = unsafe { slice(what, pointer, len)? };
+    let one =
+        |(entry, &got): (usize, &i32)| u32::try_from(got).map_err(|_| Failure::Negative { what, entry, got });
+    entries.iter().enumerate().map(one).collect()
+}
+
+/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
+/// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+///
+/// Errors: `TS_STATUS_LIMIT` where the batch has more rows already.
+///
+/// # Safety
+/// - `batch` is null or a handle.
+/// - `padded` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_padded(
+    batch: *const ts_batch,
+    num_rows: usize,
+    block_len: usize,
+    padded: *mut *mut ts_batch,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let batch = unsafe { &reference("batch", batch)?.batch };
+        let make = || Ok(ts_batch { batch: batch.clone().padded(num_rows, block_len)? });
+        // SAFETY: as above.
+        unsafe { hand_out("padded", padded, make) }
+    })
+}
+
+/// Sizes of a batch.
+///
+/// # Safety
+/// - `batch` is null or a handle; `info` is null or has room for the structure, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_get_info(batch: *const ts_batch, info: *mut ts_batch_info) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let batch = unsafe { &reference("batch", batch)?.batch };
+        let make = || {
+            Ok(ts_batch_info {
+                num_rows: batch.num_rows(),
+                num_query_tokens: batch.num_query_tokens(),
+                page_size: batch.page_size(),
+                max_block_len: batch.max_block_len(),
+                max_kv_len: batch.max_kv_len(),
+                num_token_places: batch.num_token_places(),
+            })
+        };
+        // SAFETY: as above.
+        unsafe { answer("info", info, make) }
+    })
+}
+
+/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row.
+///
+/// # Safety
+/// - `batch` is null or a handle; `info` is null or has room for the structure, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_get_row(
+    batch: *const ts_batch,
+    row: usize,
+    info: *mut ts_batch_row,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let batch = unsafe { &reference("batch", batch)?.batch };
+        let make = || {
+            if row >= batch.num_rows() {
+                return Err(Error::Index { what: "row", limit: batch.num_rows(), got: row }.into());
+            }
+            Ok(ts_batch_row {
+                query_begin: batch.query_range(row).start,
+                block_len: batch.block_len(row),
+                kv_len: batch.kv_len(row),
+                token_base: batch.token_base(row),
+            })
+        };
+        // SAFETY: as above.
+        unsafe { answer("info", info, make) }
+    })
+}
+
+/// Gives a batch back. Null is nothing. On a GPU, its tables are freed after the device's earlier work.
+///
+/// # Safety
+/// - `batch` is null or a handle, used for the last time.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_destroy(batch: *mut ts_batch) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { take_back("batch", batch) })
+}
+
+/// A fixed place in a GPU's memory for the tables of one batch after another, so that captured work reads lengths and
+/// pages of the batch that was put there last. One thread at a time.
+#[derive(Debug)]
+pub struct ts_batch_slot {
+    slot: BatchSlot,
+}
+
+/// A place for batches with the rows, blocks and page size of `like` and up to `max_pages` pages in all rows together.
+///
+/// Errors: `TS_STATUS_WRONG_DEVICE` for the processor.
+///
+/// # Safety
+/// - `device` and `like` are null or handles.
+/// - `slot` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_slot_create(
+    device: *const ts_device,
+    like: *const ts_batch,
+    max_pages: usize,
+    slot: *mut *mut ts_batch_slot,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (device, like) = unsafe { (reference("device", device)?, reference("like", like)?) };
+        let make = || Ok(ts_batch_slot { slot: BatchSlot::new(&device.device, &like.batch, max_pages)? });
+        // SAFETY: as above.
+        unsafe { hand_out("slot", slot, make) }
+    })
+}
+
+/// Puts a copy of a batch in the slot, after the device's earlier work: work captured with `bound` reads whatever batch
+/// was put there last when it is launched.
+///
+/// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages.
+///
+/// # Safety
+/// - `slot` and `batch` are null or handles; nothing else uses `slot` meanwhile.
+/// - `bound` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_slot_put(
+    slot: *mut ts_batch_slot,
+    batch: *const ts_batch,
+    bound: *mut *mut ts_batch,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (slot, batch) = unsafe { (reference_mut("slot", slot)?, reference("batch", batch)?) };
+        let make = || Ok(ts_batch { batch: slot.slot.put(batch.batch.clone())? });
+        // SAFETY: as above.
+        unsafe { hand_out("bound", bound, make) }
+    })
+}
+
+/// Gives a slot back. Null is nothing.
+///
+/// # Safety
+/// - `slot` is null or a handle, used for the last time; no captured work that reads it is launched any more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_slot_destroy(slot: *mut ts_batch_slot) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { take_back("slot", slot) })
+}

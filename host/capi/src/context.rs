@@ -1,0 +1,222 @@
+//! The object that runs steps: configuration, limits and workspace.
+
+use std::ffi::c_void;
+
+use tokenselect::{Device, Error, Plan, Tensor, TokenSelect, Workspace};
+
+use crate::config::{choose, dtype_code, read_config, read_limits, ts_config, ts_limits};
+use crate::device::{address, ts_device};
+use crate::pointers::{answer, hand_out, reference, reference_mut, slice_mut, take_back};
+use crate::status::{Failure, fence, ts_status};
+
+/// Runs steps and operations: configuration, limits and workspace. One context serves all layers and sequences of a
+/// model in turn; one thread at a time.
+#[derive(Debug)]
+pub struct ts_context {
+    pub(crate) device: Device,
+    pub(crate) select: TokenSelect,
+}
+
+/// Buffers between the operations of a step. Rows are rows of the batch; token `j` of a row is at
+/// `ts_batch_row.token_base + j`. Entries that the current batch does not use are undefined.
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub enum ts_workspace {
+    /// `[max_rows, num_qo_heads, head_dim]` f32, written by pool: the scoring queries.
+    Queries = 0,
+    /// `[max_rows]` f32, written by pool: cosine with the cached scoring query; -1 where there is none.
+    Similarities = 1,
+    /// `[max_rows]` u32, written by pool: a `ts_row_action`.
+    Actions = 2,
+    /// `[max_kv_tokens, num_qo_heads]` f32, written by score for candidates: scaled dot products.
+    Logits = 3,
+    /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
+    Stats = 4,
+    /// `[max_kv_tokens]` f32, written by vote for candidates: softmax probabilities summed over heads.
+    Votes = 5,
+    /// `[max_kv_tokens]` f32, written by top-k where `vote_pool_window` is above 1 (else `[0]`): max-pooled votes.
+    PooledVotes = 6,
+    /// `[max_rows, top_k]` u32, written by top-k: chosen tokens, ascending.
+    TopK = 7,
+    /// `[max_rows, width]` u32, written by top-k: selected tokens, ascending.
+    Selected = 8,
+    /// `[max_rows]` u32, written by top-k: length of each selected list.
+    SelectedLen = 9,
+}
+
+/// What a step does for a row, as `TS_WORKSPACE_ACTIONS` holds it.
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub enum ts_row_action {
+    /// Nothing: the row has no queries, or no tokens.
+    Skip = 0,
+    /// There are at most `top_k` candidates: every token is selected.
+    Complete = 1,
+    /// Score, vote and select.
+    Score = 2,
+    /// Use the cached selection again.
+    Reuse = 3,
+}
+
+/// Address, type and shape of a dense tensor of the library's.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_tensor {
+    /// First element: an address of the device, of the host for the processor. Null or any address for an empty tensor.
+    pub data: *mut c_void,
+    /// A `ts_dtype`.
+    pub dtype: i32,
+    /// Dimensions used of `shape`.
+    pub rank: u32,
+    /// Outermost first; 1 beyond the rank.
+    pub shape: [usize; 4],
+}
+
+/// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
+///
+/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+///
+/// # Safety
+/// - `device` is null or a handle; `config` and `limits` are null or hold as many bytes as their `struct_size`.
+/// - `context` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_create(
+    device: *const ts_device,
+    config: *const ts_config,
+    limits: *const ts_limits,
+    context: *mut *mut ts_context,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (device, config, limits) = unsafe {
+            let device = &reference("device", device)?.device;
+            (device.clone(), read_config(config)?, read_limits(limits)?)
+        };
+        let make = || Ok(ts_context { select: TokenSelect::new(&device, config, limits)?, device });
+        // SAFETY: as above.
+        unsafe { hand_out("context", context, make) }
+    })
+}
+
+/// Bytes of the workspace that `ts_context_create` would allocate with the same arguments. Allocates nothing on the
+/// device.
+///
+/// Errors: as `ts_context_create`.
+///
+/// # Safety
+/// - As for `ts_context_create`; `num_bytes` is null or has room for a number, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_workspace_bytes(
+    device: *const ts_device,
+    config: *const ts_config,
+    limits: *const ts_limits,
+    num_bytes: *mut usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (device, config, limits) =
+            unsafe { (reference("device", device)?, read_config(config)?, read_limits(limits)?) };
+        let make = || Ok(Workspace::num_bytes(&device.device, &Plan::new(config, limits)?)?);
+        // SAFETY: as above.
+        unsafe { answer("num_bytes", num_bytes, make) }
+    })
+}
+
+/// Gives a context back, after the device's earlier work. Null is nothing.
+///
+/// # Safety
+/// - `context` is null or a handle, used for the last time; so are pointers into its workspace.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_destroy(context: *mut ts_context) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { take_back("context", context) })
+}
+
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations. Its
+/// address never changes.
+///
+/// Errors: `TS_STATUS_UNKNOWN_ENUM`.
+///
+/// # Safety
+/// - `context` is null or a handle that nothing else uses meanwhile; the address is valid as long as it.
+/// - `tensor` is null or has room for the structure, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_workspace(
+    context: *mut ts_context,
+    buffer: i32,
+    tensor: *mut ts_tensor,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let workspace = unsafe { reference_mut("context", context)? }.select.workspace_mut();
+        type Field = fn(&mut Workspace) -> &mut Tensor;
+        let fields: [(ts_workspace, Field); 10] = [
+            (ts_workspace::Queries, |w| &mut w.queries),
+            (ts_workspace::Similarities, |w| &mut w.similarities),
+            (ts_workspace::Actions, |w| &mut w.actions),
+            (ts_workspace::Logits, |w| &mut w.logits),
+            (ts_workspace::Stats, |w| &mut w.stats),
+            (ts_workspace::Votes, |w| &mut w.votes),
+            (ts_workspace::PooledVotes, |w| &mut w.pooled_votes),
+            (ts_workspace::TopK, |w| &mut w.top_k),
+            (ts_workspace::Selected, |w| &mut w.selected),
+            (ts_workspace::SelectedLen, |w| &mut w.selected_len),
+        ];
+        let fields = fields.map(|(code, field)| (code as i32, field));
+        let found = choose("buffer", "ts_workspace", buffer, &fields)?(workspace);
+        let make = || {
+            let (data, dims) = (address(found)?, found.shape());
+            let mut shape = [1; 4];
+            shape[..dims.dims().len()].copy_from_slice(dims.dims());
+            Ok(ts_tensor { data, dtype: dtype_code(found.dtype()), rank: dims.dims().len() as u32, shape })
+        };
+        // SAFETY: as above.
+        unsafe { answer("tensor", tensor, make) }
+    })
+}
+
+/// Copies the selected tokens of one row of the current batch, ascending, to the host. Waits for the device's earlier
+/// work. With `tokens` null and `capacity` 0, only tells the length.
+///
+/// Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_CAPACITY` where the list is longer than `capacity`
+/// (then `len` is written nevertheless).
+///
+/// # Safety
+/// - `context` is null or a handle that nothing changes meanwhile.
+/// - `tokens` is null or has room for `capacity` entries in the host's memory, `len` of them written.
+/// - `len` is null or has room for a number, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_selected(
+    context: *const ts_context,
+    row: usize,
+    tokens: *mut u32,
+    capacity: usize,
+    len: *mut usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let workspace = unsafe { reference("context", context)? }.select.workspace();
+        let list = workspace.selected(row)?;
+        // SAFETY: as above.
+        unsafe { answer("len", len, || Ok(list.len()))? };
+        if tokens.is_null() && capacity == 0 {
+            return Ok(());
+        }
+        if list.len() > capacity {
+            return Err(Failure::Capacity { what: "tokens", capacity, needed: list.len() });
+        }
+        // SAFETY: as above.
+        let to = unsafe { slice_mut("tokens", tokens, list.len())? };
+        to.copy_from_slice(&list);
+        Ok(())
+    })
+}
+
+/// Checks that an optional size was given.
+pub(crate) fn expect_at_least_one(field: &'static str, got: usize) -> Result<(), Failure> {
+    if got > 0 {
+        Ok(())
+    } else {
+        Err(Error::Config { field, rule: "at least 1".into(), got: got.to_string() }.into())
+    }
+}

@@ -1,0 +1,41 @@
+//! The C interface of `tokenselect`. The header is `include/tokenselect.h`, the guide `README.md` beside it.
+//!
+//! Rules that hold everywhere:
+//! - A function answers a [`ts_status`]; the text of the last error is kept per thread ([`ts_last_error_message`]). No
+//!   panic leaves a function.
+//! - Objects are opaque handles, made by a `_create` function and given back by `_destroy`, in any order.
+//! - Pointers to tensors are addresses of the device, of the host for the processor. Types and shapes follow from
+//!   configuration and batch; all tensors but the cache are dense.
+//! - Work on a GPU is put in the device's stream. Only functions that say so wait for it.
+//! - A handle is used by one thread at a time, except where it says otherwise.
+//!
+//! Each file has the same order: structures of the header, functions of the header, private steps.
+
+// The names are those of the header.
+#![allow(non_camel_case_types)]
+#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+
+mod batch;
+mod cache;
+mod config;
+mod context;
+mod device;
+mod graph;
+mod kv;
+mod ops;
+mod pointers;
+mod selection_cache;
+mod status;
+mod version;
+
+pub use batch::*;
+pub use cache::*;
+pub use config::*;
+pub use context::*;
+pub use device::*;
+pub use graph::*;
+pub use kv::*;
+pub use ops::*;
+pub use selection_cache::*;
+pub use status::*;
+pub use version::*;

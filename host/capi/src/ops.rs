@@ -1,0 +1,468 @@
+//! The operations of a step, one at a time, over anybody's cache.
+
+use std::ffi::c_void;
+
+use tokenselect::{Batch, DType, Device, Ranks, Selection, StepOutput, TensorView};
+
+use crate::batch::ts_batch;
+use crate::config::dtype;
+use crate::context::{expect_at_least_one, ts_context};
+use crate::kv::ts_kv_view;
+use crate::pointers::{Argument, reference, reference_mut};
+use crate::selection_cache::{layer_of, ts_selection_cache};
+use crate::status::{Result, fence, ts_status};
+
+/// Outputs of attention, dense.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_output {
+    /// `[num_query_tokens, num_qo_heads, head_dim]` of `out_dtype`, written.
+    pub out: *mut c_void,
+    /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials. May be null.
+    pub lse: *mut f32,
+    /// A `ts_dtype`: the configuration's or f32.
+    pub out_dtype: i32,
+    /// 0.
+    pub reserved: i32,
+}
+
+/// Lists of tokens to attend to, one a row, in memory of the device.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_selection {
+    /// Rows of the arrays, at least the batch's.
+    pub num_rows: usize,
+    /// Places for tokens in a row.
+    pub width: usize,
+    /// `[num_rows, width]`: tokens of each row, ascending.
+    pub tokens: *const u32,
+    /// `[num_rows]`: length of each list.
+    pub len: *const u32,
+    /// `[num_rows, width]`, or null: rank of each token in the whole list, where these lists are parts of longer ones.
+    pub ranks: *const u32,
+    /// `[num_rows]`, null exactly if `ranks` is: length of each whole list.
+    pub total_len: *const u32,
+}
+
+/// Attention outputs over disjoint parts of a list, dense.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_parts {
+    /// Parts, at least 1.
+    pub num_parts: usize,
+    /// Query tokens.
+    pub num_query_tokens: usize,
+    /// `[num_parts, num_query_tokens, num_qo_heads, head_dim]` f32.
+    pub parts: *const f32,
+    /// `[num_parts, num_query_tokens, num_qo_heads]` f32. A part with `-inf` does not count.
+    pub part_lses: *const f32,
+}
+
+/// Queries of a batch.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Queries(pub Argument);
+
+impl Queries {
+    pub fn of(context: &ts_context, batch: &Batch, q: *const c_void) -> Self {
+        let config = context.select.config();
+        let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
+        Queries(Argument::new("q", q, config.dtype, shape))
+    }
+
+    /// # Safety
+    /// - As for [`Argument::view`].
+    pub unsafe fn view<'a>(&self, device: &'a Device) -> Result<TensorView<'a>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.0.view(device) }
+    }
+}
+
+/// Keys and values to append.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct NewKv {
+    pub k: Argument,
+    pub v: Argument,
+}
+
+impl NewKv {
+    pub fn of(context: &ts_context, batch: &Batch, k: *const c_void, v: *const c_void) -> Self {
+        let config = context.select.config();
+        let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
+        NewKv { k: Argument::new("k", k, config.dtype, shape), v: Argument::new("v", v, config.dtype, shape) }
+    }
+
+    /// # Safety
+    /// - As for [`Argument::view`].
+    pub unsafe fn views<'a>(&self, device: &'a Device) -> Result<(TensorView<'a>, TensorView<'a>)> {
+        // SAFETY: the caller's promise.
+        unsafe { Ok((self.k.view(device)?, self.v.view(device)?)) }
+    }
+}
+
+/// Where attention is written.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Output {
+    out: Argument,
+    lse: Option<Argument>,
+}
+
+impl Output {
+    pub fn of(context: &ts_context, num_query_tokens: usize, given: &ts_output) -> Result<Self> {
+        let heads = context.select.config().heads;
+        let (tokens, hq) = (num_query_tokens, heads.num_qo_heads);
+        let out_dtype = dtype("output.out_dtype", given.out_dtype)?;
+        let out = Argument::new("output.out", given.out, out_dtype, [tokens, hq, heads.head_dim]);
+        let lse = Argument::new("output.lse", given.lse.cast(), DType::F32, [tokens, hq]);
+        Ok(Output { out, lse: (!given.lse.is_null()).then_some(lse) })
+    }
+
+    /// Checks that nothing written is part of another argument.
+    pub fn expect_apart(&self, others: &[Argument]) -> Result<()> {
+        self.out.expect_apart(others.iter().chain(&self.lse))?;
+        self.lse.map_or(Ok(()), |lse| lse.expect_apart(others))
+    }
+
+    /// # Safety
+    /// - As for [`Argument::view_mut`]; [`expect_apart`](Self::expect_apart) was asked.
+    pub unsafe fn view<'a>(&self, device: &'a Device) -> Result<StepOutput<'a>> {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let lse = self.lse.map(|lse| lse.view_mut(device)).transpose()?;
+            Ok(StepOutput { out: self.out.view_mut(device)?, lse })
+        }
+    }
+}
+
+/// Writes the keys and values of each row's block into its pages.
+///
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
+/// for native positions, not rotated for reassigned ones. Writes `kv`.
+///
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
+/// pool, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` for parts of sequences, and those of pointers.
+///
+/// # Safety
+/// - `context` and `batch` are null or handles.
+/// - `kv` is null or a view whose memory, from the first element to the last, is the device's; all pointers are valid
+///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_append(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    k: *const c_void,
+    v: *const c_void,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, kv) = unsafe {
+            (reference("context", context)?, &reference("batch", batch)?.batch, reference("kv", kv)?)
+        };
+        let (device, dtype) = (&context.device, context.select.config().dtype);
+        let new = NewKv::of(context, batch, k, v);
+        for pages in kv.arguments(dtype)? {
+            pages.expect_apart(&[new.k, new.v])?;
+        }
+        // SAFETY: as above, and pages are apart from what is written into them.
+        let ((k, v), (kv, swapped)) = unsafe { (new.views(device)?, kv.view_mut(device, dtype)?) };
+        let (k, v) = if swapped { (v, k) } else { (k, v) };
+        Ok(context.select.append(batch, kv, k, v)?)
+    })
+}
+
+/// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
+///
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
+/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+///
+/// Errors: those of the four operations.
+///
+/// # Safety
+/// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
+/// - `kv` is null or a view; its memory and `q` are the device's and unchanged until its work is done.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_select(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    q: *const c_void,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, kv, cached) = unsafe {
+            let context = reference_mut("context", context)?;
+            let batch = &reference("batch", batch)?.batch;
+            (context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?)
+        };
+        let (device, dtype) = (&context.device, context.select.config().dtype);
+        let queries = Queries::of(context, batch, q);
+        // SAFETY: as above.
+        let (kv, q) = unsafe { (kv.view(device, dtype)?, queries.view(device)?) };
+        Ok(context.select.select(batch, kv, q, cached)?)
+    })
+}
+
+/// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
+/// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
+///
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
+/// that the Selection Cache does not have, and those of pointers.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_pool(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    q: *const c_void,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, cached) = unsafe {
+            let context = reference_mut("context", context)?;
+            (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
+        };
+        let queries = Queries::of(context, batch, q);
+        // SAFETY: as above.
+        let q = unsafe { queries.view(&context.device)? };
+        Ok(context.select.pool(batch, q, cached)?)
+    })
+}
+
+/// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
+/// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
+///
+/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_score(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, kv) = unsafe {
+            (reference_mut("context", context)?, &reference("batch", batch)?.batch, reference("kv", kv)?)
+        };
+        let (device, dtype) = (&context.device, context.select.config().dtype);
+        // SAFETY: as above.
+        let kv = unsafe { kv.view(device, dtype)? };
+        Ok(context.select.score(batch, kv)?)
+    })
+}
+
+/// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
+/// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
+///
+/// Errors: `TS_STATUS_LIMIT`.
+///
+/// # Safety
+/// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_vote(context: *mut ts_context, batch: *const ts_batch) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch) = unsafe { (reference_mut("context", context)?, reference("batch", batch)?) };
+        Ok(context.select.vote(&batch.batch)?)
+    })
+}
+
+/// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
+/// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
+/// every row is counted; pass what was passed to `ts_pool`.
+///
+/// Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_MISSING` where rows reuse a selection that is not given.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_top_k(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, cached) = unsafe {
+            let context = reference_mut("context", context)?;
+            (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
+        };
+        Ok(context.select.top_k(batch, cached)?)
+    })
+}
+
+/// Attention over the selected lists of the workspace. Writes `output`.
+///
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. Query `t` of a block of `T`
+/// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
+/// `lse = -inf`.
+///
+/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_TABLE`,
+/// `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+///
+/// # Safety
+/// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
+/// - `kv` and `output` are null or structures; all memory is the device's and valid until its work is done, and nothing
+///   else uses the outputs meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_attend(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    q: *const c_void,
+    output: *const ts_output,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { attend(context, batch, (kv, q), output, To::Selected) })
+}
+
+/// As `ts_attend`, over all tokens of each row: ordinary paged attention.
+///
+/// Errors: those of `ts_attend`, and `TS_STATUS_MISSING` for parts of sequences.
+///
+/// # Safety
+/// - As for `ts_attend`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_attend_dense(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    q: *const c_void,
+    output: *const ts_output,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { attend(context, batch, (kv, q), output, To::All) })
+}
+
+/// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
+/// are combined by `ts_merge`.
+///
+/// Errors: those of `ts_attend`. On a GPU the lists are not looked at.
+///
+/// # Safety
+/// - As for `ts_attend`, and `selection` is null or a structure whose arrays are the device's and unchanged until its
+///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_attend_to(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    q: *const c_void,
+    selection: *const ts_selection,
+    output: *const ts_output,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe {
+        attend(context, batch, (kv, q), output, To::Lists(reference("selection", selection)?))
+    })
+}
+
+enum To<'a> {
+    Selected,
+    All,
+    Lists(&'a ts_selection),
+}
+
+/// # Safety
+/// - As for [`ts_attend_to`].
+unsafe fn attend(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    (kv, q): (*const ts_kv_view, *const c_void),
+    output: *const ts_output,
+    to: To<'_>,
+) -> Result<()> {
+    // SAFETY: the caller's promise.
+    let (context, batch, kv, output) = unsafe {
+        (
+            reference("context", context)?,
+            &reference("batch", batch)?.batch,
+            reference("kv", kv)?,
+            reference("output", output)?,
+        )
+    };
+    let (device, dtype, select) = (&context.device, context.select.config().dtype, &context.select);
+    let queries = Queries::of(context, batch, q);
+    let output = Output::of(context, batch.num_query_tokens(), output)?;
+    let [k, v] = kv.arguments(dtype)?;
+    output.expect_apart(&[queries.0, k, v])?;
+    let lists = match to {
+        To::Lists(given) => lists(given)?,
+        To::Selected | To::All => Vec::new(),
+    };
+    output.expect_apart(&lists)?;
+    // SAFETY: as above, and outputs are apart from inputs.
+    let (kv, q, output) = unsafe { (kv.view(device, dtype)?, queries.view(device)?, output.view(device)?) };
+    match to {
+        To::Selected => select.attend(batch, kv, q, output)?,
+        To::All => select.attend_dense(batch, kv, q, output)?,
+        To::Lists(_) => {
+            // SAFETY: as above.
+            let views = lists.iter().map(|list| unsafe { list.view(device) }).collect::<Result<Vec<_>>>()?;
+            let ranks = match views[..] {
+                [_, _, ranks, total_len] => Some(Ranks { ranks, total_len }),
+                _ => None,
+            };
+            let selection = Selection { tokens: views[0], len: views[1], ranks };
+            select.attend_to(batch, kv, q, selection, output)?;
+        }
+    }
+    Ok(())
+}
+
+/// Tokens and lengths, and ranks and whole lengths where they are given.
+fn lists(given: &ts_selection) -> Result<Vec<Argument>> {
+    let (all, per_row) = ([given.num_rows, given.width], [given.num_rows]);
+    let mut lists = vec![
+        Argument::new("selection.tokens", given.tokens.cast(), DType::U32, all),
+        Argument::new("selection.len", given.len.cast(), DType::U32, per_row),
+    ];
+    if !given.ranks.is_null() || !given.total_len.is_null() {
+        lists.push(Argument::new("selection.ranks", given.ranks.cast(), DType::U32, all));
+        lists.push(Argument::new("selection.total_len", given.total_len.cast(), DType::U32, per_row));
+    }
+    Ok(lists)
+}
+
+/// Combines attention outputs over disjoint parts of a list through their log-sum-exps. Writes `output`, whose
+/// `out_dtype` may be f16, bf16 or f32.
+///
+/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED`.
+///
+/// # Safety
+/// - `context` is null or a handle; `parts` and `output` are null or structures; all memory is the device's and valid
+///   until its work is done, and nothing else uses the outputs meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_merge(
+    context: *const ts_context,
+    parts: *const ts_parts,
+    output: *const ts_output,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, given, output) = unsafe {
+            (reference("context", context)?, reference("parts", parts)?, reference("output", output)?)
+        };
+        let (device, heads) = (&context.device, context.select.config().heads);
+        let &ts_parts { num_parts, num_query_tokens: tokens, parts, part_lses } = given;
+        expect_at_least_one("num_parts", num_parts)?;
+        let (hq, d) = (heads.num_qo_heads, heads.head_dim);
+        let parts = Argument::new("parts.parts", parts.cast(), DType::F32, [num_parts, tokens, hq, d]);
+        let lses = Argument::new("parts.part_lses", part_lses.cast(), DType::F32, [num_parts, tokens, hq]);
+        let output = Output::of(context, tokens, output)?;
+        output.expect_apart(&[parts, lses])?;
+        // SAFETY: as above, and outputs are apart from inputs.
+        let (parts, lses, output) =
+            unsafe { (parts.view(device)?, lses.view(device)?, output.view(device)?) };
+        Ok(context.select.merge(parts, lses, output)?)
+    })
+}

@@ -1,0 +1,129 @@
+//! What the tests of the C functions share.
+
+// Every test file is a crate of its own and uses a part of this.
+#![allow(dead_code)]
+
+use std::ffi::{CStr, c_void};
+use std::io::Write;
+use std::path::PathBuf;
+use std::ptr::null_mut;
+
+use tokenselect_c::*;
+
+/// Checks that a call succeeded.
+#[track_caller]
+pub fn ok(status: ts_status) {
+    assert_eq!(status, ts_status::Ok, "{}", last_error());
+}
+
+/// Checks status and text of a call that fails.
+#[track_caller]
+pub fn fails(status: ts_status, expected: ts_status, text: &str) {
+    assert_eq!((status, last_error().as_str()), (expected, text));
+}
+
+/// The text of the last error.
+pub fn last_error() -> String {
+    // SAFETY: a text that ends with a zero byte, copied before the next call.
+    unsafe { CStr::from_ptr(ts_last_error_message()) }.to_str().expect("UTF-8").to_owned()
+}
+
+/// The handle or structure that `make` writes.
+#[track_caller]
+pub fn made<T: Copy>(make: impl FnOnce(*mut T) -> ts_status) -> T {
+    // SAFETY: handles and structures of the interface are plain data.
+    let mut value: T = unsafe { std::mem::zeroed() };
+    ok(make(&mut value));
+    value
+}
+
+pub fn cpu() -> *mut ts_device {
+    // SAFETY: room for the handle.
+    made(|to| unsafe { ts_device_cpu(to) })
+}
+
+/// A small configuration: 4 query heads, 2 KV heads of 16, f32, 2 initial, 5 chosen and 3 local tokens.
+pub fn config() -> ts_config {
+    // SAFETY: room for the structure.
+    let config = made(|to| unsafe { ts_config_default(to, size_of::<ts_config>()) });
+    let dtype = ts_dtype::F32 as i32;
+    let (num_qo_heads, num_kv_heads, head_dim) = (4, 2, 16);
+    ts_config { num_qo_heads, num_kv_heads, head_dim, dtype, n_init: 2, n_local: 3, top_k: 5, ..config }
+}
+
+pub fn limits(max_rows: usize, max_block_len: usize, max_kv_tokens: usize) -> ts_limits {
+    ts_limits { struct_size: size_of::<ts_limits>(), max_rows, max_block_len, max_kv_tokens }
+}
+
+pub fn cache_config() -> ts_cache_config {
+    // SAFETY: room for the structure.
+    let config = made(|to| unsafe { ts_cache_config_default(to, size_of::<ts_cache_config>()) });
+    ts_cache_config { num_layers: 2, num_pages: 32, page_size: 4, max_sequences: 4, ..config }
+}
+
+pub fn context(device: *const ts_device, config: &ts_config, limits: &ts_limits) -> *mut ts_context {
+    // SAFETY: handles and structures are alive.
+    made(|to| unsafe { ts_context_create(device, config, limits, to) })
+}
+
+/// Numbers between -2 and 2 that look random.
+pub fn numbers(seed: u64, len: usize) -> Vec<f32> {
+    let mut state = seed.wrapping_mul(0x9E37_79B9_7F4A_7C15) | 1;
+    let mut next = || {
+        state ^= state << 13;
+        state ^= state >> 7;
+        state ^= state << 17;
+        (state >> 40) as f32 / (1u64 << 22) as f32 - 2.0
+    };
+    (0..len).map(|_| next()).collect()
+}
+
+/// `out` and `lse` of a step.
+pub struct Out {
+    pub out: Vec<f32>,
+    pub lse: Vec<f32>,
+}
+
+impl Out {
+    pub fn new(tokens: usize, config: &ts_config) -> Self {
+        let heads = tokens * config.num_qo_heads as usize;
+        Out { out: vec![f32::NAN; heads * config.head_dim as usize], lse: vec![f32::NAN; heads] }
+    }
+
+    pub fn as_output(&mut self) -> ts_output {
+        let (out, lse) = (self.out.as_mut_ptr().cast(), self.lse.as_mut_ptr());
+        ts_output { out, lse, out_dtype: ts_dtype::F32 as i32, reserved: 0 }
+    }
+}
+
+/// The address of numbers that are read.
+pub fn at(numbers: &[f32]) -> *const c_void {
+    numbers.as_ptr().cast()
+}
+
+/// The lists that the last selection of a context made.
+pub fn selected(context: *const ts_context, row: usize) -> Vec<u32> {
+    // SAFETY: the context is alive; the second call has the room that the first asked for.
+    unsafe {
+        let len = made(|to| ts_context_selected(context, row, null_mut(), 0, to));
+        let mut tokens = vec![0; len];
+        let again = made(|to| ts_context_selected(context, row, tokens.as_mut_ptr(), tokens.len(), to));
+        assert_eq!(again, len);
+        tokens
+    }
+}
+
+/// Prints past the test harness, which hides the output of tests that pass.
+pub fn announce(line: &str) {
+    let _ = writeln!(std::io::stderr(), "{line}");
+}
+
+/// The shared library that cargo has built beside this test.
+pub fn shared_library() -> PathBuf {
+    let test = std::env::current_exe().expect("a test has a path");
+    let name = format!("{}tokenselect_c{}", std::env::consts::DLL_PREFIX, std::env::consts::DLL_SUFFIX);
+    // `deps` first: the copy beside it is made by `cargo build` only, and may be older.
+    let places = test.ancestors().skip(1).take(2).map(|folder| folder.join(&name));
+    let found = places.clone().find(|path| path.exists());
+    found.unwrap_or_else(|| panic!("none of {:?}", places.collect::<Vec<_>>()))
+}

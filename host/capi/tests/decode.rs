@@ -1,0 +1,353 @@
+//! Steps through the C functions give the same bits as through the Rust crate, on the processor.
+
+mod common;
+
+use std::ptr::{null, null_mut};
+
+use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected};
+use tokenselect::{
+    CacheConfig, Device, HeadShape, Limits, PagedKvCache, Positions, Rope, SelectConfig,
+    SelectionCacheConfig, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
+};
+use tokenselect_c::*;
+
+const HQ: usize = 4;
+const HKV: usize = 2;
+const D: usize = 16;
+
+/// The same configuration in the Rust crate.
+fn rust_config() -> SelectConfig {
+    SelectConfig {
+        heads: HeadShape { num_qo_heads: HQ, num_kv_heads: HKV, head_dim: D },
+        dtype: tokenselect::DType::F32,
+        n_init: 2,
+        n_local: 3,
+        top_k: 5,
+        ..SelectConfig::default()
+    }
+}
+
+/// Queries, keys and values of one step and layer. Queries change little from step to step, so that selections are
+/// reused now and then.
+fn inputs(step: u64, tokens: usize) -> [Vec<f32>; 3] {
+    let mut q = numbers(1, tokens * HQ * D);
+    let noise = numbers(2 + 3 * step, q.len());
+    q.iter_mut().zip(noise).for_each(|(q, noise)| *q += 0.35 * noise);
+    [q, numbers(3 + 3 * step, tokens * HKV * D), numbers(4 + 3 * step, tokens * HKV * D)]
+}
+
+/// What the Rust crate makes of the same steps: outputs and selected lists.
+struct Reference {
+    cache: PagedKvCache,
+    select: TokenSelect,
+    sequence: tokenselect::SequenceId,
+}
+
+impl Reference {
+    fn new(config: SelectConfig) -> Self {
+        let device = Device::cpu();
+        let size = CacheConfig {
+            num_layers: 2,
+            num_pages: 32,
+            page_size: 4,
+            max_sequences: 4,
+            ..CacheConfig::default()
+        };
+        let limits = Limits { max_rows: 2, max_block_len: 8, max_kv_tokens: 128 };
+        let mut cache = PagedKvCache::new(&device, &config, &size).unwrap();
+        let sequence = cache.create().unwrap();
+        Reference { cache, select: TokenSelect::new(&device, config, limits).unwrap(), sequence }
+    }
+
+    fn step(&mut self, tokens: usize, layer_inputs: &[[Vec<f32>; 3]], dense: bool) -> Vec<Out> {
+        let batch = self.cache.extend(&[(self.sequence, tokens)]).unwrap();
+        let one = |(layer, [q, k, v]): (usize, &[Vec<f32>; 3])| {
+            let mut got = Out::new(tokens, &config());
+            let input = StepInput {
+                q: TensorView::new(q, [tokens, HQ, D]).unwrap(),
+                k: TensorView::new(k, [tokens, HKV, D]).unwrap(),
+                v: TensorView::new(v, [tokens, HKV, D]).unwrap(),
+            };
+            let output = StepOutput {
+                out: TensorViewMut::new(&mut got.out, [tokens, HQ, D]).unwrap(),
+                lse: Some(TensorViewMut::new(&mut got.lse, [tokens, HQ]).unwrap()),
+            };
+            let (select, cache) = (&mut self.select, &mut self.cache);
+            if dense {
+                select.step_dense(cache, layer, &batch, input, output).unwrap();
+            } else {
+                select.step(cache, layer, &batch, input, output).unwrap();
+            }
+            got
+        };
+        layer_inputs.iter().enumerate().map(one).collect()
+    }
+}
+
+fn assert_same(got: &Out, want: &Out, what: &str) {
+    let bits = |numbers: &[f32]| numbers.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+    assert_eq!(bits(&got.out), bits(&want.out), "out, {what}");
+    assert_eq!(bits(&got.lse), bits(&want.lse), "lse, {what}");
+}
+
+#[test]
+fn owned_cache() {
+    let reassigned = SelectConfig {
+        positions: Positions::Reassigned(Rope { theta: 5e5, ..Rope::default() }),
+        vote_pool_window: 3,
+        logits_soft_cap: Some(30.0),
+        score_scale: Some(1.0),
+        selection_cache: Some(SelectionCacheConfig { similarity_threshold: 0.8, max_reuse: Some(2) }),
+        ..rust_config()
+    };
+    let mut same = ts_config {
+        positions: ts_positions::Reassigned as i32,
+        vote_pool_window: 3,
+        logits_soft_cap: 30.0,
+        score_scale: 1.0,
+        similarity_threshold: 0.8,
+        max_reuse: 2,
+        ..config()
+    };
+    same.rope.theta = 5e5;
+    for (rust, c) in [(rust_config(), config()), (reassigned, same)] {
+        owned_cache_with(rust, &c);
+    }
+}
+
+fn owned_cache_with(rust: SelectConfig, config: &ts_config) {
+    let mut reference = Reference::new(rust);
+    let device = cpu();
+    // SAFETY: all handles are alive until they are destroyed, all arrays have the shapes asked for.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, config, &cache_config(), to));
+        let context = context(device, config, &limits(2, 8, 128));
+        ok(ts_device_destroy(device)); // the others hold it
+        let sequence = made(|to| ts_cache_sequence_create(cache, to));
+        for (step, tokens) in [8, 7, 1, 1, 1, 1, 1, 1, 8, 1].into_iter().enumerate() {
+            let layers = [inputs(step as u64, tokens), inputs(step as u64 + 100, tokens)];
+            let dense = step == 5;
+            let want = reference.step(tokens, &layers, dense);
+            let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
+            for (layer, [q, k, v]) in layers.iter().enumerate() {
+                let mut got = Out::new(tokens, config);
+                let input = ts_step_input { q: at(q), k: at(k), v: at(v) };
+                let run = if dense { ts_step_dense } else { ts_step };
+                ok(run(context, cache, layer, batch, &input, &got.as_output()));
+                assert_same(&got, &want[layer], &format!("step {step}, layer {layer}"));
+            }
+            assert_eq!(selected(context, 0), reference.select.workspace().selected(0).unwrap());
+            let info: ts_batch_info = made(|to| ts_batch_get_info(batch, to));
+            assert_eq!((info.num_rows, info.num_query_tokens, info.page_size), (1, tokens, 4));
+            ok(ts_batch_destroy(batch));
+        }
+        let len: usize = made(|to| ts_cache_sequence_len(cache, sequence, to));
+        assert_eq!(len, 30);
+        let stats: ts_selection_stats = made(|to| ts_cache_stats(cache, to));
+        let want = reference.cache.selection_stats().unwrap();
+        assert_eq!((stats.reused, stats.scored, stats.complete), (want.reused, want.scored, want.complete));
+        assert!(stats.reused > 0 && stats.scored > 0 && stats.complete > 0, "{stats:?}");
+        ok(ts_context_destroy(context));
+        ok(ts_cache_destroy(cache));
+    }
+}
+
+#[test]
+fn sequences() {
+    let device = cpu();
+    // SAFETY: all handles are alive until they are destroyed.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, &config(), &cache_config(), to));
+        let parent = made(|to| ts_cache_sequence_create(cache, to));
+        ok(ts_batch_destroy(made(|to| ts_cache_extend(cache, &parent, &9, 1, to))));
+        let child = made(|to| ts_cache_sequence_fork(cache, parent, to));
+        assert_ne!(parent, child);
+        ok(ts_cache_sequence_truncate(cache, child, 5));
+        let len = |sequence| made(|to| ts_cache_sequence_len(cache, sequence, to));
+        let free = || made(|to| ts_cache_num_free_pages(cache, to));
+        assert_eq!((len(parent), len(child), free()), (9, 5, 29));
+        ok(ts_cache_sequence_free(cache, parent));
+        assert_eq!(free(), 30);
+        let gone = format!("sequence {parent}.0 is not in this cache");
+        common::fails(ts_cache_sequence_free(cache, parent), ts_status::UnknownSequence, &gone);
+        ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// The operations one by one over borrowed memory in which values lie before keys, with a Selection Cache of its own:
+/// the same as the steps of an owned cache.
+#[test]
+fn borrowed_cache() {
+    let config = config();
+    let mut reference = Reference::new(rust_config());
+    let device = cpu();
+    // `[num_pages, 2, page_size, hkv, d]`, values first; pages in reverse order.
+    let (num_pages, page_size) = (16, 4);
+    let page = page_size * HKV * D;
+    let mut pool = vec![f32::NAN; num_pages * 2 * page];
+    let base = pool.as_mut_ptr();
+    // SAFETY: within the pool; all handles are alive until they are destroyed, all arrays have the shapes asked for.
+    unsafe {
+        let kv = ts_kv_view {
+            k: base.add(page).cast(),
+            v: base.cast(),
+            num_pages,
+            page_size,
+            num_kv_heads: HKV,
+            head_dim: D,
+            stride_page: 2 * page,
+            stride_token: HKV * D,
+            stride_head: D,
+        };
+        let context = context(device, &config, &limits(1, 8, 64));
+        let selections = made(|to| ts_selection_cache_create(device, &config, 1, 3, to));
+        let mut len = 0;
+        for (step, tokens) in [8, 7, 1, 1, 1, 8, 1].into_iter().enumerate() {
+            let [q, k, v] = inputs(step as u64, tokens);
+            let want =
+                reference.step(tokens, std::slice::from_ref(&[q.clone(), k.clone(), v.clone()]), false);
+            len += tokens;
+            let pages = len.div_ceil(page_size);
+            let indices: Vec<i32> = (0..pages as i32).map(|page| num_pages as i32 - 1 - page).collect();
+            let (qo_indptr, indptr) = ([0, tokens as i32], [0, pages as i32]);
+            let (last_page_len, sequence_index) = ((len - (pages - 1) * page_size) as i32, 2);
+            let tables = ts_batch_tables {
+                page_size,
+                num_rows: 1,
+                qo_indptr: qo_indptr.as_ptr(),
+                indptr: indptr.as_ptr(),
+                indices: indices.as_ptr(),
+                last_page_len: &last_page_len,
+                sequence_indices: &sequence_index,
+                candidates: null(),
+            };
+            let batch = made(|to| ts_batch_create(&tables, to));
+            let mut got = Out::new(tokens, &config);
+            ok(ts_append(context, batch, &kv, at(&k), at(&v)));
+            if step % 2 == 0 {
+                ok(ts_select(context, batch, &kv, at(&q), selections, 0));
+            } else {
+                ok(ts_pool(context, batch, at(&q), selections, 0));
+                ok(ts_score(context, batch, &kv));
+                ok(ts_vote(context, batch));
+                ok(ts_top_k(context, batch, selections, 0));
+            }
+            ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
+            assert_same(&got, &want[0], &format!("step {step}"));
+            let list = selected(context, 0);
+            assert_eq!(list, reference.select.workspace().selected(0).unwrap());
+            attends_to_lists(context, batch, (&kv, at(&q)), &list, &mut got);
+            let row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
+            assert_eq!((row.query_begin, row.block_len, row.kv_len, row.token_base), (0, tokens, len, 0));
+            ok(ts_batch_destroy(batch));
+        }
+        let stats: ts_selection_stats = made(|to| ts_selection_cache_stats(selections, to));
+        let want = reference.cache.selection_stats().unwrap();
+        assert_eq!((stats.reused, stats.scored), (want.reused, want.scored));
+        ok(ts_selection_cache_reset_stats(selections));
+        let layer: ts_selection_stats = made(|to| ts_selection_cache_layer_stats(selections, 0, to));
+        assert_eq!((layer.reused, layer.scored, layer.complete), (0, 0, 0));
+        ok(ts_selection_cache_fork(selections, 2, 0));
+        ok(ts_selection_cache_truncate(selections, 0, 4));
+        ok(ts_selection_cache_clear(selections, 2));
+        ok(ts_selection_cache_destroy(selections));
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// Attention over a list in two parts, merged, is attention over the whole.
+unsafe fn attends_to_lists(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    (kv, q): (&ts_kv_view, *const std::ffi::c_void),
+    list: &[u32],
+    whole: &mut Out,
+) {
+    let (tokens, width) = (whole.lse.len() / HQ, list.len());
+    let cut = width / 3;
+    let (mut parts, mut lses) = (Vec::new(), Vec::new());
+    for range in [0..cut, cut..width] {
+        let ranks: Vec<u32> = range.clone().map(|rank| rank as u32).collect();
+        let part = ts_selection {
+            num_rows: 1,
+            width: ranks.len(),
+            tokens: list[range.clone()].as_ptr(),
+            len: &(ranks.len() as u32),
+            ranks: ranks.as_ptr(),
+            total_len: &(width as u32),
+        };
+        let mut got = Out::new(tokens, &config());
+        // SAFETY: the lists have the lengths stated.
+        ok(unsafe { ts_attend_to(context, batch, kv, q, &part, &got.as_output()) });
+        parts.extend(got.out);
+        lses.extend(got.lse);
+    }
+    let (num_parts, num_query_tokens) = (2, tokens);
+    let given = ts_parts { num_parts, num_query_tokens, parts: parts.as_ptr(), part_lses: lses.as_ptr() };
+    let mut got = Out::new(tokens, &config());
+    // SAFETY: two parts of the shape stated.
+    ok(unsafe { ts_merge(context, &given, &got.as_output()) });
+    let close = |a: &[f32], b: &[f32]| a.iter().zip(b).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs().max(1.0));
+    assert!(close(&got.out, &whole.out) && close(&got.lse, &whole.lse));
+}
+
+/// The layers and selections of an owned cache serve the single operations.
+#[test]
+fn owned_cache_one_operation_at_a_time() {
+    let (config, device) = (config(), cpu());
+    let mut reference = Reference::new(rust_config());
+    // SAFETY: all handles are alive until they are destroyed, all arrays have the shapes asked for.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, &config, &cache_config(), to));
+        let context = context(device, &config, &limits(1, 8, 64));
+        let selections = made(|to| ts_cache_selections(cache, to));
+        let sequence = made(|to| ts_cache_sequence_create(cache, to));
+        for (step, tokens) in [8, 8, 1].into_iter().enumerate() {
+            let [q, k, v] = inputs(step as u64, tokens);
+            let want =
+                reference.step(tokens, std::slice::from_ref(&[q.clone(), k.clone(), v.clone()]), false);
+            let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
+            let mut got = Out::new(tokens, &config);
+            ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+            let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to));
+            ok(ts_select(context, batch, &kv, at(&q), selections, 0));
+            ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
+            assert_same(&got, &want[0], &format!("step {step}"));
+            let mut dense = Out::new(tokens, &config);
+            ok(ts_attend_dense(context, batch, &kv, at(&q), &dense.as_output()));
+            assert!(dense.lse.iter().zip(&got.lse).all(|(dense, chosen)| dense >= &(chosen - 1e-5)));
+            ok(ts_batch_destroy(batch));
+        }
+        let votes: ts_tensor = made(|to| ts_context_workspace(context, ts_workspace::Votes as i32, to));
+        assert_eq!((votes.dtype, votes.rank, votes.shape), (ts_dtype::F32 as i32, 1, [64, 1, 1, 1]));
+        // 17 tokens were scored last: the sum of the votes for [2, 17 - 1 - 3) is the number of heads.
+        let of_candidates = &std::slice::from_raw_parts(votes.data.cast::<f32>(), 64)[2..13];
+        assert!((of_candidates.iter().sum::<f32>() - HQ as f32).abs() < 1e-4);
+        let top_k: ts_tensor = made(|to| ts_context_workspace(context, ts_workspace::TopK as i32, to));
+        assert_eq!((top_k.dtype, top_k.rank, top_k.shape), (ts_dtype::U32 as i32, 2, [1, 5, 1, 1]));
+        ok(ts_selection_cache_destroy(selections));
+        ok(ts_context_destroy(context));
+        ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn workspace_bytes_are_those_of_the_buffers() {
+    let (config, device, limits) = (config(), cpu(), limits(3, 8, 100));
+    // SAFETY: all handles are alive until they are destroyed.
+    unsafe {
+        let bytes: usize = made(|to| ts_workspace_bytes(device, &config, &limits, to));
+        let context = context(device, &config, &limits);
+        let sum: usize = (0..10)
+            .map(|buffer| made::<ts_tensor>(|to| ts_context_workspace(context, buffer, to)))
+            .map(|tensor| 4 * tensor.shape.iter().product::<usize>())
+            .sum();
+        assert_eq!(bytes, sum, "the processor needs no scratch memory");
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+        ok(ts_context_destroy(null_mut()));
+    }
+}

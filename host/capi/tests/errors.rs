@@ -1,0 +1,424 @@
+//! What C can get wrong: every kind of mistake is a status and a text that names it, and nothing unwinds.
+
+mod common;
+
+use std::ffi::CStr;
+use std::ptr::{null, null_mut};
+
+use common::{Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok};
+use tokenselect_c::*;
+
+/// A batch of one row with the tables given.
+fn batch(qo: &[i32], indptr: &[i32], indices: &[i32], last: &[i32], to: *mut *mut ts_batch) -> ts_status {
+    let tables = ts_batch_tables {
+        page_size: 4,
+        num_rows: last.len(),
+        qo_indptr: qo.as_ptr(),
+        indptr: indptr.as_ptr(),
+        indices: indices.as_ptr(),
+        last_page_len: last.as_ptr(),
+        sequence_indices: null(),
+        candidates: null(),
+    };
+    // SAFETY: the arrays have the lengths that the tables say, or the tables are refused before.
+    unsafe { ts_batch_create(&tables, to) }
+}
+
+#[test]
+fn versions_and_names() {
+    // SAFETY: static texts.
+    let text = |text| unsafe { CStr::from_ptr(text) }.to_str().unwrap();
+    assert_eq!(ts_abi_version(), TS_ABI_VERSION);
+    assert_eq!(text(ts_version()), env!("CARGO_PKG_VERSION"));
+    assert_eq!(text(ts_status_name(23)), "TS_STATUS_OUT_OF_PAGES");
+    assert_eq!(text(ts_status_name(-1)), "unknown status");
+    let name = cpu();
+    // SAFETY: a device, alive while its name is read.
+    unsafe {
+        assert_eq!(text(ts_device_name(name)), "cpu");
+        assert!(ts_device_name(null()).is_null());
+        ok(ts_device_synchronize(name));
+        ok(ts_device_destroy(name));
+    }
+}
+
+#[test]
+fn null_pointers() {
+    use ts_status::NullPointer;
+    let (config, limits, device) = (config(), limits(1, 4, 16), cpu());
+    let context = context(device, &config, &limits);
+    let mut made_context = null_mut();
+    // SAFETY: null where it is refused, else alive.
+    unsafe {
+        fails(ts_device_cpu(null_mut()), NullPointer, "`device` must not be null");
+        let status = ts_context_create(null(), &config, &limits, &mut made_context);
+        fails(status, NullPointer, "`device` must not be null");
+        let status = ts_context_create(device, null(), &limits, &mut made_context);
+        fails(status, NullPointer, "`config` must not be null");
+        let status = ts_context_create(device, &config, null(), &mut made_context);
+        fails(status, NullPointer, "`limits` must not be null");
+        let status = ts_context_create(device, &config, &limits, null_mut());
+        fails(status, NullPointer, "`context` must not be null");
+        fails(
+            ts_config_default(null_mut(), size_of::<ts_config>()),
+            NullPointer,
+            "`config` must not be null",
+        );
+        fails(ts_vote(context, null()), NullPointer, "`batch` must not be null");
+        fails(ts_vote(null_mut(), null()), NullPointer, "`context` must not be null");
+        fails(ts_batch_create(null(), null_mut()), NullPointer, "`batch` must not be null");
+        fails(ts_graph_launch(null()), NullPointer, "`graph` must not be null");
+        fails(ts_capture(device, None, null_mut(), &mut null_mut()), NullPointer, "`work` must not be null");
+        fails(ts_selection_cache_clear(null_mut(), 0), NullPointer, "`selections` must not be null");
+
+        let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
+        fails(ts_pool(context, batch, null(), null_mut(), 0), NullPointer, "`q` must not be null");
+        let mut kv = ts_kv_view {
+            k: null_mut(),
+            v: null_mut(),
+            num_pages: 1,
+            page_size: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            stride_page: 0,
+            stride_token: 0,
+            stride_head: 0,
+        };
+        ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Hnd as i32));
+        assert_eq!((kv.stride_page, kv.stride_token, kv.stride_head), (128, 16, 64));
+        fails(ts_score(context, batch, &kv), NullPointer, "`kv.k` must not be null");
+        for destroyed in [
+            ts_device_destroy(null_mut()),
+            ts_cache_destroy(null_mut()),
+            ts_batch_destroy(null_mut()),
+            ts_batch_slot_destroy(null_mut()),
+            ts_selection_cache_destroy(null_mut()),
+            ts_buffer_destroy(null_mut()),
+            ts_graph_destroy(null_mut()),
+        ] {
+            ok(destroyed);
+        }
+        ok(ts_batch_destroy(batch));
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn configurations() {
+    use ts_status::{Config, StructSize, UnknownEnum};
+    // SAFETY: structures that are alive and as long as they say.
+    let check = |config: ts_config, status, text: &str| unsafe {
+        fails(ts_config_validate(&config), status, text);
+    };
+    let valid = config();
+    check(ts_config { dtype: 9, ..valid }, UnknownEnum, "`config.dtype` must be a value of ts_dtype, got 9");
+    let text = "`config.positions` must be a value of ts_positions, got -1";
+    check(ts_config { positions: -1, ..valid }, UnknownEnum, text);
+    let text = "`config.selection_cache` must be a value of 0 and 1, got 2";
+    check(ts_config { selection_cache: 2, ..valid }, UnknownEnum, text);
+    let mut rope = ts_config { positions: ts_positions::Reassigned as i32, ..valid };
+    rope.rope.pairing = 7;
+    check(rope, UnknownEnum, "`config.rope.pairing` must be a value of ts_rope_pairing, got 7");
+    rope.rope.pairing = ts_rope_pairing::Interleaved as i32;
+    rope.rope.scaling = 4;
+    check(rope, UnknownEnum, "`config.rope.scaling` must be a value of ts_rope_scaling, got 4");
+    for scaling in
+        [ts_rope_scaling::None, ts_rope_scaling::Linear, ts_rope_scaling::Llama3, ts_rope_scaling::Yarn]
+    {
+        rope.rope.scaling = scaling as i32;
+        // SAFETY: a structure that is alive.
+        ok(unsafe { ts_config_validate(&rope) });
+    }
+    rope.rope.rotary_dim = 18;
+    let text = "configuration field `rope.rotary_dim` must be even, from 2 to head_dim = 16, got 18";
+    check(rope, Config, text);
+    let text = "configuration field `top_k` must be at least 1, got 0";
+    check(ts_config { top_k: 0, ..valid }, Config, text);
+    let text = "configuration field `dtype` must be f16, bf16 or f32, got u32";
+    check(ts_config { dtype: ts_dtype::U32 as i32, ..valid }, Config, text);
+    let text = "configuration field `sm_scale` must be finite, got inf";
+    check(ts_config { sm_scale: f32::INFINITY, ..valid }, Config, text);
+    let text = "configuration field `logits_soft_cap` must be finite and above 0, got NaN";
+    check(ts_config { logits_soft_cap: f32::NAN, ..valid }, Config, text);
+
+    let size = size_of::<ts_config>();
+    let text =
+        |got: usize| format!("`config.struct_size` must be {size}, or more with zeros after it, got {got}");
+    check(ts_config { struct_size: 0, ..valid }, StructSize, &text(0));
+    check(ts_config { struct_size: size - 8, ..valid }, StructSize, &text(size - 8));
+    #[repr(C)]
+    struct Later {
+        config: ts_config,
+        new_field: u64,
+    }
+    let struct_size = size_of::<Later>();
+    let mut later = Later { config: ts_config { struct_size, ..valid }, new_field: 0 };
+    // SAFETY: structures that are alive and as long as they say.
+    unsafe {
+        ok(ts_config_validate(&raw const later.config));
+        later.new_field = 1;
+        fails(ts_config_validate(&raw const later.config), StructSize, &text(struct_size));
+        ok(ts_config_default(&raw mut later.config, struct_size));
+        assert_eq!((later.config.struct_size, later.new_field, later.config.top_k), (struct_size, 0, 2048));
+        fails(ts_config_default(&raw mut later.config, 8), StructSize, &text(8));
+        ok(ts_limits_default(&mut limits(0, 0, 0), size_of::<ts_limits>()));
+    }
+    let mut cache = cache_config();
+    (cache.layout, cache.num_layers) = (2, 0);
+    let device = cpu();
+    let mut handle = null_mut();
+    // SAFETY: structures that are alive.
+    unsafe {
+        let text = "`cache_config.layout` must be a value of ts_kv_layout, got 2";
+        fails(ts_cache_create(device, &valid, &cache, &mut handle), UnknownEnum, text);
+        cache.layout = 1;
+        let text = "configuration field `num_layers` must be at least 1, got 0";
+        handle = std::ptr::dangling_mut();
+        fails(ts_cache_create(device, &valid, &cache, &mut handle), Config, text);
+        assert!(handle.is_null(), "no handle where there is an error");
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn tables() {
+    use ts_status::Table;
+    let mut to = null_mut();
+    let text = "batch row 0: `last_page_len` must be from 1 to page_size = 4, got 5";
+    fails(batch(&[0, 1], &[0, 1], &[0], &[5], &mut to), Table, text);
+    let text = "batch row 0: `block length` must be at most the row's 1 cached tokens, got 2";
+    fails(batch(&[0, 2], &[0, 1], &[0], &[1], &mut to), Table, text);
+    fails(batch(&[0, 1], &[0, 2], &[3, -7], &[1], &mut to), Table, "`indices[1]` must be 0 or more, got -7");
+    fails(batch(&[0, -1], &[0, 1], &[0], &[1], &mut to), Table, "`qo_indptr[1]` must be 0 or more, got -1");
+    assert!(to.is_null());
+
+    let batch = made(|to| batch(&[0, 1], &[0, 1], &[9], &[1], to));
+    let (config, device) = (config(), cpu());
+    let small = context(device, &config, &limits(1, 1, 3));
+    // SAFETY: handles are alive.
+    unsafe {
+        let text = "`max_kv_tokens` is limited to 3 by the plan, the batch needs 4";
+        fails(ts_vote(small, batch), ts_status::Limit, text);
+        let mut row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
+        fails(ts_batch_get_row(batch, 1, &mut row), ts_status::Index, "`row` must be below 1, got 1");
+        let padded = made(|to| ts_batch_padded(batch, 3, 1, to));
+        let info: ts_batch_info = made(|to| ts_batch_get_info(padded, to));
+        assert_eq!((info.num_rows, info.num_query_tokens), (3, 3));
+        let text = "`num_rows` is limited to 1 by the plan, the batch needs 3";
+        fails(ts_batch_padded(padded, 1, 1, &mut to), ts_status::Limit, text);
+        let mut slot = null_mut();
+        let text = "`device` must be on a GPU, it is on cpu";
+        fails(ts_batch_slot_create(device, batch, 4, &mut slot), ts_status::WrongDevice, text);
+        for handle in [batch, padded] {
+            ok(ts_batch_destroy(handle));
+        }
+        ok(ts_context_destroy(small));
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn pointers_to_tensors() {
+    use ts_status::{Capacity, Misaligned, Overlap, UnknownEnum};
+    let (config, device) = (config(), cpu());
+    let context = context(device, &config, &limits(1, 4, 16));
+    let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
+    let mut pool = numbers(1, 2 * 128 + 1);
+    let base = pool.as_mut_ptr();
+    let q = numbers(2, 64);
+    let mut got = Out::new(1, &config);
+    // SAFETY: within the arrays; handles are alive.
+    unsafe {
+        let mut kv = ts_kv_view {
+            k: base.cast(),
+            v: base.add(128).cast(),
+            num_pages: 1,
+            page_size: 4,
+            num_kv_heads: 2,
+            head_dim: 16,
+            stride_page: 0,
+            stride_token: 0,
+            stride_head: 0,
+        };
+        ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
+        let text = "`layout` must be a value of ts_kv_layout, got 5";
+        fails(ts_kv_view_set_dense(&mut kv, 5), UnknownEnum, text);
+        ok(ts_append(context, batch, &kv, at(&q), at(&q)));
+        ok(ts_select(context, batch, &kv, at(&q), null_mut(), 0));
+
+        let odd = at(&q).byte_add(1);
+        let text = format!("`q` must be at an address divisible by 4, got {:#x}", odd.addr());
+        fails(ts_pool(context, batch, odd, null_mut(), 0), Misaligned, &text);
+        let odd_batch: *const ts_batch = batch.byte_add(1);
+        assert_eq!(ts_vote(context, odd_batch), Misaligned);
+        assert!(last_error().starts_with("`batch` must be at an address divisible by 8, got 0x"));
+
+        let output = got.as_output();
+        let wrong = ts_output { out_dtype: 77, ..output };
+        let text = "`output.out_dtype` must be a value of ts_dtype, got 77";
+        fails(ts_attend(context, batch, &kv, at(&q), &wrong), UnknownEnum, text);
+        let wrong = ts_output { out_dtype: ts_dtype::F16 as i32, ..output };
+        let text = "`out` must be f32, got f16";
+        fails(ts_attend(context, batch, &kv, at(&q), &wrong), ts_status::ElementType, text);
+        let wrong = ts_output { out: q.as_ptr().cast_mut().cast(), ..output };
+        let text = "`output.out` is written and must not overlap `q`";
+        fails(ts_attend(context, batch, &kv, at(&q), &wrong), Overlap, text);
+        let wrong = ts_output { lse: output.out.cast::<f32>().add(63), ..output };
+        let text = "`output.out` is written and must not overlap `output.lse`";
+        fails(ts_attend(context, batch, &kv, at(&q), &wrong), Overlap, text);
+        let text = "`kv.k` is written and must not overlap `k`";
+        fails(ts_append(context, batch, &kv, kv.k, at(&q)), Overlap, text);
+        let same = ts_kv_view { v: kv.k, ..kv };
+        let text = "`kv.k` is written and must not overlap `kv.v`";
+        fails(ts_append(context, batch, &same, at(&q), at(&q)), Overlap, text);
+        let wrong = ts_kv_view { head_dim: 8, ..kv };
+        let text = "`kv` must have shape [1, 4, 2, 16], got [1, 4, 2, 8]";
+        fails(ts_score(context, batch, &wrong), ts_status::Shape, text);
+        let far = ts_kv_view { num_pages: 3, stride_page: usize::MAX, ..kv };
+        assert_eq!(ts_score(context, batch, &far), ts_status::Config);
+
+        ok(ts_attend(context, batch, &kv, at(&q), &ts_output { lse: null_mut(), ..output }));
+        let mut len = 0;
+        let mut tokens = [7u32; 0];
+        let status = ts_context_selected(context, 0, tokens.as_mut_ptr(), 0, &mut len);
+        fails(status, Capacity, "`tokens` has room for 0 entries, 1 are needed");
+        assert_eq!(len, 1);
+        let status = ts_context_selected(context, 1, null_mut(), 0, &mut len);
+        fails(status, ts_status::Index, "`row` must be below 1, got 1");
+        let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
+        let text = "`buffer` must be a value of ts_workspace, got 10";
+        fails(ts_context_workspace(context, 10, &mut tensor), UnknownEnum, text);
+        let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base };
+        let text = "configuration field `num_parts` must be at least 1, got 0";
+        fails(ts_merge(context, &parts, &output), ts_status::Config, text);
+        ok(ts_batch_destroy(batch));
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn owned_caches() {
+    let device = cpu();
+    let plain = ts_config { selection_cache: 0, ..config() };
+    // SAFETY: handles are alive.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, &plain, &cache_config(), to));
+        let context = context(device, &plain, &limits(2, 200, 200));
+        let id = made(|to| ts_cache_sequence_create(cache, to));
+        let (mut to, mut selections) = (null_mut(), null_mut());
+        let status = ts_cache_extend(cache, &id, &129, 1, &mut to);
+        fails(status, ts_status::OutOfPages, "out of pages: 33 needed, 32 free");
+        let status = ts_cache_extend(cache, [id, id].as_ptr(), [1, 1].as_ptr(), 2, &mut to);
+        assert_eq!(status, ts_status::DuplicateSequence);
+        let status = ts_cache_extend(cache, &id, &(1 << 40), 1, &mut to);
+        assert_eq!(status, ts_status::SequenceTooLong);
+        let status = ts_cache_extend(cache, &u64::MAX, &1, 1, &mut to);
+        assert_eq!(status, ts_status::UnknownSequence);
+        let status = ts_cache_sequence_truncate(cache, id, 1);
+        assert_eq!(status, ts_status::TruncateBeyondEnd);
+        let text = "`ts_cache_selections` needs a cache whose configuration has selection_cache = 1";
+        fails(ts_cache_selections(cache, &mut selections), ts_status::Missing, text);
+        for _ in 0..3 {
+            ok(ts_cache_sequence_create(cache, &mut 0));
+        }
+        let text = "the cache holds at most 4 sequences";
+        fails(ts_cache_sequence_create(cache, &mut 0), ts_status::TooManySequences, text);
+
+        let batch = made(|to| ts_cache_extend(cache, &id, &2, 1, to));
+        let (q, kv) = (numbers(1, 2 * 64), numbers(2, 2 * 32));
+        let mut got = Out::new(2, &plain);
+        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv) };
+        let status = ts_step(context, cache, 2, batch, &input, &got.as_output());
+        fails(status, ts_status::Index, "`layer` must be below 2, got 2");
+        ok(ts_cache_sequence_truncate(cache, id, 1));
+        let status = ts_step(context, cache, 0, batch, &input, &got.as_output());
+        assert_eq!(status, ts_status::StaleBatch);
+        assert!(last_error().starts_with("batch row 0 is stale: sequence "), "{}", last_error());
+        assert_eq!(ts_cache_append(context, cache, 0, batch, at(&kv), at(&kv)), ts_status::StaleBatch);
+        assert!(got.out.iter().all(|x| x.is_nan()), "nothing was written");
+        ok(ts_batch_destroy(batch));
+        ok(ts_context_destroy(context));
+        ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn memory() {
+    let device = cpu();
+    let (from, mut to) = ([1u16, 2], [0u16; 2]);
+    // SAFETY: handles are alive, the arrays aligned and long enough.
+    unsafe {
+        let buffer = made(|to| ts_buffer_create(device, 4, to));
+        let data = made(|to| ts_buffer_data(buffer, to));
+        let (from, to_pointer) = (from.as_ptr().cast(), to.as_mut_ptr().cast::<std::ffi::c_void>());
+        let text = "configuration field `num_bytes` must be even, got 3";
+        fails(ts_memory_write(device, data, from, 3), ts_status::Config, text);
+        ok(ts_memory_write(device, data, from, 4));
+        ok(ts_memory_read(device, to_pointer, data, 4));
+        assert_eq!(to, [1, 2]);
+        let odd = to_pointer.byte_add(1);
+        let text = format!("`to` must be at an address divisible by 2, got {:#x}", odd.addr());
+        fails(ts_memory_read(device, odd, data, 2), ts_status::Misaligned, &text);
+        ok(ts_buffer_destroy(buffer));
+        let mut huge = null_mut();
+        assert_eq!(ts_buffer_create(device, usize::MAX, &mut huge), ts_status::Config);
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// Each thread has a text of its own.
+#[test]
+fn texts_are_per_thread() {
+    // SAFETY: null is refused.
+    unsafe {
+        fails(ts_graph_launch(null()), ts_status::NullPointer, "`graph` must not be null");
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                assert_eq!(last_error(), "");
+                fails(ts_vote(null_mut(), null()), ts_status::NullPointer, "`context` must not be null");
+            });
+        });
+    }
+    assert_eq!(last_error(), "`graph` must not be null");
+}
+
+/// The emulator panics where memory is copied that it has not handed out; C sees a status.
+#[test]
+#[cfg(feature = "emulator")]
+fn panics_stay_inside() {
+    let mut to = [0u32; 2];
+    // SAFETY: the emulator looks at addresses before it uses them.
+    unsafe {
+        let device = made(|to| ts_device_emulated(0, to));
+        let nowhere = std::ptr::without_provenance(1 << 20);
+        let status = ts_memory_read(device, to.as_mut_ptr().cast(), nowhere, 8);
+        assert_eq!(status, ts_status::Panic);
+        assert!(last_error().starts_with("defect in tokenselect: copy of 8 bytes: "), "{}", last_error());
+        ok(ts_device_destroy(device));
+    }
+}
+
+#[test]
+fn devices_that_are_not_there() {
+    let mut device = null_mut();
+    // SAFETY: room for the handle.
+    unsafe {
+        let status = ts_device_cuda(1 << 30, &mut device);
+        assert!([ts_status::Driver, ts_status::Unsupported].contains(&status), "{status:?}");
+        assert!(last_error().starts_with("cuda:1073741824"), "{}", last_error());
+        let status = ts_device_cuda_on_stream(1 << 30, null_mut(), &mut device);
+        assert!([ts_status::Driver, ts_status::Unsupported].contains(&status), "{status:?}");
+    }
+    assert!(device.is_null());
+    #[cfg(not(feature = "emulator"))]
+    {
+        // SAFETY: room for the handle.
+        let status = unsafe { ts_device_emulated(0, &mut device) };
+        let text = "emulated has no `any operation` for any configuration: the library was built without the feature \
+                    `emulator`";
+        fails(status, ts_status::Unsupported, text);
+    }
+}
