@@ -3,7 +3,9 @@ NumPy. Run by `cargo test -p tokenselect-capi --test python`, or by hand with TO
 
 import ctypes
 import os
+import re
 import unittest
+from pathlib import Path
 
 import numpy as np
 import tokenselect as ts
@@ -89,6 +91,17 @@ class StandIn:
 
 
 class Structures(unittest.TestCase):
+    def test_functions(self):
+        """Every function of the header, with as many arguments."""
+        header = (Path(__file__).parents[1] / "include/tokenselect.h").read_text()
+        prototypes = re.findall(r"^(?:const char \*|ts_status |uint32_t )(ts_\w+)\(([^)]*)\);", header, re.MULTILINE)
+        counts = {name: 0 if text == "void" else text.count(",") + 1 for name, text in prototypes}
+        no_status = ["ts_version", "ts_abi_version", "ts_last_error_message", "ts_status_name", "ts_device_name"]
+        for name in [*no_status, "ts_kv_view_set_dense"]:  # and strides are known here
+            counts.pop(name)
+        mine = {name: len(types) for name, types in tokenselect_abi.FUNCTIONS.items()}
+        self.assertEqual(mine, counts)
+
     def test_sizes(self):
         given = os.environ.get("TOKENSELECT_SIZES")
         if given is None:

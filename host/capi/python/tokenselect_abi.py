@@ -87,7 +87,7 @@ WORK = ctypes.CFUNCTYPE(c_int32, c_void_p)
 
 _P = c_void_p  # a handle or address
 _OUT = POINTER(c_void_p)  # where a new handle is written
-_FUNCTIONS = {
+FUNCTIONS = {
     "ts_device_cpu": [_OUT],
     "ts_device_cuda": [c_uint32, _OUT],
     "ts_device_cuda_on_stream": [c_uint32, _P, _OUT],
@@ -146,7 +146,7 @@ _FUNCTIONS = {
     "ts_graph_launch": [_P],
 }
 _HANDLES = ["device", "buffer", "context", "batch", "batch_slot", "selection_cache", "cache", "graph"]
-_FUNCTIONS.update({f"ts_{handle}_destroy": [_P] for handle in _HANDLES})
+FUNCTIONS.update({f"ts_{handle}_destroy": [_P] for handle in _HANDLES})
 
 
 def _find():
@@ -190,7 +190,7 @@ class Library:
                 name = library.ts_status_name(status).decode()
                 raise Error(name, library.ts_last_error_message().decode())
 
-        for name, types in _FUNCTIONS.items():
+        for name, types in FUNCTIONS.items():
             function = getattr(library, name)
             function.argtypes, function.restype, function.errcheck = types, c_int32, check
             setattr(self, name.removeprefix("ts_"), function)

@@ -180,21 +180,21 @@ pub struct ts_cache_config {
 ///
 /// # Safety
 /// - `repr(C)`, the first field is a `usize`, and every bit pattern is a value.
-pub(crate) unsafe trait Sizes: Copy {
+pub(crate) unsafe trait Versioned: Copy {
     /// The type's name in the header.
     const NAME: &'static str;
 }
 
 // SAFETY: integers, floats and structures of them, the size first.
-unsafe impl Sizes for ts_config {
+unsafe impl Versioned for ts_config {
     const NAME: &'static str = "config";
 }
 // SAFETY: as above.
-unsafe impl Sizes for ts_limits {
+unsafe impl Versioned for ts_limits {
     const NAME: &'static str = "limits";
 }
 // SAFETY: as above.
-unsafe impl Sizes for ts_cache_config {
+unsafe impl Versioned for ts_cache_config {
     const NAME: &'static str = "cache_config";
 }
 
@@ -202,7 +202,7 @@ unsafe impl Sizes for ts_cache_config {
 ///
 /// # Safety
 /// - Null, or as many bytes as its first field says, which nothing writes meanwhile.
-pub(crate) unsafe fn read_sized<T: Sizes>(pointer: *const T) -> Result<T> {
+pub(crate) unsafe fn read_sized<T: Versioned>(pointer: *const T) -> Result<T> {
     let (what, expected) = (T::NAME, size_of::<T>());
     // SAFETY: the first field is there, by the caller's promise.
     let got = *unsafe { reference(what, pointer.cast::<usize>())? };
@@ -222,7 +222,7 @@ pub(crate) unsafe fn read_sized<T: Sizes>(pointer: *const T) -> Result<T> {
 ///
 /// # Safety
 /// - Null, or `struct_size` bytes that nothing else uses meanwhile.
-unsafe fn write_sized<T: Sizes>(to: *mut T, struct_size: usize, mut value: T) -> Result<()> {
+unsafe fn write_sized<T: Versioned>(to: *mut T, struct_size: usize, mut value: T) -> Result<()> {
     let (what, expected) = (T::NAME, size_of::<T>());
     if struct_size < expected {
         return Err(Failure::StructSize { what, expected, got: struct_size });
@@ -337,13 +337,12 @@ pub(crate) unsafe fn read_config(config: *const ts_config) -> Result<SelectConfi
     let given = unsafe { read_sized(config)? };
     let optional = |scale: f32| (!scale.is_nan()).then_some(scale);
     let positions = [(ts_positions::Native as i32, false), (ts_positions::Reassigned as i32, true)];
-    let positions = if choose("config.positions", "ts_positions", given.positions, &positions)? {
+    let positions = if choose("config.positions", "a ts_positions", given.positions, &positions)? {
         Positions::Reassigned(rope(&given.rope)?)
     } else {
         Positions::Native
     };
-    let cached =
-        choose("config.selection_cache", "0 and 1", given.selection_cache, &[(0, false), (1, true)])?;
+    let cached = choose("config.selection_cache", "0 or 1", given.selection_cache, &[(0, false), (1, true)])?;
     Ok(SelectConfig {
         heads: HeadShape {
             num_qo_heads: given.num_qo_heads as usize,
@@ -389,8 +388,8 @@ fn rope(given: &ts_rope) -> Result<Rope> {
     Ok(Rope {
         theta: given.theta,
         rotary_dim: (given.rotary_dim != 0).then_some(given.rotary_dim as usize),
-        pairing: choose("config.rope.pairing", "ts_rope_pairing", given.pairing, &pairings)?,
-        scaling: choose("config.rope.scaling", "ts_rope_scaling", given.scaling, &scalings)?,
+        pairing: choose("config.rope.pairing", "a ts_rope_pairing", given.pairing, &pairings)?,
+        scaling: choose("config.rope.scaling", "a ts_rope_scaling", given.scaling, &scalings)?,
     })
 }
 
@@ -423,7 +422,7 @@ pub(crate) unsafe fn read_cache_config(config: *const ts_cache_config) -> Result
 /// An element type from its number.
 pub(crate) fn dtype(what: &'static str, code: i32) -> Result<DType> {
     let types = [DType::F16, DType::Bf16, DType::F32, DType::U32, DType::U64];
-    choose(what, "ts_dtype", code, &types.map(|dtype| (dtype_code(dtype), dtype)))
+    choose(what, "a ts_dtype", code, &types.map(|dtype| (dtype_code(dtype), dtype)))
 }
 
 /// The number of an element type.
@@ -441,7 +440,7 @@ pub(crate) fn dtype_code(dtype: DType) -> i32 {
 /// A layout from its number.
 pub(crate) fn layout(what: &'static str, code: i32) -> Result<KvLayout> {
     let layouts = [(ts_kv_layout::Nhd as i32, KvLayout::Nhd), (ts_kv_layout::Hnd as i32, KvLayout::Hnd)];
-    choose(what, "ts_kv_layout", code, &layouts)
+    choose(what, "a ts_kv_layout", code, &layouts)
 }
 
 /// What a number stands for.

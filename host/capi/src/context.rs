@@ -163,7 +163,7 @@ pub unsafe extern "C" fn ts_context_workspace(
             (ts_workspace::SelectedLen, |w| &mut w.selected_len),
         ];
         let fields = fields.map(|(code, field)| (code as i32, field));
-        let found = choose("buffer", "ts_workspace", buffer, &fields)?(workspace);
+        let found = choose("buffer", "a ts_workspace", buffer, &fields)?(workspace);
         let make = || {
             let (data, dims) = (address(found)?, found.shape());
             let mut shape = [1; 4];

@@ -82,7 +82,7 @@ pub(crate) enum Failure {
     Null { what: &'static str },
     #[error("`{what}` must be at an address divisible by {align}, got {addr:#x}")]
     Misaligned { what: &'static str, align: usize, addr: usize },
-    #[error("`{what}` must be a value of {allowed}, got {got}")]
+    #[error("`{what}` must be {allowed}, got {got}")]
     UnknownEnum { what: &'static str, allowed: &'static str, got: i32 },
     #[error("`{what}.struct_size` must be {expected}, or more with zeros after it, got {got}")]
     StructSize { what: &'static str, expected: usize, got: usize },

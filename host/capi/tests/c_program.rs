@@ -13,9 +13,13 @@ device cpu
 8 tokens, 8 selected: 0 1 2 3 4 5 6 7
 ";
 
+/// The C program, with the shared library and with the static one.
 #[test]
 fn c() {
-    if let Some(program) = build("cc", &["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"], "decode") {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c/decode.c");
+    let flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
+    for (name, link) in [("decode_shared", shared()), ("decode_static", archive())] {
+        let Some(program) = compile("cc", &flags, &source, (name, &link)) else { return };
         let text = run(&program);
         let version = concat!("tokenselect ", env!("CARGO_PKG_VERSION"), "\n");
         assert!(text.starts_with(&format!("{version}{EXPECTED}")), "{text}");
@@ -30,7 +34,7 @@ fn cpp() {
     std::fs::write(&source, "#include \"tokenselect.h\"\nint main() { return ts_abi_version() == 0; }\n")
         .unwrap();
     let flags = ["-std=c++11", "-Wall", "-Wextra", "-Wpedantic", "-Werror"];
-    if let Some(program) = compile("c++", &flags, &source, "header") {
+    if let Some(program) = compile("c++", &flags, &source, ("header", &shared())) {
         run(&program);
     }
 }
@@ -48,20 +52,30 @@ fn exports() {
     assert!(others.iter().all(|name| name.starts_with("rust_eh_")), "{others:?}");
 }
 
-fn build(compiler: &str, flags: &[&str], name: &str) -> Option<PathBuf> {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/c").join(name).with_extension("c");
-    compile(compiler, flags, &source, name)
+/// What the linker is told to use the shared library.
+fn shared() -> Vec<String> {
+    let library = shared_library();
+    let folder = library.parent().expect("a file is in a folder").display();
+    vec![format!("-L{folder}"), "-ltokenselect_c".into(), format!("-Wl,-rpath,{folder}")]
+}
+
+/// What the linker is told to use the archive that is built with the shared library.
+fn archive() -> Vec<String> {
+    let archive = shared_library().with_extension("a");
+    [&archive.display().to_string(), "-lpthread", "-ldl", "-lm"].map(str::to_owned).to_vec()
 }
 
 /// The program made of a source; `None` where there is no such compiler.
-fn compile(compiler: &str, flags: &[&str], source: &Path, name: &str) -> Option<PathBuf> {
-    let library = shared_library();
-    let folder = library.parent().expect("a file is in a folder");
+fn compile(
+    compiler: &str,
+    flags: &[&str],
+    source: &Path,
+    (name, link): (&str, &[String]),
+) -> Option<PathBuf> {
     let program = Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
     let mut command = Command::new(compiler);
     command.args(flags).arg("-I").arg(Path::new(env!("CARGO_MANIFEST_DIR")).join("include"));
-    command.arg(source).arg("-o").arg(&program);
-    command.arg("-L").arg(folder).arg("-ltokenselect_c").arg(format!("-Wl,-rpath,{}", folder.display()));
+    command.arg(source).arg("-o").arg(&program).args(link);
     match command.output() {
         Ok(output) => {
             output_of(compiler, &output);

@@ -30,8 +30,15 @@ fn versions_and_names() {
     let text = |text| unsafe { CStr::from_ptr(text) }.to_str().unwrap();
     assert_eq!(ts_abi_version(), TS_ABI_VERSION);
     assert_eq!(text(ts_version()), env!("CARGO_PKG_VERSION"));
-    assert_eq!(text(ts_status_name(23)), "TS_STATUS_OUT_OF_PAGES");
     assert_eq!(text(ts_status_name(-1)), "unknown status");
+    let header = include_str!("../include/tokenselect.h");
+    let mut named = 0;
+    for line in header.lines().filter(|line| line.trim_start().starts_with("TS_STATUS_")) {
+        let (name, number) = line.trim().trim_end_matches(',').split_once(" = ").unwrap();
+        assert_eq!(text(ts_status_name(number.parse().unwrap())), name);
+        named += 1;
+    }
+    assert_eq!(named, 29);
     let name = cpu();
     // SAFETY: a device, alive while its name is read.
     unsafe {
@@ -112,17 +119,17 @@ fn configurations() {
         fails(ts_config_validate(&config), status, text);
     };
     let valid = config();
-    check(ts_config { dtype: 9, ..valid }, UnknownEnum, "`config.dtype` must be a value of ts_dtype, got 9");
-    let text = "`config.positions` must be a value of ts_positions, got -1";
+    check(ts_config { dtype: 9, ..valid }, UnknownEnum, "`config.dtype` must be a ts_dtype, got 9");
+    let text = "`config.positions` must be a ts_positions, got -1";
     check(ts_config { positions: -1, ..valid }, UnknownEnum, text);
-    let text = "`config.selection_cache` must be a value of 0 and 1, got 2";
+    let text = "`config.selection_cache` must be 0 or 1, got 2";
     check(ts_config { selection_cache: 2, ..valid }, UnknownEnum, text);
     let mut rope = ts_config { positions: ts_positions::Reassigned as i32, ..valid };
     rope.rope.pairing = 7;
-    check(rope, UnknownEnum, "`config.rope.pairing` must be a value of ts_rope_pairing, got 7");
+    check(rope, UnknownEnum, "`config.rope.pairing` must be a ts_rope_pairing, got 7");
     rope.rope.pairing = ts_rope_pairing::Interleaved as i32;
     rope.rope.scaling = 4;
-    check(rope, UnknownEnum, "`config.rope.scaling` must be a value of ts_rope_scaling, got 4");
+    check(rope, UnknownEnum, "`config.rope.scaling` must be a ts_rope_scaling, got 4");
     for scaling in
         [ts_rope_scaling::None, ts_rope_scaling::Linear, ts_rope_scaling::Llama3, ts_rope_scaling::Yarn]
     {
@@ -170,7 +177,7 @@ fn configurations() {
     let mut handle = null_mut();
     // SAFETY: structures that are alive.
     unsafe {
-        let text = "`cache_config.layout` must be a value of ts_kv_layout, got 2";
+        let text = "`cache_config.layout` must be a ts_kv_layout, got 2";
         fails(ts_cache_create(device, &valid, &cache, &mut handle), UnknownEnum, text);
         cache.layout = 1;
         let text = "configuration field `num_layers` must be at least 1, got 0";
@@ -242,7 +249,7 @@ fn pointers_to_tensors() {
             stride_head: 0,
         };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
-        let text = "`layout` must be a value of ts_kv_layout, got 5";
+        let text = "`layout` must be a ts_kv_layout, got 5";
         fails(ts_kv_view_set_dense(&mut kv, 5), UnknownEnum, text);
         ok(ts_append(context, batch, &kv, at(&q), at(&q)));
         ok(ts_select(context, batch, &kv, at(&q), null_mut(), 0));
@@ -256,7 +263,7 @@ fn pointers_to_tensors() {
 
         let output = got.as_output();
         let wrong = ts_output { out_dtype: 77, ..output };
-        let text = "`output.out_dtype` must be a value of ts_dtype, got 77";
+        let text = "`output.out_dtype` must be a ts_dtype, got 77";
         fails(ts_attend(context, batch, &kv, at(&q), &wrong), UnknownEnum, text);
         let wrong = ts_output { out_dtype: ts_dtype::F16 as i32, ..output };
         let text = "`out` must be f32, got f16";
@@ -287,7 +294,7 @@ fn pointers_to_tensors() {
         let status = ts_context_selected(context, 1, null_mut(), 0, &mut len);
         fails(status, ts_status::Index, "`row` must be below 1, got 1");
         let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
-        let text = "`buffer` must be a value of ts_workspace, got 10";
+        let text = "`buffer` must be a ts_workspace, got 10";
         fails(ts_context_workspace(context, 10, &mut tensor), UnknownEnum, text);
         let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base };
         let text = "configuration field `num_parts` must be at least 1, got 0";
