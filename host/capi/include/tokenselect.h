@@ -543,8 +543,8 @@ typedef struct ts_step_input {
   const void *v;
 } ts_step_input;
 
-/// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given. Answers 0
-/// if all went well. Must not unwind.
+/// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given.
+/// Answers 0 if all went well. Must not unwind.
 typedef int32_t (*ts_work)(void *user_data);
 
 #ifdef __cplusplus

@@ -14,8 +14,8 @@ pub struct ts_graph {
     graph: Graph,
 }
 
-/// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given. Answers 0
-/// if all went well. Must not unwind.
+/// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given.
+/// Answers 0 if all went well. Must not unwind.
 pub type ts_work = Option<unsafe extern "C" fn(user_data: *mut c_void) -> i32>;
 
 /// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one call
