@@ -1,5 +1,7 @@
 //! How large a step may be, and what that makes of its buffers: a pure function of configuration and limits.
 
+use kernels_gpu::layout::{LOGIT_TILE, max_logit_tiles};
+
 use crate::batch::Batch;
 use crate::config::{MAX_SEQUENCE_LEN, Positions, SelectConfig};
 use crate::error::{Error, Result};
@@ -87,9 +89,11 @@ impl Plan {
         [self.limits.max_rows].into()
     }
 
-    /// Shape of the logits: `[max_kv_tokens, num_qo_heads]`.
+    /// Shape of the logits: `[places, num_qo_heads]`, somewhat more places than `max_kv_tokens`. How they are ordered is a
+    /// device's own: see [`TokenSelect::logit_index`](crate::TokenSelect::logit_index).
     pub fn logits_shape(&self) -> Shape {
-        [self.limits.max_kv_tokens, self.config.heads.num_qo_heads].into()
+        let tiles = max_logit_tiles(self.limits.max_kv_tokens as u64, self.limits.max_rows as u64);
+        [(tiles * u64::from(LOGIT_TILE)) as usize, self.config.heads.num_qo_heads].into()
     }
 
     /// Shape of the softmax statistics: `[max_rows, num_qo_heads, 2]`.

@@ -1,5 +1,7 @@
 //! The object that runs steps: configuration, device and workspace in one.
 
+use kernels_gpu::layout::{LOGIT_TILE, logit_tile};
+
 use crate::backend::{
     AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, Selection, SmoothArgs, TopKArgs, VoteArgs,
 };
@@ -243,6 +245,23 @@ impl TokenSelect {
             stats: self.workspace.stats.view_mut(),
             scratch: self.workspace.scratch.view_mut(),
         })
+    }
+
+    /// Index into the elements of [`Workspace::logits`] of a row's token and query head.
+    ///
+    /// On the processor they are `[token_base + token, num_qo_heads]`; on GPUs they lie in tiles `[num_kv_heads, 16 tokens,
+    /// group]`, each row from a tile of its own on.
+    ///
+    /// # Panics
+    /// If the batch has no such row.
+    pub fn logit_index(&self, batch: &Batch, row: usize, token: usize, qo_head: usize) -> usize {
+        let (heads, base) = (self.config().heads, batch.token_base(row));
+        if self.device.is_cpu() {
+            return (base + token) * heads.num_qo_heads + qo_head;
+        }
+        let (kv_head, member, size) = (qo_head / heads.group(), qo_head % heads.group(), LOGIT_TILE as usize);
+        let tile = logit_tile(base as u64, row as u32) as usize + token / size;
+        ((tile * heads.num_kv_heads + kv_head) * size + token % size) * heads.group() + member
     }
 
     /// Votes: softmax probabilities of the candidates, summed over heads. (The max-pool, where there is one, is part of

@@ -44,7 +44,8 @@ pub struct Workspace {
     pub similarities: Tensor,
     /// `[max_rows]` u32, written by `pool`: a [`RowAction`].
     pub actions: Tensor,
-    /// `[max_kv_tokens, num_qo_heads]` f32, written by `score` for candidates: scaled dot products.
+    /// `[places, num_qo_heads]` f32, written by `score` for candidates: scaled dot products, in an order of the device's own
+    /// ([`TokenSelect::logit_index`](crate::TokenSelect::logit_index)).
     pub logits: Tensor,
     /// `[max_rows, num_qo_heads, 2]` f32, written by `score`: the largest logit over the candidates, and the
     /// sum of `exp(logit - largest)`.

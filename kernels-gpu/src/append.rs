@@ -65,6 +65,8 @@ pub unsafe fn append(params: AppendParams) {
     use crate::simt::data::V4;
     use crate::simt::{grid, thread};
 
+    grid::launch_dependents();
+
     grid::wait_for_previous();
     let query = thread::block_idx_x();
     let row = params.batch.row_of_query(query);

@@ -185,6 +185,7 @@ mod kernel {
         params: AttendParams<T>,
     ) {
         thread::launch_bounds::<THREADS, BLOCKS_PER_SM>();
+        grid::launch_dependents();
         grid::wait_for_previous();
         let layout = const { &Layout::new((8 * W * C) as u32) };
         let row = thread::block_idx_z();

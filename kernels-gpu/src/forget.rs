@@ -45,6 +45,8 @@ impl ForgetParams {
 pub unsafe fn forget(params: ForgetParams) {
     use crate::simt::{grid, thread};
 
+    grid::launch_dependents();
+
     grid::wait_for_previous();
     let layer = thread::block_idx_x() * THREADS + thread::thread_idx_x();
     if layer < params.num_layers {

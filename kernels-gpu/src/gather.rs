@@ -58,6 +58,8 @@ impl<T> GatherParams<T> {
 pub unsafe fn gather<T: crate::element::Element>(params: GatherParams<T>) {
     use crate::simt::{grid, thread, warp};
 
+    grid::launch_dependents();
+
     grid::wait_for_previous();
     let attend = &params.attend;
     let row = thread::block_idx_y();

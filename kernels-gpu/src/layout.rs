@@ -63,6 +63,20 @@ impl PageStrides {
     }
 }
 
+/// Tokens of a tile of logits. A tile is `[num_kv_heads, LOGIT_TILE, group]`, so that a warp that scores 16 tokens for one
+/// KV head writes whole lines of memory.
+pub const LOGIT_TILE: u32 = 16;
+
+/// First tile of the logits of row `row`, whose token 0 has place `token_base`.
+pub const fn logit_tile(token_base: u64, row: u32) -> u64 {
+    token_base.div_ceil(LOGIT_TILE as u64) + row as u64
+}
+
+/// Tiles that the logits of `num_rows` rows with `num_places` places for tokens need.
+pub const fn max_logit_tiles(num_places: u64, num_rows: u64) -> u64 {
+    num_places.div_ceil(LOGIT_TILE as u64) + num_rows + 1
+}
+
 /// Half-open range of tokens of a row.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Tokens {
@@ -153,6 +167,17 @@ impl BatchTables {
     #[track_caller]
     pub unsafe fn token_base(&self, row: u32) -> u64 {
         self.first_page(row) as u64 * self.page_size as u64
+    }
+
+    /// First tile of the row's logits: they lie in tiles of [`LOGIT_TILE`] tokens, the first of which begins with token 0.
+    /// (One tile more than the tokens need parts a row from the next, since a row need not begin with a tile.)
+    ///
+    /// # Safety
+    /// - As for [`queries`](Self::queries).
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn logit_tile(&self, row: u32) -> u64 {
+        logit_tile(self.token_base(row), row)
     }
 
     /// Page (as a place in the row's page table) and place within it of a token.

@@ -122,6 +122,7 @@ mod kernel {
     /// - The rope tables cover `n_local` plus the longest block.
     /// - Launched with [`PoolParams::dims`].
     pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
         let queries = params.batch.queries(row);

@@ -63,7 +63,7 @@ pub(crate) use machine::*;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod machine {
     use super::*;
-    use crate::layout::Tokens;
+    use crate::layout::{LOGIT_TILE, Tokens};
     use crate::simt::shared::Shared;
     use crate::simt::{grid, thread, warp};
 
@@ -100,13 +100,15 @@ mod machine {
         key >> shift(level) & (bins - 1)
     }
 
-    /// Part of a row's candidates that block `block` of `num_blocks` works on: ascending with the block.
+    /// Part of a row's candidates that block `block` of `num_blocks` works on: ascending with the block. Shares begin at
+    /// multiples of 16, but for the first.
     #[inline(always)]
     pub fn share(candidates: Tokens, block: u32, num_blocks: u32) -> Tokens {
-        let len = candidates.len().div_ceil(num_blocks).next_multiple_of(SHARE);
-        let begin = (block * len).min(candidates.len());
-        let end = (begin + len).min(candidates.len());
-        Tokens { begin: candidates.begin + begin, end: candidates.begin + end }
+        let first = candidates.begin / LOGIT_TILE * LOGIT_TILE;
+        let len = (candidates.end - first).div_ceil(num_blocks).next_multiple_of(SHARE);
+        let begin = first + (block * len).min(candidates.end - first);
+        let end = (begin + len).min(candidates.end);
+        Tokens { begin: begin.max(candidates.begin), end }
     }
 
     /// The counts of one block, in shared memory.

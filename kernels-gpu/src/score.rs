@@ -23,6 +23,9 @@
 //! 5. Packed, the lanes that hold low parts would have nothing to do after the products; they take the lower eight
 //!    tokens of the tile, and the others the upper eight.
 //!
+//! 6. Tiles begin at multiples of 16 tokens, as those of the logits do, so that a warp writes whole lines: pieces of 16
+//!    bytes, in lines that eight warps share, cost the memory as much as a fifth of the keys.
+//!
 //! **Bytes.** Keys once, `n * num_kv_heads * head_dim * 2`; logits `n * num_qo_heads * 4` written.
 
 use crate::launch::{Dims, GpuInfo};
@@ -37,9 +40,10 @@ pub const THREADS: u32 = 256;
 const WARPS: u32 = THREADS / 32;
 /// Blocks of an SM: two of 8 warps keep 128 KiB of loads under way with 128-element heads.
 const BLOCKS_PER_SM: u32 = 2;
-/// A row is cut into about so many pieces of work (a chunk for one KV head): two for each of the 2112 warps of an H200,
-/// and few enough that their statistics are folded in microseconds.
-const PIECES: u32 = 4096;
+/// A row is cut into about so many pieces of work (a chunk for one KV head): two for each of the 1056 warps that an H200
+/// runs at a time, and few enough that their statistics are folded in microseconds.
+const PIECES: u32 = 2112;
+
 /// Parameters of [`score`].
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
@@ -50,7 +54,8 @@ pub struct ScoreParams<T> {
     pub queries: GlobalPtr<f32>,
     /// \[num_rows\] u32, read: rows with [`SCORE`](crate::pool::SCORE) are scored.
     pub actions: GlobalPtr<u32>,
-    /// \[kv_indptr\[num_rows\] * page_size, num_qo_heads\] f32, written for candidates.
+    /// \[tiles, num_kv_heads, LOGIT_TILE, group\] f32 (see [`LOGIT_TILE`](crate::layout::LOGIT_TILE)), written for
+    /// candidates.
     pub logits: GlobalMut<f32>,
     /// \[num_rows, num_qo_heads, 2\] f32, written: largest logit, sum of exponentials.
     pub stats: GlobalMut<f32>,
@@ -140,7 +145,7 @@ mod kernel {
     use super::*;
     use crate::attention::{add_low, split};
     use crate::element::Element;
-    use crate::layout::Tokens;
+    use crate::layout::{LOGIT_TILE, Tokens};
     use crate::pool::SCORE;
     use crate::simt::shared::Shared;
     use crate::simt::{grid, math, thread, warp};
@@ -200,6 +205,8 @@ mod kernel {
         row: u32,
         kv_head: u32,
         candidates: Tokens,
+        /// First token of the first tile: a multiple of 16, at or before the first candidate.
+        first: u32,
         num_tiles: u32,
         num_chunks: u32,
         /// From one of the warp's chunks to the next.
@@ -227,11 +234,11 @@ mod kernel {
             }
         }
 
-        /// The lane's token of eight: token `16 u + 8 half + lane / 4` of the tile of `tokens` tokens. It may lie beyond
-        /// the candidates.
+        /// The lane's token of eight: token `16 u + 8 half + lane / 4` of the tile of `tokens` tokens. It may lie before the
+        /// candidates or beyond them.
         #[inline(always)]
         fn token(&self, tile: Tile, tokens: u32, u: u32, half: u32) -> u32 {
-            self.candidates.begin + tile.index * tokens + 16 * u + 8 * half + warp::lane_id() / 4
+            self.first + tile.index * tokens + 16 * u + 8 * half + warp::lane_id() / 4
         }
     }
 
@@ -246,6 +253,7 @@ mod kernel {
     pub unsafe fn score<T: Element, const C: usize, const N: usize, const U: usize, const PACKED: bool>(
         params: ScoreParams<T>,
     ) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
@@ -253,7 +261,8 @@ mod kernel {
         }
         core::hint::assert_unchecked(params.num_kv_heads != 0);
         let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        let num_tiles = candidates.len().div_ceil(16 * U as u32);
+        let first = candidates.begin / LOGIT_TILE * LOGIT_TILE;
+        let num_tiles = (candidates.end - first).div_ceil(16 * U as u32);
         let warp_of_row = thread::block_idx_x() * WARPS + warp::warp_id();
         let work = Work {
             params: &params,
@@ -261,6 +270,7 @@ mod kernel {
             row,
             kv_head: warp_of_row % params.num_kv_heads,
             candidates,
+            first,
             num_tiles,
             num_chunks: num_tiles.min(max_chunks(params.num_kv_heads)),
             step: thread::grid_dim_x() * WARPS / params.num_kv_heads,
@@ -494,10 +504,11 @@ mod kernel {
     ) {
         let params = work.params;
         let logits = [products[0] * params.score_scale, products[1] * params.score_scale];
-        let num_qo_heads = (params.num_kv_heads * params.group) as u64;
-        let place = params.batch.token_base(work.row) + token as u64;
-        let at = params.logits.add(place * num_qo_heads + (work.kv_head * params.group + column) as u64);
-        let inside = token < work.candidates.end;
+        let tile = params.batch.logit_tile(work.row) + (token / LOGIT_TILE) as u64;
+        let place = tile * params.num_kv_heads as u64 + work.kv_head as u64;
+        let place = place * LOGIT_TILE as u64 + (token % LOGIT_TILE) as u64;
+        let at = params.logits.add(place * params.group as u64 + column as u64);
+        let inside = token >= work.candidates.begin && token < work.candidates.end;
         let valid = [inside && column < params.group, inside && column + 1 < params.group];
         if params.group.is_multiple_of(2) {
             if valid[0] {
@@ -589,10 +600,10 @@ mod kernel {
         }
     }
 
-    /// Statistics of a head over the chunks `part`, `part + parts`, ... Eight loads are under way at a time.
+    /// Statistics of a head over the chunks `part`, `part + parts`, ... Many loads are under way at a time.
     #[inline(always)]
     unsafe fn fold_part<T: Element>(work: &Work<'_, T>, head: u32, part: u32, parts: u32) -> Stats {
-        const BATCH: usize = 8;
+        const BATCH: usize = 17;
         let mut stats = Stats::EMPTY;
         let mut chunk = part;
         while chunk < work.num_chunks {

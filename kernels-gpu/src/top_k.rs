@@ -133,6 +133,7 @@ mod kernel {
     /// - The buffers and tables are as [`TopKParams`] says; digits are found in order.
     /// - Launched with [`TopKParams::dims`].
     pub unsafe fn refine(params: TopKParams) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
@@ -156,6 +157,7 @@ mod kernel {
     /// - As for [`refine`], which has found all digits.
     /// - Launched with [`TopKParams::dims`].
     pub unsafe fn count(params: TopKParams) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
@@ -215,6 +217,7 @@ mod kernel {
     /// - As for [`refine`]; [`count`] has run.
     /// - Launched with [`TopKParams::dims`].
     pub unsafe fn emit(params: TopKParams) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
         let action = params.actions.add(row as u64).load();

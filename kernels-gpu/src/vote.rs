@@ -4,9 +4,9 @@
 //! for each scored row, candidate token j:
 //!     vote[j] = sum over heads h of exp(logit[j, h] - max[h]) / sum[h]        NaN and inf: docs/definitions.md
 //! ```
-//! **Thread mapping.** The logits of a token are adjacent. As many lanes as they have 16-byte pieces (4-byte, where the
-//! number of heads is no multiple of 4), rounded up to a power of two, share a token, so that a warp reads whole lines;
-//! the lanes' sums are added by a butterfly, in the same order for every launch. A lane has four tokens under way.
+//! **Thread mapping.** Logits lie in tiles of 16 tokens. A warp takes four tiles at a time: a lane a token of each, and
+//! every other piece of its heads (4 adjacent ones, or 1 where the group is no multiple of 4); the two lanes of a token are
+//! added at the end, in the same order for every launch.
 //!
 //! **Bytes.** `n * num_qo_heads * 4` read, `n * 4` written.
 //!
@@ -24,7 +24,7 @@ use crate::simt::global::{GlobalMut, GlobalPtr};
 pub struct VoteParams {
     /// \[num_rows\] u32, read: rows with [`SCORE`](crate::pool::SCORE) vote.
     pub actions: GlobalPtr<u32>,
-    /// \[max_tokens, num_qo_heads\] f32, read for candidates.
+    /// \[tiles, num_kv_heads, LOGIT_TILE, group\] f32 (see [`LOGIT_TILE`](crate::layout::LOGIT_TILE)), read for candidates.
     pub logits: GlobalPtr<f32>,
     /// \[num_rows, num_qo_heads, 2\] f32, read: largest logit, sum of exponentials.
     pub stats: GlobalPtr<f32>,
@@ -34,8 +34,10 @@ pub struct VoteParams {
     pub radix: RadixTables,
     /// Rows.
     pub batch: BatchTables,
-    /// Query heads.
-    pub num_qo_heads: u32,
+    /// KV heads.
+    pub num_kv_heads: u32,
+    /// Query heads that share a KV head.
+    pub group: u32,
     /// First tokens that are always selected.
     pub n_init: u32,
     /// Last tokens before the block that are always selected.
@@ -44,8 +46,6 @@ pub struct VoteParams {
     pub top_k: u32,
     /// Places for tokens of all rows: no row has more.
     pub max_tokens: u32,
-    /// 0.
-    pub reserved: u32,
 }
 const _: () = assert!(size_of::<VoteParams>() == 136);
 
@@ -67,22 +67,25 @@ pub use kernel::vote;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::*;
-    use crate::layout::Tokens;
+    use crate::layout::{LOGIT_TILE, Tokens};
     use crate::pool::SCORE;
     use crate::radix::Histogram;
     use crate::simt::data::V4;
     use crate::simt::{grid, math, thread, warp};
 
-    /// Tokens that a lane has under way.
-    const TOKENS: usize = 4;
+    /// Tiles that a warp has under way.
+    const TILES: usize = 4;
+    /// Pieces of each that a lane has under way.
+    const PIECES: usize = 2;
 
     /// See the module. `V` logits are read at a time.
     ///
     /// # Safety
     /// - The buffers and tables are as [`VoteParams`] says, and 16-byte aligned.
-    /// - `V` is 4, and then divides `num_qo_heads`, or 1.
+    /// - `V` is 4, and then divides `group`, or 1.
     /// - Launched with [`VoteParams::dims`].
     pub unsafe fn vote<const V: usize>(params: VoteParams) {
+        grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
@@ -103,11 +106,11 @@ mod kernel {
     }
 
     impl<const V: usize> Heads<V> {
-        /// Those of piece `piece` of a row's heads.
+        /// Those of `V` heads from `head` on.
         #[inline(always)]
-        unsafe fn load(params: &VoteParams, row: u32, piece: u32) -> Self {
-            let at =
-                params.stats.add((row as u64 * params.num_qo_heads as u64 + (piece * V as u32) as u64) * 2);
+        unsafe fn load(params: &VoteParams, row: u32, head: u32) -> Self {
+            let num_qo_heads = (params.num_kv_heads * params.group) as u64;
+            let at = params.stats.add((row as u64 * num_qo_heads + head as u64) * 2);
             let mut heads = Heads { max: [0.0; V], inverse: [0.0; V] };
             let mut i = 0;
             while i < V {
@@ -136,67 +139,66 @@ mod kernel {
     /// Writes and counts the votes of the block's tokens.
     #[inline(always)]
     unsafe fn vote_share<const V: usize>(params: &VoteParams, row: u32, share: Tokens, histogram: Histogram) {
-        let pieces = params.num_qo_heads / V as u32;
-        let lanes = pieces.next_power_of_two().min(warp::SIZE);
-        let (piece, group, groups) =
-            (warp::lane_id() & (lanes - 1), warp::lane_id() / lanes, warp::SIZE / lanes);
-        let base = params.batch.token_base(row);
-        let first = if piece < pieces {
-            Heads::<V>::load(params, row, piece)
-        } else {
-            Heads { max: [0.0; V], inverse: [0.0; V] }
-        };
-        let tokens_of_warp = TOKENS as u32 * groups;
-        let mut begin = share.begin + warp::warp_id() * tokens_of_warp;
-        while begin < share.end {
-            let token = begin + group;
-            let mut sums = [0.0; TOKENS];
-            let mut logits = [[0.0; V]; TOKENS];
-            let mut i = 0;
-            while i < TOKENS {
-                let token = token + i as u32 * groups;
-                if token < share.end && piece < pieces {
-                    logits[i] = load::<V>(params, base + token as u64, piece);
-                }
-                i += 1;
-            }
-            let mut i = 0;
-            while i < TOKENS {
-                sums[i] = if piece < pieces { first.sum(logits[i]) } else { 0.0 };
-                i += 1;
-            }
-            let mut more = piece + lanes;
-            while more < pieces {
-                let heads = Heads::<V>::load(params, row, more);
-                let mut i = 0;
-                while i < TOKENS {
-                    let token = token + i as u32 * groups;
-                    if token < share.end {
-                        sums[i] += heads.sum(load::<V>(params, base + token as u64, more));
+        let (slot, half) = (warp::lane_id() % LOGIT_TILE, warp::lane_id() / LOGIT_TILE);
+        let base = params.batch.logit_tile(row);
+        let votes = params.votes.add(params.batch.token_base(row));
+        let num_qo_heads = params.num_kv_heads * params.group;
+        let end = share.end.div_ceil(LOGIT_TILE);
+        let mut tile = share.begin / LOGIT_TILE + warp::warp_id() * TILES as u32;
+        while tile < end {
+            let mut sums = [0.0; TILES];
+            let mut head = V as u32 * half;
+            while head < num_qo_heads {
+                let mut logits = [[[0.0; V]; TILES]; PIECES];
+                let mut p = 0;
+                while p < PIECES {
+                    let head = head + (2 * V * p) as u32;
+                    let mut i = 0;
+                    while i < TILES {
+                        if head < num_qo_heads && tile + (i as u32) < end {
+                            logits[p][i] = load::<V>(params, base + (tile + i as u32) as u64, slot, head);
+                        }
+                        i += 1;
                     }
-                    i += 1;
+                    p += 1;
                 }
-                more += lanes;
+                let mut p = 0;
+                while p < PIECES {
+                    let head = head + (2 * V * p) as u32;
+                    if head < num_qo_heads {
+                        let heads = Heads::<V>::load(params, row, head);
+                        let mut i = 0;
+                        while i < TILES {
+                            sums[i] += heads.sum(logits[p][i]);
+                            i += 1;
+                        }
+                    }
+                    p += 1;
+                }
+                head += (2 * V * PIECES) as u32;
             }
             let mut i = 0;
-            while i < TOKENS {
-                let vote = sum_over(sums[i], lanes);
-                let token = token + i as u32 * groups;
-                // The lanes of a token take turns.
-                if token < share.end && piece == i as u32 & (lanes - 1) {
-                    params.votes.add(base + token as u64).store(vote);
+            while i < TILES {
+                let vote = sums[i] + warp::shuffle_xor(warp::FULL, sums[i], LOGIT_TILE);
+                let token = (tile + i as u32) * LOGIT_TILE + slot;
+                // The two lanes of a token take turns.
+                if token >= share.begin && token < share.end && half == i as u32 % 2 {
+                    votes.add(token as u64).store(vote);
                     histogram.count(radix::key(vote), 0);
                 }
                 i += 1;
             }
-            begin += tokens_of_warp * (radix::THREADS / warp::SIZE);
+            tile += TILES as u32 * (radix::THREADS / warp::SIZE);
         }
     }
 
-    /// Piece `piece` of the logits of the token at `place`.
+    /// The logits of `V` heads from `head` on, of one token of a tile.
     #[inline(always)]
-    unsafe fn load<const V: usize>(params: &VoteParams, place: u64, piece: u32) -> [f32; V] {
-        let at = params.logits.add(place * params.num_qo_heads as u64 + (piece * V as u32) as u64);
+    unsafe fn load<const V: usize>(params: &VoteParams, tile: u64, slot: u32, head: u32) -> [f32; V] {
+        let group = params.group.max(1);
+        let (kv_head, member) = (head / group, head % group);
+        let line = (tile * params.num_kv_heads as u64 + kv_head as u64) * LOGIT_TILE as u64 + slot as u64;
+        let at = params.logits.add(line * group as u64 + member as u64);
         let mut logits = [0.0; V];
         if V == 4 {
             let quad = at.cast::<V4<f32>>().load_stream().0;
@@ -209,17 +211,5 @@ mod kernel {
             logits[0] = at.load_stream();
         }
         logits
-    }
-
-    /// The sum over groups of `lanes` lanes, the same bits in each of them.
-    #[inline(always)]
-    unsafe fn sum_over(value: f32, lanes: u32) -> f32 {
-        let mut sum = value;
-        let mut distance = 1;
-        while distance < lanes {
-            sum += warp::shuffle_xor(warp::FULL, sum, distance);
-            distance *= 2;
-        }
-        sum
     }
 }

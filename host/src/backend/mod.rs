@@ -111,7 +111,7 @@ pub struct ScoreArgs<'a> {
     pub queries: TensorView<'a>,
     /// `[max_rows]` u32: only rows with `RowAction::Score` are scored.
     pub actions: TensorView<'a>,
-    /// `[max_kv_tokens, num_qo_heads]` f32, written for candidates.
+    /// `[places, num_qo_heads]` f32, written for candidates, in the device's order.
     pub logits: TensorViewMut<'a>,
     /// `[max_rows, num_qo_heads, 2]` f32, written: largest logit, sum of `exp(logit - largest)`.
     pub stats: TensorViewMut<'a>,
@@ -130,7 +130,7 @@ pub struct VoteArgs<'a> {
     pub batch: &'a Batch,
     /// `[max_rows]` u32: only rows with `RowAction::Score` vote.
     pub actions: TensorView<'a>,
-    /// `[max_kv_tokens, num_qo_heads]` f32.
+    /// `[places, num_qo_heads]` f32, in the device's order.
     pub logits: TensorView<'a>,
     /// `[max_rows, num_qo_heads, 2]` f32: over all candidates of the sequence, wherever they lie.
     pub stats: TensorView<'a>,

@@ -6,11 +6,19 @@ use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
 use crate::simt::{grid, math as m, tensor};
 
+/// What every kernel begins with: launches may overlap.
+#[inline(always)]
+fn begin() {
+    grid::launch_dependents();
+    grid::wait_for_previous();
+}
+
 /// Every index and size.
 ///
 /// # Safety
 /// - The shapes in [`IndicesParams`]; launched with [`INDICES_DIMS`].
 pub unsafe fn indices(p: IndicesParams) {
+    begin();
     let block = block_idx_x() + grid_dim_x() * (block_idx_y() + grid_dim_y() * block_idx_z());
     let threads = block_dim_x() * block_dim_y() * block_dim_z();
     let out = p.out.add((block * threads + linear_thread_idx()) as u64 * 16);
@@ -44,6 +52,7 @@ pub unsafe fn indices(p: IndicesParams) {
 /// # Safety
 /// - The shapes in [`ShufflesParams`]; launched with [`WARP_DIMS`].
 pub unsafe fn shuffles(p: ShufflesParams) {
+    begin();
     let lane = lane_id();
     let value = p.values.add(lane as u64).load();
     let mut operand = 0;
@@ -72,6 +81,7 @@ pub unsafe fn shuffles(p: ShufflesParams) {
 /// # Safety
 /// - The shapes in [`MaskedParams`]; launched with [`WARP_DIMS`].
 pub unsafe fn masked(p: MaskedParams) {
+    begin();
     let lane = lane_id();
     let value = p.values.add(lane as u64).load();
     let source = p.sources.add(lane as u64).load();
@@ -99,6 +109,7 @@ pub unsafe fn masked(p: MaskedParams) {
 /// # Safety
 /// - The shapes in [`BarriersParams`]; launched with [`BARRIERS_DIMS`].
 pub unsafe fn barriers(p: BarriersParams) {
+    begin();
     const FILLED: u32 = 1;
     const EMPTIED: u32 = 2;
     let thread = thread_idx_x();
@@ -141,6 +152,7 @@ pub unsafe fn barriers(p: BarriersParams) {
 /// # Safety
 /// - The shapes in [`SharedParams`]; launched with [`SHARED_DIMS`].
 pub unsafe fn shared(p: SharedParams) {
+    begin();
     let thread = thread_idx_x();
     let quad = p.input.add(thread as u64).load();
     let (halves, words, pairs, quads) =
@@ -190,6 +202,7 @@ pub unsafe fn shared(p: SharedParams) {
 /// # Safety
 /// - The shapes in [`GlobalParams`]; launched with [`GRID_DIMS`].
 pub unsafe fn global(p: GlobalParams) {
+    begin();
     let mut i = (block_idx_x() * block_dim_x() + thread_idx_x()) as u64;
     while i < p.num_elements as u64 {
         let (half, word, pair, quad) = match i % 4 {
@@ -236,6 +249,7 @@ pub unsafe fn global(p: GlobalParams) {
 /// - The shapes in [`AtomicsParams`]; launched with [`ATOMICS_DIMS`], all blocks resident at once or started in
 ///   index order, since block 2 waits for block 0.
 pub unsafe fn atomics(p: AtomicsParams) {
+    begin();
     let thread = block_idx_x() * block_dim_x() + thread_idx_x();
     let value = p.values.add(thread as u64).load();
     p.words.atomic_add(value);
@@ -269,7 +283,7 @@ pub unsafe fn atomics(p: AtomicsParams) {
 /// # Safety
 /// - The shapes in [`LastBlockParams`]; launched with [`last_block_dims`].
 pub unsafe fn last_block(p: LastBlockParams) {
-    grid::wait_for_previous();
+    begin();
     let value = p.values.add((block_idx_x() * 64 + thread_idx_x()) as u64).load();
     let sum = warp::reduce_add(FULL, value);
     if lane_id() == 0 {
@@ -295,6 +309,7 @@ pub unsafe fn last_block(p: LastBlockParams) {
 /// # Safety
 /// - The shapes in [`AsyncCopyParams`]; launched with [`WARP_SHARED_DIMS`].
 pub unsafe fn async_copy(p: AsyncCopyParams) {
+    begin();
     let lane = lane_id();
     let tile = LAYOUT.quads.get();
     let mut group = 0;
@@ -325,6 +340,7 @@ pub unsafe fn async_copy(p: AsyncCopyParams) {
 /// # Safety
 /// - The shapes in [`LdMatrixParams`]; launched with [`WARP_SHARED_DIMS`].
 pub unsafe fn ldmatrix(p: LdMatrixParams) {
+    begin();
     let lane = lane_id();
     let row = LAYOUT.quads.get().add(lane);
     row.store(p.rows.add(lane as u64).load());
@@ -338,6 +354,7 @@ pub unsafe fn ldmatrix(p: LdMatrixParams) {
 /// # Safety
 /// - The shapes in [`MmaParams`]; launched with [`WARP_DIMS`].
 pub unsafe fn mma<T: Element>(p: MmaParams) {
+    begin();
     let (g, t) = (lane_id() as u64 / 4, lane_id() as u64 % 4);
     let a_row = |row: u64, column: u64| p.a.add(row * 16 + column).cast::<u32>().load();
     let a = [a_row(g, 2 * t), a_row(g + 8, 2 * t), a_row(g, 2 * t + 8), a_row(g + 8, 2 * t + 8)];
@@ -361,6 +378,7 @@ pub unsafe fn mma<T: Element>(p: MmaParams) {
 /// # Safety
 /// - The shapes in [`MathParams`]; launched with [`GRID_DIMS`].
 pub unsafe fn math(p: MathParams) {
+    begin();
     let mut i = (block_idx_x() * block_dim_x() + thread_idx_x()) as u64;
     while i < p.num_values as u64 {
         let (x, y) = (p.x.add(i).load(), p.y.add(i).load());

@@ -210,7 +210,7 @@ impl Backend for GpuBackend {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let by_four = args.config.heads.num_qo_heads.is_multiple_of(4);
+        let by_four = args.config.heads.group().is_multiple_of(4);
         let entry = self.entry("vote", if by_four { "vote_by_four" } else { "vote" })?;
         let params = self.vote_params(&args)?;
         // SAFETY: `TokenSelect` has checked shapes and lengths.

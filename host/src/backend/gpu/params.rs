@@ -164,12 +164,12 @@ impl GpuBackend {
             votes: self.pointer_mut("votes", &args.votes)?,
             radix: scratch.radix(),
             batch: self.tables(args.batch)?,
-            num_qo_heads: config.heads.num_qo_heads as u32,
+            num_kv_heads: config.heads.num_kv_heads as u32,
+            group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             top_k: config.top_k as u32,
             max_tokens: args.votes.shape().dims()[0] as u32,
-            reserved: 0,
         })
     }
 
