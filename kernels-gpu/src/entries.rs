@@ -1,6 +1,10 @@
 //! The table of PTX entry points, one line per instance: name, parameters, kernel.
 //!
 //! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
+//!
+//! Each lets the launch after it begin at once and waits for those before it
+//! ([`grid::launch_dependents`](crate::simt), `wait_for_previous`) before it reads or writes memory: a host may launch them so
+//! that they overlap.
 
 use half::{bf16, f16};
 

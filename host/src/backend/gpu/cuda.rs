@@ -130,11 +130,45 @@ struct Stream {
     owned: bool,
 }
 
+/// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: a launch may begin while the one before it ends.
+const PROGRAMMATIC_STREAM_SERIALIZATION: u32 = 6;
+
+/// `CUlaunchAttribute` of CUDA 11.8, which `cust`'s bindings lack.
+#[repr(C)]
+struct LaunchAttribute {
+    id: u32,
+    reserved: u32,
+    value: [u64; 8],
+}
+const _: () = assert!(size_of::<LaunchAttribute>() == 72);
+
+/// `CUlaunchConfig`.
+#[repr(C)]
+struct LaunchConfig {
+    grid: [u32; 3],
+    block: [u32; 3],
+    shared_bytes: u32,
+    stream: sys::CUstream,
+    attributes: *mut LaunchAttribute,
+    num_attributes: u32,
+}
+const _: () = assert!(size_of::<LaunchConfig>() == 56);
+
+/// `cuLaunchKernelEx`.
+type LaunchKernelEx = unsafe extern "C" fn(
+    *const LaunchConfig,
+    sys::CUfunction,
+    *mut *mut c_void,
+    *mut *mut c_void,
+) -> CUresult;
+
 /// The kernels of a context, loaded once, however many devices share it.
 struct Kernels {
     context: sys::CUcontext,
     module: sys::CUmodule,
     functions: HashMap<&'static str, sys::CUfunction>,
+    /// The driver's function for launches that overlap; `None` where the driver or the device has none.
+    overlapping: Option<LaunchKernelEx>,
     load_time: Duration,
 }
 
@@ -179,7 +213,8 @@ impl Kernels {
         let mut module = null_mut();
         cuda!(name, cuModuleLoadData(&mut module, text.as_ptr().cast()))?;
         let (functions, load_time) = (HashMap::new(), Duration::ZERO);
-        let mut kernels = Kernels { context: context.raw, module, functions, load_time };
+        let overlapping = overlapping(&ptx);
+        let mut kernels = Kernels { context: context.raw, module, functions, overlapping, load_time };
         for entry in kernels_gpu::entries::ENTRIES {
             let mut function = null_mut();
             let symbol = CString::new(entry.name).map_err(bad_name)?;
@@ -191,6 +226,16 @@ impl Kernels {
         kernels.load_time = begin.elapsed();
         Ok(kernels)
     }
+}
+
+/// The driver's `cuLaunchKernelEx`, where the kernels are compiled to wait for those before them: from sm_90 on.
+fn overlapping(ptx: &Ptx) -> Option<LaunchKernelEx> {
+    if ptx.name != tokenselect_ptx::SM_90A.name {
+        return None;
+    }
+    let symbol = tokenselect_cuda_lazy::load().ok()?.symbol(c"cuLaunchKernelEx")?;
+    // SAFETY: the driver's function of that name has this signature.
+    Some(unsafe { std::mem::transmute::<*mut c_void, LaunchKernelEx>(symbol.as_ptr()) })
 }
 
 impl Drop for Kernels {
@@ -367,6 +412,22 @@ impl Driver for CudaDriver {
         };
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
+        if let Some(launch) = self.kernels.overlapping {
+            let mut overlap =
+                LaunchAttribute { id: PROGRAMMATIC_STREAM_SERIALIZATION, reserved: 0, value: [0; 8] };
+            overlap.value[0] = 1;
+            let config = LaunchConfig {
+                grid: dims.grid,
+                block: dims.block,
+                shared_bytes: dims.shared_bytes,
+                stream: self.stream.raw,
+                attributes: &mut overlap,
+                num_attributes: 1,
+            };
+            // SAFETY: as below; every kernel waits for those before it, as `entries` demands, before it reads or writes.
+            let code = unsafe { launch(&config, *function, arguments.as_mut_ptr(), null_mut()) };
+            return check(&self.name, "cuLaunchKernelEx", code).map_err(|error| fail(error.to_string()));
+        }
         // SAFETY: one argument, the parameter struct, of the size that the entry has; the kernel's rules are the
         // caller's promise.
         let code = unsafe {
