@@ -20,6 +20,7 @@ use crate::forget::ForgetParams;
 use crate::gather::GatherParams;
 use crate::merge::MergeParams;
 use crate::pool::PoolParams;
+use crate::read_all::ReadAllParams;
 use crate::score::ScoreParams;
 use crate::smooth::SmoothParams;
 use crate::top_k::TopKParams;
@@ -136,6 +137,7 @@ entries! {
     attend_prefill_bf16_d96(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 6, 12>;
     attend_prefill_bf16_d128(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 8, 16>;
     merge_bf16(MergeParams<bf16>) = crate::merge::merge::<bf16>;
+    read_all(ReadAllParams) = crate::read_all::read_all;
     conformance_indices(IndicesParams) = crate::conformance::indices;
     conformance_shuffles(ShufflesParams) = crate::conformance::shuffles;
     conformance_masked(MaskedParams) = crate::conformance::masked;

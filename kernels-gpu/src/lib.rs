@@ -35,6 +35,7 @@ pub mod layout;
 pub mod merge;
 pub mod pool;
 pub mod radix;
+pub mod read_all;
 pub mod rope;
 pub mod score;
 pub mod simt;
