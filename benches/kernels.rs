@@ -1,154 +1,390 @@
-//! GPU kernels of a decode step over long contexts: median device time with a cold L2, against the time that reading
-//! (and writing) the bytes would take at the device's copy bandwidth.
+//! Every operation of a layer and its whole steps on a GPU: median device time with a cold L2, against the time in which
+//! the device's memory could deliver the bytes that must be moved.
 //!
-//! `cargo bench --bench kernels -- [--quick] [csv file]`
+//! `kernels [--quick] [--only NAME] [--smoke] [CSV FILE]`; `cargo bench --bench kernels --` goes before it, or the built
+//! binary runs on its own. Bytes are the inputs read once and the outputs written once ([`common::Spec::bytes`]); the floor
+//! takes the larger of the bandwidths measured for reading and for copying. `--only` takes a part of a name. `--smoke` runs
+//! everything once over short contexts in the emulator, to test this program. The environment variable
+//! `TOKENSELECT_COMMIT` goes into the CSV's first line.
 
+mod common;
+
+use std::fs::File;
 use std::io::Write;
+use std::time::Duration;
 
-use half::bf16;
-use tokenselect::{
-    Batch, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, Limits, PageTables, RowAction,
-    SelectConfig, Tensor, TokenSelect,
-};
+use common::bandwidth::read_bandwidth;
+use common::timer::Timer;
+use common::{HEADS, Layer, Pools, Spec, Step, random};
+use tokenselect::{Device, HeadShape};
 
-const HEADS: HeadShape = HeadShape { num_qo_heads: 32, num_kv_heads: 8, head_dim: 128 };
-/// Larger than any L2.
-const FLUSH_BYTES: usize = 512 << 20;
-const REPEATS: usize = 21;
+/// What the bandwidths are measured over.
+const BANDWIDTH_BYTES: usize = 2 << 30;
+const K: usize = 1 << 10;
 
 type Error = Box<dyn std::error::Error>;
 
-/// Times work on the device, with the L2 flushed before each run.
-struct Timer<'a> {
-    device: &'a Device,
-    flush: (Tensor, Tensor),
+struct Options {
+    quick: bool,
+    smoke: bool,
+    only: Option<String>,
+    csv: Option<String>,
 }
 
-impl<'a> Timer<'a> {
-    fn new(device: &'a Device) -> Result<Self, Error> {
-        let half = || Tensor::zeros_on(device, DType::U32, [FLUSH_BYTES / 8]);
-        Ok(Timer { device, flush: (half()?, half()?) })
-    }
-
-    /// Median time in microseconds.
-    fn median(&mut self, mut work: impl FnMut() -> tokenselect::Result<()>) -> Result<f64, Error> {
-        let mut times = Vec::new();
-        for _ in 0..REPEATS {
-            self.flush.0.copy_from(self.flush.1.view())?;
-            let begin = self.device.record()?;
-            work()?;
-            let end = self.device.record()?;
-            times.push(self.device.elapsed(&begin, &end)?.as_secs_f64() * 1e6);
+impl Options {
+    fn parse() -> Result<Self, Error> {
+        let mut options = Options { quick: false, smoke: false, only: None, csv: None };
+        let mut args = std::env::args().skip(1);
+        while let Some(arg) = args.next() {
+            match arg.as_str() {
+                "--quick" => options.quick = true,
+                "--smoke" => options.smoke = true,
+                "--bench" => {} // from cargo
+                "--only" => options.only = Some(args.next().ok_or("--only needs a part of a name")?),
+                name if name.ends_with(".csv") => options.csv = Some(arg),
+                _ => return Err(format!("unknown argument `{arg}`").into()),
+            }
         }
-        times.sort_by(f64::total_cmp);
-        Ok(times[REPEATS / 2])
-    }
-
-    /// Bytes per second that a large copy reads and writes.
-    fn copy_bandwidth(&mut self) -> Result<f64, Error> {
-        let bytes = 2usize << 30;
-        let from = Tensor::zeros_on(self.device, DType::U32, [bytes / 4])?;
-        let mut to = Tensor::zeros_on(self.device, DType::U32, [bytes / 4])?;
-        let time = self.median(|| to.copy_from(from.view()))?;
-        Ok(2.0 * bytes as f64 / (time / 1e6))
+        Ok(options)
     }
 }
 
-/// Random keys for `tokens` tokens. A short period is enough: nothing depends on the values.
-fn noise(len: usize) -> Vec<bf16> {
-    let mut state = 0x9E37_79B9_7F4A_7C15u64;
-    let period: Vec<bf16> = (0..1 << 20)
-        .map(|_| {
-            state ^= state << 13;
-            state ^= state >> 7;
-            state ^= state << 17;
-            bf16::from_f32((state >> 40) as f32 / (1u64 << 23) as f32 - 1.0)
-        })
-        .collect();
-    let mut noise = period.repeat(len.div_ceil(period.len()));
-    noise.truncate(len);
-    noise
+/// Measures, prints and records.
+struct Table {
+    timer: Timer,
+    repeats: usize,
+    only: Option<String>,
+    /// Bytes per second.
+    bandwidth: f64,
+    csv: Option<File>,
+    failures: usize,
 }
 
-/// One decode row over `tokens` tokens in pages that are shuffled.
-fn batch(tokens: usize, page_size: usize) -> Result<Batch, Error> {
-    let num_pages = tokens.div_ceil(page_size);
-    let step = 7919; // a prime, so that multiples visit every page
-    let indices = (0..num_pages).map(|i| (i * step % num_pages) as u32).collect();
-    let last_page_len = vec![(tokens - (num_pages - 1) * page_size) as u32];
-    let tables = PageTables { indptr: vec![0, num_pages as u32], indices, last_page_len };
-    Ok(Batch::new(page_size, vec![0, 1], tables)?)
+impl Table {
+    fn wants(&self, what: &str) -> bool {
+        self.only.as_deref().is_none_or(|only| what.contains(only))
+    }
+
+    fn wants_any(&self, names: &[&str]) -> bool {
+        names.iter().any(|what| self.wants(what))
+    }
+
+    /// Times `work`, each run after one of `before`.
+    fn measure_after<'l>(
+        &mut self,
+        layer: &mut Layer<'l>,
+        what: &str,
+        bytes: usize,
+        before: fn(&mut Layer<'l>) -> tokenselect::Result<()>,
+        work: &mut dyn FnMut(&mut Layer<'l>) -> tokenselect::Result<()>,
+    ) -> Result<(), Error> {
+        if !self.wants(what) {
+            return Ok(());
+        }
+        let mut sample = |timer: &mut Timer| {
+            before(layer)?;
+            timer.once(&mut || work(layer))
+        };
+        // The first run may load code.
+        let time = sample(&mut self.timer).and_then(|_| self.timer.median(self.repeats, sample));
+        let spec = &layer.spec;
+        match time {
+            Ok(time) => self.record(spec, what, bytes, time),
+            Err(error) => {
+                self.fail(spec, what, &error.to_string());
+                Ok(())
+            }
+        }
+    }
+
+    fn measure<'l>(
+        &mut self,
+        layer: &mut Layer<'l>,
+        what: &str,
+        bytes: usize,
+        mut work: impl FnMut(&mut Layer<'l>) -> tokenselect::Result<()>,
+    ) -> Result<(), Error> {
+        self.measure_after(layer, what, bytes, |_| Ok(()), &mut work)
+    }
+
+    fn record(&mut self, spec: &Spec, what: &str, bytes: usize, time: Duration) -> Result<(), Error> {
+        let (us, floor) = (time.as_secs_f64() * 1e6, bytes as f64 / self.bandwidth * 1e6);
+        let (tokens, page_size, rows) = (spec.tokens, spec.page_size, spec.rows);
+        let rate = bytes as f64 / us / 1e3;
+        let percent = 100.0 * floor / us;
+        println!(
+            "{what:>24} {tokens:>8} {page_size:>4} {rows:>4} {us:>10.1} {floor:>9.1} {rate:>8.0} {percent:>7.0}%"
+        );
+        if let Some(csv) = &mut self.csv {
+            writeln!(csv, "{what},{tokens},{page_size},{rows},{us:.2},{bytes},{floor:.2}")?;
+        }
+        Ok(())
+    }
+
+    fn fail(&mut self, spec: &Spec, what: &str, reason: &str) {
+        self.failures += 1;
+        println!("{what:>24} {:>8} {:>4} {:>4} FAILED: {reason}", spec.tokens, spec.page_size, spec.rows);
+    }
+
+    /// The operations of a decode step one by one. Leaves a selection behind.
+    fn operations(&mut self, layer: &mut Layer<'_>) -> Result<(), Error> {
+        let bytes = layer.spec.bytes();
+        layer.select(false)?;
+        if let Err(reason) = layer.check_lists() {
+            self.fail(&layer.spec.clone(), "select", &reason);
+        }
+        self.measure(layer, "append", bytes.append, Layer::append)?;
+        self.measure(layer, "pool", bytes.pool, Layer::pool)?;
+        self.measure(layer, "score", bytes.score, Layer::score)?;
+        self.measure(layer, "vote", bytes.vote, Layer::vote)?;
+        self.measure_after(layer, "top_k", bytes.top_k, Layer::vote, &mut Layer::top_k)?;
+        self.measure(layer, "vote+top_k", bytes.vote_top_k, |layer| {
+            layer.vote()?;
+            layer.top_k()
+        })?;
+        self.measure(layer, "select", bytes.select, |layer| layer.select(false))?;
+        self.measure(layer, "attend", bytes.attend, Layer::attend)?;
+        self.measure(layer, "dense_decode", bytes.dense, Layer::attend_dense)
+    }
+
+    /// A whole step, launched one by one and as a graph; the two must give the same bits.
+    fn step(&mut self, device: &Device, layer: &mut Layer<'_>, what: &str, step: Step) -> Result<(), Error> {
+        let graph_name = format!("{what}_graph");
+        if !self.wants(what) && !self.wants(&graph_name) {
+            return Ok(());
+        }
+        let bytes = layer.spec.bytes();
+        let bytes = match step {
+            Step::Anew => bytes.step_anew,
+            Step::Reused => bytes.step_reused,
+            Step::Dense => bytes.step_dense,
+        };
+        layer.clear_output()?;
+        layer.step(step)?;
+        let eager = layer.output()?;
+        if step == Step::Anew
+            && let Err(reason) = layer.check_lists()
+        {
+            self.fail(&layer.spec.clone(), what, &reason);
+        }
+        if eager.iter().any(|x| !x.is_finite()) || eager.iter().all(|x| x.to_f32() == 0.0) {
+            self.fail(&layer.spec.clone(), what, "the output is not finite, or all zeros");
+        }
+        self.measure(layer, what, bytes, |layer| layer.step(step))?;
+
+        let graph = device.capture(|| layer.step(step))?;
+        layer.clear_output()?;
+        // SAFETY: `layer` is alive, and none of its tensors is ever replaced.
+        unsafe { graph.launch()? };
+        let replayed = layer.output()?;
+        if eager != replayed {
+            self.fail(&layer.spec.clone(), &graph_name, "the graph gives another output");
+        }
+        // SAFETY: as above.
+        self.measure(layer, &graph_name, bytes, |_| unsafe { graph.launch() })
+    }
+
+    /// The three kinds of decode step.
+    fn steps(&mut self, device: &Device, layer: &mut Layer<'_>) -> Result<(), Error> {
+        self.step(device, layer, "step_anew", Step::Anew)?;
+        layer.select(true)?; // the selection that the next steps use
+        let before = layer.stats()?;
+        self.step(device, layer, "step_reused", Step::Reused)?;
+        let after = layer.stats()?;
+        if after.scored != before.scored {
+            self.fail(&layer.spec.clone(), "step_reused", "a step selected anew");
+        }
+        self.step(device, layer, "step_dense", Step::Dense)
+    }
+}
+
+/// Contexts and page sizes.
+struct Sizes {
+    /// Tokens and page size of what is measured in full.
+    full: Vec<(usize, usize)>,
+    /// Tokens for the linearity of `score` and `select`.
+    linear: Vec<usize>,
+    /// Rows and tokens of each.
+    batch: Option<(usize, usize)>,
+    /// Tokens for other heads.
+    shapes: Option<usize>,
+    /// Query tokens of a prefill chunk.
+    chunk: usize,
+}
+
+impl Sizes {
+    fn of(options: &Options) -> Self {
+        if options.smoke {
+            let full = vec![(700, 16), (700, 1)];
+            return Sizes { full, linear: vec![800], batch: Some((3, 500)), shapes: Some(600), chunk: 40 };
+        }
+        if options.quick {
+            let full = vec![(32 * K, 16), (K * K, 16)];
+            return Sizes { full, linear: Vec::new(), batch: None, shapes: None, chunk: 512 };
+        }
+        Sizes {
+            full: [32 * K, 128 * K, K * K].into_iter().flat_map(|n| [(n, 16), (n, 1)]).collect(),
+            linear: vec![256 * K, 512 * K, 2 * K * K],
+            batch: Some((16, 32 * K)),
+            shapes: Some(512 * K),
+            chunk: 512,
+        }
+    }
+}
+
+/// Lists short enough for the emulator.
+fn shrink(mut spec: Spec, smoke: bool) -> Spec {
+    if smoke {
+        spec.config.n_init = 16;
+        spec.config.n_local = 64usize.saturating_sub(spec.block_len);
+        spec.config.top_k = 100;
+    }
+    spec
+}
+
+fn driver_version() -> String {
+    let text = std::fs::read_to_string("/sys/module/nvidia/version").ok().or_else(|| {
+        let args = ["--query-gpu=driver_version", "--format=csv,noheader", "--id=0"];
+        let output = std::process::Command::new("nvidia-smi").args(args).output().ok()?;
+        output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
+    });
+    text.map_or("unknown".into(), |text| text.trim().to_owned())
+}
+
+fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Error> {
+    let sizes = Sizes::of(options);
+    let chunk = sizes.chunk;
+    let decode = |tokens, page_size| Spec { page_size, ..shrink(Spec::decode(tokens), options.smoke) };
+    let prefill =
+        |tokens, page_size| Spec { page_size, ..shrink(Spec::prefill(tokens, chunk), options.smoke) };
+    let full = sizes.full.iter().map(|&(tokens, page_size)| decode(tokens, page_size));
+    let linear = sizes.linear.iter().map(|&tokens| decode(tokens, 16));
+    let batch = sizes.batch.map(|(rows, tokens)| Spec { rows, ..decode(tokens, 16) });
+    let largest = full.chain(linear).chain(batch.clone()).map(|spec| spec.num_elements()).max();
+    let mut pools = Pools::new(device, largest.ok_or("nothing to do")?)?;
+
+    for &(tokens, page_size) in &sizes.full {
+        let mut layer = Layer::new(device, &mut pools, &decode(tokens, page_size))?;
+        table.operations(&mut layer)?;
+        table.steps(device, &mut layer)?;
+        drop(layer);
+
+        if table.wants_any(&["attend_reassigned", "step_anew_reassigned", "step_anew_reassigned_graph"]) {
+            let mut layer = Layer::new(device, &mut pools, &decode(tokens, page_size).reassigned())?;
+            layer.select(false)?;
+            let bytes = layer.spec.bytes();
+            table.measure(&mut layer, "attend_reassigned", bytes.attend, Layer::attend)?;
+            table.step(device, &mut layer, "step_anew_reassigned", Step::Anew)?;
+        }
+        for (suffix, spec) in
+            [("", prefill(tokens, page_size)), ("_reassigned", prefill(tokens, page_size).reassigned())]
+        {
+            let (attend, step) = (format!("prefill_attend{suffix}"), format!("prefill_step{suffix}"));
+            if !table.wants_any(&[&attend, &step]) {
+                continue;
+            }
+            let mut layer = Layer::new(device, &mut pools, &spec)?;
+            layer.select(false)?;
+            if let Err(reason) = layer.check_lists() {
+                table.fail(&spec, &step, &reason);
+            }
+            let bytes = spec.bytes();
+            table.measure(&mut layer, &attend, bytes.attend, Layer::attend)?;
+            table.measure(&mut layer, &step, bytes.step_anew, |layer| layer.step(Step::Anew))?;
+        }
+    }
+
+    for &tokens in &sizes.linear {
+        if !table.wants_any(&["score", "select"]) {
+            continue;
+        }
+        let mut layer = Layer::new(device, &mut pools, &decode(tokens, 16))?;
+        layer.select(false)?;
+        if let Err(reason) = layer.check_lists() {
+            table.fail(&layer.spec.clone(), "select", &reason);
+        }
+        let bytes = layer.spec.bytes();
+        table.measure(&mut layer, "score", bytes.score, Layer::score)?;
+        table.measure(&mut layer, "select", bytes.select, |layer| layer.select(false))?;
+    }
+
+    if let Some(spec) = &batch {
+        let mut layer = Layer::new(device, &mut pools, spec)?;
+        table.steps(device, &mut layer)?;
+    }
+
+    let shapes = [
+        ("d64", HeadShape { head_dim: 64, ..HEADS }),
+        ("g1", HeadShape { num_qo_heads: 8, ..HEADS }),
+        ("g7", HeadShape { num_qo_heads: 28, num_kv_heads: 4, ..HEADS }),
+        ("g8", HeadShape { num_kv_heads: 4, ..HEADS }),
+    ];
+    for (name, heads) in shapes {
+        let (score, dense) = (format!("score_{name}"), format!("dense_decode_{name}"));
+        let Some(tokens) = sizes.shapes.filter(|_| table.wants_any(&[&score, &dense])) else { continue };
+        let mut spec = decode(tokens, 16);
+        spec.config.heads = heads;
+        let mut layer = Layer::new(device, &mut pools, &spec)?;
+        layer.select(false)?;
+        if let Err(reason) = layer.check_lists() {
+            table.fail(&spec, &score, &reason);
+        }
+        table.measure(&mut layer, &score, spec.bytes().score, Layer::score)?;
+        table.measure(&mut layer, &dense, spec.bytes().dense, Layer::attend_dense)?;
+    }
+    Ok(())
 }
 
 fn main() -> Result<(), Error> {
-    let device = match Device::cuda(0) {
+    let options = Options::parse()?;
+    let device = if options.smoke { Ok(Device::emulated()) } else { Device::cuda(0) };
+    let device = match device {
         Ok(device) => device,
         Err(error) => {
             println!("SKIPPED: {error}");
             return Ok(());
         }
     };
+    let begin = std::time::Instant::now();
     let mut timer = Timer::new(&device)?;
-    let bandwidth = timer.copy_bandwidth()?;
-    println!("{}, kernels loaded in {:.0} ms", device.name(), device.load_time().as_secs_f64() * 1e3);
-    println!("copy bandwidth {:.2} TB/s (read and written)", bandwidth / 1e12);
-    let mut csv =
-        std::env::args().filter(|arg| arg.ends_with(".csv")).map(std::fs::File::create).next().transpose()?;
+    let (mut copy, mut read) = (1e12, None);
+    if !options.smoke {
+        let from = random(&device, BANDWIDTH_BYTES / 2, 6)?;
+        copy = timer.copy_bandwidth(&from)?;
+        device.synchronize()?;
+        // SAFETY: `from` is alive, and all work has ended.
+        read = match unsafe { read_bandwidth(from.view().device_addr()?, BANDWIDTH_BYTES) } {
+            Ok(read) => Some(read),
+            Err(error) => {
+                println!("read bandwidth could not be measured: {error}");
+                None
+            }
+        };
+    }
+    let read_text = read.map_or("not measured".into(), |read| format!("{:.2} TB/s", read / 1e12));
+    let bandwidths =
+        format!("copy {:.2} TB/s (read and written), read {read_text}, the larger for floors", copy / 1e12);
+    let commit = std::env::var("TOKENSELECT_COMMIT").unwrap_or("unknown".into());
+    let device_line = format!("{}, driver {}, commit {commit}", device.name(), driver_version());
+    println!("{device_line}\n{bandwidths}");
+    println!("kernels loaded in {:.0} ms", device.load_time().as_secs_f64() * 1e3);
+
+    let repeats = if options.smoke { 1 } else { 21 };
+    let mut csv = options.csv.as_ref().map(File::create).transpose()?;
     if let Some(csv) = &mut csv {
-        writeln!(csv, "kernel,tokens,page_size,us,bytes,copy_tb_per_s")?;
+        writeln!(csv, "# {device_line}; {bandwidths}; medians of {repeats}, L2 flushed before each run")?;
+        writeln!(csv, "what,tokens,page_size,rows,us,bytes,floor_us")?;
     }
     println!(
-        "{:>8} {:>8} {:>5} {:>10} {:>10} {:>9} {:>8}",
-        "kernel", "tokens", "page", "us", "floor us", "K TB/s", "of floor"
+        "{:>24} {:>8} {:>4} {:>4} {:>10} {:>9} {:>8} {:>8}",
+        "what", "tokens", "page", "rows", "us", "floor us", "GB/s", "of floor"
     );
-
-    let quick = std::env::args().any(|arg| arg == "--quick");
-    let lengths: &[usize] =
-        if quick { &[128 << 10, 1 << 20] } else { &[32 << 10, 128 << 10, 512 << 10, 1 << 20] };
-    for &tokens in lengths {
-        let width = HEADS.num_kv_heads * HEADS.head_dim;
-        let keys = noise(tokens * width);
-        for &page_size in if quick { &[16][..] } else { &[16, 1] } {
-            let config = SelectConfig { heads: HEADS, ..SelectConfig::default() };
-            let limits = Limits { max_kv_tokens: tokens, ..Limits::default() };
-            let mut select = TokenSelect::new(&device, config, limits)?;
-            let shape = [tokens / page_size, page_size, HEADS.num_kv_heads, HEADS.head_dim];
-            let mut k = Tensor::from_slice_on(&device, &keys, shape)?;
-            let mut v = Tensor::zeros_on(&device, DType::Bf16, shape)?;
-            let q =
-                Tensor::from_slice_on(&device, &noise(HEADS.num_qo_heads * HEADS.head_dim), [1, 32, 128])?;
-            let new = Tensor::from_slice_on(&device, &noise(width), [1, HEADS.num_kv_heads, HEADS.head_dim])?;
-            let batch = batch(tokens, page_size)?;
-
-            let append = timer.median(|| {
-                let kv = KvViewMut::new(k.view_mut(), v.view_mut(), KvLayout::Nhd)?;
-                select.append(&batch, kv, new.view(), new.view())
-            })?;
-            let pool = timer.median(|| select.pool(&batch, q.view(), None))?;
-            assert_eq!(select.workspace().actions()?[0], RowAction::Score, "long enough to be scored");
-            let kv = KvView::new(k.view(), v.view(), KvLayout::Nhd)?;
-            let score = timer.median(|| select.score(&batch, kv))?;
-
-            let candidates = batch.candidates(0, select.config()).len();
-            let key_bytes = candidates * width * 2;
-            let rows = [
-                ("append", append, 8 * width),
-                ("pool", pool, 6 * HEADS.num_qo_heads * HEADS.head_dim),
-                ("score", score, key_bytes + 4 * candidates * HEADS.num_qo_heads),
-            ];
-            for (kernel, time, bytes) in rows {
-                let floor = bytes as f64 / bandwidth * 1e6;
-                let rate =
-                    if kernel == "score" { key_bytes as f64 / time / 1e6 } else { bytes as f64 / time / 1e6 };
-                println!(
-                    "{kernel:>8} {tokens:>8} {page_size:>5} {time:>10.1} {floor:>10.1} {rate:>9.3} {:>7.0}%",
-                    100.0 * floor / time
-                );
-                if let Some(csv) = &mut csv {
-                    writeln!(csv, "{kernel},{tokens},{page_size},{time:.2},{bytes},{:.3}", bandwidth / 1e12)?;
-                }
-            }
-        }
+    let bandwidth = read.map_or(copy, |read| copy.max(read));
+    let mut table = Table { timer, repeats, only: options.only.clone(), bandwidth, csv, failures: 0 };
+    run(&device, &options, &mut table)?;
+    println!("{:.1} s in all", begin.elapsed().as_secs_f64());
+    if table.failures > 0 {
+        return Err(format!("{} checks or measurements failed", table.failures).into());
     }
     Ok(())
 }

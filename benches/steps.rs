@@ -1,83 +1,65 @@
-//! Each operation of a decode step on its own, on the CPU, over 16384 cached tokens.
+//! Each operation of a decode step on its own, on the processor and, where there is one, on a GPU (there with a cold L2,
+//! by its own clock).
 //!
-//! Throughput counts the bytes that the operation must read or write.
+//! Throughput counts the bytes that the operation must move: its inputs read once, its outputs written once.
 
 mod common;
 
-use std::hint::black_box;
-use std::time::Duration;
+use common::group::Group;
+use common::{HEADS, Layer, Pools, Spec, devices};
+use criterion::{Criterion, criterion_group, criterion_main};
+use tokenselect::{DType, Device, Limits, SelectConfig, StepOutput, Tensor, TokenSelect};
 
-use common::{Fixture, HEADS, Reuse, TOKEN_BYTES, config};
-use criterion::{Criterion, Throughput, criterion_group, criterion_main};
-use tokenselect::{KvView, StepOutput, TensorView, TensorViewMut};
-
-const TOKENS: usize = 16_384;
+/// Partial outputs that are merged.
+const PARTS: usize = 8;
 
 fn steps(c: &mut Criterion) {
-    let mut fixture = Fixture::new(TOKENS, Reuse::Never);
-    let batch = fixture.batch();
-    let Fixture { mut cache, mut select, q, k, v, mut out, .. } = fixture;
+    for device in devices() {
+        let tokens = if device.is_cpu() { 16_384 } else { 128 << 10 };
+        let spec = Spec::decode(tokens);
+        let bytes = spec.bytes();
+        let mut pools = Pools::new(&device, spec.num_elements()).expect("memory");
+        let mut layer = Layer::new(&device, &mut pools, &spec).expect("valid configuration");
+        layer.select(false).expect("valid arguments");
+        layer.check_lists().expect("a right selection");
+
+        let mut group = Group::new(c, &device, "steps");
+        group.bench("append", tokens, bytes.append, || layer.append());
+        group.bench("pool", tokens, bytes.pool, || layer.pool());
+        group.bench("score", tokens, bytes.score, || layer.score());
+        group.bench("vote", tokens, bytes.vote, || layer.vote());
+        group.bench("top_k", tokens, bytes.top_k, || layer.top_k());
+        group.bench("select", tokens, bytes.select, || layer.select(false));
+        group.bench("attend_selected", tokens, bytes.attend, || layer.attend());
+        group.bench("attend_dense", tokens, bytes.dense, || layer.attend_dense());
+
+        let mut layer =
+            Layer::new(&device, &mut pools, &spec.clone().reassigned()).expect("valid configuration");
+        layer.select(false).expect("valid arguments");
+        group.bench("attend_selected_reassigned", tokens, bytes.attend, || layer.attend());
+
+        let chunk = Spec::prefill(tokens, if device.is_cpu() { 64 } else { 512 });
+        let mut layer = Layer::new(&device, &mut pools, &chunk).expect("valid configuration");
+        layer.select(false).expect("valid arguments");
+        group.bench("attend_selected_chunk", tokens, chunk.bytes().attend, || layer.attend());
+        merge(&mut group, &device);
+    }
+}
+
+fn merge(group: &mut Group<'_>, device: &Device) {
+    let config = SelectConfig { heads: HEADS, ..SelectConfig::default() };
+    let limits = Limits { max_block_len: 1, max_kv_tokens: 4096, ..Limits::default() };
+    let select = TokenSelect::new(device, config, limits).expect("valid configuration");
     let (hq, d) = (HEADS.num_qo_heads, HEADS.head_dim);
-    let q = TensorView::new(&q, [1, hq, d]).expect("shape fits");
-    let k = TensorView::new(&k, [1, HEADS.num_kv_heads, d]).expect("shape fits");
-    let v = TensorView::new(&v, [1, HEADS.num_kv_heads, d]).expect("shape fits");
-    let n = TOKENS as u64 + 1;
-    let candidates = batch.candidates(0, &config(Reuse::Never)).len() as u64;
-    let selected = config(Reuse::Never).max_selected(1) as u64;
-
-    let mut group = c.benchmark_group("steps_16384");
-    group.sample_size(30).warm_up_time(Duration::from_millis(300)).measurement_time(Duration::from_secs(2));
-    group.throughput(Throughput::Bytes(2 * TOKEN_BYTES));
-    group.bench_function("append", |b| {
-        b.iter(|| {
-            let (kv, _) = cache.layer_mut(0).expect("layer 0");
-            select.append(&batch, kv, k, v).expect("append")
-        })
+    let parts: Vec<f32> = (0..PARTS * hq * d).map(|i| (i % 13) as f32).collect();
+    let lses: Vec<f32> = (0..PARTS * hq).map(|i| (i % 5) as f32).collect();
+    let parts = Tensor::from_slice_on(device, &parts, [PARTS, 1, hq, d]).expect("memory");
+    let lses = Tensor::from_slice_on(device, &lses, [PARTS, 1, hq]).expect("memory");
+    let mut merged = Tensor::zeros_on(device, DType::F32, [1, hq, d]).expect("memory");
+    group.bench("merge_8_parts", 1, 4 * (PARTS * hq * (d + 1) + hq * d), || {
+        let output = StepOutput { out: merged.view_mut(), lse: None };
+        select.merge(parts.view(), lses.view(), output)
     });
-    group.throughput(Throughput::Bytes((hq * d * 2) as u64));
-    group.bench_function("pool", |b| b.iter(|| select.pool(&batch, q, None).expect("pool")));
-
-    let kv: KvView<'_> = cache.layer(0).expect("layer 0");
-    group.throughput(Throughput::Bytes(candidates * TOKEN_BYTES));
-    group.bench_function("score", |b| b.iter(|| select.score(&batch, kv).expect("score")));
-    group.throughput(Throughput::Bytes(candidates * hq as u64 * 4));
-    group.bench_function("vote", |b| b.iter(|| select.vote(&batch).expect("vote")));
-    group.throughput(Throughput::Bytes(candidates * 4));
-    group.bench_function("top_k", |b| b.iter(|| select.top_k(&batch, None).expect("top_k")));
-    let list = select.workspace().selected(0).expect("row 0");
-    assert_eq!(list.len() as u64, selected, "the windows and the top-k");
-
-    let mut attend = |group: &mut criterion::BenchmarkGroup<'_, _>, name: &str, dense: bool, bytes: u64| {
-        group.throughput(Throughput::Bytes(bytes));
-        group.bench_function(name, |b| {
-            b.iter(|| {
-                let out = TensorViewMut::new(&mut out, [1, hq, d]).expect("shape fits");
-                let output = StepOutput { out, lse: None };
-                let done = if dense {
-                    select.attend_dense(&batch, kv, q, output)
-                } else {
-                    select.attend(&batch, kv, q, output)
-                };
-                black_box(done).expect("attend")
-            })
-        });
-    };
-    attend(&mut group, "attend_selected", false, 2 * selected * TOKEN_BYTES);
-    attend(&mut group, "attend_dense", true, 2 * n * TOKEN_BYTES);
-
-    let parts: Vec<f32> = (0..8 * hq * d).map(|i| (i % 13) as f32).collect();
-    let lses: Vec<f32> = (0..8 * hq).map(|i| (i % 5) as f32).collect();
-    let mut merged = vec![0.0f32; hq * d];
-    group.throughput(Throughput::Bytes((8 * hq * d * 4) as u64));
-    group.bench_function("merge_8_parts", |b| {
-        b.iter(|| {
-            let parts = TensorView::new(&parts, [8, 1, hq, d]).expect("shape fits");
-            let lses = TensorView::new(&lses, [8, 1, hq]).expect("shape fits");
-            let out = TensorViewMut::new(&mut merged, [1, hq, d]).expect("shape fits");
-            select.merge(parts, lses, StepOutput { out, lse: None }).expect("merge")
-        })
-    });
-    group.finish();
 }
 
 criterion_group!(benches, steps);

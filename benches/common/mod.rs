@@ -1,12 +1,17 @@
-//! What the benchmarks share: a filled cache of the shape of an 8-billion-parameter model's layer.
+//! What the benchmarks share: a layer's cache filled with noise on any device, and all that a step over it needs.
 
 // Each benchmark uses part of this.
 #![allow(dead_code)]
 
+pub mod bandwidth;
+pub mod group;
+pub mod timer;
+
 use half::bf16;
 use tokenselect::{
-    Batch, CacheConfig, Device, HeadShape, Limits, PagedKvCache, SelectConfig, SelectionCacheConfig,
-    SequenceId, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
+    Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits,
+    PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
+    SelectionStats, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// Heads of Llama 3 8B.
@@ -15,26 +20,8 @@ pub const HEADS: HeadShape = HeadShape { num_qo_heads: 32, num_kv_heads: 8, head
 pub const PAGE_SIZE: usize = 16;
 /// Bytes of one token's keys (and of its values).
 pub const TOKEN_BYTES: u64 = (HEADS.num_kv_heads * HEADS.head_dim * 2) as u64;
-
-/// How the selection cache takes part.
-#[derive(Clone, Copy, PartialEq)]
-pub enum Reuse {
-    /// Every step selects anew.
-    Never,
-    /// Every step after the first uses the first one's selection.
-    Always,
-}
-
-/// One sequence in one layer, and all that a decode step needs.
-pub struct Fixture {
-    pub cache: PagedKvCache,
-    pub sequence: SequenceId,
-    pub select: TokenSelect,
-    pub q: Vec<bf16>,
-    pub k: Vec<bf16>,
-    pub v: Vec<bf16>,
-    pub out: Vec<bf16>,
-}
+/// Numbers drawn on the host; longer memory repeats them.
+const PERIOD: usize = (32 << 20) + 24;
 
 /// A reproducible stream of numbers between -1 and 1 (xorshift).
 pub fn noise(seed: u64) -> impl FnMut() -> bf16 {
@@ -47,64 +34,359 @@ pub fn noise(seed: u64) -> impl FnMut() -> bf16 {
     }
 }
 
-/// The configuration that is timed: 128 initial, 512 local, 2048 chosen tokens.
-pub fn config(reuse: Reuse) -> SelectConfig {
-    let always = SelectionCacheConfig { similarity_threshold: -1.0, max_reuse: Some(u32::MAX) };
-    SelectConfig {
-        heads: HEADS,
-        selection_cache: (reuse == Reuse::Always).then_some(always),
-        ..SelectConfig::default()
+/// `[len]` bf16 of noise where `device` works. Repeats every [`PERIOD`] elements, which is no multiple of a token, so that
+/// no two tokens are the same; a GPU copies the repetitions itself.
+pub fn random(device: &Device, len: usize, seed: u64) -> Result<Tensor> {
+    let mut next = noise(seed);
+    let block: Vec<bf16> = (0..len.min(PERIOD)).map(|_| next()).collect();
+    if device.is_cpu() || block.len() == len {
+        let whole =
+            if block.len() == len { block } else { block.iter().copied().cycle().take(len).collect() };
+        return if device.is_cpu() {
+            Tensor::from_vec(whole, [len])
+        } else {
+            Tensor::from_slice_on(device, &whole, [len])
+        };
+    }
+    let all = Tensor::zeros_on(device, DType::Bf16, [len])?;
+    let begin = all.view().device_addr()?;
+    // SAFETY: both ranges lie within `all`, of `len` elements, which nothing else uses yet; `PERIOD` keeps addresses
+    // aligned to 16 bytes.
+    let to = |at: usize, len: usize| unsafe {
+        TensorViewMut::from_device_addr(device, begin + 2 * at as u64, DType::Bf16, [len])
+    };
+    to(0, block.len())?.copy_from(TensorView::new(&block, [block.len()])?)?;
+    let mut filled = block.len();
+    while filled < len {
+        let more = filled.min(len - filled);
+        // SAFETY: as above; the ranges do not overlap.
+        let from = unsafe { TensorView::from_device_addr(device, begin, DType::Bf16, [more])? };
+        to(filled, more)?.copy_from(from)?;
+        filled += more;
+    }
+    Ok(all)
+}
+
+/// Keys and values of a layer, in pages of any shape.
+pub struct Pools {
+    k: Tensor,
+    v: Tensor,
+}
+
+impl Pools {
+    /// Room for `num_elements` keys and as many values, full of noise.
+    pub fn new(device: &Device, num_elements: usize) -> Result<Self> {
+        Ok(Pools { k: random(device, num_elements, 1)?, v: random(device, num_elements, 2)? })
+    }
+
+    fn view(&self, shape: KvShape) -> Result<KvView<'_>> {
+        KvView::strided(self.k.view(), self.v.view(), shape, KvStrides::dense(shape, KvLayout::Nhd))
+    }
+
+    fn view_mut(&mut self, shape: KvShape) -> Result<KvViewMut<'_>> {
+        let strides = KvStrides::dense(shape, KvLayout::Nhd);
+        KvViewMut::strided(self.k.view_mut(), self.v.view_mut(), shape, strides)
     }
 }
 
-impl Fixture {
-    /// A sequence of `tokens` random tokens.
-    pub fn new(tokens: usize, reuse: Reuse) -> Self {
-        let device = Device::cpu();
-        let config = config(reuse);
-        let num_pages = (tokens + 1).div_ceil(PAGE_SIZE);
-        let cache_config = CacheConfig { num_pages, page_size: PAGE_SIZE, ..CacheConfig::default() };
-        let limits =
-            Limits { max_kv_tokens: num_pages * PAGE_SIZE, max_block_len: tokens, ..Limits::default() };
-        let mut cache = PagedKvCache::new(&device, &config, &cache_config).expect("valid configuration");
-        let select = TokenSelect::new(&device, config, limits).expect("valid configuration");
-        let sequence = cache.create().expect("room for a sequence");
+/// What is measured: rows of equal length over shuffled pages.
+#[derive(Clone)]
+pub struct Spec {
+    /// Configuration; `n_local` as in the paper, so that it holds the block: [`Spec::decode`], [`Spec::prefill`].
+    pub config: SelectConfig,
+    /// Tokens of each row, the block included.
+    pub tokens: usize,
+    /// Tokens in a page.
+    pub page_size: usize,
+    /// Rows.
+    pub rows: usize,
+    /// Query tokens of each row.
+    pub block_len: usize,
+}
 
-        let width = HEADS.num_kv_heads * HEADS.head_dim;
-        let mut next = noise(tokens as u64);
-        let mut draw = |len: usize| -> Vec<bf16> { (0..len).map(|_| next()).collect() };
-        let (keys, values) = (draw(tokens * width), draw(tokens * width));
-        let batch = cache.extend(&[(sequence, tokens)]).expect("room for the tokens");
-        let shape = [tokens, HEADS.num_kv_heads, HEADS.head_dim];
-        let k = TensorView::new(&keys, shape).expect("shape fits");
-        let v = TensorView::new(&values, shape).expect("shape fits");
-        let (kv, _) = cache.layer_mut(0).expect("layer 0");
-        select.append(&batch, kv, k, v).expect("append");
-        let q = draw(HEADS.num_qo_heads * HEADS.head_dim);
-        let out = q.clone();
-        Fixture { cache, sequence, select, q, k: draw(width), v: draw(width), out }
+impl Spec {
+    /// One decode row: 128 initial, 2048 chosen and 512 local tokens with the block, 2688 in all.
+    pub fn decode(tokens: usize) -> Self {
+        let config = SelectConfig { heads: HEADS, n_local: 511, ..SelectConfig::default() };
+        Spec { config, tokens, page_size: PAGE_SIZE, rows: 1, block_len: 1 }
     }
 
-    /// Appends one token, attends to the selected tokens or to all, and takes the token back.
-    pub fn decode(&mut self, dense: bool) {
-        let len = self.cache.len(self.sequence).expect("alive");
-        let batch = self.cache.extend(&[(self.sequence, 1)]).expect("room for a token");
-        let kv_shape = [1, HEADS.num_kv_heads, HEADS.head_dim];
-        let q_shape = [1, HEADS.num_qo_heads, HEADS.head_dim];
-        let input = StepInput {
-            q: TensorView::new(&self.q, q_shape).expect("shape fits"),
-            k: TensorView::new(&self.k, kv_shape).expect("shape fits"),
-            v: TensorView::new(&self.v, kv_shape).expect("shape fits"),
+    /// A block of prefill, which is the local window, over the same number of tokens.
+    pub fn prefill(tokens: usize, block_len: usize) -> Self {
+        let mut spec = Spec::decode(tokens);
+        spec.config.n_local = 512usize.saturating_sub(block_len);
+        Spec { block_len, ..spec }
+    }
+
+    /// With positions reassigned.
+    pub fn reassigned(mut self) -> Self {
+        self.config.positions = Positions::Reassigned(tokenselect::Rope { theta: 5e5, ..Default::default() });
+        self
+    }
+
+    /// Elements of the keys of all rows, and of the values.
+    pub fn num_elements(&self) -> usize {
+        self.rows * self.tokens.next_multiple_of(self.page_size) * self.width()
+    }
+
+    /// Elements of the keys of a token.
+    pub fn width(&self) -> usize {
+        self.config.heads.num_kv_heads * self.config.heads.head_dim
+    }
+
+    /// Tokens of a selected list.
+    pub fn selected(&self) -> usize {
+        self.config.max_selected(self.block_len)
+    }
+
+    /// Tokens of a row that compete.
+    pub fn candidates(&self) -> usize {
+        self.tokens - self.block_len - self.config.n_local - self.config.n_init
+    }
+
+    /// The bytes that each operation and step must move at least: its inputs read once, its outputs written once.
+    pub fn bytes(&self) -> Bytes {
+        let heads = self.config.heads;
+        let (queries, rows) = (self.rows * self.block_len, self.rows);
+        let q = queries * heads.num_qo_heads * heads.head_dim;
+        let pooled = 4 * rows * heads.num_qo_heads * heads.head_dim;
+        let (candidates, selected) = (rows * self.candidates(), rows * self.selected());
+        let token = 2 * self.width();
+        let (append, q_and_out) = (4 * queries * token, 4 * q);
+        let attend = 2 * selected * token + q_and_out;
+        let dense = 2 * rows * self.tokens * token + q_and_out;
+        Bytes {
+            append,
+            pool: 2 * q + pooled,
+            score: candidates * (token + 4 * heads.num_qo_heads) + pooled,
+            vote: candidates * 4 * (heads.num_qo_heads + 1),
+            top_k: 4 * (candidates + selected),
+            vote_top_k: 4 * (candidates * heads.num_qo_heads + selected),
+            select: candidates * token + 2 * q + 4 * selected,
+            attend,
+            dense,
+            // The keys of the candidates, those of the windows, the values of the list.
+            step_anew: append
+                + (candidates + selected - rows * self.config.top_k) * token
+                + selected * token
+                + q_and_out,
+            step_reused: append + attend,
+            step_dense: append + dense,
+        }
+    }
+}
+
+/// Bytes of [`Spec::bytes`].
+#[derive(Clone, Copy)]
+pub struct Bytes {
+    pub append: usize,
+    pub pool: usize,
+    pub score: usize,
+    pub vote: usize,
+    pub top_k: usize,
+    pub vote_top_k: usize,
+    pub select: usize,
+    pub attend: usize,
+    pub dense: usize,
+    pub step_anew: usize,
+    pub step_reused: usize,
+    pub step_dense: usize,
+}
+
+/// Which step of a layer.
+#[derive(Clone, Copy, PartialEq)]
+pub enum Step {
+    /// Append, select, attend.
+    Anew,
+    /// Append, use the cached selection again, attend.
+    Reused,
+    /// Append, attend to all tokens.
+    Dense,
+}
+
+/// A layer with a batch over it. Operations may be repeated: appending writes the same tokens again.
+pub struct Layer<'a> {
+    pub spec: Spec,
+    pub select: TokenSelect,
+    pools: &'a mut Pools,
+    shape: KvShape,
+    batch: Batch,
+    /// Where the tables of `batch` lie, for captured steps. The processor has none.
+    _slot: Option<BatchSlot>,
+    cache: SelectionCache,
+    q: Tensor,
+    new_k: Tensor,
+    new_v: Tensor,
+    out: Tensor,
+}
+
+impl<'a> Layer<'a> {
+    /// A layer within `pools`, which hold at least [`Spec::num_elements`].
+    pub fn new(device: &Device, pools: &'a mut Pools, spec: &Spec) -> Result<Self> {
+        let mut spec = spec.clone();
+        // Whatever the queries: reuse is chosen by passing the cache or not.
+        spec.config.selection_cache =
+            Some(SelectionCacheConfig { similarity_threshold: -1.0, max_reuse: Some(u32::MAX) });
+        let heads = spec.config.heads;
+        let pages_per_row = spec.tokens.div_ceil(spec.page_size);
+        let num_pages = spec.rows * pages_per_row;
+        let limits = Limits {
+            max_rows: spec.rows,
+            max_block_len: spec.block_len,
+            max_kv_tokens: num_pages * spec.page_size,
         };
-        let out = TensorViewMut::new(&mut self.out, q_shape).expect("shape fits");
-        let output = StepOutput { out, lse: None };
-        let step = if dense { TokenSelect::step_dense } else { TokenSelect::step };
-        step(&mut self.select, &mut self.cache, 0, &batch, input, output).expect("step");
-        self.cache.truncate(self.sequence, len).expect("the token just added");
+        let select = TokenSelect::new(device, spec.config.clone(), limits)?;
+        let cache = SelectionCache::new(device, &spec.config, 1, spec.rows)?;
+        let queries = spec.rows * spec.block_len;
+        let draw = |shape: [usize; 3], scale: f32, seed: u64| {
+            let mut next = noise(seed);
+            let numbers: Vec<bf16> =
+                (0..shape.iter().product()).map(|_| bf16::from_f32(next().to_f32() * scale)).collect();
+            Tensor::from_slice_on(device, &numbers, shape)
+        };
+        let q_shape = [queries, heads.num_qo_heads, heads.head_dim];
+        let kv_shape = [queries, heads.num_kv_heads, heads.head_dim];
+
+        let step = 7919; // a prime that divides none of the numbers of pages used, so that multiples visit every page
+        let place = |i: usize| if num_pages.is_multiple_of(step) { i } else { i * step % num_pages };
+        let tables = PageTables {
+            indptr: (0..=spec.rows).map(|row| (row * pages_per_row) as u32).collect(),
+            indices: (0..num_pages).map(|i| place(i) as u32).collect(),
+            last_page_len: vec![(spec.tokens - (pages_per_row - 1) * spec.page_size) as u32; spec.rows],
+        };
+        let qo_indptr = (0..=spec.rows).map(|row| (row * spec.block_len) as u32).collect();
+        let batch = Batch::new(spec.page_size, qo_indptr, tables)?
+            .with_sequence_indices((0..spec.rows as u32).collect())?;
+        let (batch, slot) = if device.is_cpu() {
+            (batch, None)
+        } else {
+            let mut slot = BatchSlot::new(device, &batch, num_pages)?;
+            (slot.put(batch)?, Some(slot))
+        };
+        Ok(Layer {
+            shape: KvShape {
+                num_pages,
+                page_size: spec.page_size,
+                num_kv_heads: heads.num_kv_heads,
+                head_dim: heads.head_dim,
+            },
+            select,
+            pools,
+            batch,
+            _slot: slot,
+            cache,
+            q: draw(q_shape, 3.0, 3)?, // logits of standard deviation 1
+            new_k: draw(kv_shape, 1.0, 4)?,
+            new_v: draw(kv_shape, 1.0, 5)?,
+            out: Tensor::zeros_on(device, DType::Bf16, q_shape)?,
+            spec,
+        })
     }
 
-    /// A batch of one decode token over the cache as it is, for single operations.
-    pub fn batch(&mut self) -> Batch {
-        self.cache.extend(&[(self.sequence, 1)]).expect("room for a token")
+    pub fn append(&mut self) -> Result<()> {
+        let kv = self.pools.view_mut(self.shape)?;
+        self.select.append(&self.batch, kv, self.new_k.view(), self.new_v.view())
     }
+
+    pub fn pool(&mut self) -> Result<()> {
+        self.select.pool(&self.batch, self.q.view(), None)
+    }
+
+    pub fn score(&mut self) -> Result<()> {
+        let kv = self.pools.view(self.shape)?;
+        self.select.score(&self.batch, kv)
+    }
+
+    pub fn vote(&mut self) -> Result<()> {
+        self.select.vote(&self.batch)
+    }
+
+    pub fn top_k(&mut self) -> Result<()> {
+        self.select.top_k(&self.batch, None)
+    }
+
+    /// Selects anew, or with `reuse` through the cached selections.
+    pub fn select(&mut self, reuse: bool) -> Result<()> {
+        let kv = self.pools.view(self.shape)?;
+        let cached = if reuse { Some(self.cache.layer_mut(0)?) } else { None };
+        self.select.select(&self.batch, kv, self.q.view(), cached)
+    }
+
+    /// Attention over the selected lists.
+    pub fn attend(&mut self) -> Result<()> {
+        let kv = self.pools.view(self.shape)?;
+        let output = StepOutput { out: self.out.view_mut(), lse: None };
+        self.select.attend(&self.batch, kv, self.q.view(), output)
+    }
+
+    /// Attention over all tokens.
+    pub fn attend_dense(&mut self) -> Result<()> {
+        let kv = self.pools.view(self.shape)?;
+        let output = StepOutput { out: self.out.view_mut(), lse: None };
+        self.select.attend_dense(&self.batch, kv, self.q.view(), output)
+    }
+
+    pub fn step(&mut self, step: Step) -> Result<()> {
+        self.append()?;
+        if step == Step::Dense {
+            return self.attend_dense();
+        }
+        self.select(step == Step::Reused)?;
+        self.attend()
+    }
+
+    /// The output. Waits for the device.
+    pub fn output(&self) -> Result<Vec<bf16>> {
+        self.out.to_vec()
+    }
+
+    /// Forgets the output, so that the next one is known to have been written.
+    pub fn clear_output(&mut self) -> Result<()> {
+        self.out.copy_from(Tensor::zeros(DType::Bf16, self.out.shape())?.view())
+    }
+
+    /// How often selections were reused and made through the cache. Waits for the device.
+    pub fn stats(&self) -> Result<SelectionStats> {
+        self.cache.stats()
+    }
+
+    /// Why the lists of the last selection cannot be right, if so: lengths, order, windows. Waits for the device.
+    pub fn check_lists(&self) -> std::result::Result<(), String> {
+        let actions = self.select.workspace().actions().map_err(|error| error.to_string())?;
+        if let Some(action) = actions.iter().find(|&&action| action != RowAction::Score) {
+            return Err(format!("a row's action is {action:?}"));
+        }
+        for row in 0..self.spec.rows {
+            let list = self.select.workspace().selected(row).map_err(|error| error.to_string())?;
+            if list.len() != self.spec.selected() {
+                return Err(format!(
+                    "row {row} has {} tokens, expected {}",
+                    list.len(),
+                    self.spec.selected()
+                ));
+            }
+            if list.windows(2).any(|pair| pair[0] >= pair[1]) {
+                return Err(format!("the list of row {row} does not ascend"));
+            }
+            if list[0] != 0 || list[list.len() - 1] as usize != self.spec.tokens - 1 {
+                return Err(format!("the list of row {row} lacks its ends"));
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The processor, and the first GPU where there is one.
+pub fn devices() -> Vec<Device> {
+    let mut devices = vec![Device::cpu()];
+    match Device::cuda(0) {
+        Ok(device) => devices.push(device),
+        Err(error) => println!("SKIPPED on CUDA: {error}"),
+    }
+    devices
+}
+
+/// `cpu` or `cuda`, for names of measurements.
+pub fn short_name(device: &Device) -> &'static str {
+    if device.is_cpu() { "cpu" } else { "cuda" }
 }
