@@ -13,7 +13,6 @@ use std::fs::File;
 use std::io::Write;
 use std::time::Duration;
 
-use common::bandwidth::read_bandwidth;
 use common::timer::Timer;
 use common::{HEADS, Layer, Pools, Spec, Step, random};
 use tokenselect::{Device, HeadShape};
@@ -347,23 +346,14 @@ fn main() -> Result<(), Error> {
     };
     let begin = std::time::Instant::now();
     let mut timer = Timer::new(&device)?;
-    let (mut copy, mut read) = (1e12, None);
+    let (mut copy, mut read) = (1e12, 1e12);
     if !options.smoke {
         let from = random(&device, BANDWIDTH_BYTES / 2, 6)?;
         copy = timer.copy_bandwidth(&from)?;
-        device.synchronize()?;
-        // SAFETY: `from` is alive, and all work has ended.
-        read = match unsafe { read_bandwidth(from.view().device_addr()?, BANDWIDTH_BYTES) } {
-            Ok(read) => Some(read),
-            Err(error) => {
-                println!("read bandwidth could not be measured: {error}");
-                None
-            }
-        };
+        read = timer.read_bandwidth(&from)?;
     }
-    let read_text = read.map_or("not measured".into(), |read| format!("{:.2} TB/s", read / 1e12));
-    let bandwidths =
-        format!("copy {:.2} TB/s (read and written), read {read_text}, the larger for floors", copy / 1e12);
+    let [copied, read_at] = [copy, read].map(|rate| format!("{:.2} TB/s", rate / 1e12));
+    let bandwidths = format!("copy {copied} (read and written), read {read_at}, the larger for floors");
     let commit = std::env::var("TOKENSELECT_COMMIT").unwrap_or("unknown".into());
     let device_line = format!("{}, driver {}, commit {commit}", device.name(), driver_version());
     println!("{device_line}\n{bandwidths}");
@@ -379,7 +369,7 @@ fn main() -> Result<(), Error> {
         "{:>24} {:>8} {:>4} {:>4} {:>10} {:>9} {:>8} {:>8}",
         "what", "tokens", "page", "rows", "us", "floor us", "GB/s", "of floor"
     );
-    let bandwidth = read.map_or(copy, |read| copy.max(read));
+    let bandwidth = copy.max(read);
     let mut table = Table { timer, repeats, only: options.only.clone(), bandwidth, csv, failures: 0 };
     run(&device, &options, &mut table)?;
     println!("{:.1} s in all", begin.elapsed().as_secs_f64());

@@ -3,7 +3,6 @@
 // Each benchmark uses part of this.
 #![allow(dead_code)]
 
-pub mod bandwidth;
 pub mod group;
 pub mod timer;
 

@@ -2,6 +2,8 @@
 
 use std::time::Duration;
 
+use kernels_gpu::read_all::ReadAllParams;
+use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use tokenselect::{DType, Device, Event, Result, Tensor};
 
 /// Larger than any L2.
@@ -39,6 +41,22 @@ impl Timer {
         let mut times = (0..repeats).map(|_| sample(self)).collect::<Result<Vec<_>>>()?;
         times.sort_unstable();
         Ok(times[repeats / 2])
+    }
+
+    /// Bytes per second at which a tensor, many times the size of the L2, is read. Zeros would be read faster than noise.
+    pub fn read_bandwidth(&mut self, from: &Tensor) -> Result<f64> {
+        let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
+        let out = Tensor::zeros_on(&self.device, DType::U32, [1])?;
+        let params = ReadAllParams {
+            from: GlobalPtr::from_addr(from.view().device_addr()?),
+            out: GlobalMut::from_addr(out.view().device_addr()?),
+            num_quads: (bytes / 16) as u64,
+        };
+        let device = self.device.clone();
+        // SAFETY: the kernel's parameters, over two tensors that live until the work is timed.
+        let mut read = || unsafe { device.launch("read_all", params.dims(), &params) };
+        let time = self.median(11, |timer| timer.once(&mut read))?;
+        Ok(bytes as f64 / time.as_secs_f64())
     }
 
     /// Bytes per second that a copy of `from` reads and writes.
