@@ -7,6 +7,7 @@ use std::ptr::null_mut;
 
 use common::paged::{Pool, Storage, limits};
 use common::problem::{Content, Problem, cached, small_config};
+use common::run::Inputs;
 use common::{bits, cuda, gpus, tensor, to_device};
 use cust::sys;
 use half::bf16;
@@ -14,7 +15,7 @@ use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
     CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, PagedKvCache, Positions, Rope,
-    SelectConfig, SelectionCache, Tensor, TensorView, TokenSelect,
+    SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
 };
 
 fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
@@ -124,6 +125,36 @@ fn forks_are_copied_on_write() {
     }
 }
 
+/// Tables of single integers, one after the other for each layer, begin anywhere.
+#[test]
+fn every_layer_caches_selections() {
+    const LAYERS: usize = 3;
+    for device in gpus() {
+        for max_sequences in [1, 2, 5] {
+            let config = cached(SelectConfig { top_k: 7, ..config(64, 2, DType::Bf16) }, 0.9, None);
+            let cache_config = CacheConfig { num_layers: LAYERS, max_sequences, ..CacheConfig::default() };
+            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
+            let mut ts = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
+            let id = cache.create().unwrap();
+            for block in [40, 1, 1] {
+                let batch = cache.extend(&[(id, block)]).unwrap();
+                let inputs = Inputs::new(&Problem::new(&config, &[(block, block)], Content::Peaked, 1));
+                let inputs = inputs.to(&device);
+                let mut out = Tensor::zeros_on(&device, config.dtype, inputs.q.shape()).unwrap();
+                for layer in 0..LAYERS {
+                    let output = StepOutput { out: out.view_mut(), lse: None };
+                    ts.step(&mut cache, layer, &batch, inputs.step(), output).unwrap();
+                }
+            }
+            let selections = cache.selections().unwrap();
+            let first = selections.layer_stats(0).unwrap();
+            assert_eq!((first.complete, first.scored + first.reused), (1, 2), "on {}", device.name());
+            assert!(first.scored >= 1);
+            (1..LAYERS).for_each(|layer| assert_eq!(selections.layer_stats(layer).unwrap(), first));
+        }
+    }
+}
+
 fn score_error(device: &Device, config: SelectConfig) -> String {
     let heads = config.heads;
     let cache_config = CacheConfig { num_pages: 8, ..CacheConfig::default() };
@@ -169,7 +200,7 @@ fn attend_error(device: &Device, config: SelectConfig) -> String {
     let batch = cache.extend(&[(id, 1)]).unwrap();
     let q = Tensor::zeros_on(device, config.dtype, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
     let mut out = Tensor::zeros_on(device, config.dtype, q.shape()).unwrap();
-    let output = tokenselect::StepOutput { out: out.view_mut(), lse: None };
+    let output = StepOutput { out: out.view_mut(), lse: None };
     ts.attend_dense(&batch, cache.layer(0).unwrap(), q.view(), output).unwrap_err().to_string()
 }
 

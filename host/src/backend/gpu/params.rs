@@ -59,6 +59,9 @@ pub(super) trait Pointers {
         Ok(GlobalMut::from_addr(self.addr_mut(what, tensor)?))
     }
 
+    /// Pointer to one layer's part of a table of integers, which kernels read one at a time; address 0 where it is absent.
+    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>>;
+
     /// Pointer to a tensor that may be absent: address 0.
     fn optional<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
         tensor.map_or(Ok(absent_mut()), |tensor| self.pointer_mut(what, tensor))
@@ -67,16 +70,26 @@ pub(super) trait Pointers {
 
 impl Pointers for GpuBackend {
     fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64> {
-        let slice = tensor.device_slice(what)?;
-        slice.expect_on(&self.driver, what)?;
-        if !slice.addr().is_multiple_of(ALIGN) {
-            return Err(Error::config(what, format!("at an address divisible by {ALIGN}"), slice.addr()));
-        }
-        Ok(slice.addr())
+        self.aligned_addr(what, tensor, ALIGN)
+    }
+
+    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
+        let Some(tensor) = tensor else { return Ok(absent_mut()) };
+        Ok(GlobalMut::from_addr(self.aligned_addr(what, &tensor.as_view(), size_of::<T>() as u64)?))
     }
 }
 
 impl GpuBackend {
+    /// Address of a tensor on this device, a multiple of `align`.
+    fn aligned_addr(&self, what: &'static str, tensor: &TensorView<'_>, align: u64) -> Result<u64> {
+        let slice = tensor.device_slice(what)?;
+        slice.expect_on(&self.driver, what)?;
+        if !slice.addr().is_multiple_of(align) {
+            return Err(Error::config(what, format!("at an address divisible by {align}"), slice.addr()));
+        }
+        Ok(slice.addr())
+    }
+
     pub(super) fn append_params(&self, args: &AppendArgs<'_>) -> Result<AppendParams> {
         let (shape, dtype_size) = (args.kv.shape, args.kv.dtype().size() as u64);
         let (k_pages, v_pages) = match &args.kv.storage {
@@ -111,8 +124,8 @@ impl GpuBackend {
         Ok(PoolParams {
             q: self.pointer("q", &args.q)?,
             cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?.as_const(),
-            cached_ages: self.optional("cached.ages", cached.map(|c| &c.ages))?.as_const(),
-            cached_made_at: self.optional("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
+            cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?.as_const(),
+            cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
             sequence_indices: args.batch.device_sequence_indices(&self.driver)?,
             queries: self.pointer_mut("queries", &args.queries)?,
             similarities: self.pointer_mut("similarities", &args.similarities)?,
@@ -204,10 +217,10 @@ impl GpuBackend {
             selected: self.pointer_mut("selected", &args.selected)?,
             selected_len: self.pointer_mut("selected_len", &args.selected_len)?,
             cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?,
-            cached_selections: self.optional("cached.selections", cached.map(|c| &c.selections))?,
-            cached_ages: self.optional("cached.ages", cached.map(|c| &c.ages))?,
-            cached_made_at: self.optional("cached.made_at", cached.map(|c| &c.made_at))?,
-            cached_counters: self.optional("cached.counters", cached.map(|c| &c.counters))?,
+            cached_selections: self.part("cached.selections", cached.map(|c| &c.selections))?,
+            cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?,
+            cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?,
+            cached_counters: self.part("cached.counters", cached.map(|c| &c.counters))?,
             counts: GlobalMut::from_addr(scratch.share_counts),
             radix: scratch.radix(),
             batch: self.tables(args.batch)?,
