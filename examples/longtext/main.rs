@@ -17,7 +17,8 @@
 //! | `checkpoint.rs` | tensors of one or more safetensors files, as f32 |
 //! | `linear.rs`, `ops.rs` | matrix product, norm, activation, cross entropy |
 //! | `model.rs` | weights of a Llama model |
-//! | `session.rs` | the forward pass with this crate's cache and attention |
+//! | `session.rs` | the forward pass: attention on the device, with this crate's cache, the rest on the processor |
+//! | `device.rs` | the device that attention runs on |
 //! | `pass.rs` | one reading of the text: prefill, decode, generate |
 //! | `sampler.rs` | choice of the next byte |
 //! | `report.rs`, `plot.rs` | table, JSON, SVG |
@@ -25,6 +26,7 @@
 
 mod checkpoint;
 mod config;
+mod device;
 mod error;
 mod linear;
 mod model;
@@ -66,7 +68,7 @@ fn run(options: &Options) -> Result<()> {
     let text = text::read(options.text.as_deref(), options.tokens)?;
     options.validate_for(text.len())?;
     let model = Model::load(&options.model)?;
-    let device = options.device();
+    let device = device::open(&model, &text, options)?;
     let selected = pass::read(&model, &text, &device, Attention::Selected, options)?;
     let dense = pass::read(&model, &text, &device, Attention::Dense, options)?;
     let report = Report::new(&device, text.len(), options, &selected, &dense);

@@ -3,7 +3,6 @@
 use std::path::{Path, PathBuf};
 
 use clap::{Parser, ValueEnum};
-use tokenselect::Device;
 
 use crate::error::{Error, Result};
 
@@ -61,7 +60,11 @@ pub struct Options {
 pub enum DeviceName {
     /// The processor
     Cpu,
-    /// The fastest device present
+    /// The first NVIDIA GPU
+    Cuda,
+    /// The GPU's kernels, in an emulator: a thousand times slower
+    Emulated,
+    /// The first NVIDIA GPU where there is one that runs the model, else the processor
     Auto,
 }
 
@@ -98,14 +101,6 @@ impl Options {
                 let rule = format!("at most {} less the tokens read", tokenselect::MAX_SEQUENCE_LEN);
                 Err(Error::option("--generate", rule, self.generate))
             }
-        }
-    }
-
-    /// The device to run on.
-    pub fn device(&self) -> Device {
-        match self.device {
-            DeviceName::Cpu => Device::cpu(),
-            DeviceName::Auto => Device::auto(),
         }
     }
 }

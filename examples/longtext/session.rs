@@ -1,12 +1,14 @@
-//! A model reading one sequence: the forward pass, with the cache and the attention of this crate.
+//! A model reading one sequence: the forward pass, with the cache and the attention of this crate on a device, and all
+//! else on the processor.
 
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use tokenselect::{
     Batch, CacheConfig, DType, Device, Limits, PagedKvCache, Positions, SelectConfig, SelectionCacheConfig,
-    SelectionStats, SequenceId, StepInput, StepOutput, Tensor, TensorViewMut, TokenSelect,
+    SelectionStats, SequenceId, StepInput, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
+use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::{Layer, Model};
 use crate::ops::{rms_norm, swiglu};
@@ -37,6 +39,7 @@ pub struct Session<'a> {
     /// Selections made for blocks, which the Selection Cache does not see.
     scored_blocks: u64,
     buffers: Buffers,
+    operands: Operands,
 }
 
 /// Activations of a block, all `[tokens, ...]` and as large as the last block.
@@ -58,6 +61,20 @@ struct Buffers {
     up: Vec<f32>,
     /// Logits, `vocab_size` wide.
     logits: Vec<f32>,
+}
+
+/// What attention to a block reads and writes, where the device works. Made for a length of block, and kept while that
+/// stays.
+struct Operands {
+    tokens: usize,
+    /// `[tokens, num_qo_heads, head_dim]`, the type of the cache.
+    q: Tensor,
+    /// `[tokens, num_kv_heads, head_dim]`, the type of the cache.
+    k: Tensor,
+    /// As `k`.
+    v: Tensor,
+    /// `[tokens, num_qo_heads, head_dim]` f32.
+    out: Tensor,
 }
 
 impl<'a> Session<'a> {
@@ -95,8 +112,18 @@ impl<'a> Session<'a> {
         let uncached = SelectConfig { selection_cache: None, ..config.clone() };
         let prefill = TokenSelect::new(device, uncached, limits(options.block.min(capacity)))?;
         let decode = TokenSelect::new(device, config, limits(1))?;
-        let buffers = Buffers::default();
-        Ok(Session { model, attention, cache, sequence, prefill, decode, scored_blocks: 0, buffers })
+        let operands = Operands::new(device, &model.config, 0)?;
+        Ok(Session {
+            model,
+            attention,
+            cache,
+            sequence,
+            prefill,
+            decode,
+            scored_blocks: 0,
+            buffers: Buffers::default(),
+            operands,
+        })
     }
 
     /// Reads a block and returns the predictions after each of its bytes: logits, `[block.len(), vocab_size]`.
@@ -151,15 +178,16 @@ impl<'a> Session<'a> {
         layer.k.apply(&b.normed, &mut b.k);
         layer.v.apply(&b.normed, &mut b.v);
 
-        let heads = self.model.config.heads;
-        let dtype = self.cache.dtype();
         let tokens = batch.num_query_tokens();
-        let q_shape = [tokens, heads.num_qo_heads, heads.head_dim];
-        let kv_shape = [tokens, heads.num_kv_heads, heads.head_dim];
-        let (q, k, v) =
-            (tensor(&b.q, dtype, q_shape)?, tensor(&b.k, dtype, kv_shape)?, tensor(&b.v, dtype, kv_shape)?);
+        if self.operands.tokens != tokens {
+            self.operands = Operands::new(self.decode.device(), &self.model.config, tokens)?;
+        }
+        let Operands { q, k, v, out, .. } = &mut self.operands;
+        copy_rounded(&b.q, q)?;
+        copy_rounded(&b.k, k)?;
+        copy_rounded(&b.v, v)?;
         let input = StepInput { q: q.view(), k: k.view(), v: v.view() };
-        let output = StepOutput { out: TensorViewMut::new(&mut b.q, q_shape)?, lse: None };
+        let output = StepOutput { out: out.view_mut(), lse: None };
         let select = match phase {
             Phase::Prefill => &mut self.prefill,
             Phase::Decode => &mut self.decode,
@@ -173,7 +201,22 @@ impl<'a> Session<'a> {
             }
             Attention::Dense => select.step_dense(&mut self.cache, index, batch, input, output)?,
         }
+        TensorViewMut::new(&mut b.q, out.shape())?.copy_from(out.view())?;
         Ok(())
+    }
+}
+
+impl Operands {
+    fn new(device: &Device, config: &ModelConfig, tokens: usize) -> Result<Self> {
+        let heads = config.heads;
+        let zeros = |dtype, num_heads| Tensor::zeros_on(device, dtype, [tokens, num_heads, heads.head_dim]);
+        Ok(Operands {
+            tokens,
+            q: zeros(config.dtype, heads.num_qo_heads)?,
+            k: zeros(config.dtype, heads.num_kv_heads)?,
+            v: zeros(config.dtype, heads.num_kv_heads)?,
+            out: zeros(DType::F32, heads.num_qo_heads)?,
+        })
     }
 }
 
@@ -200,19 +243,20 @@ impl Buffers {
     }
 }
 
-/// `data` rounded to the type of the cache.
-fn tensor(data: &[f32], dtype: DType, shape: [usize; 3]) -> tokenselect::Result<Tensor> {
-    match dtype {
+/// Copies `data` to where `to` lies, rounded to its type.
+fn copy_rounded(data: &[f32], to: &mut Tensor) -> tokenselect::Result<()> {
+    let shape = to.shape();
+    match to.dtype() {
         DType::F16 => {
             let mut rounded = vec![f16::ZERO; data.len()];
             rounded.convert_from_f32_slice(data);
-            Tensor::from_vec(rounded, shape)
+            to.copy_from(TensorView::new(&rounded, shape)?)
         }
         DType::Bf16 => {
             let mut rounded = vec![bf16::ZERO; data.len()];
             rounded.convert_from_f32_slice(data);
-            Tensor::from_vec(rounded, shape)
+            to.copy_from(TensorView::new(&rounded, shape)?)
         }
-        _ => Tensor::from_vec(data.to_vec(), shape),
+        _ => to.copy_from(TensorView::new(data, shape)?),
     }
 }

@@ -21,8 +21,16 @@ impl Device {
         Device(Arc::new(CpuBackend))
     }
 
-    /// The fastest device present that runs whole steps: the processor, while GPU kernels for some operations are missing.
+    /// The first CUDA device, where the feature `cuda` is on and there are a driver and a device of compute capability 8.0
+    /// or newer; else the processor.
+    ///
+    /// A GPU takes less than the processor: f16 and bf16, head dimensions 64, 96 and 128, groups of up to 16 heads.
+    /// [`cuda`](Self::cuda) tells why a GPU is not used.
     pub fn auto() -> Self {
+        #[cfg(feature = "cuda")]
+        if let Ok(device) = Device::cuda(0) {
+            return device;
+        }
         Device::cpu()
     }
 
