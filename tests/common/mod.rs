@@ -65,6 +65,12 @@ pub fn cases(cases: u32) -> ProptestConfig {
     ProptestConfig { cases, failure_persistence: None, ..default }
 }
 
+/// Whether `PROPTEST_CASES` asks for no more than 2 cases, as runs under compute-sanitizer do: tests of great lengths are
+/// short then.
+pub fn is_short_run() -> bool {
+    std::env::var_os("PROPTEST_CASES").is_some() && ProptestConfig::default().cases <= 2
+}
+
 /// A small generator (SplitMix64), so that a case is given by its sizes and a seed.
 pub struct Random(pub u64);
 
