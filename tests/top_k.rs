@@ -4,14 +4,15 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::small_config;
-use common::{
-    Random, all_devices, cases, cuda, devices, gpus, naive, naive_config, tensor, to_device, values,
-};
+use common::{Random, all_devices, cases, cuda, devices, gpus, is_short_run, naive, tensor, to_device};
 use proptest::prelude::*;
-use tokenselect::{Batch, DType, Device, RowAction, SelectConfig, TokenSelect};
+use tokenselect::{Batch, DType, Device, RowAction, SelectConfig, Tensor, TensorView, TokenSelect};
 
 /// Marks tokens in buffers where nothing may be written.
-const UNTOUCHED: f64 = 7e6;
+const UNTOUCHED: u32 = 7_000_000;
+
+/// Up to so many votes are sorted by the definitions; of more, the choice is only checked to be theirs.
+const SORTED: usize = 4096;
 
 /// A row by its windows' filling: votes of the candidates, and the length of the block.
 struct Row {
@@ -20,51 +21,144 @@ struct Row {
     action: RowAction,
 }
 
-/// Runs `top_k` on votes of one's own and checks chosen tokens and lists of all rows.
-fn check(device: &Device, config: &SelectConfig, rows: &[Row]) {
-    let naive_config = naive_config(config);
-    let len = |row: &Row| config.n_init + row.votes.len() + config.n_local + row.block;
-    let lens: Vec<usize> = rows.iter().map(len).collect();
-    let (tables, _) = shuffled_tables(&lens, 16, &mut Random(2));
-    let mut qo_indptr = vec![0];
-    rows.iter().for_each(|row| qo_indptr.push(qo_indptr.last().unwrap() + row.block as u32));
-    let batch = Batch::new(16, qo_indptr, tables).unwrap();
-    let mut ts = TokenSelect::new(device, config.clone(), limits(&batch)).unwrap();
+/// Rows with their batch and their buffers: what stays when only `k` changes, or only the run. For one device.
+struct Case {
+    rows: Vec<Row>,
+    config: SelectConfig,
+    lens: Vec<usize>,
+    batch: Batch,
+    /// Beyond the candidates infinite, to be passed over.
+    votes: Tensor,
+    actions: Tensor,
+}
 
-    let workspace = ts.workspace_mut();
-    let mut votes = vec![f64::INFINITY; batch.num_token_places()]; // beyond the candidates, to be passed over
-    for (r, row) in rows.iter().enumerate() {
-        votes[batch.token_base(r) + config.n_init..][..row.votes.len()].copy_from_slice(&row.votes);
+impl Case {
+    fn new(config: &SelectConfig, rows: Vec<Row>) -> Self {
+        let lens: Vec<usize> =
+            rows.iter().map(|row| config.n_init + row.votes.len() + config.n_local + row.block).collect();
+        let (tables, _) = shuffled_tables(&lens, 16, &mut Random(2));
+        let mut qo_indptr = vec![0];
+        rows.iter().for_each(|row| qo_indptr.push(qo_indptr.last().unwrap() + row.block as u32));
+        let batch = Batch::new(16, qo_indptr, tables).unwrap();
+        let mut votes = vec![f64::INFINITY; batch.num_token_places()];
+        for (r, row) in rows.iter().enumerate() {
+            votes[batch.token_base(r) + config.n_init..][..row.votes.len()].copy_from_slice(&row.votes);
+        }
+        let votes = tensor(DType::F32, &votes, [votes.len()]);
+        let codes: Vec<f64> = rows.iter().map(|row| f64::from(row.action as u32)).collect();
+        let actions = tensor(DType::U32, &codes, [codes.len()]);
+        Case { rows, config: config.clone(), lens, batch, votes, actions }
     }
-    let put = |dtype, values: &[f64], shape| to_device(device, &tensor(dtype, values, shape));
-    workspace.votes = put(DType::F32, &votes, workspace.votes.shape());
-    let codes: Vec<f64> = rows.iter().map(|row| f64::from(row.action as u32)).collect();
-    workspace.actions = put(DType::U32, &codes, workspace.actions.shape());
-    let blank = vec![UNTOUCHED; rows.len() * config.top_k];
-    workspace.top_k = put(DType::U32, &blank, workspace.top_k.shape());
-    ts.top_k(&batch, None).unwrap();
 
-    let chosen = values(&ts.workspace().top_k);
-    for (r, row) in rows.iter().enumerate() {
-        let what = format!("{}: row {r} of {} candidates, {:?}", device.name(), row.votes.len(), row.action);
-        let chosen = &chosen[r * config.top_k..][..config.top_k];
-        let selected: Vec<usize> = ts.workspace().selected(r).unwrap().iter().map(|&t| t as usize).collect();
-        match row.action {
-            RowAction::Score => {
-                let want: Vec<usize> =
-                    naive::largest(&row.votes, config.top_k).iter().map(|j| config.n_init + j).collect();
-                let got: Vec<usize> = chosen[..want.len()].iter().map(|&t| t as usize).collect();
-                assert_eq!(got, want, "{what}: chosen");
-                let list = naive::selected_list(&naive_config, lens[r], row.block, &want);
-                assert_eq!(selected, list, "{what}: selected");
+    /// Runs `top_k` and checks chosen tokens and lists of all rows.
+    fn check(&self, device: &Device, top_k: usize) {
+        let mut select = self.select(device, top_k);
+        let results = self.run(&mut select);
+        self.assert_results(device, top_k, &results);
+    }
+
+    fn select(&self, device: &Device, top_k: usize) -> TokenSelect {
+        let config = SelectConfig { top_k, ..self.config.clone() };
+        let mut select = TokenSelect::new(device, config, limits(&self.batch)).unwrap();
+        let workspace = select.workspace_mut();
+        assert_eq!(workspace.votes.shape(), self.votes.shape());
+        workspace.votes = to_device(device, &self.votes);
+        workspace.actions = to_device(device, &self.actions);
+        select
+    }
+
+    /// The chosen tokens of all rows, and their lists.
+    fn run(&self, select: &mut TokenSelect) -> (Vec<u32>, Vec<Vec<u32>>) {
+        let shape = select.workspace().top_k.shape();
+        let blank = vec![UNTOUCHED; shape.checked_len().unwrap()];
+        let blank = TensorView::new(&blank, shape).unwrap();
+        select.workspace_mut().top_k.copy_from(blank).unwrap();
+        select.top_k(&self.batch, None).unwrap();
+        let workspace = select.workspace();
+        let lists = (0..self.rows.len()).map(|row| workspace.selected(row).unwrap()).collect();
+        (workspace.top_k.to_vec().unwrap(), lists)
+    }
+
+    fn assert_results(&self, device: &Device, top_k: usize, (chosen, lists): &(Vec<u32>, Vec<Vec<u32>>)) {
+        for (r, row) in self.rows.iter().enumerate() {
+            let what =
+                format!("{}: row {r} of {} candidates, {:?}", device.name(), row.votes.len(), row.action);
+            let (chosen, list) = (&chosen[r * top_k..][..top_k], &lists[r]);
+            let n = self.lens[r];
+            match row.action {
+                RowAction::Score => {
+                    let chosen = &chosen[..top_k.min(row.votes.len())];
+                    let n_init = self.config.n_init;
+                    let places: Vec<usize> = chosen.iter().map(|&t| t as usize - n_init).collect();
+                    assert_largest(&what, &row.votes, &places);
+                    let end = n_init + row.votes.len();
+                    let (first, last) = (0..n_init as u32, end as u32..n as u32);
+                    let whole: Vec<u32> = first.chain(chosen.iter().copied()).chain(last).collect();
+                    assert!(*list == whole, "{what}: the list is not windows and choice");
+                }
+                RowAction::Complete => assert!(list.iter().copied().eq(0..n as u32), "{what}"),
+                _ => assert!(list.is_empty(), "{what}"),
             }
-            RowAction::Complete => assert_eq!(selected, (0..lens[r]).collect::<Vec<_>>(), "{what}"),
-            _ => assert!(selected.is_empty(), "{what}"),
-        }
-        if row.action != RowAction::Score {
-            assert!(chosen.iter().all(|&t| t == UNTOUCHED), "{what}: only scored rows choose");
+            if row.action != RowAction::Score {
+                assert!(chosen.iter().all(|&t| t == UNTOUCHED), "{what}: only scored rows choose");
+            }
         }
     }
+}
+
+/// A number for each vote and place that orders them as the definitions do, the largest first: no two are the same.
+fn order(vote: f64, place: usize) -> u64 {
+    let bits = (vote as f32 + 0.0).to_bits(); // both zeros alike
+    let ascending = if bits >> 31 == 0 { bits | 1 << 31 } else { !bits };
+    let descending = if vote.is_nan() { u32::MAX } else { !ascending };
+    u64::from(descending) << 32 | place as u64
+}
+
+/// Asserts that `chosen` are the places of the largest votes, ascending. They are if they ascend and the last of them in
+/// the total order is before the first of the others.
+fn assert_largest(what: &str, votes: &[f64], chosen: &[usize]) {
+    if votes.len() <= SORTED {
+        assert_eq!(chosen, naive::largest(votes, chosen.len()), "{what}: chosen");
+    }
+    let (mut last_chosen, mut first_other) = (0, u64::MAX);
+    let mut next = 0;
+    for (place, &vote) in votes.iter().enumerate() {
+        let order = order(vote, place);
+        if chosen.get(next) == Some(&place) {
+            last_chosen = last_chosen.max(order);
+            next += 1;
+        } else {
+            first_other = first_other.min(order);
+        }
+    }
+    assert_eq!(next, chosen.len(), "{what}: chosen places ascend and exist");
+    assert!(last_chosen < first_other, "{what}: {last_chosen:#x} was chosen before {first_other:#x}");
+}
+
+/// The check of long rows is the definitions: it accepts their choice, and no other.
+#[test]
+fn order_is_the_total_order() {
+    for kinds in 0..12 {
+        let votes = votes(200, kinds, kinds as u64);
+        let mut places: Vec<usize> = (0..votes.len()).collect();
+        places.sort_by_key(|&place| order(votes[place], place));
+        for k in [1, 77, 199] {
+            let mut first = places[..k].to_vec();
+            first.sort_unstable();
+            assert_eq!(first, naive::largest(&votes, k), "{k} of {kinds} kinds");
+        }
+    }
+    let mut votes = vec![0.5; SORTED + 10];
+    votes[SORTED] = 0.75;
+    assert_largest("the largest and the first", &votes, &[0, SORTED]);
+    for wrong in [vec![0, 1], vec![1, SORTED], vec![SORTED, 0], vec![0, 0]] {
+        let refused = std::panic::catch_unwind(|| assert_largest("", &votes, &wrong));
+        assert!(refused.is_err(), "{wrong:?}");
+    }
+}
+
+fn check(device: &Device, config: &SelectConfig, rows: Vec<Row>) {
+    Case::new(config, rows).check(device, config.top_k);
 }
 
 fn scored(votes: Vec<f64>) -> Row {
@@ -104,8 +198,9 @@ proptest! {
             let block = if action == RowAction::Complete { 2 } else { 0 };
             rows.insert(rows.len() / 2, Row { votes: vec![1.0; len], block, action });
         }
+        let case = Case::new(&config, rows);
         for device in devices() {
-            check(&device, &config, &rows);
+            case.check(&device, top_k);
         }
     }
 }
@@ -117,7 +212,7 @@ fn k_around_the_number_of_candidates() {
         for candidates in [top_k - 1, top_k, top_k + 1, 2 * top_k, 3 * top_k + 1] {
             for kinds in [0, 2, 9] {
                 let votes = votes(candidates, kinds, top_k as u64);
-                devices().iter().for_each(|device| check(device, &config, &[scored(votes.clone())]));
+                devices().iter().for_each(|device| check(device, &config, vec![scored(votes.clone())]));
             }
         }
     }
@@ -126,18 +221,15 @@ fn k_around_the_number_of_candidates() {
 /// More equal votes than any table of a clever algorithm may hold.
 #[test]
 fn a_hundred_thousand_equal_votes() {
-    for device in devices() {
-        for top_k in [1, 2048, 99_999] {
-            let config = SelectConfig { top_k, ..small_config() };
-            check(&device, &config, &[scored(vec![0.5; 100_000])]);
-            // The single larger vote is last.
-            let mut votes = vec![0.5; 100_000];
-            votes[99_999] = 0.75;
-            check(&device, &config, &[scored(votes)]);
-            // All votes differ in their last bits only.
-            let bits =
-                |j: u32| f64::from(f32::from_bits(0.5f32.to_bits() + j.wrapping_mul(2_654_435_761) % 3000));
-            check(&device, &config, &[scored((0..100_000).map(bits).collect())]);
+    // The single larger vote is last.
+    let mut larger = vec![0.5; 100_000];
+    larger[99_999] = 0.75;
+    // All votes differ in their last bits only.
+    let bits = |j: u32| f64::from(f32::from_bits(0.5f32.to_bits() + j.wrapping_mul(2_654_435_761) % 3000));
+    for votes in [vec![0.5; 100_000], larger, (0..100_000).map(bits).collect()] {
+        let case = Case::new(&small_config(), vec![scored(votes)]);
+        for device in devices() {
+            [1, 2048, 99_999].into_iter().for_each(|top_k| case.check(&device, top_k));
         }
     }
 }
@@ -152,7 +244,7 @@ fn nan_is_chosen_last_and_by_index() {
         vec![nan; 9],
         vec![-nan, nan, 0.0, -nan, -0.0, nan],
     ] {
-        all_devices().iter().for_each(|device| check(device, &config, &[scored(votes.clone())]));
+        all_devices().iter().for_each(|device| check(device, &config, vec![scored(votes.clone())]));
     }
 }
 
@@ -190,11 +282,12 @@ fn adversarial(len: usize) -> Vec<(&'static str, Vec<f64>)> {
 }
 
 fn check_adversarial(device: &Device, len: usize, top_ks: &[usize]) {
+    let config = SelectConfig { n_init: 3, n_local: 5, ..small_config() };
     for (name, votes) in adversarial(len) {
+        let case = Case::new(&config, vec![Row { votes, block: 2, action: RowAction::Score }]);
         for &top_k in top_ks {
-            let config = SelectConfig { n_init: 3, n_local: 5, top_k, ..small_config() };
             println!("{name}, k = {top_k}"); // shown where the test fails
-            check(device, &config, &[Row { votes: votes.clone(), block: 2, action: RowAction::Score }]);
+            case.check(device, top_k);
         }
     }
 }
@@ -220,19 +313,39 @@ fn gpu_ragged_rows() {
             .collect();
         rows.insert(2, Row { votes: vec![1.0; 12], block: 2, action: RowAction::Complete });
         rows.insert(5, Row { votes: vec![1.0; 9], block: 0, action: RowAction::Skip });
-        check(&device, &config, &rows);
+        check(&device, &config, rows);
     }
 }
 
-/// A million votes and three, exact, and the same bits in 20 runs.
+/// As many candidates as the largest tests have, but for runs under slow tools.
+fn a_million() -> usize {
+    if is_short_run() { (1 << 13) + 3 } else { (1 << 20) + 3 }
+}
+
+/// A million votes and three, exact.
+fn check_a_million(device: &Device) {
+    let len = a_million();
+    check_adversarial(device, len, &[1, 2048, 8192, len - 1]);
+}
+
+#[test]
+fn a_million_votes() {
+    devices().iter().for_each(check_a_million);
+}
+
+/// The same on a GPU, and the same bits in 20 runs.
 #[test]
 fn cuda_a_million_votes() {
     let Some(device) = cuda() else { return };
-    let len = (1 << 20) + 3;
-    check_adversarial(&device, len, &[1, 2048, 8192, len - 1]);
+    check_a_million(&device);
     let config = SelectConfig { top_k: 2048, ..small_config() };
-    let rows = [scored(votes(len, 0, 5))];
-    for _ in 0..20 {
-        check(&device, &config, &rows);
+    for seed in [0, 2] {
+        let case = Case::new(&config, vec![scored(votes(a_million(), seed, 5))]);
+        let mut select = case.select(&device, config.top_k);
+        let first = case.run(&mut select);
+        case.assert_results(&device, config.top_k, &first);
+        for run in 1..20 {
+            assert!(case.run(&mut select) == first, "run {run} differs");
+        }
     }
 }
