@@ -6,8 +6,8 @@ use common::problem::{Content, Problem, Row, cached, small_config};
 use common::run::{Inputs, outputs_on};
 use common::{bits, gpus, tensor, to_device};
 use tokenselect::{
-    Batch, BatchSlot, CacheConfig, DType, Device, Error, HeadShape, Limits, PagedKvCache, Positions, Rope,
-    SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TokenSelect,
+    Batch, BatchSlot, CacheConfig, DType, Device, Error, Graph, HeadShape, Limits, PagedKvCache, Positions,
+    Rope, SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TokenSelect,
 };
 
 const STEPS: usize = 64;
@@ -142,6 +142,55 @@ fn replays_equal_eager_steps() {
             assert_eq!(stats, eager.cache.selection_stats().unwrap());
             assert!(stats.reused > 0 && stats.scored > 0, "the run is to reuse and to score: {stats:?}");
         }
+    }
+}
+
+/// The loop of the README, over several layers: the first step eager, the others from its recording.
+#[test]
+fn several_layers_in_one_graph() {
+    const LAYERS: usize = 2;
+    let config = config(Positions::Reassigned(Rope::default()));
+    let cache_config =
+        CacheConfig { num_layers: LAYERS, page_size: PAGE_SIZE, max_sequences: 1, ..CacheConfig::default() };
+    let problem = |step: u64| Problem::new(&config, &[(1, 1)], Content::Peaked, 7 + step / 3);
+    for device in gpus() {
+        let run = |captures: bool| {
+            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
+            let mut select = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
+            let id = cache.create().unwrap();
+            let mut inputs = Inputs::new(&problem(0)).to(&device);
+            let (mut out, _) = outputs_on(&device, &problem(0), DType::F32);
+            let mut slot_and_graph: Option<(BatchSlot, Graph)> = None;
+            let mut outs = Vec::new();
+            for step in 0..40 {
+                let fresh = Inputs::new(&problem(step));
+                inputs.q.copy_from(fresh.q.view()).unwrap();
+                inputs.k.copy_from(fresh.k.view()).unwrap();
+                inputs.v.copy_from(fresh.v.view()).unwrap();
+                let batch = cache.extend(&[(id, 1)]).unwrap();
+                if let Some((slot, graph)) = &mut slot_and_graph {
+                    slot.put(batch).unwrap();
+                    // SAFETY: all that was recorded is alive, and none of its tensors was replaced.
+                    unsafe { graph.launch().unwrap() };
+                } else {
+                    let mut slot = BatchSlot::new(&device, &batch, MAX_TOKENS / PAGE_SIZE).unwrap();
+                    let batch = slot.put(batch).unwrap();
+                    let mut all_layers = || {
+                        (0..LAYERS).try_for_each(|layer| {
+                            let output = StepOutput { out: out.view_mut(), lse: None };
+                            select.step(&mut cache, layer, &batch, inputs.step(), output)
+                        })
+                    };
+                    all_layers().unwrap();
+                    slot_and_graph = captures.then(|| (slot, device.capture(all_layers).unwrap()));
+                }
+                outs.push(bits(&out));
+            }
+            (outs, cache.selection_stats().unwrap())
+        };
+        let ((eager, stats), captured) = (run(false), run(true));
+        assert!((&eager, stats) == (&captured.0, captured.1), "on {}", device.name());
+        assert!(stats.reused > 0 && stats.scored > 0, "{stats:?}");
     }
 }
 
