@@ -247,7 +247,13 @@ fn driver_version() -> String {
         let output = std::process::Command::new("nvidia-smi").args(args).output().ok()?;
         output.status.success().then(|| String::from_utf8_lossy(&output.stdout).into_owned())
     });
-    text.map_or("unknown".into(), |text| text.trim().to_owned())
+    text.map_or_else(
+        || {
+            cust::CudaApiVersion::get()
+                .map_or("unknown".into(), |v| format!("for CUDA {}.{}", v.major(), v.minor()))
+        },
+        |text| text.trim().to_owned(),
+    )
 }
 
 fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Error> {
