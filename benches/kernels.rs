@@ -125,13 +125,9 @@ impl Table {
         println!("{what:>24} {:>8} {:>4} {:>4} FAILED: {reason}", spec.tokens, spec.page_size, spec.rows);
     }
 
-    /// The operations of a decode step one by one. Leaves a selection behind.
+    /// The operations of a decode step one by one, after a selection.
     fn operations(&mut self, layer: &mut Layer<'_>) -> Result<(), Error> {
         let bytes = layer.spec.bytes();
-        layer.select(false)?;
-        if let Err(reason) = layer.check_lists() {
-            self.fail(&layer.spec.clone(), "select", &reason);
-        }
         self.measure(layer, "append", bytes.append, Layer::append)?;
         self.measure(layer, "pool", bytes.pool, Layer::pool)?;
         self.measure(layer, "score", bytes.score, Layer::score)?;
@@ -256,86 +252,133 @@ fn driver_version() -> String {
     )
 }
 
+/// What a measurement needs beside its specification.
+struct Bench<'a> {
+    device: &'a Device,
+    pools: &'a mut Pools,
+    table: &'a mut Table,
+}
+
+impl Bench<'_> {
+    /// Selects, and says so if the lists are wrong.
+    fn layer<'l>(
+        device: &Device,
+        pools: &'l mut Pools,
+        table: &mut Table,
+        spec: &Spec,
+    ) -> Result<Layer<'l>, Error> {
+        let mut layer = Layer::new(device, pools, spec)?;
+        layer.select(false)?;
+        if let Err(reason) = layer.check_lists() {
+            table.fail(spec, "select", &reason);
+        }
+        Ok(layer)
+    }
+
+    /// Every operation and step of a decode row.
+    fn decode(&mut self, spec: &Spec) -> Result<(), Error> {
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        self.table.operations(&mut layer)?;
+        self.table.steps(self.device, &mut layer)
+    }
+
+    /// What reassigned positions change.
+    fn reassigned(&mut self, spec: &Spec) -> Result<(), Error> {
+        if !self.table.wants_any(&["attend_reassigned", "step_anew_reassigned", "step_anew_reassigned_graph"])
+        {
+            return Ok(());
+        }
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        self.table.measure(&mut layer, "attend_reassigned", spec.bytes().attend, Layer::attend)?;
+        self.table.step(self.device, &mut layer, "step_anew_reassigned", Step::Anew)
+    }
+
+    /// A chunk of prefill.
+    fn prefill(&mut self, spec: &Spec, suffix: &str) -> Result<(), Error> {
+        let (attend, step) = (format!("prefill_attend{suffix}"), format!("prefill_step{suffix}"));
+        if !self.table.wants_any(&[&attend, &step]) {
+            return Ok(());
+        }
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        let bytes = spec.bytes();
+        self.table.measure(&mut layer, &attend, bytes.attend, Layer::attend)?;
+        self.table.measure(&mut layer, &step, bytes.step_anew, |layer| layer.step(Step::Anew))
+    }
+
+    /// How selection grows with the context.
+    fn linear(&mut self, spec: &Spec) -> Result<(), Error> {
+        if !self.table.wants_any(&["score", "select"]) {
+            return Ok(());
+        }
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        let bytes = spec.bytes();
+        self.table.measure(&mut layer, "score", bytes.score, Layer::score)?;
+        self.table.measure(&mut layer, "select", bytes.select, |layer| layer.select(false))
+    }
+
+    /// Steps of many rows.
+    fn batch(&mut self, spec: &Spec) -> Result<(), Error> {
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        self.table.steps(self.device, &mut layer)
+    }
+
+    /// Heads of another shape.
+    fn shape(&mut self, spec: &Spec, name: &str) -> Result<(), Error> {
+        let (score, dense) = (format!("score_{name}"), format!("dense_decode_{name}"));
+        if !self.table.wants_any(&[&score, &dense]) {
+            return Ok(());
+        }
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        self.table.measure(&mut layer, &score, spec.bytes().score, Layer::score)?;
+        self.table.measure(&mut layer, &dense, spec.bytes().dense, Layer::attend_dense)
+    }
+
+    /// Does one of the above; what fails does not end the rest.
+    fn attempt(&mut self, spec: &Spec, what: impl FnOnce(&mut Self, &Spec) -> Result<(), Error>) {
+        if let Err(error) = what(self, spec) {
+            self.table.fail(spec, "the rest", &error.to_string());
+        }
+    }
+}
+
+/// Heads beside those of [`HEADS`].
+const SHAPES: [(&str, HeadShape); 4] = [
+    ("d64", HeadShape { head_dim: 64, ..HEADS }),
+    ("g1", HeadShape { num_qo_heads: 8, ..HEADS }),
+    ("g7", HeadShape { num_qo_heads: 28, num_kv_heads: 4, ..HEADS }),
+    ("g8", HeadShape { num_kv_heads: 4, ..HEADS }),
+];
+
 fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Error> {
     let sizes = Sizes::of(options);
-    let chunk = sizes.chunk;
     let decode = |tokens, page_size| Spec { page_size, ..shrink(Spec::decode(tokens), options.smoke) };
-    let prefill =
-        |tokens, page_size| Spec { page_size, ..shrink(Spec::prefill(tokens, chunk), options.smoke) };
-    let full = sizes.full.iter().map(|&(tokens, page_size)| decode(tokens, page_size));
-    let linear = sizes.linear.iter().map(|&tokens| decode(tokens, 16));
+    let chunk =
+        |tokens, page_size| Spec { page_size, ..shrink(Spec::prefill(tokens, sizes.chunk), options.smoke) };
+    let full: Vec<Spec> = sizes.full.iter().map(|&(tokens, page_size)| decode(tokens, page_size)).collect();
+    let linear: Vec<Spec> = sizes.linear.iter().map(|&tokens| decode(tokens, 16)).collect();
     let batch = sizes.batch.map(|(rows, tokens)| Spec { rows, ..decode(tokens, 16) });
-    let largest = full.chain(linear).chain(batch.clone()).map(|spec| spec.num_elements()).max();
+    let largest = full.iter().chain(&linear).chain(&batch).map(Spec::num_elements).max();
     let mut pools = Pools::new(device, largest.ok_or("nothing to do")?)?;
+    let mut bench = Bench { device, pools: &mut pools, table };
 
-    for &(tokens, page_size) in &sizes.full {
-        let mut layer = Layer::new(device, &mut pools, &decode(tokens, page_size))?;
-        table.operations(&mut layer)?;
-        table.steps(device, &mut layer)?;
-        drop(layer);
-
-        if table.wants_any(&["attend_reassigned", "step_anew_reassigned", "step_anew_reassigned_graph"]) {
-            let mut layer = Layer::new(device, &mut pools, &decode(tokens, page_size).reassigned())?;
-            layer.select(false)?;
-            let bytes = layer.spec.bytes();
-            table.measure(&mut layer, "attend_reassigned", bytes.attend, Layer::attend)?;
-            table.step(device, &mut layer, "step_anew_reassigned", Step::Anew)?;
-        }
-        for (suffix, spec) in
-            [("", prefill(tokens, page_size)), ("_reassigned", prefill(tokens, page_size).reassigned())]
-        {
-            let (attend, step) = (format!("prefill_attend{suffix}"), format!("prefill_step{suffix}"));
-            if !table.wants_any(&[&attend, &step]) {
-                continue;
-            }
-            let mut layer = Layer::new(device, &mut pools, &spec)?;
-            layer.select(false)?;
-            if let Err(reason) = layer.check_lists() {
-                table.fail(&spec, &step, &reason);
-            }
-            let bytes = spec.bytes();
-            table.measure(&mut layer, &attend, bytes.attend, Layer::attend)?;
-            table.measure(&mut layer, &step, bytes.step_anew, |layer| layer.step(Step::Anew))?;
-        }
+    for spec in &full {
+        bench.attempt(spec, Bench::decode);
+        bench.attempt(&spec.clone().reassigned(), Bench::reassigned);
+        let chunk = chunk(spec.tokens, spec.page_size);
+        bench.attempt(&chunk, |bench, spec| bench.prefill(spec, ""));
+        bench.attempt(&chunk.reassigned(), |bench, spec| bench.prefill(spec, "_reassigned"));
     }
-
-    for &tokens in &sizes.linear {
-        if !table.wants_any(&["score", "select"]) {
-            continue;
-        }
-        let mut layer = Layer::new(device, &mut pools, &decode(tokens, 16))?;
-        layer.select(false)?;
-        if let Err(reason) = layer.check_lists() {
-            table.fail(&layer.spec.clone(), "select", &reason);
-        }
-        let bytes = layer.spec.bytes();
-        table.measure(&mut layer, "score", bytes.score, Layer::score)?;
-        table.measure(&mut layer, "select", bytes.select, |layer| layer.select(false))?;
+    for spec in &linear {
+        bench.attempt(spec, Bench::linear);
     }
-
     if let Some(spec) = &batch {
-        let mut layer = Layer::new(device, &mut pools, spec)?;
-        table.steps(device, &mut layer)?;
+        bench.attempt(spec, Bench::batch);
     }
-
-    let shapes = [
-        ("d64", HeadShape { head_dim: 64, ..HEADS }),
-        ("g1", HeadShape { num_qo_heads: 8, ..HEADS }),
-        ("g7", HeadShape { num_qo_heads: 28, num_kv_heads: 4, ..HEADS }),
-        ("g8", HeadShape { num_kv_heads: 4, ..HEADS }),
-    ];
-    for (name, heads) in shapes {
-        let (score, dense) = (format!("score_{name}"), format!("dense_decode_{name}"));
-        let Some(tokens) = sizes.shapes.filter(|_| table.wants_any(&[&score, &dense])) else { continue };
+    for (name, heads) in SHAPES {
+        let Some(tokens) = sizes.shapes else { continue };
         let mut spec = decode(tokens, 16);
         spec.config.heads = heads;
-        let mut layer = Layer::new(device, &mut pools, &spec)?;
-        layer.select(false)?;
-        if let Err(reason) = layer.check_lists() {
-            table.fail(&spec, &score, &reason);
-        }
-        table.measure(&mut layer, &score, spec.bytes().score, Layer::score)?;
-        table.measure(&mut layer, &dense, spec.bytes().dense, Layer::attend_dense)?;
+        bench.attempt(&spec, |bench, spec| bench.shape(spec, name));
     }
     Ok(())
 }
