@@ -1,10 +1,9 @@
-//! Radix select: the `k`-th largest of a row's votes, found digit by digit from the top.
+//! Where the `k`-th largest vote of a row lies: one pass over the votes, with a histogram.
 //!
-//! A vote becomes a 32-bit key that ascends as votes do, with NaN below everything. Each of three passes over the votes
-//! counts how often each value of the next digit (11, 11 and 10 bits) occurs among the keys that agree with what is
-//! known; the last block of a row then finds the digit in which the `k`-th key lies. What remains is the key itself and
-//! how many of the keys equal to it are chosen. Counts are integers, so the result has no order of additions in it, and
-//! no table limits how many keys may be equal or share a digit.
+//! A vote becomes a 32-bit key that ascends as votes do, with NaN below everything. Votes are sums of probabilities, so
+//! keys are counted in bins of a 32nd of an octave from 2^-56 to 2^8, and whatever is smaller or larger in the bins at the
+//! ends. The last block of a row finds the bin in which the `k`-th key lies. [`top_k`](mod@crate::top_k) looks closer.
+//! Counts are integers, so the result has no order of additions in it, and no table limits how many keys share a bin.
 
 use crate::launch::GpuInfo;
 use crate::simt::data::V2;
@@ -13,23 +12,26 @@ use crate::simt::shared::{Carve, Region};
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
-/// Passes.
-pub const LEVELS: u32 = 3;
-/// Values of a digit at most.
+/// Bins.
 pub const BINS: u32 = 2048;
+/// Bits of a key below those that tell its bin.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub(crate) const BIN_SHIFT: u32 = 18;
+/// The key of 2^-56, the smallest of bin 1 less one bin.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+const LOWEST: u32 = 1 << 31 | (127 - 56) << 23;
 /// Candidates that are a block's share at least, and a divisor of every share.
 const SHARE: u32 = 256;
 /// Blocks of an SM.
 const BLOCKS_PER_SM: u32 = 4;
 
-/// Workspace of a radix select.
+/// Workspace of the search for a bin.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct RadixTables {
     /// \[num_rows, BINS\] u32, zero before and after each launch.
     pub histogram: GlobalMut<u32>,
-    /// \[num_rows, 2\] u32: the digits of the `k`-th largest key found so far, and its rank (from 1) among the keys that
-    /// share them.
+    /// \[num_rows, 2\] u32: the bin of the `k`-th largest key, and its rank (from 1) among the keys of that bin.
     pub state: GlobalMut<V2<u32>>,
     /// \[num_rows\] u32, zero before and after each launch.
     pub counters: GlobalMut<u32>,
@@ -77,27 +79,16 @@ mod machine {
         if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
     }
 
-    /// Bits below those of digit `level`.
+    /// The bin of a key; ascends as keys do.
     #[inline(always)]
-    fn shift(level: u32) -> u32 {
-        match level {
-            0 => 21,
-            1 => 10,
-            _ => 0,
-        }
+    pub fn bin(key: u32) -> u32 {
+        (key.saturating_sub(LOWEST) >> BIN_SHIFT).min(BINS - 1)
     }
 
-    /// Whether a key agrees with the digits above `level` of `found`.
+    /// The smallest key of a bin.
     #[inline(always)]
-    pub fn agrees(key: u32, found: u32, level: u32) -> bool {
-        level == 0 || (key ^ found) >> shift(level - 1) == 0
-    }
-
-    /// The digit `level` of a key that agrees in those above.
-    #[inline(always)]
-    fn digit(key: u32, level: u32) -> u32 {
-        let bins = if level < 2 { BINS } else { BINS / 2 };
-        key >> shift(level) & (bins - 1)
+    pub fn smallest_key(bin: u32) -> u32 {
+        if bin == 0 { 0 } else { LOWEST + (bin << BIN_SHIFT) }
     }
 
     /// Part of a row's candidates that block `block` of `num_blocks` works on: ascending with the block. Shares begin at
@@ -134,25 +125,25 @@ mod machine {
             Histogram(bins)
         }
 
-        /// Counts the digit `level` of a key.
+        /// Counts a key.
         ///
         /// # Safety
         /// - After [`clear`](Self::clear), before [`finish`](Self::finish).
         #[inline(always)]
-        pub unsafe fn count(self, key: u32, level: u32) {
-            self.0.add(digit(key, level)).atomic_add(1);
+        pub unsafe fn count(self, key: u32) {
+            self.0.add(bin(key)).atomic_add(1);
         }
 
-        /// Adds the block's counts to those of the row; the row's last block finds the digit and writes the state.
-        /// `rank` is the rank of the sought key at level 0; later it is taken from the state.
+        /// Adds the block's counts to those of the row; the row's last block finds the bin of the key of rank `rank` and
+        /// writes the state.
         ///
         /// *Convergence:* aligned; every thread of the block.
         ///
         /// # Safety
         /// - Every thread of the block calls it, once, with the same arguments, and so does every block of the row.
-        /// - At least `rank > 0` keys agree with the digits found so far.
+        /// - At least `rank > 0` keys are counted.
         #[inline(always)]
-        pub unsafe fn finish(self, tables: &RadixTables, row: u32, level: u32, rank: u32) {
+        pub unsafe fn finish(self, tables: &RadixTables, row: u32, rank: u32) {
             thread::sync_threads();
             let of_row = tables.histogram.add(row as u64 * BINS as u64);
             let mut bin = thread::thread_idx_x();
@@ -164,22 +155,16 @@ mod machine {
                 bin += THREADS;
             }
             if grid::is_last_block(tables.counters.add(row as u64), thread::grid_dim_x()) {
-                find(of_row, tables.state.add(row as u64), level, rank);
+                find(of_row, tables.state.add(row as u64), rank);
             }
         }
     }
 
-    /// Finds the digit, writes the state, and sets the row's counts back to 0. Each thread takes eight bins, the first
-    /// thread the topmost.
+    /// Finds the bin, writes the state, and sets the row's counts back to 0. Each thread takes eight bins, the first thread
+    /// the topmost.
     #[inline(always)]
-    unsafe fn find(of_row: GlobalMut<u32>, state: GlobalMut<V2<u32>>, level: u32, rank: u32) {
+    unsafe fn find(of_row: GlobalMut<u32>, state: GlobalMut<V2<u32>>, rank: u32) {
         const BINS_OF_THREAD: usize = (BINS / THREADS) as usize;
-        let (found, rank) = if level == 0 {
-            (0, rank)
-        } else {
-            let [found, rank] = state.load().0;
-            (found, rank)
-        };
         let top = BINS - 1 - thread::thread_idx_x() * BINS_OF_THREAD as u32;
         let mut counts = [0; BINS_OF_THREAD];
         let mut sum = 0;
@@ -191,25 +176,26 @@ mod machine {
             sum += counts[i];
             i += 1;
         }
-        let (mut above, _) = sums_before(sum);
+        let (mut above, _) = sums_before(LAYOUT.warps.get(), THREADS / warp::SIZE, sum);
         let mut i = 0;
         while i < BINS_OF_THREAD {
             if above < rank && rank <= above + counts[i] {
-                state.store(V2([found | (top - i as u32) << shift(level), rank - above]));
+                state.store(V2([top - i as u32, rank - above]));
             }
             above += counts[i];
             i += 1;
         }
     }
 
-    /// The sum of `value` over the threads before this one, and over all.
+    /// The sum of `value` over the threads before this one, and over all, by way of `warps`, a word for each of the
+    /// block's `num_warps` warps.
     ///
     /// *Convergence:* aligned; every thread of the block.
     ///
     /// # Safety
-    /// - Every thread of the block calls it.
+    /// - Every thread of the block calls it, with the same arguments but for `value`; none uses `warps` otherwise.
     #[inline(always)]
-    pub unsafe fn sums_before(value: u32) -> (u32, u32) {
+    pub unsafe fn sums_before(warps: Shared<u32>, num_warps: u32, value: u32) -> (u32, u32) {
         let lane = warp::lane_id();
         let mut up_to = value;
         let mut distance = 1;
@@ -218,7 +204,6 @@ mod machine {
             up_to += if lane >= distance { other } else { 0 };
             distance *= 2;
         }
-        let warps = LAYOUT.warps.get();
         thread::sync_threads();
         if lane == warp::SIZE - 1 {
             warps.add(warp::warp_id()).store(up_to);
@@ -226,7 +211,7 @@ mod machine {
         thread::sync_threads();
         let (mut before, mut all) = (up_to - value, 0);
         let mut other = 0;
-        while other < THREADS / warp::SIZE {
+        while other < num_warps {
             let sum = warps.add(other).load();
             before += if other < warp::warp_id() { sum } else { 0 };
             all += sum;

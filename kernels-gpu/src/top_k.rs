@@ -6,22 +6,25 @@
 //!     chosen = { j : vote[j] > threshold } ∪ the first `ties` j with vote[j] = threshold      larger, then earlier; NaN last
 //! for each row: selected = [0, candidates.begin) ∪ chosen ∪ [candidates.end, n)                    ascending
 //! ```
-//! Four launches, none of which waits for another's blocks:
-//! 1. [`refine`], once for each digit that [`vote`](mod@crate::vote) has not counted: see [`radix`].
-//! 2. [`count`]: how many votes of each block's share lie above the threshold and at it; the last block adds them up, so
-//!    that each share knows how many come before it.
-//! 3. [`emit`]: every token chosen finds its place from these sums and the ballots of its block. It also copies lists
-//!    that are used again, fills the windows, and keeps the cached selections.
+//! Two launches, none of which waits for another's blocks; the first only where [`vote`](mod@crate::vote) has not just done
+//! the same:
+//! 1. [`count`]: the bin in which the threshold lies, see [`radix`].
+//! 2. [`choose`]: each block writes down the *contenders* of its share, in order: the tokens in that bin or above. The last
+//!    block of a row finds the threshold among those in the bin, digit by digit, and gives each token chosen its place.
+//!    Contenders are `k` and a few more, and fit in shared memory; where votes tie by the thousands they pass through it
+//!    window by window, as often as it takes. All blocks together fill the windows, copy lists that are used again, and
+//!    keep the cached selections.
 //!
-//! **Bytes.** The votes, four times, which an L2 holds: `n * 16`.
+//! **Bytes.** The votes, once or twice, which an L2 holds: `n * 4`.
 
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::BatchTables;
 use crate::radix::{self, RadixTables};
 use crate::simt::data::V2;
 use crate::simt::global::{GlobalMut, GlobalPtr};
+use crate::simt::shared::{Carve, Region};
 
-/// Parameters of [`refine`], [`count`] and [`emit`].
+/// Parameters of [`count`] and [`choose`].
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct TopKParams {
@@ -49,10 +52,11 @@ pub struct TopKParams {
     pub cached_made_at: GlobalMut<u32>,
     /// \[3\] u64, read and written: rows reused, scored, complete.
     pub cached_counters: GlobalMut<u64>,
-    /// \[num_rows, blocks\] pairs of u32, workspace: votes above the threshold, and at it; then their sums over the
-    /// shares before.
-    pub counts: GlobalMut<V2<u32>>,
-    /// Workspace.
+    /// \[shares of all rows\] u32, workspace: contenders of each share; see [`max_shares`].
+    pub counts: GlobalMut<u32>,
+    /// \[max_tokens\] pairs of u32, workspace: key and token of each share's contenders, ascending.
+    pub contenders: GlobalMut<V2<u32>>,
+    /// Workspace: [`vote`](mod@crate::vote) or [`count`] has written the state.
     pub radix: RadixTables,
     /// Rows.
     pub batch: BatchTables,
@@ -68,16 +72,58 @@ pub struct TopKParams {
     pub query_len: u32,
     /// Places for tokens of all rows: no row has more.
     pub max_tokens: u32,
-    /// The digit that [`refine`] finds.
-    pub level: u32,
-    /// 0.
-    pub reserved: u32,
 }
 const _: () = assert!(size_of::<TopKParams>() == 216);
 
+/// Threads of a block of [`choose`].
+const THREADS: u32 = 512;
+/// Tokens of a share: eight a thread.
+const SHARE: u32 = 8 * THREADS;
+/// Contenders in shared memory at a time; no fewer than a share may have.
+const WINDOW: u32 = 2 * SHARE;
+
+/// Shares that `num_rows` rows with `num_places` places for tokens may have.
+pub const fn max_shares(num_places: u64, num_rows: u64) -> u64 {
+    num_places / SHARE as u64 + 2 * num_rows + 1
+}
+
+/// Shared memory of a block of [`choose`].
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
+struct Layout {
+    /// Contenders of the window.
+    keys: Region<u32>,
+    tokens: Region<u32>,
+    /// Where the contenders of each share of a round begin.
+    begins: Region<u32>,
+    histogram: Region<u32>,
+    warps: Region<u32>,
+    /// What one thread has found for all.
+    found: Region<u32>,
+    bytes: u32,
+}
+
+const LAYOUT: Layout = {
+    let mut carve = Carve::new();
+    Layout {
+        keys: carve.array(WINDOW, 16),
+        tokens: carve.array(WINDOW, 16),
+        begins: carve.array(THREADS + 1, 16),
+        histogram: carve.array(radix::BINS, 16),
+        warps: carve.array(THREADS / 32, 16),
+        found: carve.array(2, 16),
+        bytes: carve.bytes(),
+    }
+};
+
 impl TopKParams {
-    /// Shares of the candidates of each row; the same for all three kernels.
-    pub const fn dims(&self, gpu: &GpuInfo) -> Dims {
+    /// Launch dimensions of [`choose`]: a block for each share that the longest row may have.
+    pub const fn choose_dims(&self) -> Dims {
+        let blocks = self.max_tokens.div_ceil(SHARE) + 1;
+        Dims { grid: [blocks, self.batch.num_rows, 1], block: [THREADS, 1, 1], shared_bytes: LAYOUT.bytes }
+    }
+
+    /// Launch dimensions of [`count`]: shares of the candidates of each row.
+    pub const fn count_dims(&self, gpu: &GpuInfo) -> Dims {
         let blocks = radix::blocks_of_row(gpu, self.batch.num_rows, self.max_tokens);
         Dims {
             grid: [blocks, self.batch.num_rows, 1],
@@ -88,22 +134,35 @@ impl TopKParams {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-pub use kernel::{count, emit, refine};
+pub use kernel::{choose, count};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::*;
-    use crate::layout::Tokens;
+    use crate::layout::{LOGIT_TILE, Tokens};
     use crate::pool::{COMPLETE, REUSE, SCORE, SKIP};
     use crate::radix::Histogram;
-    use crate::simt::{grid, thread};
+    use crate::simt::shared::Shared;
+    use crate::simt::{grid, thread, warp};
 
-    /// Votes that a thread has under way.
-    const VOTES: usize = 8;
+    /// Finds the bin of the threshold.
+    ///
+    /// # Safety
+    /// - The buffers and tables are as [`TopKParams`] says.
+    /// - Launched with [`TopKParams::count_dims`].
+    pub unsafe fn count(params: TopKParams) {
+        /// Votes that a thread has under way.
+        const VOTES: usize = 8;
 
-    /// Calls `f` with the key of each vote of the block's share that this thread takes; the order does not matter.
-    #[inline(always)]
-    unsafe fn each_key(params: &TopKParams, row: u32, share: Tokens, mut f: impl FnMut(u32)) {
+        grid::launch_dependents();
+        grid::wait_for_previous();
+        let row = thread::block_idx_y();
+        if params.actions.add(row as u64).load() != SCORE {
+            return;
+        }
+        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
+        let histogram = Histogram::clear();
         let votes = params.votes.add(params.batch.token_base(row));
         let mut begin = share.begin + thread::thread_idx_x();
         while begin < share.end {
@@ -119,87 +178,13 @@ mod kernel {
             let mut i = 0;
             while i < VOTES {
                 if begin + (i as u32 * radix::THREADS) < share.end {
-                    f(radix::key(batch[i]));
+                    histogram.count(radix::key(batch[i]));
                 }
                 i += 1;
             }
             begin += VOTES as u32 * radix::THREADS;
         }
-    }
-
-    /// Finds one digit of the threshold.
-    ///
-    /// # Safety
-    /// - The buffers and tables are as [`TopKParams`] says; digits are found in order.
-    /// - Launched with [`TopKParams::dims`].
-    pub unsafe fn refine(params: TopKParams) {
-        grid::launch_dependents();
-        grid::wait_for_previous();
-        let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
-            return;
-        }
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
-        let found = if params.level == 0 { 0 } else { params.radix.state.add(row as u64).load().0[0] };
-        let histogram = Histogram::clear();
-        each_key(&params, row, share, |key| {
-            if radix::agrees(key, found, params.level) {
-                histogram.count(key, params.level);
-            }
-        });
-        histogram.finish(&params.radix, row, params.level, params.k.min(candidates.len()));
-    }
-
-    /// Counts the votes above the threshold and at it.
-    ///
-    /// # Safety
-    /// - As for [`refine`], which has found all digits.
-    /// - Launched with [`TopKParams::dims`].
-    pub unsafe fn count(params: TopKParams) {
-        grid::launch_dependents();
-        grid::wait_for_previous();
-        let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
-            return;
-        }
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
-        let share = radix::share(candidates, block, blocks);
-        let [threshold, _] = params.radix.state.add(row as u64).load().0;
-        let (mut above, mut equal) = (0, 0);
-        each_key(&params, row, share, |key| {
-            above += (key > threshold) as u32;
-            equal += (key == threshold) as u32;
-        });
-        let (_, above) = radix::sums_before(above);
-        let (_, equal) = radix::sums_before(equal);
-        let counts = params.counts.add(row as u64 * blocks as u64);
-        if thread::thread_idx_x() == 0 {
-            counts.add(block as u64).store(V2([above, equal]));
-        }
-        if grid::is_last_block(params.radix.counters.add(row as u64), blocks) {
-            sum_counts(counts, blocks);
-        }
-    }
-
-    /// Replaces the counts of each share by their sums over the shares before it.
-    #[inline(always)]
-    unsafe fn sum_counts(counts: GlobalMut<V2<u32>>, blocks: u32) {
-        let (mut above, mut equal) = (0, 0);
-        let mut begin = 0;
-        while begin < blocks {
-            let block = begin + thread::thread_idx_x();
-            let own = if block < blocks { counts.add(block as u64).load().0 } else { [0, 0] };
-            let (before_above, all_above) = radix::sums_before(own[0]);
-            let (before_equal, all_equal) = radix::sums_before(own[1]);
-            if block < blocks {
-                counts.add(block as u64).store(V2([above + before_above, equal + before_equal]));
-            }
-            above += all_above;
-            equal += all_equal;
-            begin += radix::THREADS;
-        }
+        histogram.finish(&params.radix, row, params.k.min(candidates.len()));
     }
 
     /// A row, its cached selection, and where its lists lie.
@@ -214,9 +199,9 @@ mod kernel {
     /// Writes the lists.
     ///
     /// # Safety
-    /// - As for [`refine`]; [`count`] has run.
-    /// - Launched with [`TopKParams::dims`].
-    pub unsafe fn emit(params: TopKParams) {
+    /// - As for [`count`], which has run, or [`vote`](mod@crate::vote), for the same votes.
+    /// - Launched with [`TopKParams::choose_dims`].
+    pub unsafe fn choose(params: TopKParams) {
         grid::launch_dependents();
         grid::wait_for_previous();
         let row = thread::block_idx_y();
@@ -253,10 +238,10 @@ mod kernel {
         if action == REUSE {
             reuse(&row, caches);
         } else if action == SCORE {
-            choose(&row, caches);
             if caches {
                 keep_query(&row, kv_len);
             }
+            contend(&row, chosen, caches);
         }
     }
 
@@ -270,11 +255,11 @@ mod kernel {
             reused += (action == REUSE) as u32;
             scored += (action == SCORE) as u32;
             complete += (action == COMPLETE) as u32;
-            row += radix::THREADS;
+            row += THREADS;
         }
-        let (_, reused) = radix::sums_before(reused);
-        let (_, scored) = radix::sums_before(scored);
-        let (_, complete) = radix::sums_before(complete);
+        let (_, reused) = sums_before(reused);
+        let (_, scored) = sums_before(scored);
+        let (_, complete) = sums_before(complete);
         if thread::thread_idx_x() == 0 {
             add_to(params.cached_counters, reused);
             add_to(params.cached_counters.add(1), scored);
@@ -291,10 +276,10 @@ mod kernel {
         /// Calls `f` with this thread's part of `0..len`, shared by all threads of the row.
         #[inline(always)]
         unsafe fn each(&self, len: u32, mut f: impl FnMut(u32)) {
-            let mut i = thread::block_idx_x() * radix::THREADS + thread::thread_idx_x();
+            let mut i = thread::block_idx_x() * THREADS + thread::thread_idx_x();
             while i < len {
                 f(i);
-                i += thread::grid_dim_x() * radix::THREADS;
+                i += thread::grid_dim_x() * THREADS;
             }
         }
 
@@ -357,36 +342,280 @@ mod kernel {
         }
     }
 
-    /// Writes the tokens of the block's share that are chosen, a tile of as many tokens as there are threads at a time.
+    /// See [`radix::sums_before`].
     #[inline(always)]
-    unsafe fn choose(row: &Row<'_>, caches: bool) {
+    unsafe fn sums_before(value: u32) -> (u32, u32) {
+        radix::sums_before(LAYOUT.warps.get(), THREADS / warp::SIZE, value)
+    }
+
+    /// Writes down the contenders of the block's share; the row's last block chooses among all.
+    #[inline(always)]
+    unsafe fn contend(row: &Row<'_>, chosen: u32, caches: bool) {
         let params = row.params;
-        let (block, blocks) = (thread::block_idx_x(), thread::grid_dim_x());
-        let share = radix::share(row.candidates, block, blocks);
-        let [threshold, ties] = params.radix.state.add(row.row as u64).load().0;
-        let [mut above, mut equal] =
-            params.counts.add(row.row as u64 * blocks as u64 + block as u64).load().0;
-        let votes = params.votes.add(params.batch.token_base(row.row));
-        let mut begin = share.begin;
-        while begin < share.end {
-            let token = begin + thread::thread_idx_x();
-            let key = if token < share.end { radix::key(votes.add(token as u64).load_cached()) } else { 0 };
-            let is_above = token < share.end && key > threshold;
-            let is_equal = token < share.end && key == threshold;
-            // A block has at most THREADS of either, so one sum carries both.
-            let (before, all) = radix::sums_before(is_above as u32 | (is_equal as u32) << 16);
-            let (before_above, before_equal) = (above + (before & 0xffff), equal + (before >> 16));
-            if is_above || (is_equal && before_equal < ties) {
-                let place = before_above + before_equal.min(ties);
+        let first = row.candidates.begin / LOGIT_TILE * LOGIT_TILE;
+        let num_shares = (row.candidates.end - first).div_ceil(SHARE);
+        let share = thread::block_idx_x();
+        if share >= num_shares {
+            return;
+        }
+        let base = params.batch.token_base(row.row);
+        let [bin, rank] = params.radix.state.add(row.row as u64).load().0;
+        let counts = params.counts.add(base / SHARE as u64 + 2 * row.row as u64);
+        let contenders = params.contenders.add(base);
+        write_contenders(row, first, share, bin, counts, contenders);
+        if grid::is_last_block(params.radix.counters.add(row.row as u64), num_shares) {
+            let all = Contenders { first, num_shares, counts, contenders };
+            choose_among(row, &all, bin, rank, chosen, caches);
+        }
+    }
+
+    /// The contenders of a share, in the order of their tokens, from the place of its first token on.
+    #[inline(always)]
+    unsafe fn write_contenders(
+        row: &Row<'_>,
+        first: u32,
+        share: u32,
+        bin: u32,
+        counts: GlobalMut<u32>,
+        contenders: GlobalMut<V2<u32>>,
+    ) {
+        const VOTES: usize = (SHARE / THREADS) as usize;
+        let begin = (first + share * SHARE).max(row.candidates.begin);
+        let own = first + share * SHARE + thread::thread_idx_x() * VOTES as u32;
+        let votes = row.params.votes.add(row.params.batch.token_base(row.row));
+        let mut keys = [0; VOTES];
+        let mut contends = [false; VOTES];
+        let mut count = 0;
+        let mut i = 0;
+        while i < VOTES {
+            let token = own + i as u32;
+            if token >= row.candidates.begin && token < row.candidates.end {
+                keys[i] = radix::key(votes.add(token as u64).load_cached());
+                contends[i] = radix::bin(keys[i]) >= bin;
+            }
+            i += 1;
+        }
+        let mut i = 0;
+        while i < VOTES {
+            count += contends[i] as u32;
+            i += 1;
+        }
+        let (mut place, all) = sums_before(count);
+        let mut i = 0;
+        while i < VOTES {
+            if contends[i] {
+                contenders.add((begin + place) as u64).store(V2([keys[i], own + i as u32]));
+                place += 1;
+            }
+            i += 1;
+        }
+        if thread::thread_idx_x() == 0 {
+            counts.add(share as u64).store(all);
+        }
+    }
+
+    /// The contenders of all shares of a row.
+    struct Contenders {
+        /// First token of the first share.
+        first: u32,
+        num_shares: u32,
+        counts: GlobalMut<u32>,
+        contenders: GlobalMut<V2<u32>>,
+    }
+
+    /// Contenders that lie in shared memory: those of the shares `begin..end`.
+    #[derive(Clone, Copy)]
+    struct Window {
+        begin: u32,
+        end: u32,
+        len: u32,
+    }
+
+    impl Contenders {
+        /// Brings the contenders of the next shares to shared memory, as many shares as fit: at least one.
+        #[inline(always)]
+        unsafe fn load(&self, row: &Row<'_>, begin: u32) -> Window {
+            let (thread, begins, found) = (thread::thread_idx_x(), LAYOUT.begins.get(), LAYOUT.found.get());
+            let share = begin + thread;
+            let count = if share < self.num_shares { self.counts.add(share as u64).load() } else { 0 };
+            let (before, _) = sums_before(count);
+            begins.add(thread).store(before);
+            if thread == THREADS - 1 {
+                begins.add(THREADS).store(before + count);
+            }
+            // The last share that fits, of those that are there.
+            let fits = before + count <= WINDOW && share < self.num_shares;
+            let num_shares = thread::sync_threads_count(fits);
+            if thread == num_shares - 1 {
+                found.store(before + count);
+            }
+            thread::sync_threads();
+            let window = Window { begin, end: begin + num_shares, len: found.load() };
+            let mut i = thread;
+            while i < window.len {
+                // The last share that begins at or before place i.
+                let (mut low, mut high) = (0, num_shares);
+                while low + 1 < high {
+                    let middle = (low + high) / 2;
+                    if begins.add(middle).load() <= i {
+                        low = middle;
+                    } else {
+                        high = middle;
+                    }
+                }
+                let of_share = (self.first + (begin + low) * SHARE).max(row.candidates.begin);
+                let [key, token] =
+                    self.contenders.add((of_share + i - begins.add(low).load()) as u64).load().0;
+                LAYOUT.keys.get().add(i).store(key);
+                LAYOUT.tokens.get().add(i).store(token);
+                i += THREADS;
+            }
+            thread::sync_threads();
+            window
+        }
+
+        /// Calls `f` with one window after the other. If one holds all, it stays in shared memory and is not loaded
+        /// again: `held` says so, and is brought up to date.
+        #[inline(always)]
+        unsafe fn each_window(&self, row: &Row<'_>, held: &mut Option<Window>, mut f: impl FnMut(Window)) {
+            if let Some(window) = *held {
+                f(window);
+                return;
+            }
+            let mut begin = 0;
+            while begin < self.num_shares {
+                let window = self.load(row, begin);
+                f(window);
+                if window.begin == 0 && window.end == self.num_shares {
+                    *held = Some(window);
+                }
+                thread::sync_threads();
+                begin = window.end;
+            }
+        }
+    }
+
+    /// Finds the threshold and writes the tokens that are chosen; run by one block.
+    #[inline(always)]
+    unsafe fn choose_among(row: &Row<'_>, all: &Contenders, bin: u32, rank: u32, chosen: u32, caches: bool) {
+        let mut held = None;
+        let smallest = radix::smallest_key(bin);
+        // The bins at the ends have keys of any size.
+        let ordinary = bin > 0 && bin < radix::BINS - 1;
+        let (mut threshold, mut ties) = (smallest, rank);
+        let mut digit = 0;
+        while digit < if ordinary { 2 } else { 3 } {
+            let (shift, bits) = match (ordinary, digit) {
+                (true, 0) => (9, 9),
+                (true, _) => (0, 9),
+                (false, 0) => (21, 11),
+                (false, 1) => (10, 11),
+                (false, _) => (0, 10),
+            };
+            let histogram = LAYOUT.histogram.get();
+            let mut i = thread::thread_idx_x();
+            while i < radix::BINS {
+                histogram.add(i).store(0);
+                i += THREADS;
+            }
+            thread::sync_threads();
+            let known = threshold - smallest;
+            all.each_window(row, &mut held, |window| {
+                let mut i = thread::thread_idx_x();
+                while i < window.len {
+                    let key = LAYOUT.keys.get().add(i).load();
+                    let above = key - smallest;
+                    // In the bin, and equal to the threshold in the digits that are known.
+                    if radix::bin(key) == bin && (digit == 0 || (above ^ known) >> (shift + bits) == 0) {
+                        histogram.add(above >> shift & ((1 << bits) - 1)).atomic_add(1);
+                    }
+                    i += THREADS;
+                }
+            });
+            thread::sync_threads();
+            let (value, left) = find_digit(histogram, ties);
+            threshold += value << shift;
+            ties = left;
+            digit += 1;
+        }
+        let (mut above, mut equal) = (0, 0);
+        all.each_window(row, &mut held, |window| {
+            write_chosen(row, window, threshold, ties.min(chosen), &mut above, &mut equal, caches);
+        });
+    }
+
+    /// The digit, counted from the top, at which the sum of a histogram reaches `rank`, and the rank within it.
+    #[inline(always)]
+    unsafe fn find_digit(histogram: Shared<u32>, rank: u32) -> (u32, u32) {
+        const BINS: usize = (radix::BINS / THREADS) as usize;
+        let top = radix::BINS - 1 - thread::thread_idx_x() * BINS as u32;
+        let (mut counts, mut sum) = ([0; BINS], 0);
+        let mut i = 0;
+        while i < BINS {
+            counts[i] = histogram.add(top - i as u32).load();
+            sum += counts[i];
+            i += 1;
+        }
+        let (mut above, _) = sums_before(sum);
+        let found = LAYOUT.found.get();
+        let mut i = 0;
+        while i < BINS {
+            if above < rank && rank <= above + counts[i] {
+                found.store(top - i as u32);
+                found.add(1).store(rank - above);
+            }
+            above += counts[i];
+            i += 1;
+        }
+        thread::sync_threads();
+        let digit = (found.load(), found.add(1).load());
+        thread::sync_threads();
+        digit
+    }
+
+    /// Writes the tokens of a window that are chosen, each thread those of a run of contenders. `above` and `equal` count
+    /// the contenders before the window that lie above the threshold and at it.
+    #[inline(always)]
+    unsafe fn write_chosen(
+        row: &Row<'_>,
+        window: Window,
+        threshold: u32,
+        ties: u32,
+        above: &mut u32,
+        equal: &mut u32,
+        caches: bool,
+    ) {
+        let run = window.len.div_ceil(THREADS);
+        let begin = (thread::thread_idx_x() * run).min(window.len);
+        let end = (begin + run).min(window.len);
+        let (keys, tokens) = (LAYOUT.keys.get(), LAYOUT.tokens.get());
+        let mut counted = 0;
+        let mut i = begin;
+        while i < end {
+            let key = keys.add(i).load();
+            counted += (key > threshold) as u32 | ((key == threshold) as u32) << 16;
+            i += 1;
+        }
+        let (before, all) = sums_before(counted);
+        let (mut own_above, mut own_equal) = (*above + (before & 0xffff), *equal + (before >> 16));
+        let mut i = begin;
+        while i < end {
+            let key = keys.add(i).load();
+            let is_equal = key == threshold;
+            if key > threshold || (is_equal && own_equal < ties) {
+                let place = own_above + own_equal.min(ties);
+                let token = tokens.add(i).load();
                 row.list(row.candidates.begin + place).store(token);
                 row.chosen(place).store(token);
                 if caches {
                     row.cached(place).store(token);
                 }
             }
-            above += all & 0xffff;
-            equal += all >> 16;
-            begin += radix::THREADS;
+            own_above += (key > threshold) as u32;
+            own_equal += is_equal as u32;
+            i += 1;
         }
+        *above += all & 0xffff;
+        *equal += all >> 16;
     }
 }

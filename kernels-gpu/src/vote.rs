@@ -1,4 +1,4 @@
-//! `vote`: softmax probabilities of each candidate, summed over heads, and how often their first digits occur.
+//! `vote`: softmax probabilities of each candidate, summed over heads, and the bin of the `k`-th largest sum.
 //!
 //! ```text
 //! for each scored row, candidate token j:
@@ -10,8 +10,7 @@
 //!
 //! **Bytes.** `n * num_qo_heads * 4` read, `n * 4` written.
 //!
-//! The histogram is that of the first pass of the [radix select](crate::radix); [`top_k`](mod@crate::top_k) can begin with
-//! its second.
+//! The histogram of the votes and the search in it are those of [`radix`](crate::radix).
 
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::BatchTables;
@@ -30,7 +29,7 @@ pub struct VoteParams {
     pub stats: GlobalPtr<f32>,
     /// \[max_tokens\] f32, written for candidates.
     pub votes: GlobalMut<f32>,
-    /// Workspace; the state is that after the first digit.
+    /// Workspace; the state is written.
     pub radix: RadixTables,
     /// Rows.
     pub batch: BatchTables,
@@ -95,7 +94,7 @@ mod kernel {
         let candidates = params.batch.candidates(row, params.n_init, params.n_local);
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
         vote_share::<V>(&params, row, share, histogram);
-        histogram.finish(&params.radix, row, 0, params.top_k.min(candidates.len()));
+        histogram.finish(&params.radix, row, params.top_k.min(candidates.len()));
     }
 
     /// What turns `V` adjacent heads' logits into probabilities.
@@ -136,37 +135,58 @@ mod kernel {
         }
     }
 
+    /// A query head: member `member` of the group of KV head `kv`.
+    #[derive(Clone, Copy)]
+    struct Head {
+        kv: u32,
+        member: u32,
+    }
+
+    impl Head {
+        /// Goes on by `count` heads.
+        #[inline(always)]
+        fn skip(&mut self, count: u32, group: u32) {
+            self.member += count;
+            while self.member >= group {
+                self.member -= group;
+                self.kv += 1;
+            }
+        }
+    }
+
     /// Writes and counts the votes of the block's tokens.
     #[inline(always)]
     unsafe fn vote_share<const V: usize>(params: &VoteParams, row: u32, share: Tokens, histogram: Histogram) {
         let (slot, half) = (warp::lane_id() % LOGIT_TILE, warp::lane_id() / LOGIT_TILE);
         let base = params.batch.logit_tile(row);
         let votes = params.votes.add(params.batch.token_base(row));
-        let num_qo_heads = params.num_kv_heads * params.group;
         let end = share.end.div_ceil(LOGIT_TILE);
         let mut tile = share.begin / LOGIT_TILE + warp::warp_id() * TILES as u32;
         while tile < end {
             let mut sums = [0.0; TILES];
-            let mut head = V as u32 * half;
-            while head < num_qo_heads {
+            let mut head = Head { kv: 0, member: 0 };
+            head.skip(V as u32 * half, params.group);
+            while head.kv < params.num_kv_heads {
                 let mut logits = [[[0.0; V]; TILES]; PIECES];
+                let mut heads = [head; PIECES];
                 let mut p = 0;
                 while p < PIECES {
-                    let head = head + (2 * V * p) as u32;
+                    heads[p] = head;
                     let mut i = 0;
                     while i < TILES {
-                        if head < num_qo_heads && tile + (i as u32) < end {
+                        if head.kv < params.num_kv_heads && tile + (i as u32) < end {
                             logits[p][i] = load::<V>(params, base + (tile + i as u32) as u64, slot, head);
                         }
                         i += 1;
                     }
+                    head.skip(2 * V as u32, params.group);
                     p += 1;
                 }
                 let mut p = 0;
                 while p < PIECES {
-                    let head = head + (2 * V * p) as u32;
-                    if head < num_qo_heads {
-                        let heads = Heads::<V>::load(params, row, head);
+                    if heads[p].kv < params.num_kv_heads {
+                        let heads =
+                            Heads::<V>::load(params, row, heads[p].kv * params.group + heads[p].member);
                         let mut i = 0;
                         while i < TILES {
                             sums[i] += heads.sum(logits[p][i]);
@@ -175,7 +195,6 @@ mod kernel {
                     }
                     p += 1;
                 }
-                head += (2 * V * PIECES) as u32;
             }
             let mut i = 0;
             while i < TILES {
@@ -184,7 +203,7 @@ mod kernel {
                 // The two lanes of a token take turns.
                 if token >= share.begin && token < share.end && half == i as u32 % 2 {
                     votes.add(token as u64).store(vote);
-                    histogram.count(radix::key(vote), 0);
+                    histogram.count(radix::key(vote));
                 }
                 i += 1;
             }
@@ -194,11 +213,9 @@ mod kernel {
 
     /// The logits of `V` heads from `head` on, of one token of a tile.
     #[inline(always)]
-    unsafe fn load<const V: usize>(params: &VoteParams, tile: u64, slot: u32, head: u32) -> [f32; V] {
-        let group = params.group.max(1);
-        let (kv_head, member) = (head / group, head % group);
-        let line = (tile * params.num_kv_heads as u64 + kv_head as u64) * LOGIT_TILE as u64 + slot as u64;
-        let at = params.logits.add(line * group as u64 + member as u64);
+    unsafe fn load<const V: usize>(params: &VoteParams, tile: u64, slot: u32, head: Head) -> [f32; V] {
+        let line = (tile * params.num_kv_heads as u64 + head.kv as u64) * LOGIT_TILE as u64 + slot as u64;
+        let at = params.logits.add(line * params.group as u64 + head.member as u64);
         let mut logits = [0.0; V];
         if V == 4 {
             let quad = at.cast::<V4<f32>>().load_stream().0;

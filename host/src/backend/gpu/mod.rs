@@ -22,7 +22,6 @@ use kernels_gpu::launch::Dims;
 use kernels_gpu::layout::{BatchTables, PageStrides};
 use kernels_gpu::merge::MergeParams;
 use kernels_gpu::pool::PoolParams;
-use kernels_gpu::radix::LEVELS;
 use kernels_gpu::rope::{HALF_SPLIT, RopeTables};
 use kernels_gpu::score::{ScoreParams, columns};
 
@@ -230,20 +229,16 @@ impl Backend for GpuBackend {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let mut params = self.top_k_params(&args)?;
-        let dims = params.dims(self.driver.gpu());
-        let refine = self.entry("top_k", "top_k_refine")?;
-        // `vote` has counted the first digit.
-        for level in u32::from(args.votes_are_fresh)..LEVELS {
-            params.level = level;
-            // SAFETY: `TokenSelect` has checked shapes and lengths; digits are found in order.
-            unsafe { self.launch(refine, dims, &params)? };
+        let params = self.top_k_params(&args)?;
+        // `vote` has counted votes that are fresh.
+        if !args.votes_are_fresh {
+            let count = self.entry("top_k", "top_k_count")?;
+            // SAFETY: `TokenSelect` has checked shapes and lengths.
+            unsafe { self.launch(count, params.count_dims(self.driver.gpu()), &params)? };
         }
-        for name in ["top_k_count", "top_k_emit"] {
-            // SAFETY: as above, and each launch finds what the one before has left.
-            unsafe { self.launch(self.entry("top_k", name)?, dims, &params)? };
-        }
-        Ok(())
+        let choose = self.entry("top_k", "top_k_choose")?;
+        // SAFETY: as above.
+        unsafe { self.launch(choose, params.choose_dims(), &params) }
     }
 
     fn attend(&self, args: AttendArgs<'_>) -> Result<()> {

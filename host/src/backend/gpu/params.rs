@@ -222,6 +222,7 @@ impl GpuBackend {
             cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?,
             cached_counters: self.part("cached.counters", cached.map(|c| &c.counters))?,
             counts: GlobalMut::from_addr(scratch.share_counts),
+            contenders: GlobalMut::from_addr(scratch.contenders),
             radix: scratch.radix(),
             batch: self.tables(args.batch)?,
             n_init: config.n_init as u32,
@@ -230,8 +231,6 @@ impl GpuBackend {
             max_selected: args.selected.shape().dims()[1] as u32,
             query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
             max_tokens: args.votes.shape().dims()[0] as u32,
-            level: 0,
-            reserved: 0,
         })
     }
 

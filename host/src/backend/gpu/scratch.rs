@@ -2,9 +2,10 @@
 
 use kernels_gpu::attend_decode::{QUERY_ROWS, max_parts};
 use kernels_gpu::launch::GpuInfo;
-use kernels_gpu::radix::{BINS, RadixTables, blocks_of_row};
+use kernels_gpu::radix::{BINS, RadixTables};
 use kernels_gpu::score::max_chunks;
 use kernels_gpu::simt::global::GlobalMut;
+use kernels_gpu::top_k::max_shares;
 
 use crate::config::{Positions, SelectConfig};
 use crate::error::Result;
@@ -23,8 +24,10 @@ pub(super) struct Scratch {
     pub histogram: u64,
     /// `[max_rows, 2]` u32.
     pub radix_state: u64,
-    /// `[num_rows, blocks_of_row]` pairs of u32, for any number of rows.
+    /// `[max_shares]` u32: contenders of each share.
     pub share_counts: u64,
+    /// `[max_kv_tokens]` pairs of u32: contenders.
+    pub contenders: u64,
     /// `[max_parts]` u32, zero between launches.
     pub attend_counters: u64,
     /// `[max_parts, QUERY_ROWS, head_dim]` f32.
@@ -55,8 +58,8 @@ impl Scratch {
         let score_partial = words(max_rows * chunks * heads.num_qo_heads * 2);
         let histogram = words(max_rows * BINS as usize);
         let radix_state = words(max_rows * 2);
-        // `rows * blocks_of_row(rows)` is largest where the division of blocks among rows rounds up the most.
-        let share_counts = words(2 * (blocks_of_row(gpu, 1, u32::MAX) as usize + max_rows));
+        let share_counts = words(max_shares(limits.max_kv_tokens as u64, max_rows as u64) as usize);
+        let contenders = words(2 * limits.max_kv_tokens);
         let parts = max_parts(gpu) as usize;
         let attend_counters = words(parts);
         let attend_partial = words(parts * QUERY_ROWS as usize * heads.head_dim);
@@ -73,6 +76,7 @@ impl Scratch {
             histogram,
             radix_state,
             share_counts,
+            contenders,
             attend_counters,
             attend_partial,
             attend_stats,
