@@ -302,6 +302,15 @@ fn gpu_adversarial_votes() {
     }
 }
 
+/// More contenders than a block holds in shared memory: they pass through it window by window.
+#[test]
+fn gpu_contenders_in_several_windows() {
+    let device = gpus().remove(0);
+    for len in [4096 + 3, 3 * 4096 - 1] {
+        check_adversarial(&device, len, &[1, 9000.min(len - 1)]);
+    }
+}
+
 #[test]
 fn gpu_ragged_rows() {
     let config = SelectConfig { top_k: 40, n_local: 3, ..small_config() };

@@ -46,8 +46,14 @@ const WARPS: u32 = THREADS / 32;
 const TILE: u32 = 16;
 /// Query rows of a block: the columns of one `mma`.
 pub const QUERY_ROWS: u32 = 8;
-/// Blocks that one SM runs at a time, with up to 255 registers a thread.
-const BLOCKS_PER_SM: u32 = 2;
+/// Blocks that one SM runs at a time at most.
+const MAX_BLOCKS_PER_SM: u32 = 3;
+
+/// Blocks that one SM runs at a time: three have up to 168 registers a thread. Two where rotated keys, or pieces that are
+/// half as wide, need more.
+const fn blocks_per_sm(head_dim: u32, rotate: bool) -> u32 {
+    if rotate || !head_dim.is_multiple_of(64) { 2 } else { MAX_BLOCKS_PER_SM }
+}
 /// Shares of a list at most; their statistics are merged in shared memory.
 const MAX_SPLITS: u32 = 128;
 
@@ -90,9 +96,10 @@ impl<T> AttendParams<T> {
     }
 
     /// Shares that each list is cut into: enough to fill the device, and no emptier than a tile for each warp.
-    pub const fn decode_splits(&self, gpu: &GpuInfo) -> u32 {
+    pub const fn decode_splits(&self, gpu: &GpuInfo, head_dim: u32) -> u32 {
         let units = self.decode_units();
-        let fair = max_parts(gpu) / if units == 0 { 1 } else { units };
+        let blocks = gpu.num_sms * blocks_per_sm(head_dim, self.rope.coarse.addr() != 0);
+        let fair = blocks / if units == 0 { 1 } else { units };
         let useful = self.max_len.div_ceil(TILE * WARPS);
         let splits = if fair < useful { fair } else { useful };
         match splits {
@@ -105,7 +112,11 @@ impl<T> AttendParams<T> {
     /// A block per share, KV head and tile of query rows, and row.
     pub const fn decode_dims(&self, gpu: &GpuInfo, head_dim: u32) -> Dims {
         Dims {
-            grid: [self.decode_splits(gpu), self.num_kv_heads * self.query_tiles(), self.batch.num_rows],
+            grid: [
+                self.decode_splits(gpu, head_dim),
+                self.num_kv_heads * self.query_tiles(),
+                self.batch.num_rows,
+            ],
             block: [THREADS, 1, 1],
             shared_bytes: Layout::new(head_dim).bytes,
         }
@@ -114,7 +125,7 @@ impl<T> AttendParams<T> {
 
 /// Units times shares at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
 pub const fn max_parts(gpu: &GpuInfo) -> u32 {
-    gpu.num_sms * BLOCKS_PER_SM
+    gpu.num_sms * MAX_BLOCKS_PER_SM
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
@@ -184,7 +195,11 @@ mod kernel {
     >(
         params: AttendParams<T>,
     ) {
-        thread::launch_bounds::<THREADS, BLOCKS_PER_SM>();
+        if const { blocks_per_sm((8 * W * C) as u32, ROTATE != NATIVE) == MAX_BLOCKS_PER_SM } {
+            thread::launch_bounds::<THREADS, MAX_BLOCKS_PER_SM>();
+        } else {
+            thread::launch_bounds::<THREADS, 2>();
+        }
         grid::launch_dependents();
         grid::wait_for_previous();
         let layout = const { &Layout::new((8 * W * C) as u32) };
@@ -208,11 +223,7 @@ mod kernel {
             }
             return;
         }
-        if ROTATE != NATIVE {
-            rotate_queries::<T, W, C>(&work, layout);
-        }
-        let queries = load_queries::<T, W, C, ROTATE>(&work, layout);
-        let (out, softmax) = attend_share::<T, W, C, V, ROTATE>(&work, layout, queries);
+        let (out, softmax) = attend_share::<T, W, C, V, ROTATE>(&work, layout);
         merge_warps::<T, W, C, V>(&work, layout, out, softmax);
     }
 
@@ -352,7 +363,6 @@ mod kernel {
     unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
         work: &Work<'_, T>,
         layout: &Layout,
-        queries: Shared<u32>,
     ) -> (Out<W, V>, Softmax) {
         let scratch = layout.out.get().add(warp::warp_id() * QUERY_ROWS * (8 * W * C) as u32);
         let mut out = [[[0.0; 4]; W]; V];
@@ -361,28 +371,46 @@ mod kernel {
         let (split, splits) = (thread::block_idx_x() as u64, thread::grid_dim_x() as u64);
         let end = (tiles * (split + 1) / splits) as u32;
         let mut tile = (tiles * split / splits) as u32 + warp::warp_id();
+        // A share may have fewer tiles than warps; the first loads of the others are for nothing.
+        let here = look_up(work, tile);
+        let mut ahead = look_up(work, tile + WARPS);
+        let mut rank = here.rank;
+        let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
+        if ROTATE == NATIVE {
+            keys = load_keys::<T, W, C>(work, here);
+            values = load_values::<T, W, V>(work, here);
+        } else {
+            rotate_queries::<T, W, C>(work, layout);
+        }
+        let queries = load_queries::<T, W, C, ROTATE>(work, layout);
+        if ROTATE != NATIVE {
+            keys = load_keys::<T, W, C>(work, here);
+            values = load_values::<T, W, V>(work, here);
+        }
         if tile >= end {
             return (out, softmax);
         }
-        let mut here = look_up(work, tile);
-        let mut keys = load_keys::<T, W, C>(work, here);
-        let mut values = load_values::<T, W, V>(work, here);
-        let mut ahead = look_up(work, tile + WARPS);
         loop {
             let next = tile + WARPS;
-            let products = multiply::<T, W, C, ROTATE>(work, queries, here, &keys);
-            let after = look_up(work, next + WARPS);
+            let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
+            let mut after = ahead;
+            if ROTATE == NATIVE || W == 4 {
+                after = look_up(work, next + WARPS);
+            }
             let followed = next < end;
             if followed {
                 keys = load_keys::<T, W, C>(work, ahead);
             }
-            let weights = fold(work, here, products, &mut softmax, &mut out);
-            accumulate::<T, W, V>(work, here, weights, &values, scratch, &mut out);
+            let weights = fold(work, rank, products, &mut softmax, &mut out);
+            accumulate::<T, W, V>(work, tile, rank, weights, &values, scratch, &mut out);
             if !followed {
                 return (out, softmax);
             }
             values = load_values::<T, W, V>(work, ahead);
-            (tile, here, ahead) = (next, ahead, after);
+            if ROTATE != NATIVE && W != 4 {
+                after = look_up(work, next + WARPS); // late: rotation needs the registers
+            }
+            (tile, rank, ahead) = (next, ahead.rank, after);
         }
     }
 
@@ -453,7 +481,7 @@ mod kernel {
     unsafe fn multiply<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
         work: &Work<'_, T>,
         queries: Shared<u32>,
-        at: At,
+        rank: u32,
         keys: &[Key<W, C>; 2],
     ) -> [f32; 4] {
         let mut d = [0.0; 4];
@@ -466,7 +494,7 @@ mod kernel {
             return d;
         }
         let position = |half: u32| {
-            let rank = warp::shuffle_idx(warp::FULL, at.rank, 8 * half + warp::lane_id() / 4);
+            let rank = warp::shuffle_idx(warp::FULL, rank, 8 * half + warp::lane_id() / 4);
             if rank == NOWHERE { 0 } else { rank }
         };
         let positions = [position(0), position(1)];
@@ -580,7 +608,7 @@ mod kernel {
     #[inline(always)]
     unsafe fn fold<T: Element, const W: usize, const V: usize>(
         work: &Work<'_, T>,
-        at: At,
+        own_rank: u32,
         products: [f32; 4],
         softmax: &mut Softmax,
         out: &mut Out<W, V>,
@@ -589,7 +617,7 @@ mod kernel {
         let mut largest = softmax.max;
         let mut i = 0;
         while i < 4 {
-            let rank = warp::shuffle_idx(warp::FULL, at.rank, 8 * (i as u32 / 2) + warp::lane_id() / 4);
+            let rank = warp::shuffle_idx(warp::FULL, own_rank, 8 * (i as u32 / 2) + warp::lane_id() / 4);
             let seen = rank < work.bounds[i % 2];
             weights[i] = if seen { work.params.logit(products[i]) } else { f32::NEG_INFINITY };
             largest[i % 2] = largest[i % 2].max(weights[i]);
@@ -647,14 +675,15 @@ mod kernel {
     #[inline(always)]
     unsafe fn accumulate<T: Element, const W: usize, const V: usize>(
         work: &Work<'_, T>,
-        at: At,
+        tile: u32,
+        rank: u32,
         weights: [f32; 4],
         values: &Values<W, V>,
         scratch: Shared<f32>,
         out: &mut Out<W, V>,
     ) {
-        if work.hides_some(at) && any_value_not_finite::<T, W, V>(values) {
-            return accumulate_seen::<T, W, V>(work, at, weights, scratch, out);
+        if work.hides_some(rank) && any_value_not_finite::<T, W, V>(values) {
+            return accumulate_seen::<T, W, V>(work, look_up(work, tile), weights, scratch, out);
         }
         let b = [transpose::<T>(weights[0], weights[1]), transpose::<T>(weights[2], weights[3])];
         let mut v = 0;
@@ -677,11 +706,11 @@ mod kernel {
     }
 
     impl<T: Element> Work<'_, T> {
-        /// Whether some place of the tile, which is in the list, is hidden from some query of the block; the same in
-        /// all lanes.
+        /// Whether some place of a tile, which is in the list, is hidden from some query of the block; the same in all
+        /// lanes. `rank` is that of the lane's place.
         #[inline(always)]
-        unsafe fn hides_some(&self, at: At) -> bool {
-            let hidden = at.rank != NOWHERE && at.rank >= self.list.first_bound;
+        unsafe fn hides_some(&self, rank: u32) -> bool {
+            let hidden = rank != NOWHERE && rank >= self.list.first_bound;
             warp::any(warp::FULL, hidden)
         }
     }
@@ -887,7 +916,7 @@ mod kernel {
         }
     }
 
-    /// Merges the shares of a list, eight of which are under way at a time.
+    /// Merges the shares of a list, many of which are under way at a time.
     #[inline(always)]
     unsafe fn merge_splits<T: Element>(
         work: &Work<'_, T>,
@@ -896,7 +925,7 @@ mod kernel {
         splits: u32,
         head_dim: u32,
     ) {
-        const BATCH: usize = 8;
+        const BATCH: usize = 17;
         let params = work.params;
         let first = unit as u64 * splits as u64 * QUERY_ROWS as u64;
         let mut i = thread::thread_idx_x();
