@@ -104,7 +104,7 @@ impl TokenSelect {
         self.begin_step(cache, layer, batch, &input, &output)?;
         let (kv, selections) = cache.layer_and_selections(layer)?;
         let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
-        self.select(batch, kv, input.q, cached)?;
+        self.select_after(batch, kv, input.q, cached, batch.num_query_tokens() > 0)?;
         self.attend(batch, kv, input.q, output)
     }
 
@@ -184,10 +184,23 @@ impl TokenSelect {
         batch: &Batch,
         kv: KvView<'_>,
         q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.select_after(batch, kv, q, cached, false)
+    }
+
+    /// [`select`](Self::select); `append` if the batch's keys were appended just before, and nothing was put on the device
+    /// since then.
+    fn select_after(
+        &mut self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
         mut cached: Option<SelectionCacheLayer<'_>>,
+        append: bool,
     ) -> Result<()> {
         self.check_kv(batch, &kv)?;
-        self.pool(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
+        self.pool_after(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow), append)?;
         self.score(batch, kv)?;
         self.vote(batch)?;
         self.choose(batch, cached, true)
@@ -206,6 +219,16 @@ impl TokenSelect {
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
+        self.pool_after(batch, q, cached, false)
+    }
+
+    fn pool_after(
+        &mut self,
+        batch: &Batch,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+        follows_append: bool,
+    ) -> Result<()> {
         self.check_queries(batch, &q)?;
         if let Some(cached) = &cached {
             self.check_cached(batch, cached)?;
@@ -216,6 +239,7 @@ impl TokenSelect {
             limits: self.plan.limits(),
             rope: self.plan.rope(),
             batch,
+            follows_append,
             q,
             cached: cached.filter(|_| self.caches(batch)),
             queries: self.workspace.queries.view_mut(),

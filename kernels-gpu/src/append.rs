@@ -65,9 +65,9 @@ pub unsafe fn append(params: AppendParams) {
     use crate::simt::data::V4;
     use crate::simt::{grid, thread};
 
-    grid::launch_dependents();
-
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let query = thread::block_idx_x();
     let row = params.batch.row_of_query(query);
     let queries = params.batch.queries(row);

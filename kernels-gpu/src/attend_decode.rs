@@ -200,8 +200,8 @@ mod kernel {
         } else {
             thread::launch_bounds::<THREADS, 2>();
         }
-        grid::launch_dependents();
         grid::wait_for_previous();
+        grid::launch_dependents();
         let layout = const { &Layout::new((8 * W * C) as u32) };
         let row = thread::block_idx_z();
         let list = params.list(row);

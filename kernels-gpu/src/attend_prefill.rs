@@ -129,8 +129,8 @@ mod kernel {
     /// - Launched with [`AttendParams::prefill_dims`].
     #[inline(always)]
     pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
-        grid::launch_dependents();
         grid::wait_for_previous();
+        grid::launch_dependents();
         let layout = const { &Layout::new((16 * K) as u32) };
         let list = params.list(thread::block_idx_z());
         let num_rows = params.num_query_rows(&list);

@@ -2,9 +2,9 @@
 //!
 //! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
 //!
-//! Each lets the launch after it begin at once and waits for those before it
-//! ([`grid::launch_dependents`](crate::simt), `wait_for_previous`) before it reads or writes memory: a host may launch them so
-//! that they overlap.
+//! Each waits for the launches before it ([`grid::wait_for_previous`](crate::simt)) before it reads or writes memory, and
+//! then lets the launch after it begin: a host may launch them so that they overlap. So a kernel that begins knows that all
+//! launches but the last before it have ended. [`pool`](mod@crate::pool) makes use of that.
 
 use half::{bf16, f16};
 

@@ -45,9 +45,9 @@ impl ForgetParams {
 pub unsafe fn forget(params: ForgetParams) {
     use crate::simt::{grid, thread};
 
-    grid::launch_dependents();
-
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let layer = thread::block_idx_x() * THREADS + thread::thread_idx_x();
     if layer < params.num_layers {
         let place = layer as u64 * params.num_sequences as u64 + params.sequence as u64;

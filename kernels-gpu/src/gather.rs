@@ -58,9 +58,9 @@ impl<T> GatherParams<T> {
 pub unsafe fn gather<T: crate::element::Element>(params: GatherParams<T>) {
     use crate::simt::{grid, thread, warp};
 
-    grid::launch_dependents();
-
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let attend = &params.attend;
     let row = thread::block_idx_y();
     let list = attend.list(row);

@@ -55,9 +55,9 @@ pub unsafe fn merge<T: crate::element::Element>(params: MergeParams<T>) {
     use crate::simt::{grid, math, thread, warp};
     use core::f32::consts::{LN_2, LOG2_E};
 
-    grid::launch_dependents();
-
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let head = thread::block_idx_x() * (THREADS / warp::SIZE) + warp::warp_id();
     if head >= params.num_heads {
         return;

@@ -11,6 +11,8 @@
 //! **Thread mapping.** A block per row and query head; a thread per pair of elements (that RoPE may rotate together)
 //! and part of the block's tokens. The parts are added in a fixed order, so the result does not depend on the launch.
 //!
+//! **Overlap.** In a step, `append` comes before, and has nothing to do with it: both run at the same time.
+//!
 //! **Bytes.** `q` once: `num_tokens * num_qo_heads * head_dim * 2`; the cached query where there is one.
 
 use crate::launch::Dims;
@@ -76,8 +78,8 @@ pub struct PoolParams<T> {
     pub max_reuse: u32,
     /// Cosine from which on a selection is used again.
     pub similarity_threshold: f32,
-    /// 0.
-    pub reserved: u32,
+    /// 1: the launch before is [`append`](mod@crate::append), on which nothing here depends: it is waited for at the end.
+    pub follows_append: u32,
 }
 const _: () = assert!(size_of::<PoolParams<u16>>() == 192);
 
@@ -122,8 +124,10 @@ mod kernel {
     /// - The rope tables cover `n_local` plus the longest block.
     /// - Launched with [`PoolParams::dims`].
     pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
+        if params.follows_append == 0 {
+            grid::wait_for_previous();
+        }
         grid::launch_dependents();
-        grid::wait_for_previous();
         let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
         let queries = params.batch.queries(row);
         let cached = cached_entry(&params, row);
@@ -145,6 +149,9 @@ mod kernel {
             let padding = queries.is_empty() || (params.batch.kv_len(row) == 0 && !params.batch.is_partial());
             let action = if padding { SKIP } else { decide(&params, row, cached, similarity) };
             params.actions.add(row as u64).store(action);
+        }
+        if params.follows_append != 0 {
+            grid::wait_for_previous(); // the end of this launch says that the appended keys are there
         }
     }
 

@@ -46,8 +46,9 @@ pub unsafe fn read_all(params: ReadAllParams) {
     /// Pieces that a thread has under way.
     const BATCH: usize = 8;
 
-    grid::launch_dependents();
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let step = thread::grid_dim_x() as u64 * THREADS as u64;
     let mut at = thread::block_idx_x() as u64 * THREADS as u64 + thread::thread_idx_x() as u64;
     let mut seen = 0;

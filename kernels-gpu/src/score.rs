@@ -253,8 +253,8 @@ mod kernel {
     pub unsafe fn score<T: Element, const C: usize, const N: usize, const U: usize, const PACKED: bool>(
         params: ScoreParams<T>,
     ) {
-        grid::launch_dependents();
         grid::wait_for_previous();
+        grid::launch_dependents();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
             return;

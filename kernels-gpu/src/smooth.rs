@@ -52,9 +52,9 @@ impl SmoothParams {
 pub unsafe fn smooth(params: SmoothParams) {
     use crate::simt::{grid, thread};
 
-    grid::launch_dependents();
-
     grid::wait_for_previous();
+
+    grid::launch_dependents();
     let row = thread::block_idx_y();
     if params.actions.add(row as u64).load() != crate::pool::SCORE {
         return;

@@ -154,8 +154,9 @@ mod kernel {
         /// Votes that a thread has under way.
         const VOTES: usize = 8;
 
-        grid::launch_dependents();
         grid::wait_for_previous();
+
+        grid::launch_dependents();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
             return;
@@ -202,8 +203,8 @@ mod kernel {
     /// - As for [`count`], which has run, or [`vote`](mod@crate::vote), for the same votes.
     /// - Launched with [`TopKParams::choose_dims`].
     pub unsafe fn choose(params: TopKParams) {
-        grid::launch_dependents();
         grid::wait_for_previous();
+        grid::launch_dependents();
         let row = thread::block_idx_y();
         let action = params.actions.add(row as u64).load();
         let caches = params.cached_queries.addr() != 0;

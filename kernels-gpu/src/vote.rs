@@ -84,8 +84,8 @@ mod kernel {
     /// - `V` is 4, and then divides `group`, or 1.
     /// - Launched with [`VoteParams::dims`].
     pub unsafe fn vote<const V: usize>(params: VoteParams) {
-        grid::launch_dependents();
         grid::wait_for_previous();
+        grid::launch_dependents();
         let row = thread::block_idx_y();
         if params.actions.add(row as u64).load() != SCORE {
             return;

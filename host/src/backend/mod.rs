@@ -80,6 +80,8 @@ pub struct PoolArgs<'a> {
     pub limits: &'a Limits,
     /// Angles of the scoring rotation; `None` for native positions.
     pub rope: Option<&'a RopeTable>,
+    /// Whether nothing was put on the device since the [`Backend::append`] of the same step.
+    pub follows_append: bool,
     /// Rows.
     pub batch: &'a Batch,
     /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type.

@@ -9,8 +9,8 @@ use crate::simt::{grid, math as m, tensor};
 /// What every kernel begins with: launches may overlap.
 #[inline(always)]
 fn begin() {
-    grid::launch_dependents();
     grid::wait_for_previous();
+    grid::launch_dependents();
 }
 
 /// Every index and size.
