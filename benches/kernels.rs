@@ -1,9 +1,10 @@
 //! Every operation of a layer and its whole steps on a GPU: median device time with a cold L2, against the time in which
 //! the device's memory could deliver the bytes that must be moved.
 //!
-//! `kernels [--quick] [--only NAME] [--smoke] [CSV FILE]`; `cargo bench --bench kernels --` goes before it, or the built
+//! `kernels [--quick] [--only NAME] [--smoke] [--warm] [CSV FILE]`; `cargo bench --bench kernels --` goes before it, or the built
 //! binary runs on its own. Bytes are the inputs read once and the outputs written once ([`common::Spec::bytes`]); the floor
-//! takes the larger of the bandwidths measured for reading and for copying. `--only` takes a part of a name. `--smoke` runs
+//! takes the larger of the bandwidths measured for reading and for copying. `--only` takes a part of a name; `--warm` leaves the
+//! L2 as the run before has left it. `--smoke` runs
 //! everything once over short contexts in the emulator, to test this program. The environment variable
 //! `TOKENSELECT_COMMIT` goes into the CSV's first line.
 
@@ -26,18 +27,20 @@ type Error = Box<dyn std::error::Error>;
 struct Options {
     quick: bool,
     smoke: bool,
+    warm: bool,
     only: Option<String>,
     csv: Option<String>,
 }
 
 impl Options {
     fn parse() -> Result<Self, Error> {
-        let mut options = Options { quick: false, smoke: false, only: None, csv: None };
+        let mut options = Options { quick: false, smoke: false, warm: false, only: None, csv: None };
         let mut args = std::env::args().skip(1);
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--quick" => options.quick = true,
                 "--smoke" => options.smoke = true,
+                "--warm" => options.warm = true,
                 "--bench" => {} // from cargo
                 "--only" => options.only = Some(args.next().ok_or("--only needs a part of a name")?),
                 name if name.ends_with(".csv") => options.csv = Some(arg),
@@ -410,8 +413,9 @@ fn main() -> Result<(), Error> {
 
     let repeats = if options.smoke { 1 } else { 21 };
     let mut csv = options.csv.as_ref().map(File::create).transpose()?;
+    let l2 = if options.warm { "left as it was" } else { "flushed" };
     if let Some(csv) = &mut csv {
-        writeln!(csv, "# {device_line}; {bandwidths}; medians of {repeats}, L2 flushed before each run")?;
+        writeln!(csv, "# {device_line}; {bandwidths}; medians of {repeats}, L2 {l2} before each run")?;
         writeln!(csv, "what,tokens,page_size,rows,us,bytes,floor_us")?;
     }
     println!(
@@ -419,6 +423,7 @@ fn main() -> Result<(), Error> {
         "what", "tokens", "page", "rows", "us", "floor us", "GB/s", "of floor"
     );
     let bandwidth = copy.max(read);
+    timer.warm = options.warm;
     let mut table = Table { timer, repeats, only: options.only.clone(), bandwidth, csv, failures: 0 };
     run(&device, &options, &mut table)?;
     println!("{:.1} s in all", begin.elapsed().as_secs_f64());

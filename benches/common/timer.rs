@@ -12,6 +12,8 @@ const FLUSH_BYTES: usize = 512 << 20;
 /// Times work on a device between two events of its stream, the L2 flushed before.
 pub struct Timer {
     device: Device,
+    /// Leave the L2 as it is: what a kernel costs whose code, tables and lists are there.
+    pub warm: bool,
     flush: (Tensor, Tensor),
 }
 
@@ -20,12 +22,14 @@ impl Timer {
     pub fn new(device: &Device) -> Result<Self> {
         let bytes = if device.name().starts_with("cuda") { FLUSH_BYTES } else { 64 };
         let half = || Tensor::zeros_on(device, DType::U32, [bytes / 8]);
-        Ok(Timer { device: device.clone(), flush: (half()?, half()?) })
+        Ok(Timer { device: device.clone(), warm: false, flush: (half()?, half()?) })
     }
 
     /// The time of one run of `work`.
     pub fn once(&mut self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
-        self.flush.0.copy_from(self.flush.1.view())?;
+        if !self.warm {
+            self.flush.0.copy_from(self.flush.1.view())?;
+        }
         let begin: Event = self.device.record()?;
         work()?;
         let end = self.device.record()?;

@@ -20,10 +20,11 @@ pub(crate) const BIN_SHIFT: u32 = 18;
 /// The key of 2^-56, the smallest of bin 1 less one bin.
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 const LOWEST: u32 = 1 << 31 | (127 - 56) << 23;
-/// Candidates that are a block's share at least, and a divisor of every share.
-const SHARE: u32 = 256;
+/// Candidates that are a block's share at least, and a divisor of every share: what the warps of [`vote`](mod@crate::vote)
+/// have under way.
+const SHARE: u32 = 512;
 /// Blocks of an SM.
-const BLOCKS_PER_SM: u32 = 4;
+const BLOCKS_PER_SM: u32 = 2;
 
 /// Workspace of the search for a bin.
 #[derive(Clone, Copy, Debug)]

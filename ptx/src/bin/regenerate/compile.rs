@@ -41,6 +41,9 @@ pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: 
         "-Cllvm-args=-jump-threading-threshold=0".to_owned(),
         // Arrays of fragments stay in registers only if every loop over them is unrolled, whatever its size.
         "-Cllvm-args=-unroll-threshold=3000".to_owned(),
+        // Others are left as they are: a kernel of a few microseconds spends them on fetching its code.
+        "-Cllvm-args=-unroll-runtime=false".to_owned(),
+        "-Cllvm-args=-unroll-allow-partial=false".to_owned(),
         // Without it, panic messages carry the paths of this machine.
         "-Zlocation-detail=none".to_owned(),
     ];
