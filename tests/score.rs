@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::paged::{Pool, STORAGES, limits};
+use common::paged::{Pool, STORAGES, Storage, limits};
 use common::problem::{self, Content, Problem, around};
 use common::{
     Random, assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values,
@@ -130,7 +130,7 @@ fn chunks_of_nan_and_infinities() {
             for token in from..to {
                 problem.rows[0].k[token * width + token % width] = odd;
             }
-            let pool = Pool::full(&problem, 16, common::paged::Storage::Nhd, 1);
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             check(&devices(), &problem, &pool, &[RowAction::Score], 6);
         }
     }
@@ -159,6 +159,63 @@ fn gpu_instances() {
     }
 }
 
+/// The kernel that streams pages, real and emulated: every layout and page size that it takes, streams of one warp to all,
+/// columns, and candidates that begin and end within a tile, a page and a copy.
+#[test]
+fn gpu_streamed_pages() {
+    let storages = [Storage::Nhd, Storage::Hnd, Storage::CombinedNhd, Storage::CombinedHnd];
+    let shapes = [(4, 8), (1, 4), (5, 2), (2, 1), (9, 3), (16, 1), (8, 5), (3, 7), (4, 6), (12, 2)];
+    for (i, page_size) in [1, 2, 4, 8, 16, 32, 64].into_iter().enumerate() {
+        for (j, storage) in storages.into_iter().enumerate() {
+            for (k, head_dim) in [64, 96, 128].into_iter().enumerate() {
+                // Small pages are streamed only where they have many heads.
+                let (group, num_kv_heads) = match (page_size, storage) {
+                    (1 | 2, _) => [(4, 8), (1, 8), (2, 6)][(i + j + k) % 3],
+                    _ => shapes[(12 * i + 3 * j + k) % shapes.len()],
+                };
+                let heads = HeadShape { num_qo_heads: group * num_kv_heads, num_kv_heads, head_dim };
+                let dtype = [DType::F16, DType::Bf16][(i + j + k) % 2];
+                let n_init = [0, 2, 16, 37][(j + k) % 4];
+                let config = SelectConfig { heads, dtype, n_init, n_local: 3, ..problem::small_config() };
+                let around = 4 + n_init;
+                let lengths =
+                    [(around + 13, 1), (around + 45, 1), (0, 0), (around + 96, 1), (around + 227, 1)];
+                let seed = (i * 16 + j * 4 + k) as u64;
+                let problem = Problem::new(&config, &lengths, Content::Peaked, seed);
+                let pool = Pool::full(&problem, page_size, storage, seed);
+                let mut actions = [RowAction::Score; 5];
+                (actions[2], actions[1]) = (RowAction::Skip, [RowAction::Score, RowAction::Reuse][k % 2]);
+                check(&gpus(), &problem, &pool, &actions, seed);
+            }
+        }
+    }
+}
+
+/// Pages that are streamed and pages that are not give the same bits where the tiles are of one size: 16 tokens, as in most
+/// instances.
+#[test]
+fn gpu_kernels_agree_in_every_bit() {
+    for (group, head_dim) in [(7, 128), (16, 64), (4, 96), (8, 256)] {
+        let heads = HeadShape { num_qo_heads: 4 * group, num_kv_heads: 4, head_dim };
+        let config =
+            SelectConfig { heads, dtype: DType::Bf16, n_init: 5, n_local: 3, ..problem::small_config() };
+        let problem = Problem::new(&config, &[(9 + 777, 1), (400, 1)], Content::Peaked, 3);
+        let mut random = Random(4);
+        let queries: Vec<f64> =
+            (0..2 * 4 * group * head_dim).map(|_| random.normal() as f32).map(f64::from).collect();
+        for device in gpus() {
+            let [streamed, loaded] = [Storage::Nhd, Storage::Gaps].map(|storage| {
+                let pool = Pool::full(&problem, 16, storage, 5).to(&device);
+                let batch = pool.batch(&problem);
+                let mut ts = prepared(&device, &config, &batch, &queries, &[RowAction::Score; 2]);
+                ts.score(&batch, pool.view()).unwrap();
+                [values(&ts.workspace().logits), values(&ts.workspace().stats)]
+            });
+            assert_eq!(streamed, loaded, "{}", device.name());
+        }
+    }
+}
+
 /// NaN and infinities on the GPU kernel: each token's own, and whole tiles of them.
 #[test]
 fn gpu_nan_and_infinities() {
@@ -170,7 +227,7 @@ fn gpu_nan_and_infinities() {
             for token in tokens {
                 problem.rows[0].k[token * 128 + token % 128] = odd;
             }
-            let pool = Pool::full(&problem, 16, common::paged::Storage::Nhd, 1);
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             check(&gpus(), &problem, &pool, &[RowAction::Score], 6);
         }
     }

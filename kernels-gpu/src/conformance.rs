@@ -155,6 +155,22 @@ pub struct AsyncCopyParams {
 }
 const _: () = assert!(size_of::<AsyncCopyParams>() == 24);
 
+/// Rounds of [`bulk_copy`].
+pub const BULK_ROUNDS: u32 = 5;
+
+/// Parameters of [`bulk_copy`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct BulkCopyParams {
+    /// \[BULK_ROUNDS, 64\] quads, read.
+    pub input: GlobalPtr<V4<u32>>,
+    /// \[BULK_ROUNDS, 64\] quads, written where the machine has bulk copies: the input, each round in reverse.
+    pub out: GlobalMut<V4<u32>>,
+    /// \[1\] u32, written: whether it has.
+    pub available: GlobalMut<u32>,
+}
+const _: () = assert!(size_of::<BulkCopyParams>() == 24);
+
 /// Parameters of [`ldmatrix`].
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -235,6 +251,8 @@ pub const WARP_DIMS: Dims = Dims::linear(1, 32, 0);
 pub const WARP_SHARED_DIMS: Dims = Dims::linear(1, 32, LAYOUT.bytes);
 /// Launch of [`barriers`].
 pub const BARRIERS_DIMS: Dims = Dims::linear(1, 128, LAYOUT.bytes);
+/// Launch of [`bulk_copy`].
+pub const BULK_COPY_DIMS: Dims = Dims::linear(1, 96, LAYOUT.bytes);
 /// Launch of [`shared`].
 pub const SHARED_DIMS: Dims = Dims::linear(1, 64, LAYOUT.bytes);
 /// Launch of [`global`] and [`math`].

@@ -13,8 +13,8 @@ use crate::append::AppendParams;
 use crate::attend_decode::{HALVES, NATIVE, NEIGHBOURS, attend_decode};
 use crate::attention::AttendParams;
 use crate::conformance::{
-    AsyncCopyParams, AtomicsParams, BarriersParams, GlobalParams, IndicesParams, LastBlockParams,
-    LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams, ShufflesParams,
+    AsyncCopyParams, AtomicsParams, BarriersParams, BulkCopyParams, GlobalParams, IndicesParams,
+    LastBlockParams, LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams, ShufflesParams,
 };
 use crate::forget::ForgetParams;
 use crate::gather::GatherParams;
@@ -103,6 +103,28 @@ entries! {
     score_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 2, 1, false>;
     score_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, true>;
     score_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, false>;
+    score_stream_f16_d64_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 1, true>;
+    score_stream_f16_d64_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 1, false>;
+    score_stream_f16_d64_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 2, false>;
+    score_stream_f16_d96_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 1, true>;
+    score_stream_f16_d96_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 1, false>;
+    score_stream_f16_d96_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 2, false>;
+    score_stream_f16_d128_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 1, true>;
+    score_stream_f16_d128_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 1, false>;
+    score_stream_f16_d128_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 2, false>;
+    score_stream_f16_d256_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 8, 1, true>;
+    score_stream_f16_d256_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 8, 1, false>;
+    score_stream_bf16_d64_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 1, true>;
+    score_stream_bf16_d64_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 1, false>;
+    score_stream_bf16_d64_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 2, false>;
+    score_stream_bf16_d96_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 1, true>;
+    score_stream_bf16_d96_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 1, false>;
+    score_stream_bf16_d96_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 2, false>;
+    score_stream_bf16_d128_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 1, true>;
+    score_stream_bf16_d128_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 1, false>;
+    score_stream_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 2, false>;
+    score_stream_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 8, 1, true>;
+    score_stream_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 8, 1, false>;
     vote(VoteParams) = crate::vote::vote::<1>;
     vote_by_four(VoteParams) = crate::vote::vote::<4>;
     smooth(SmoothParams) = crate::smooth::smooth;
@@ -146,6 +168,7 @@ entries! {
     conformance_atomics(AtomicsParams) = crate::conformance::atomics;
     conformance_last_block(LastBlockParams) = crate::conformance::last_block;
     conformance_async_copy(AsyncCopyParams) = crate::conformance::async_copy;
+    conformance_bulk_copy(BulkCopyParams) = crate::conformance::bulk_copy;
     conformance_ldmatrix(LdMatrixParams) = crate::conformance::ldmatrix;
     conformance_mma_f16(MmaParams) = crate::conformance::mma::<half::f16>;
     conformance_mma_bf16(MmaParams) = crate::conformance::mma::<half::bf16>;

@@ -45,6 +45,8 @@ pub struct GpuInfo {
     pub num_sms: u32,
     /// What the device can launch.
     pub limits: Limits,
+    /// Whether it has bulk copies to shared memory, and its PTX uses them.
+    pub bulk_copies: bool,
 }
 
 /// Why a launch cannot be: the kernel, the rule and both numbers.

@@ -1,6 +1,7 @@
 //! Every fault the emulator knows, planted and reported; each beside a correct twin that passes.
 #![allow(unsafe_op_in_unsafe_fn)] // as in kernels
 
+mod bulk;
 mod collectives;
 mod global;
 mod launches;

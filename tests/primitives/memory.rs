@@ -133,6 +133,26 @@ fn async_copies_of_all_lengths() {
 }
 
 #[test]
+fn bulk_copies_through_two_stages() {
+    let words: Vec<u32> = numbers(10, 1 << 32).take(BULK_ROUNDS as usize * 256).collect();
+    let input: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
+    for mut machine in machines() {
+        let params = BulkCopyParams {
+            input: machine.input("input", &input),
+            out: machine.alloc("out", input.len()),
+            available: machine.alloc("available", 1),
+        };
+        machine.launch("conformance_bulk_copy", BULK_COPY_DIMS, params);
+        if machine.read(params.available, 1) == [0] {
+            println!("SKIPPED: the GPU has no bulk copies");
+            continue;
+        }
+        let want: Vec<_> = input.chunks(64).flat_map(|round| round.iter().rev().copied()).collect();
+        assert_eq!(machine.read(params.out, input.len()), want);
+    }
+}
+
+#[test]
 fn pointers_count_in_elements() {
     let p = GlobalMut::<V4<f32>>::from_addr(1 << 40);
     assert_eq!(p.add(3).addr(), (1 << 40) + 48);

@@ -2,6 +2,7 @@
 
 use super::*;
 use crate::element::Element;
+use crate::simt::bulk::{self, MBarrier};
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
 use crate::simt::{grid, math as m, tensor};
@@ -333,6 +334,61 @@ pub unsafe fn async_copy(p: AsyncCopyParams) {
         let at = group * 32 + (31 - lane);
         p.out.add(at as u64).store(tile.add(at).load());
         group += 1;
+    }
+}
+
+/// A producer warp hands bulk copies to two consumer warps through two stages, over barriers in shared memory. Each
+/// round is two copies by two lanes, whose sizes change from round to round.
+///
+/// # Safety
+/// - The shapes in [`BulkCopyParams`]; launched with [`BULK_COPY_DIMS`].
+pub unsafe fn bulk_copy(p: BulkCopyParams) {
+    begin();
+    if thread_idx_x() == 0 {
+        p.available.store(bulk::AVAILABLE as u32);
+    }
+    if !bulk::AVAILABLE {
+        return;
+    }
+    let full = |stage: u32| MBarrier::at(LAYOUT.pairs.get().add(stage));
+    let empty = |stage: u32| MBarrier::at(LAYOUT.pairs.get().add(2 + stage));
+    if thread_idx_x() == 0 {
+        let mut stage = 0;
+        while stage < 2 {
+            full(stage).init(1);
+            empty(stage).init(2);
+            stage += 1;
+        }
+        bulk::publish();
+    }
+    sync_threads();
+    let mut round = 0;
+    while round < BULK_ROUNDS {
+        let (stage, parity) = (round % 2, round / 2 % 2);
+        let (tile, at) = (LAYOUT.quads.get().add(64 * stage), 64 * round);
+        if warp_id() == 0 {
+            empty(stage).wait(parity ^ 1);
+            let split = 1 + 13 * round;
+            let [begin, quads] = if lane_id() == 0 { [0, split] } else { [split, 64 - split] };
+            // The second lane may well copy before the bytes are announced.
+            if lane_id() < 2 {
+                let from = p.input.add((at + begin) as u64);
+                bulk::copy_to_shared(tile.add(begin), from, 16 * quads, full(stage));
+            }
+            if lane_id() == 0 {
+                full(stage).arrive_expecting(64 * 16);
+            }
+        } else {
+            full(stage).wait(parity);
+            let place = thread_idx_x() - 32;
+            let quad = tile.add(63 - place).load();
+            warp::sync_warp(FULL);
+            if lane_id() == 0 {
+                empty(stage).arrive();
+            }
+            p.out.add((at + place) as u64).store(quad);
+        }
+        round += 1;
     }
 }
 

@@ -19,12 +19,29 @@ pub(crate) enum Access {
     AsyncStart,
     /// It has written.
     AsyncEnd,
+    /// A bulk copy begins to write, which this phase of this barrier counts.
+    BulkStart {
+        barrier: u16,
+        phase: u32,
+    },
+    /// It has written.
+    BulkEnd,
 }
 
 impl Access {
     /// Whether its outcome depends on what is there.
     pub fn reads(self) -> bool {
         matches!(self, Access::Read | Access::ReadConstant | Access::Atomic)
+    }
+
+    /// Whether it is the begin of a copy.
+    pub fn starts_copy(self) -> bool {
+        matches!(self, Access::AsyncStart | Access::BulkStart { .. })
+    }
+
+    /// Whether it is the end of a copy.
+    pub fn ends_copy(self) -> bool {
+        matches!(self, Access::AsyncEnd | Access::BulkEnd)
     }
 }
 
@@ -37,6 +54,8 @@ impl fmt::Display for Access {
             Access::Atomic => "atomic",
             Access::AsyncStart => "cp.async",
             Access::AsyncEnd => "end of a cp.async",
+            Access::BulkStart { .. } => "bulk copy",
+            Access::BulkEnd => "end of a bulk copy",
         })
     }
 }
@@ -89,8 +108,8 @@ impl Block {
             ))
         } else if addr < begin || at + bytes > end as usize {
             Some((Kind::SharedBounds, format!("it leaves its array (bytes {begin} to {end})")))
-        } else if !at.is_multiple_of(bytes) {
-            Some((Kind::Misaligned, "the address is no multiple of the size".into()))
+        } else if !at.is_multiple_of(bytes.min(16)) {
+            Some((Kind::Misaligned, format!("the address is no multiple of {}", bytes.min(16))))
         } else {
             None
         };
@@ -99,7 +118,7 @@ impl Block {
             self.fail(kind, format!("{bytes}-byte {access} at shared byte {addr}: {why}"), site);
         }
         let checks = Checks { races: self.options.races, uninitialised: self.options.uninitialised };
-        let copies = matches!(access, Access::AsyncStart | Access::AsyncEnd);
+        let copies = access.starts_copy() || access.ends_copy();
         if (checks.races || checks.uninitialised || copies)
             && let Err((kind, what)) = self.shadow.access(thread, at, bytes, access, checks, site)
         {

@@ -12,6 +12,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 
 use super::atomics::BlockOrder;
 use super::barrier::Barrier;
+use super::bulk::MBarrier;
 use super::copies::Copies;
 use super::global_race::GlobalRaces;
 use super::launch::Stats;
@@ -29,6 +30,7 @@ pub(crate) enum Wait {
     Nothing,
     Warp { op: Op, mask: u32 },
     Barrier { id: u32, threads: u32 },
+    MBarrier { index: usize, parity: u32 },
     Ended,
 }
 
@@ -63,6 +65,8 @@ pub(crate) struct Block {
     pub copies: Vec<Copies>,
     pub pending: Vec<Vec<Pending>>,
     pub barriers: [Barrier; 16],
+    /// Barriers in shared memory, in the order they were made in.
+    pub mbarriers: Vec<MBarrier>,
     pub shared: Vec<Line>,
     pub shadow: Shadow,
     pub stats: Stats,
@@ -110,6 +114,7 @@ impl Block {
             copies: Vec::new(),
             pending: Vec::new(),
             barriers: Default::default(),
+            mbarriers: Vec::new(),
             shared: Vec::new(),
             shadow: Shadow::default(),
             stats: Stats::default(),
@@ -151,6 +156,7 @@ impl Block {
         self.pending.resize_with(threads / 32, Vec::new);
         self.pending.iter_mut().for_each(Vec::clear);
         self.barriers = Default::default();
+        self.mbarriers.clear();
         self.shared.clear();
         self.shared.resize((dims.shared_bytes as usize).div_ceil(128), POISON);
         self.shadow.reset(dims.shared_bytes as usize, threads);
@@ -280,13 +286,22 @@ impl Block {
             unsafe { coroutine.force_reset() }
         }
         match outcome {
-            Ok(()) if self.lanes.iter().all(|lane| lane.wait == Wait::Ended) => Ok(()),
+            Ok(()) if self.lanes.iter().all(|lane| lane.wait == Wait::Ended) => self.check_copies(),
             Ok(()) => Err(Fault { kind: Kind::Deadlock, message: self.describe_deadlock() }),
             Err(payload) => Err(payload.downcast::<Fault>().map_or_else(
                 |panic| Fault { kind: Kind::Panic, message: self.describe_panic(&*panic) },
                 |fault| *fault,
             )),
         }
+    }
+
+    /// A block must not end before its bulk copies have: somebody waits for each.
+    fn check_copies(&self) -> Result<(), Fault> {
+        if !self.mbarriers.iter().any(MBarrier::has_copies) {
+            return Ok(());
+        }
+        let message = "the block ended with a bulk copy under way that nobody has waited for".into();
+        Err(Fault { kind: Kind::AsyncCopy, message })
     }
 
     fn describe_panic(&self, payload: &(dyn std::any::Any + Send)) -> String {
@@ -311,6 +326,9 @@ impl Block {
                 Wait::Barrier { id, threads } => {
                     let arrived = self.barriers[id as usize].arrived();
                     format!("wait at barrier {id} ({arrived} of {threads} arrived) at {}", lane.site)
+                }
+                Wait::MBarrier { index, parity } => {
+                    format!("{} at {}", self.describe_mbarrier(index, parity), lane.site)
                 }
             };
             *by_warp.entry((thread / 32, what)).or_default() |= 1 << (thread % 32);

@@ -29,10 +29,11 @@
 //! | [`Kind`] | found by |
 //! |---|---|
 //! | `Race` | vector clocks over shared memory (`race.rs`): no lucky schedule hides a missing barrier |
-//! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by `cp.async` |
+//! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by a copy |
 //! | `SharedBounds`, `Misaligned` | each pointer carries the bounds of its array (`access.rs`) |
 //! | `GlobalBounds`, `ReadOnly` | device addresses name their allocation (`memory.rs`) |
 //! | `GlobalRace` | last writer and reader of each element (`global_race.rs`) |
+//! | `MBarrier` | barriers in shared memory by address (`bulk.rs`): made once, before they are used |
 //! | `Divergence`, `Deadlock` | collectives that do not fit together, or never complete |
 //! | `Panic` | a kernel's own assertion |
 //!
@@ -46,6 +47,7 @@ pub(crate) mod access;
 pub(crate) mod atomics;
 pub(crate) mod barrier;
 pub(crate) mod block;
+pub(crate) mod bulk;
 pub(crate) mod copies;
 mod global_race;
 mod launch;

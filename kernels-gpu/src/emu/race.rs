@@ -17,12 +17,13 @@
 use std::panic::Location;
 
 use super::access::Access;
+use super::bulk::MAX_BARRIERS;
 use super::report::{Kind, Site};
 
 /// Bytes of shared memory per cell.
 const CELL: usize = 2;
 
-/// What a synchronisation passes on: for each thread of the block, a count.
+/// What a synchronisation passes on: for each thread of the block, then for each barrier in shared memory, a count.
 pub(crate) type Clock = Vec<u32>;
 
 /// The clocks of a block's threads.
@@ -45,7 +46,7 @@ impl Clocks {
         self.own.clear();
         self.own.resize(threads, 1);
         let mut nothing = self.empty();
-        nothing.resize(threads, 0);
+        nothing.resize(threads + MAX_BARRIERS, 0);
         self.rows.push(nothing);
         self.users.push(threads);
         self.row.clear();
@@ -106,6 +107,14 @@ impl Clocks {
         }
     }
 
+    /// Gives one thread the knowledge in `clock`, beside its own.
+    pub fn learn(&mut self, thread: usize, clock: &Clock) {
+        let mut known = self.empty();
+        let own = &self.rows[self.row[thread]];
+        known.extend(own.iter().zip(clock).map(|(own, new)| own.max(new)));
+        self.acquire(std::iter::once(thread), known);
+    }
+
     /// Starts a new count: what `thread` does from now on is not part of what it has released.
     pub fn advance(&mut self, thread: usize) {
         self.own[thread] += 1;
@@ -124,9 +133,23 @@ impl Clocks {
 struct Stamp {
     /// The thread's count; 0: no access.
     count: u32,
+    /// A thread of the block, or behind those the barrier that counts a bulk copy.
     thread: u16,
     atomic: bool,
     site: Site,
+}
+
+impl Stamp {
+    /// `the write by thread 3 at file:1:2`, or the bulk copy there.
+    #[cold]
+    fn describe(&self, what: &str, threads: usize) -> String {
+        let Stamp { thread, site, .. } = self;
+        if (*thread as usize) < threads {
+            format!("the {what} by thread {thread} at {site}")
+        } else {
+            format!("the bulk copy started at {site}")
+        }
+    }
 }
 
 const NEVER: Stamp = Stamp { count: 0, thread: 0, atomic: false, site: Location::caller() };
@@ -202,15 +225,14 @@ impl Overflow {
 /// The accessing thread: its stamp, and what it knows of others.
 struct Accessor<'a> {
     stamp: Stamp,
+    thread: u16,
     access: Access,
     known: &'a [u32],
 }
 
 impl Accessor<'_> {
     fn is_behind(&self, other: &Stamp) -> bool {
-        other.count == 0
-            || other.thread == self.stamp.thread
-            || self.known[other.thread as usize] >= other.count
+        other.count == 0 || other.thread == self.thread || self.known[other.thread as usize] >= other.count
     }
 
     /// An earlier access to the cell that this one needs to be ordered behind, and is not.
@@ -239,6 +261,11 @@ impl Accessor<'_> {
 
     #[inline]
     fn record(&self, cell: &mut Cell, overflow: &mut Overflow) {
+        if self.access == Access::BulkEnd {
+            // Written by the barrier, in a phase that the waiting thread need not be the only one to know.
+            cell.in_flight = false;
+            return;
+        }
         if !matches!(self.access, Access::Read | Access::Atomic) {
             overflow.clear(cell.others);
             cell.write = self.stamp;
@@ -246,7 +273,7 @@ impl Accessor<'_> {
             cell.has_reads = false;
             cell.has_atomics = false;
             cell.initialised = true;
-            cell.in_flight = self.access == Access::AsyncStart;
+            cell.in_flight = self.access.starts_copy();
             return;
         }
         // An access that happens before this one, of the same kind, adds nothing: whoever is ordered behind this one is
@@ -299,21 +326,26 @@ impl Shadow {
         } else {
             self.touched.start.min(range.start)..self.touched.end.max(range.end)
         };
-        let count = self.clocks.own[thread];
-        let stamp = Stamp { count, thread: thread as u16, atomic: access == Access::Atomic, site };
-        let accessor = Accessor { stamp, access, known: &self.clocks.rows[self.clocks.row[thread]] };
+        let threads = self.clocks.own.len();
+        let (count, by) = match access {
+            Access::BulkStart { barrier, phase } => (phase + 1, threads + barrier as usize),
+            _ => (self.clocks.own[thread], thread),
+        };
+        let stamp = Stamp { count, thread: by as u16, atomic: access == Access::Atomic, site };
+        let known = &self.clocks.rows[self.clocks.row[thread]];
+        let accessor = Accessor { stamp, thread: thread as u16, access, known };
         for (cell, byte) in self.cells[range].iter_mut().zip((addr..).step_by(CELL)) {
-            if cell.in_flight && access != Access::AsyncEnd {
-                return Err(in_flight(access, byte, &cell.write));
+            if cell.in_flight && !access.ends_copy() {
+                return Err(in_flight(access, byte, &cell.write.describe("cp.async", threads)));
             }
             if checks.uninitialised && !cell.initialised && access.reads() {
                 return Err(uninitialised(access, byte));
             }
             if checks.races
-                && access != Access::AsyncEnd
+                && !access.ends_copy()
                 && let Some((other, what)) = accessor.conflict(cell, &self.overflow)
             {
-                return Err(race(access, byte, &other, what));
+                return Err(race(access, byte, &other.describe(what, threads)));
             }
             accessor.record(cell, &mut self.overflow);
         }
@@ -322,9 +354,8 @@ impl Shadow {
 }
 
 #[cold]
-fn in_flight(access: Access, byte: usize, Stamp { thread, site, .. }: &Stamp) -> (Kind, String) {
-    let copy = format!("the cp.async of thread {thread} at {site} is under way (no wait yet)");
-    (Kind::AsyncCopy, format!("{access} of shared byte {byte} while {copy}"))
+fn in_flight(access: Access, byte: usize, copy: &str) -> (Kind, String) {
+    (Kind::AsyncCopy, format!("{access} of shared byte {byte} while {copy} is under way (no wait yet)"))
 }
 
 #[cold]
@@ -333,7 +364,6 @@ fn uninitialised(access: Access, byte: usize) -> (Kind, String) {
 }
 
 #[cold]
-fn race(access: Access, byte: usize, Stamp { thread, site, .. }: &Stamp, what: &str) -> (Kind, String) {
-    let other = format!("the {what} by thread {thread} at {site}");
+fn race(access: Access, byte: usize, other: &str) -> (Kind, String) {
     (Kind::Race, format!("{access} of shared byte {byte} races with {other}"))
 }

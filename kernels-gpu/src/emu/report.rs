@@ -20,8 +20,10 @@ pub enum Kind {
     Race,
     /// Shared memory was read that nothing had written.
     Uninitialised,
-    /// Shared memory was touched while a `cp.async` to it was under way.
+    /// Shared memory was touched while a `cp.async` or a bulk copy to it was under way, or the block ended meanwhile.
     AsyncCopy,
+    /// A barrier in shared memory was used before it was made, made twice, or counted more than its phase has.
+    MBarrier,
     /// A shared-memory access left its array.
     SharedBounds,
     /// A global-memory access left its allocation.

@@ -12,7 +12,7 @@ use crate::emu::access::Access;
 use crate::emu::barrier::{self, Arrival};
 use crate::emu::block::{suspend, with};
 use crate::emu::warp::{self, Op};
-use crate::emu::{access, atomics, copies, numeric};
+use crate::emu::{access, atomics, bulk, copies, numeric};
 
 #[inline(always)]
 fn wait_if(must_wait: bool) {
@@ -324,6 +324,51 @@ pub fn cp_async_commit() {
 #[track_caller]
 pub fn cp_async_wait<const PENDING: u32>() {
     copies::wait(PENDING as usize, Location::caller())
+}
+
+// Bulk copies.
+
+pub const BULK_COPIES: bool = true;
+
+#[inline(always)]
+#[track_caller]
+pub fn mbarrier_init(word: Shared<u64>, arrivals: u32) {
+    wait_if(access::preempted());
+    bulk::init(word.addr(), word.bounds(), arrivals, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn mbarrier_arrive(word: Shared<u64>) {
+    mbarrier_arrive_expecting(word, 0)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn mbarrier_arrive_expecting(word: Shared<u64>, bytes: u32) {
+    wait_if(access::preempted());
+    bulk::arrive(word.addr(), word.bounds(), bytes, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn mbarrier_wait(word: Shared<u64>, parity: u32) {
+    wait_if(access::preempted());
+    while bulk::must_wait(word.addr(), word.bounds(), parity, Location::caller()) {
+        suspend()
+    }
+}
+
+/// The emulator has one view of memory.
+#[inline(always)]
+pub fn publish_mbarriers() {}
+
+#[inline(always)]
+#[track_caller]
+pub fn copy_bulk<T: Pod>(dst: Shared<T>, src: u64, bytes: u32, arrived: Shared<u64>) {
+    wait_if(access::preempted());
+    let (word, site) = ((arrived.addr(), arrived.bounds()), Location::caller());
+    bulk::start((dst.addr(), dst.bounds()), src, bytes, word, site)
 }
 
 #[inline(always)]

@@ -11,7 +11,8 @@
 //! *Convergence* line that says who must take part; the *aligned* ones must moreover be reached through the same
 //! instruction by all 32 lanes. Breaking the rule is undefined on a GPU and a report in the emulator.
 //!
-//! **Memory order.** Only barriers and [`warp::sync_warp`] order the shared-memory accesses of different threads.
+//! **Memory order.** Only barriers (those of [`thread`] and of [`bulk`]) and [`warp::sync_warp`] order the shared-memory
+//! accesses of different threads.
 //! Shuffles, votes, [`tensor::ldmatrix_x4`] and [`tensor::mma_f16`] do not.
 //!
 //! # How it is built
@@ -24,6 +25,8 @@ pub mod data;
 pub mod global;
 pub mod shared;
 
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub mod bulk;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub mod grid;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]

@@ -405,6 +405,74 @@ pub fn cp_async_wait<const PENDING: u32>() {
     unsafe { asm!("cp.async.wait_group {};", const PENDING, options(nostack)) }
 }
 
+// Bulk copies: of sm_90, so that older ones have nothing but a trap.
+
+pub const BULK_COPIES: bool = cfg!(target_feature = "sm_90");
+
+/// The instruction where there is one.
+macro_rules! bulk {
+    ($($asm:tt)*) => {{
+        #[cfg(target_feature = "sm_90")]
+        asm!($($asm)*);
+        #[cfg(not(target_feature = "sm_90"))]
+        nvptx::trap();
+    }};
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn mbarrier_init(word: Shared<u64>, arrivals: u32) {
+    bulk!("mbarrier.init.shared::cta.b64 [{}], {};", in(reg32) word.addr(), in(reg32) arrivals, options(nostack))
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn mbarrier_arrive(word: Shared<u64>) {
+    bulk!("mbarrier.arrive.shared::cta.b64 _, [{}];", in(reg32) word.addr(), options(nostack))
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn mbarrier_arrive_expecting(word: Shared<u64>, bytes: u32) {
+    bulk!(
+        "mbarrier.arrive.expect_tx.shared::cta.b64 _, [{}], {};",
+        in(reg32) word.addr(), in(reg32) bytes, options(nostack)
+    )
+}
+
+/// `try_wait` sleeps for a while by itself, so the loop need not.
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn mbarrier_wait(word: Shared<u64>, parity: u32) {
+    #[cfg(target_feature = "sm_90")]
+    loop {
+        let ended: u32;
+        asm!(
+            "{{.reg .pred p; mbarrier.try_wait.parity.shared::cta.b64 p, [{1}], {2}; selp.u32 {0}, 1, 0, p;}}",
+            out(reg32) ended, in(reg32) word.addr(), in(reg32) parity, options(nostack)
+        );
+        if ended != 0 {
+            return;
+        }
+    }
+    #[cfg(not(target_feature = "sm_90"))]
+    nvptx::trap();
+}
+
+#[inline(always)]
+pub fn publish_mbarriers() {
+    unsafe { bulk!("fence.mbarrier_init.release.cluster; fence.proxy.async;", options(nostack)) }
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn copy_bulk<T: Pod>(dst: Shared<T>, src: u64, bytes: u32, arrived: Shared<u64>) {
+    bulk!(
+        "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [{}], [{}], {}, [{}];",
+        in(reg32) dst.addr(), in(reg64) src, in(reg32) bytes, in(reg32) arrived.addr(), options(nostack)
+    )
+}
+
 #[inline(always)]
 pub unsafe fn ldmatrix_x4<T: Pod>(row: Shared<T>, trans: bool) -> [u32; 4] {
     let (a, b, c, d): (u32, u32, u32, u32);

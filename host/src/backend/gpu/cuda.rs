@@ -342,7 +342,9 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         shared_bytes: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
     };
     let num_sms = get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-    Ok((GpuInfo { num_sms, limits }, ptx))
+    // The other PTX has the entries, but they stop the launch.
+    let bulk_copies = ptx == tokenselect_ptx::SM_90A;
+    Ok((GpuInfo { num_sms, limits, bulk_copies }, ptx))
 }
 
 impl Driver for CudaDriver {

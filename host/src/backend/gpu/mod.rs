@@ -199,10 +199,15 @@ impl Backend for GpuBackend {
                 self.unsupported("score", format!("groups of {} heads, only up to 16", heads.group()))
             );
         };
-        let entry = self.entry("score", &format!("score_{dtype}_d{}_g{columns}", heads.head_dim))?;
-        let params: ScoreParams<bf16> = self.score_params(&args)?;
+        let (params, gpu): (ScoreParams<bf16>, _) = (self.score_params(&args)?, self.driver.gpu());
+        let (kernel, dims) = if gpu.bulk_copies && params.can_stream() {
+            ("score_stream", params.stream_dims(gpu))
+        } else {
+            ("score", params.dims(gpu))
+        };
+        let entry = self.entry("score", &format!("{kernel}_{dtype}_d{}_g{columns}", heads.head_dim))?;
         // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
-        unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
+        unsafe { self.launch(entry, dims, &params) }
     }
 
     fn vote(&self, args: VoteArgs<'_>) -> Result<()> {

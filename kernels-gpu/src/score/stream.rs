@@ -1,0 +1,521 @@
+//! `score` with keys streamed through shared memory by the copy engine (Hopper).
+//!
+//! ```text
+//! producer warp:    for each stage: wait until it is empty; copy 16 tokens, all heads, of each stream
+//! consumer warps:   for each stage: wait until it is full; load fragments; say that it is empty; multiply, write
+//! ```
+//! Departures from the kernel that loads keys to registers:
+//! 1. A bulk copy is as large as the pages allow, up to 16 tokens of all heads: 32 KiB with 8 heads of 128. In a study in
+//!    CUDA C++ on an H200, with a million tokens and logits of 16 bits, copies of 2 KiB took 545 µs, of 8 KiB 517, where
+//!    loads to registers took 525 without writing anything; reading alone takes 511.
+//! 2. A block serves all KV heads, a warp one of them. With fewer heads than warps a block works on several *streams*: stream
+//!    `s` takes the chunk and the tile `s` after the ones of stream 0.
+//! 3. The lanes of the producer warp look up a page each, for up to 32 stages, and the pages of the 32 after those are loaded
+//!    meanwhile.
+//!
+//! Tiles are of 16 tokens; chunks, their statistics and the logits are those of the other kernel with such tiles, bit for
+//! bit.
+
+use super::{Layout, ScoreParams, THREADS, WARPS, columns};
+use crate::launch::{Dims, GpuInfo};
+use crate::simt::data::V4;
+use crate::simt::shared::{Carve, Region};
+
+/// Threads of a block: the consumers, and the producer warp.
+const STREAM_THREADS: u32 = THREADS + 32;
+/// Blocks of an SM: one, with all of its shared memory.
+const STREAM_BLOCKS_PER_SM: u32 = 1;
+/// Tokens of a tile.
+const TILE: u32 = 16;
+/// Tokens of a copy at most, a power of two up to [`TILE`].
+const COPY_TOKENS: u32 = TILE;
+/// Shared memory of a block at most.
+const BLOCK_BYTES: u32 = (227 << 10) / STREAM_BLOCKS_PER_SM;
+/// Bytes of stages that are wanted: those under way hide the latency of memory.
+const STAGES_BYTES: u32 = (192 << 10) / STREAM_BLOCKS_PER_SM;
+/// Smaller copies are not worth their issue (a guess).
+const MIN_COPY_BYTES: u64 = 1 << 10;
+
+/// Shared memory of a block. A host without a machine needs the byte count alone.
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
+struct StreamLayout {
+    base: Layout,
+    /// Keys: \[num_stages, streams, tile\]; a tile is `[token, head, head_dim]`, or `[head, token, head_dim]` where pages
+    /// are so.
+    stages: Region<V4<u32>>,
+    /// Barriers of each stage: the copies have arrived; the consumers have read them.
+    full: Region<u64>,
+    empty: Region<u64>,
+    num_stages: u32,
+    bytes: u32,
+}
+
+impl StreamLayout {
+    /// For instances with so many columns, as [`Layout::new`].
+    const fn new(head_dim: u32, columns: u32) -> StreamLayout {
+        let mut carve = Carve::new();
+        let base = Layout::carve(&mut carve, head_dim, columns);
+        let stage_bytes = WARPS * TILE * head_dim * 2;
+        // Behind the stages come two barriers for each.
+        let room = (BLOCK_BYTES - carve.bytes().next_multiple_of(128)) / (stage_bytes + 16);
+        let wanted = STAGES_BYTES / stage_bytes;
+        let num_stages = if room < wanted { room } else { wanted };
+        StreamLayout {
+            base,
+            stages: carve.array(num_stages * stage_bytes / 16, 128),
+            full: carve.array(num_stages, 8),
+            empty: carve.array(num_stages, 8),
+            num_stages,
+            bytes: carve.bytes(),
+        }
+    }
+}
+
+/// Tiles that a block works on at a time: a warp for each of their heads. A power of two for up to 8 heads.
+const fn streams(num_kv_heads: u32) -> u32 {
+    WARPS / num_kv_heads
+}
+
+impl<T> ScoreParams<T> {
+    /// Tokens of a copy: those of a page, up to [`COPY_TOKENS`].
+    const fn copy_tokens(&self) -> u32 {
+        if self.batch.page_size < COPY_TOKENS { self.batch.page_size } else { COPY_TOKENS }
+    }
+
+    /// Whether all heads of such tokens lie behind one another.
+    const fn heads_are_adjacent(&self) -> bool {
+        let (dim, heads) = (self.head_dim as u64, self.num_kv_heads as u64);
+        (heads == 1 || self.stride.head == dim)
+            && (self.copy_tokens() == 1 || self.stride.token == heads * dim)
+    }
+
+    /// Whether [`score_stream`] can score these pages, and is worth it: copies of at least 1 KiB, of all heads or of one.
+    pub const fn can_stream(&self) -> bool {
+        let (page_size, heads, dim) = (self.batch.page_size, self.num_kv_heads, self.head_dim as u64);
+        let has_instance = dim.is_multiple_of(32) && dim <= 256;
+        if heads == 0 || heads > WARPS || !page_size.is_power_of_two() || !has_instance {
+            return false;
+        }
+        let tokens = self.copy_tokens();
+        let adjacent = self.heads_are_adjacent();
+        let rows = if adjacent { tokens * heads } else { tokens };
+        let dense = adjacent || tokens == 1 || self.stride.token == dim;
+        dense && rows as u64 * dim * 2 >= MIN_COPY_BYTES && streams(heads) * TILE / tokens <= 32
+    }
+
+    /// The launch of [`score_stream`]: a grid that fills the device, shared evenly by the rows.
+    pub const fn stream_dims(&self, gpu: &GpuInfo) -> Dims {
+        let columns = match columns(self.group) {
+            Some(columns) => columns,
+            None => 16,
+        };
+        let layout = StreamLayout::new(self.head_dim, columns);
+        let blocks = (gpu.num_sms * STREAM_BLOCKS_PER_SM).div_ceil(self.batch.num_rows);
+        Dims {
+            grid: [blocks, self.batch.num_rows, 1],
+            block: [STREAM_THREADS, 1, 1],
+            shared_bytes: layout.bytes,
+        }
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub use kernel::score_stream;
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::layout::{BatchTables, PageStrides, absent, absent_mut};
+
+    /// Heads adjacent to one another, or tokens.
+    fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> ScoreParams<u16> {
+        let (dim, heads) = (head_dim as u64, num_kv_heads as u64);
+        let [token, head] = if nhd { [heads * dim, dim] } else { [dim, page_size as u64 * dim] };
+        let batch = BatchTables {
+            qo_indptr: absent(),
+            kv_indptr: absent(),
+            kv_indices: absent(),
+            kv_last_page_len: absent(),
+            candidates: absent(),
+            num_rows: 1,
+            page_size,
+            page_magic: 0,
+            page_shift: 0,
+        };
+        ScoreParams {
+            k_pages: absent(),
+            queries: absent(),
+            actions: absent(),
+            logits: absent_mut(),
+            stats: absent_mut(),
+            partial: absent_mut(),
+            counters: absent_mut(),
+            batch,
+            stride: PageStrides { page: 2 * page_size as u64 * heads * dim, token, head },
+            num_kv_heads,
+            group: 4,
+            n_init: 0,
+            n_local: 0,
+            score_scale: 1.0,
+            head_dim,
+        }
+    }
+
+    #[test]
+    fn pages_that_can_be_streamed() {
+        let streams = |page_size, heads, dim, nhd| params(page_size, heads, dim, nhd).can_stream();
+        for dim in [64, 96, 128, 256] {
+            for heads in 1..=8 {
+                for page_size in [16, 32, 64, 1024] {
+                    assert!(streams(page_size, heads, dim, true) && streams(page_size, heads, dim, false));
+                }
+            }
+            assert!(!streams(16, 9, dim, true), "a warp for each head");
+            assert!(!streams(48, 8, dim, true) && !streams(7, 8, dim, false), "no power of two");
+        }
+        // Copies of 2 KiB a token, and of too few bytes.
+        assert!(streams(1, 8, 128, true) && streams(1, 8, 128, false) && streams(1, 4, 128, true));
+        assert!(!streams(1, 2, 128, true) && !streams(1, 4, 64, true));
+        assert!(streams(8, 8, 64, false) && !streams(4, 8, 64, false) && streams(4, 8, 64, true));
+        // More copies of a stage than the producer has lanes.
+        assert!(!streams(2, 1, 256, true) && streams(2, 2, 256, true));
+        assert!(!streams(16, 8, 80, true), "no such instance");
+    }
+
+    #[test]
+    fn gaps_between_rows_are_not_streamed() {
+        let nhd = params(16, 8, 128, true);
+        for (token, head) in [(1032, 128), (1024, 136), (2048, 256)] {
+            let stride = PageStrides { token, head, ..nhd.stride };
+            assert!(!ScoreParams { stride, ..nhd }.can_stream(), "{stride:?}");
+        }
+    }
+
+    /// At least three stages, but for heads of 256 with large groups, and never more than a block can have.
+    #[test]
+    fn stages_fit() {
+        for head_dim in [64, 96, 128, 256] {
+            for columns in [4, 8, 16] {
+                let layout = StreamLayout::new(head_dim, columns);
+                assert!(layout.bytes <= BLOCK_BYTES, "{} bytes", layout.bytes);
+                assert!(layout.num_stages >= if head_dim == 256 { 1 } else { 3 }, "{}", layout.num_stages);
+            }
+        }
+        assert_eq!(StreamLayout::new(128, 4).num_stages, 6);
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+mod kernel {
+    use super::super::steps::{Stats, Tile, Work, fold, load_queries, multiply, store_stats, write_products};
+    use super::*;
+    use crate::element::Element;
+    use crate::pool::SCORE;
+    use crate::simt::bulk::{self, MBarrier};
+    use crate::simt::shared::Shared;
+    use crate::simt::{grid, thread, warp};
+
+    impl StreamLayout {
+        #[inline(always)]
+        fn full(&self, stage: u32) -> MBarrier {
+            MBarrier::at(self.full.get().add(stage))
+        }
+
+        #[inline(always)]
+        fn empty(&self, stage: u32) -> MBarrier {
+            MBarrier::at(self.empty.get().add(stage))
+        }
+
+        /// Keys of a stage, from the tile of stream 0 on.
+        #[inline(always)]
+        fn keys(&self, stage: u32) -> Shared<V4<u32>> {
+            self.stages.get().add(stage * (self.stages.len() / self.num_stages))
+        }
+    }
+
+    /// A stage, and the parity of the phases of its barriers in this round.
+    #[derive(Clone, Copy)]
+    struct Place {
+        stage: u32,
+        parity: u32,
+    }
+
+    impl Place {
+        const FIRST: Place = Place { stage: 0, parity: 0 };
+
+        #[inline(always)]
+        fn next(self, num_stages: u32) -> Place {
+            if self.stage + 1 < num_stages {
+                Place { stage: self.stage + 1, ..self }
+            } else {
+                Place { stage: 0, parity: self.parity ^ 1 }
+            }
+        }
+    }
+
+    impl<T> Work<'_, T> {
+        /// The tile of stream 0 in the block's first stage.
+        #[inline(always)]
+        fn lead(&self) -> Tile {
+            let chunk = thread::block_idx_x() * streams(self.params.num_kv_heads);
+            Tile { chunk, index: chunk }
+        }
+
+        /// That of the stage after the one of `lead`; its chunk does not exist if that was the last.
+        #[inline(always)]
+        fn after(&self, lead: Tile) -> Tile {
+            let (index, chunk) = (lead.index + self.num_chunks, lead.chunk + self.step);
+            if index < self.num_tiles { Tile { index, ..lead } } else { Tile { chunk, index: chunk } }
+        }
+
+        /// The tile of a stream beside that of stream 0.
+        #[inline(always)]
+        fn beside(&self, lead: Tile, stream: u32) -> Tile {
+            Tile { chunk: lead.chunk + stream, index: lead.index + stream }
+        }
+
+        #[inline(always)]
+        fn exists(&self, tile: Tile) -> bool {
+            tile.chunk < self.num_chunks && tile.index < self.num_tiles
+        }
+    }
+
+    /// See the module. `C` chunks of 32 dimensions, `N` column tiles of 8 heads; `PACKED`: groups of up to 4 heads, high and
+    /// low parts in one column tile.
+    ///
+    /// # Safety
+    /// - The buffers and tables are as [`ScoreParams`] says, and 16-byte aligned; every page number lies in the pool.
+    /// - [`ScoreParams::can_stream`]; the device has bulk copies.
+    /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed.
+    /// - Launched with [`ScoreParams::stream_dims`].
+    #[inline(always)]
+    pub unsafe fn score_stream<T: Element, const C: usize, const N: usize, const PACKED: bool>(
+        params: ScoreParams<T>,
+    ) {
+        thread::launch_bounds::<STREAM_THREADS, STREAM_BLOCKS_PER_SM>();
+        grid::launch_dependents();
+        if !bulk::AVAILABLE {
+            return bulk::publish(); // stops the launch
+        }
+        core::hint::assert_unchecked(params.num_kv_heads != 0 && params.num_kv_heads <= WARPS);
+        let layout = const { &StreamLayout::new(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 }) };
+        let num_streams = streams(params.num_kv_heads);
+        let (warp, is_producer) = (warp::warp_id(), warp::warp_id() == WARPS);
+        if is_producer && warp::lane_id() == 0 {
+            make_barriers(layout, num_streams * params.num_kv_heads);
+        }
+        grid::wait_for_previous();
+        let row = thread::block_idx_y();
+        if params.actions.add(row as u64).load() != SCORE {
+            return;
+        }
+        if is_producer {
+            bulk::publish();
+        }
+        thread::sync_threads();
+        let step = thread::grid_dim_x() * num_streams;
+        let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
+        if is_producer {
+            produce(&work, layout);
+        } else if warp / params.num_kv_heads < num_streams {
+            consume::<T, C, N, PACKED>(&work, layout, warp / params.num_kv_heads);
+        }
+        if grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
+            fold(&work, layout.base.stats);
+        }
+    }
+
+    /// Makes the barriers: a stage is filled by one warp and emptied by `consumers`.
+    #[inline(always)]
+    unsafe fn make_barriers(layout: &StreamLayout, consumers: u32) {
+        let mut stage = 0;
+        while stage < layout.num_stages {
+            layout.full(stage).init(1);
+            layout.empty(stage).init(consumers);
+            stage += 1;
+        }
+    }
+
+    /// What one lane of the producer copies: `copy_tokens` tokens of the stages that are its turn.
+    struct Part {
+        /// The lane's stages are those with this number in each batch.
+        turn: u32,
+        stream: u32,
+        /// First token of the part in its tile.
+        token: u32,
+    }
+
+    /// The producer warp: fills stage after stage.
+    #[inline(always)]
+    unsafe fn produce<T: Element>(work: &Work<'_, T>, layout: &StreamLayout) {
+        let params = work.params;
+        core::hint::assert_unchecked(params.copy_tokens() != 0);
+        let num_streams = streams(params.num_kv_heads);
+        let parts_of_tile = TILE / params.copy_tokens();
+        let parts = num_streams * parts_of_tile;
+        core::hint::assert_unchecked(parts_of_tile != 0 && parts != 0);
+        // Stages for which the lanes look up pages together.
+        let batch = warp::SIZE / parts;
+        let lane = warp::lane_id();
+        let part = Part {
+            turn: lane / parts,
+            stream: lane % parts / parts_of_tile,
+            token: lane % parts_of_tile * params.copy_tokens(),
+        };
+        let tile_bytes = params.num_kv_heads * TILE * params.head_dim * 2;
+        // The lane's own tile in this batch and the next, and their pages.
+        let mut lead = work.lead();
+        let mut tile = skip(work, lead, part.turn);
+        let mut page = look_up(work, tile, &part);
+        let mut next_tile = skip(work, tile, batch);
+        let mut next_page = look_up(work, next_tile, &part);
+        let mut place = Place::FIRST;
+        let mut turn = 0;
+        while lead.chunk < work.num_chunks {
+            layout.empty(place.stage).wait(place.parity ^ 1);
+            if lane == 0 {
+                let tiles = (work.num_chunks - lead.chunk).min(work.num_tiles - lead.index);
+                layout.full(place.stage).arrive_expecting(tiles.min(num_streams) * tile_bytes);
+            }
+            if turn == part.turn {
+                copy_part(work, layout, tile, &part, page, place.stage);
+            }
+            turn += 1;
+            if turn == batch {
+                turn = 0;
+                (tile, page) = (next_tile, next_page);
+                next_tile = skip(work, tile, batch);
+                next_page = look_up(work, next_tile, &part);
+            }
+            lead = work.after(lead);
+            place = place.next(layout.num_stages);
+        }
+        // Bytes still on their way belong to the consumers, who wait for them.
+    }
+
+    /// The lead tile `count` stages after `lead`.
+    #[inline(always)]
+    fn skip<T>(work: &Work<'_, T>, lead: Tile, count: u32) -> Tile {
+        let mut lead = lead;
+        let mut i = 0;
+        while i < count && lead.chunk < work.num_chunks {
+            lead = work.after(lead);
+            i += 1;
+        }
+        lead
+    }
+
+    /// The token of the row that a lane's part begins with. Parts beyond the candidates become the last with one.
+    #[inline(always)]
+    fn first_token<T>(work: &Work<'_, T>, lead: Tile, part: &Part) -> u32 {
+        let token = work.first + work.beside(lead, part.stream).index * TILE + part.token;
+        token.min(work.candidates.end - 1)
+    }
+
+    /// Number of the page that a lane's part lies in.
+    #[inline(always)]
+    unsafe fn look_up<T>(work: &Work<'_, T>, lead: Tile, part: &Part) -> u32 {
+        if !work.exists(work.beside(lead, part.stream)) {
+            return 0;
+        }
+        let (page, _) = work.params.batch.split_token(first_token(work, lead, part));
+        work.pages.add(page as u64).load()
+    }
+
+    /// Starts the copies of a lane's part of a stage: one if the heads are adjacent, else one a head.
+    #[inline(always)]
+    unsafe fn copy_part<T: Element>(
+        work: &Work<'_, T>,
+        layout: &StreamLayout,
+        lead: Tile,
+        part: &Part,
+        page: u32,
+        stage: u32,
+    ) {
+        if !work.exists(work.beside(lead, part.stream)) {
+            return;
+        }
+        let params = work.params;
+        let (dim, heads, tokens) = (params.head_dim, params.num_kv_heads, params.copy_tokens());
+        let (_, token_in_page) = params.batch.split_token(first_token(work, lead, part));
+        // The last candidate may lie within a part.
+        let token_in_page = token_in_page & !(tokens - 1);
+        let from = params.k_pages.add(params.stride.offset(page, token_in_page, 0)).cast::<V4<u32>>();
+        let tile = layout.keys(stage).add(part.stream * (heads * TILE * dim / 8));
+        let full = layout.full(stage);
+        if params.heads_are_adjacent() {
+            let to = tile.add(part.token * (heads * dim / 8));
+            bulk::copy_to_shared(to, from, tokens * heads * dim * 2, full);
+            return;
+        }
+        let mut head = 0;
+        while head < heads {
+            let to = tile.add((head * TILE + part.token) * (dim / 8));
+            let from = from.add(head as u64 * (params.stride.head / 8));
+            bulk::copy_to_shared(to, from, tokens * dim * 2, full);
+            head += 1;
+        }
+    }
+
+    /// A consumer warp: one KV head of one stream.
+    #[inline(always)]
+    unsafe fn consume<T: Element, const C: usize, const N: usize, const PACKED: bool>(
+        work: &Work<'_, T>,
+        layout: &StreamLayout,
+        stream: u32,
+    ) {
+        let queries = load_queries::<T, C, N, PACKED>(work, layout.base.queries);
+        let heads = work.params.num_kv_heads;
+        // 16-byte places from a token to the next and from a head to the next.
+        let row = 4 * C as u32;
+        let (token, head) =
+            if work.params.heads_are_adjacent() { (heads * row, row) } else { (row, TILE * row) };
+        let lane = warp::lane_id();
+        let own = stream * heads * TILE * row + work.kv_head * head + lane / 4 * token + lane % 4;
+        let mut stats = [[Stats::EMPTY; 2]; N];
+        let mut lead = work.lead();
+        let mut place = Place::FIRST;
+        while lead.chunk < work.num_chunks {
+            let tile = work.beside(lead, stream);
+            let mut keys = [[[0; 4]; C]; 2];
+            layout.full(place.stage).wait(place.parity);
+            if work.exists(tile) {
+                keys = load_keys(layout.keys(place.stage).add(own), 8 * token);
+            }
+            warp::sync_warp(warp::FULL);
+            if lane == 0 {
+                layout.empty(place.stage).arrive();
+            }
+            if work.exists(tile) {
+                let mut n = 0;
+                while n < N {
+                    let products = multiply::<T, C, PACKED>(&keys, queries, n as u32);
+                    write_products::<T, 1, PACKED>(work, tile, 0, n as u32, products, &mut stats[n]);
+                    n += 1;
+                }
+            }
+            let next = work.after(lead);
+            if next.chunk != lead.chunk {
+                if tile.chunk < work.num_chunks {
+                    store_stats::<T, N, PACKED>(work, tile.chunk, stats);
+                }
+                stats = [[Stats::EMPTY; 2]; N];
+            }
+            lead = next;
+            place = place.next(layout.num_stages);
+        }
+    }
+
+    /// The lane's A fragments of 16 tokens, from its 16 bytes of its first token on; `half`: places to its other token.
+    #[inline(always)]
+    unsafe fn load_keys<const C: usize>(at: Shared<V4<u32>>, half: u32) -> [[[u32; 4]; C]; 2] {
+        let mut keys = [[[0; 4]; C]; 2];
+        let mut c = 0;
+        while c < C {
+            keys[0][c] = at.add(4 * c as u32).load().0;
+            keys[1][c] = at.add(half + 4 * c as u32).load().0;
+            c += 1;
+        }
+        keys
+    }
+}
