@@ -72,7 +72,7 @@ unsafe fn pipeline(input: GlobalPtr<V4<u32>>, plan: Plan) {
     while round < 2 {
         if thread_idx_x() == 0 {
             if plan != Plan::NoEmpty {
-                empty().wait(round % 2 ^ 1);
+                empty().wait((round % 2) ^ 1);
             }
             let expected = match plan {
                 Plan::TooFewBytes => 128,
@@ -230,7 +230,7 @@ fn rules_of_the_copies() {
     };
     passes(DIMS, &memory, || copy(32, input, 224));
     let byte = |count: u64| GlobalPtr::from_addr(input.addr().wrapping_add(count));
-    let faults: [(Kind, &str, u32, GlobalPtr<V4<u32>>, u32); 7] = [
+    let faults = [
         (Kind::Misaligned, "bulk copy of 24 bytes", 0, input, 24),
         (Kind::Misaligned, "bulk copy of 0 bytes", 0, input, 0),
         (Kind::Misaligned, "no multiple of 16", 8, input, 64),

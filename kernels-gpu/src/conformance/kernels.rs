@@ -368,6 +368,7 @@ pub unsafe fn bulk_copy(p: BulkCopyParams) {
         let (tile, at) = (LAYOUT.quads.get().add(64 * stage), 64 * round);
         if warp_id() == 0 {
             empty(stage).wait(parity ^ 1);
+            warp::sync_warp(FULL); // no lane falls two phases behind
             let split = 1 + 13 * round;
             let [begin, quads] = if lane_id() == 0 { [0, split] } else { [split, 64 - split] };
             // The second lane may well copy before the bytes are announced.

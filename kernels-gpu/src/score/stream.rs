@@ -373,6 +373,8 @@ mod kernel {
         let mut turn = 0;
         while lead.chunk < work.num_chunks {
             layout.empty(place.stage).wait(place.parity ^ 1);
+            // A lane with nothing to copy must not fall behind: two phases later the parity is the same again.
+            warp::sync_warp(warp::FULL);
             if lane == 0 {
                 let tiles = (work.num_chunks - lead.chunk).min(work.num_tiles - lead.index);
                 layout.full(place.stage).arrive_expecting(tiles.min(num_streams) * tile_bytes);

@@ -71,7 +71,8 @@ impl MBarrier {
     ///
     /// # Safety
     /// - The barrier has been made.
-    /// - The phase waited for is the one under way or the one before it.
+    /// - The phase waited for is the one under way or the one before it, also when the wait ends: a lane that nothing keeps
+    ///   with its warp may fall two phases behind, and then waits for ever.
     #[inline(always)]
     #[track_caller]
     pub unsafe fn wait(self, parity: u32) {
