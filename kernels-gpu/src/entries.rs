@@ -129,6 +129,7 @@ entries! {
     vote_by_four(VoteParams) = crate::vote::vote::<4>;
     smooth(SmoothParams) = crate::smooth::smooth;
     top_k_count(TopKParams) = crate::top_k::count;
+    top_k_refine(TopKParams) = crate::top_k::refine;
     top_k_choose(TopKParams) = crate::top_k::choose;
     gather_f16(GatherParams<f16>) = crate::gather::gather::<f16>;
     attend_decode_f16_d64(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NATIVE>;

@@ -2,18 +2,20 @@
 //!
 //! A vote becomes a 32-bit key that ascends as votes do, with NaN below everything. Votes are sums of probabilities, so
 //! keys are counted in bins of a 32nd of an octave from 2^-56 to 2^8, and whatever is smaller or larger in the bins at the
-//! ends. The last block of a row finds the bin in which the `k`-th key lies. [`top_k`](mod@crate::top_k) looks closer.
+//! ends. The last block of a row finds the bin in which the `k`-th key lies. [`top_k`](mod@crate::top_k) looks closer, with
+//! another such pass where a bin has many keys.
 //! Counts are integers, so the result has no order of additions in it, and no table limits how many keys share a bin.
 
 use crate::launch::GpuInfo;
-use crate::simt::data::V2;
+use crate::simt::data::V4;
 use crate::simt::global::GlobalMut;
 use crate::simt::shared::{Carve, Region};
 
 /// Threads of a block.
 pub const THREADS: u32 = 256;
 /// Bins.
-pub const BINS: u32 = 2048;
+pub const BINS: u32 = 1 << BINS_LOG2;
+const BINS_LOG2: u32 = 11;
 /// Bits of a key below those that tell its bin.
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub(crate) const BIN_SHIFT: u32 = 18;
@@ -32,8 +34,9 @@ const BLOCKS_PER_SM: u32 = 2;
 pub struct RadixTables {
     /// \[num_rows, BINS\] u32, zero before and after each launch.
     pub histogram: GlobalMut<u32>,
-    /// \[num_rows, 2\] u32: the bin of the `k`-th largest key, and its rank (from 1) among the keys of that bin.
-    pub state: GlobalMut<V2<u32>>,
+    /// \[num_rows, 4\] u32: the smallest and the largest key between which the `k`-th largest lies, its rank (from 1, from
+    /// the top) among the keys between them, and how many these are.
+    pub state: GlobalMut<V4<u32>>,
     /// \[num_rows\] u32, zero before and after each launch.
     pub counters: GlobalMut<u32>,
 }
@@ -86,10 +89,49 @@ mod machine {
         (key.saturating_sub(LOWEST) >> BIN_SHIFT).min(BINS - 1)
     }
 
-    /// The smallest key of a bin.
-    #[inline(always)]
-    pub fn smallest_key(bin: u32) -> u32 {
-        if bin == 0 { 0 } else { LOWEST + (bin << BIN_SHIFT) }
+    /// A range of keys, both ends included.
+    #[derive(Clone, Copy)]
+    pub struct Keys {
+        pub smallest: u32,
+        pub largest: u32,
+    }
+
+    impl Keys {
+        /// The keys of a bin.
+        #[inline(always)]
+        pub fn of_bin(bin: u32) -> Keys {
+            let from = |bin: u32| LOWEST + (bin << BIN_SHIFT);
+            Keys {
+                smallest: if bin == 0 { 0 } else { from(bin) },
+                largest: if bin == BINS - 1 { u32::MAX } else { from(bin + 1) - 1 },
+            }
+        }
+
+        /// Whether `key` is one of them.
+        #[inline(always)]
+        pub fn contain(self, key: u32) -> bool {
+            key >= self.smallest && key <= self.largest
+        }
+
+        /// Bits of a key below those that tell which of up to [`BINS`] parts of the range it lies in.
+        #[inline(always)]
+        pub fn part_shift(self) -> u32 {
+            (32 - (self.largest - self.smallest).leading_zeros()).saturating_sub(BINS_LOG2)
+        }
+
+        /// The part of the range that a key of it lies in; ascends as keys do.
+        #[inline(always)]
+        pub fn part_of(self, key: u32) -> u32 {
+            (key - self.smallest) >> self.part_shift()
+        }
+
+        /// The keys of a part.
+        #[inline(always)]
+        pub fn part(self, part: u32) -> Keys {
+            let shift = self.part_shift();
+            let smallest = self.smallest + (part << shift);
+            Keys { smallest, largest: smallest.saturating_add((1 << shift) - 1).min(self.largest) }
+        }
     }
 
     /// Part of a row's candidates that block `block` of `num_blocks` works on: ascending with the block. Shares begin at
@@ -126,17 +168,17 @@ mod machine {
             Histogram(bins)
         }
 
-        /// Counts a key.
+        /// Counts a key of bin, or part, `bin`.
         ///
         /// # Safety
-        /// - After [`clear`](Self::clear), before [`finish`](Self::finish).
+        /// - After [`clear`](Self::clear), before [`finish`](Self::finish); `bin < BINS`.
         #[inline(always)]
-        pub unsafe fn count(self, key: u32) {
-            self.0.add(bin(key)).atomic_add(1);
+        pub unsafe fn count(self, bin: u32) {
+            self.0.add(bin).atomic_add(1);
         }
 
         /// Adds the block's counts to those of the row; the row's last block finds the bin of the key of rank `rank` and
-        /// writes the state.
+        /// writes the state. `keys` tells the keys of a bin.
         ///
         /// *Convergence:* aligned; every thread of the block.
         ///
@@ -144,7 +186,7 @@ mod machine {
         /// - Every thread of the block calls it, once, with the same arguments, and so does every block of the row.
         /// - At least `rank > 0` keys are counted.
         #[inline(always)]
-        pub unsafe fn finish(self, tables: &RadixTables, row: u32, rank: u32) {
+        pub unsafe fn finish(self, tables: &RadixTables, row: u32, rank: u32, keys: impl Fn(u32) -> Keys) {
             thread::sync_threads();
             let of_row = tables.histogram.add(row as u64 * BINS as u64);
             let mut bin = thread::thread_idx_x();
@@ -156,7 +198,7 @@ mod machine {
                 bin += THREADS;
             }
             if grid::is_last_block(tables.counters.add(row as u64), thread::grid_dim_x()) {
-                find(of_row, tables.state.add(row as u64), rank);
+                find(of_row, tables.state.add(row as u64), rank, keys);
             }
         }
     }
@@ -164,7 +206,7 @@ mod machine {
     /// Finds the bin, writes the state, and sets the row's counts back to 0. Each thread takes eight bins, the first thread
     /// the topmost.
     #[inline(always)]
-    unsafe fn find(of_row: GlobalMut<u32>, state: GlobalMut<V2<u32>>, rank: u32) {
+    unsafe fn find(of_row: GlobalMut<u32>, state: GlobalMut<V4<u32>>, rank: u32, keys: impl Fn(u32) -> Keys) {
         const BINS_OF_THREAD: usize = (BINS / THREADS) as usize;
         let top = BINS - 1 - thread::thread_idx_x() * BINS_OF_THREAD as u32;
         let mut counts = [0; BINS_OF_THREAD];
@@ -181,7 +223,8 @@ mod machine {
         let mut i = 0;
         while i < BINS_OF_THREAD {
             if above < rank && rank <= above + counts[i] {
-                state.store(V2([top - i as u32, rank - above]));
+                let Keys { smallest, largest } = keys(top - i as u32);
+                state.store(V4([smallest, largest, rank - above, counts[i]]));
             }
             above += counts[i];
             i += 1;

@@ -6,11 +6,12 @@
 //!     chosen = { j : vote[j] > threshold } ∪ the first `ties` j with vote[j] = threshold      larger, then earlier; NaN last
 //! for each row: selected = [0, candidates.begin) ∪ chosen ∪ [candidates.end, n)                    ascending
 //! ```
-//! Two launches, none of which waits for another's blocks; the first only where [`vote`](mod@crate::vote) has not just done
+//! Three launches, none of which waits for another's blocks; the first only where [`vote`](mod@crate::vote) has not just done
 //! the same:
 //! 1. [`count`]: the bin in which the threshold lies, see [`radix`].
-//! 2. [`choose`]: each block writes down the *contenders* of its share, in order: the tokens in that bin or above. The last
-//!    block of a row finds the threshold among those in the bin, digit by digit, and gives each token chosen its place.
+//! 2. [`refine`]: where that bin has many keys, the part of it.
+//! 3. [`choose`]: each block writes down the *contenders* of its share, in order: the tokens in that bin, or part, or above.
+//!    The last block of a row finds the threshold among those in the bin, and gives each token chosen its place.
 //!    Contenders are `k` and a few more, and fit in shared memory; where votes tie by the thousands they pass through it
 //!    window by window, as often as it takes. All blocks together fill the windows, copy lists that are used again, and
 //!    keep the cached selections.
@@ -24,7 +25,7 @@ use crate::simt::data::V2;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
 
-/// Parameters of [`count`] and [`choose`].
+/// Parameters of [`count`], [`refine`] and [`choose`].
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct TopKParams {
@@ -82,6 +83,10 @@ const SHARE: u32 = 8 * THREADS;
 /// Contenders in shared memory at a time; no fewer than a share may have.
 const WINDOW: u32 = 2 * SHARE;
 
+/// Keys of a bin from which on it is refined: with fewer, its contenders fit in a window beside any usual `k`.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+const MANY: u32 = SHARE;
+
 /// Shares that `num_rows` rows with `num_places` places for tokens may have.
 pub const fn max_shares(num_places: u64, num_rows: u64) -> u64 {
     num_places / SHARE as u64 + 2 * num_rows + 1
@@ -122,7 +127,7 @@ impl TopKParams {
         Dims { grid: [blocks, self.batch.num_rows, 1], block: [THREADS, 1, 1], shared_bytes: LAYOUT.bytes }
     }
 
-    /// Launch dimensions of [`count`]: shares of the candidates of each row.
+    /// Launch dimensions of [`count`] and [`refine`]: shares of the candidates of each row.
     pub const fn count_dims(&self, gpu: &GpuInfo) -> Dims {
         let blocks = radix::blocks_of_row(gpu, self.batch.num_rows, self.max_tokens);
         Dims {
@@ -134,36 +139,24 @@ impl TopKParams {
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-pub use kernel::{choose, count};
+pub use kernel::{choose, count, refine};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::*;
     use crate::layout::{LOGIT_TILE, Tokens};
     use crate::pool::{COMPLETE, REUSE, SCORE, SKIP};
-    use crate::radix::Histogram;
+    use crate::radix::{Histogram, Keys};
     use crate::simt::shared::Shared;
     use crate::simt::{grid, thread, warp};
 
-    /// Finds the bin of the threshold.
-    ///
-    /// # Safety
-    /// - The buffers and tables are as [`TopKParams`] says.
-    /// - Launched with [`TopKParams::count_dims`].
-    pub unsafe fn count(params: TopKParams) {
+    /// Calls `f` with the key of each vote of the block's share that this thread takes; the order does not matter.
+    #[inline(always)]
+    unsafe fn each_key(params: &TopKParams, row: u32, candidates: Tokens, mut f: impl FnMut(u32)) {
         /// Votes that a thread has under way.
         const VOTES: usize = 8;
 
-        grid::wait_for_previous();
-
-        grid::launch_dependents();
-        let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
-            return;
-        }
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
-        let histogram = Histogram::clear();
         let votes = params.votes.add(params.batch.token_base(row));
         let mut begin = share.begin + thread::thread_idx_x();
         while begin < share.end {
@@ -179,13 +172,57 @@ mod kernel {
             let mut i = 0;
             while i < VOTES {
                 if begin + (i as u32 * radix::THREADS) < share.end {
-                    histogram.count(radix::key(batch[i]));
+                    f(radix::key(batch[i]));
                 }
                 i += 1;
             }
             begin += VOTES as u32 * radix::THREADS;
         }
-        histogram.finish(&params.radix, row, params.k.min(candidates.len()));
+    }
+
+    /// Finds the bin of the threshold.
+    ///
+    /// # Safety
+    /// - The buffers and tables are as [`TopKParams`] says.
+    /// - Launched with [`TopKParams::count_dims`].
+    pub unsafe fn count(params: TopKParams) {
+        grid::wait_for_previous();
+        grid::launch_dependents();
+        let row = thread::block_idx_y();
+        if params.actions.add(row as u64).load() != SCORE {
+            return;
+        }
+        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        let histogram = Histogram::clear();
+        each_key(&params, row, candidates, |key| histogram.count(radix::bin(key)));
+        histogram.finish(&params.radix, row, params.k.min(candidates.len()), Keys::of_bin);
+    }
+
+    /// Finds the part of a bin with many keys that the threshold lies in.
+    ///
+    /// # Safety
+    /// - As for [`count`], which has run, or [`vote`](mod@crate::vote), for the same votes.
+    /// - Launched with [`TopKParams::count_dims`].
+    pub unsafe fn refine(params: TopKParams) {
+        grid::wait_for_previous();
+        grid::launch_dependents();
+        let row = thread::block_idx_y();
+        if params.actions.add(row as u64).load() != SCORE {
+            return;
+        }
+        let [smallest, largest, rank, many] = params.radix.state.add(row as u64).load().0;
+        if many <= MANY {
+            return;
+        }
+        let keys = Keys { smallest, largest };
+        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        let histogram = Histogram::clear();
+        each_key(&params, row, candidates, |key| {
+            if keys.contain(key) {
+                histogram.count(keys.part_of(key));
+            }
+        });
+        histogram.finish(&params.radix, row, rank, |part| keys.part(part));
     }
 
     /// A row, its cached selection, and where its lists lie.
@@ -200,7 +237,7 @@ mod kernel {
     /// Writes the lists.
     ///
     /// # Safety
-    /// - As for [`count`], which has run, or [`vote`](mod@crate::vote), for the same votes.
+    /// - As for [`refine`], which has run.
     /// - Launched with [`TopKParams::choose_dims`].
     pub unsafe fn choose(params: TopKParams) {
         grid::wait_for_previous();
@@ -360,13 +397,13 @@ mod kernel {
             return;
         }
         let base = params.batch.token_base(row.row);
-        let [bin, rank] = params.radix.state.add(row.row as u64).load().0;
+        let [smallest, largest, rank, _] = params.radix.state.add(row.row as u64).load().0;
         let counts = params.counts.add(base / SHARE as u64 + 2 * row.row as u64);
         let contenders = params.contenders.add(base);
-        write_contenders(row, first, share, bin, counts, contenders);
+        write_contenders(row, first, share, smallest, counts, contenders);
         if grid::is_last_block(params.radix.counters.add(row.row as u64), num_shares) {
             let all = Contenders { first, num_shares, counts, contenders };
-            choose_among(row, &all, bin, rank, chosen, caches);
+            choose_among(row, &all, Keys { smallest, largest }, rank, chosen, caches);
         }
     }
 
@@ -376,7 +413,7 @@ mod kernel {
         row: &Row<'_>,
         first: u32,
         share: u32,
-        bin: u32,
+        smallest: u32,
         counts: GlobalMut<u32>,
         contenders: GlobalMut<V2<u32>>,
     ) {
@@ -392,7 +429,7 @@ mod kernel {
             let token = own + i as u32;
             if token >= row.candidates.begin && token < row.candidates.end {
                 keys[i] = radix::key(votes.add(token as u64).load_cached());
-                contends[i] = radix::bin(keys[i]) >= bin;
+                contends[i] = keys[i] >= smallest;
             }
             i += 1;
         }
@@ -498,21 +535,16 @@ mod kernel {
 
     /// Finds the threshold and writes the tokens that are chosen; run by one block.
     #[inline(always)]
-    unsafe fn choose_among(row: &Row<'_>, all: &Contenders, bin: u32, rank: u32, chosen: u32, caches: bool) {
-        let mut held = None;
-        let smallest = radix::smallest_key(bin);
-        // The bins at the ends have keys of any size.
-        let ordinary = bin > 0 && bin < radix::BINS - 1;
-        let (mut threshold, mut ties) = (smallest, rank);
-        let mut digit = 0;
-        while digit < if ordinary { 2 } else { 3 } {
-            let (shift, bits) = match (ordinary, digit) {
-                (true, 0) => (9, 9),
-                (true, _) => (0, 9),
-                (false, 0) => (21, 11),
-                (false, 1) => (10, 11),
-                (false, _) => (0, 10),
-            };
+    unsafe fn choose_among(
+        row: &Row<'_>,
+        all: &Contenders,
+        mut among: Keys,
+        rank: u32,
+        chosen: u32,
+        caches: bool,
+    ) {
+        let (mut held, mut ties) = (None, rank);
+        while among.smallest < among.largest {
             let histogram = LAYOUT.histogram.get();
             let mut i = thread::thread_idx_x();
             while i < radix::BINS {
@@ -520,34 +552,31 @@ mod kernel {
                 i += THREADS;
             }
             thread::sync_threads();
-            let known = threshold - smallest;
             all.each_window(row, &mut held, |window| {
                 let mut i = thread::thread_idx_x();
                 while i < window.len {
                     let key = LAYOUT.keys.get().add(i).load();
-                    let above = key - smallest;
-                    // In the bin, and equal to the threshold in the digits that are known.
-                    if radix::bin(key) == bin && (digit == 0 || (above ^ known) >> (shift + bits) == 0) {
-                        histogram.add(above >> shift & ((1 << bits) - 1)).atomic_add(1);
+                    if among.contain(key) {
+                        histogram.add(among.part_of(key)).atomic_add(1);
                     }
                     i += THREADS;
                 }
             });
             thread::sync_threads();
-            let (value, left) = find_digit(histogram, ties);
-            threshold += value << shift;
+            let (part, left) = find_part(histogram, ties);
+            among = among.part(part);
             ties = left;
-            digit += 1;
         }
+        let threshold = among.smallest;
         let (mut above, mut equal) = (0, 0);
         all.each_window(row, &mut held, |window| {
             write_chosen(row, window, threshold, ties.min(chosen), &mut above, &mut equal, caches);
         });
     }
 
-    /// The digit, counted from the top, at which the sum of a histogram reaches `rank`, and the rank within it.
+    /// The part at which the sum of a histogram, from the top, reaches `rank`, and the rank within it.
     #[inline(always)]
-    unsafe fn find_digit(histogram: Shared<u32>, rank: u32) -> (u32, u32) {
+    unsafe fn find_part(histogram: Shared<u32>, rank: u32) -> (u32, u32) {
         const BINS: usize = (radix::BINS / THREADS) as usize;
         let top = radix::BINS - 1 - thread::thread_idx_x() * BINS as u32;
         let (mut counts, mut sum) = ([0; BINS], 0);
@@ -569,9 +598,9 @@ mod kernel {
             i += 1;
         }
         thread::sync_threads();
-        let digit = (found.load(), found.add(1).load());
+        let part = (found.load(), found.add(1).load());
         thread::sync_threads();
-        digit
+        part
     }
 
     /// Writes the tokens of a window that are chosen, each thread those of a run of contenders. `above` and `equal` count

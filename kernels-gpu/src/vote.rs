@@ -94,7 +94,7 @@ mod kernel {
         let candidates = params.batch.candidates(row, params.n_init, params.n_local);
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
         vote_share::<V>(&params, row, share, histogram);
-        histogram.finish(&params.radix, row, params.top_k.min(candidates.len()));
+        histogram.finish(&params.radix, row, params.top_k.min(candidates.len()), radix::Keys::of_bin);
     }
 
     /// What turns `V` adjacent heads' logits into probabilities.
@@ -203,7 +203,7 @@ mod kernel {
                 // The two lanes of a token take turns.
                 if token >= share.begin && token < share.end && half == i as u32 % 2 {
                     votes.add(token as u64).store(vote);
-                    histogram.count(radix::key(vote));
+                    histogram.count(radix::bin(radix::key(vote)));
                 }
                 i += 1;
             }

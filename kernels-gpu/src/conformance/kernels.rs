@@ -105,8 +105,8 @@ pub unsafe fn masked(p: MaskedParams) {
 }
 
 /// Two producer warps hand values to two consumer warps over named barriers, twice through one buffer; then
-/// barriers that count. (Consumers wait where the buffer is handed back: compute-sanitizer does not take `bar.arrive` as an
-/// order of reads before writes.)
+/// barriers that count. (All wait where the buffer is handed back: compute-sanitizer does not take `bar.arrive` as an order
+/// of reads before writes.)
 ///
 /// # Safety
 /// - The shapes in [`BarriersParams`]; launched with [`BARRIERS_DIMS`].
@@ -117,27 +117,19 @@ pub unsafe fn barriers(p: BarriersParams) {
     let thread = thread_idx_x();
     let value = p.values.add(thread as u64).load();
     let buffer = LAYOUT.words.get();
-    if thread < 64 {
-        let mut round = 0;
-        while round < 2 {
-            if round > 0 {
-                sync_named(EMPTIED, 128);
-            }
+    let (mut sum, mut round) = (0, 0);
+    while round < 2 {
+        if thread < 64 {
             buffer.add(thread).store(value + round);
             arrive_named(FILLED, 128);
-            round += 1;
-        }
-    } else {
-        let mut sum = 0;
-        let mut round = 0;
-        while round < 2 {
+        } else {
             sync_named(FILLED, 128);
             sum += buffer.add((thread + 1) % 64).load();
-            if round < 1 {
-                sync_named(EMPTIED, 128);
-            }
-            round += 1;
         }
+        sync_named(EMPTIED, 128);
+        round += 1;
+    }
+    if thread >= 64 {
         p.consumed.add((thread - 64) as u64).store(sum);
     }
     let odd = sync_threads_count(value % 2 == 1);
@@ -356,7 +348,7 @@ pub unsafe fn bulk_copy(p: BulkCopyParams) {
         let mut stage = 0;
         while stage < 2 {
             full(stage).init(1);
-            empty(stage).init(2);
+            empty(stage).init(64);
             stage += 1;
         }
         bulk::publish();
@@ -383,10 +375,7 @@ pub unsafe fn bulk_copy(p: BulkCopyParams) {
             full(stage).wait(parity);
             let place = thread_idx_x() - 32;
             let quad = tile.add(63 - place).load();
-            warp::sync_warp(FULL);
-            if lane_id() == 0 {
-                empty(stage).arrive();
-            }
+            empty(stage).arrive();
             p.out.add((at + place) as u64).store(quad);
         }
         round += 1;

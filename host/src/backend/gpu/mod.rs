@@ -235,11 +235,13 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         let params = self.top_k_params(&args)?;
+        let dims = params.count_dims(self.driver.gpu());
         // `vote` has counted votes that are fresh.
-        if !args.votes_are_fresh {
-            let count = self.entry("top_k", "top_k_count")?;
+        let names =
+            if args.votes_are_fresh { &["top_k_refine"][..] } else { &["top_k_count", "top_k_refine"] };
+        for name in names {
             // SAFETY: `TokenSelect` has checked shapes and lengths.
-            unsafe { self.launch(count, params.count_dims(self.driver.gpu()), &params)? };
+            unsafe { self.launch(self.entry("top_k", name)?, dims, &params)? };
         }
         let choose = self.entry("top_k", "top_k_choose")?;
         // SAFETY: as above.

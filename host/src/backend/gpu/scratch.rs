@@ -22,7 +22,7 @@ pub(super) struct Scratch {
     pub score_partial: u64,
     /// `[max_rows, BINS]` u32, zero between launches.
     pub histogram: u64,
-    /// `[max_rows, 2]` u32.
+    /// `[max_rows, 4]` u32.
     pub radix_state: u64,
     /// `[max_shares]` u32: contenders of each share.
     pub share_counts: u64,
@@ -57,7 +57,7 @@ impl Scratch {
         let pool_partial = words(max_rows * heads.num_qo_heads * 3);
         let score_partial = words(max_rows * chunks * heads.num_qo_heads * 2);
         let histogram = words(max_rows * BINS as usize);
-        let radix_state = words(max_rows * 2);
+        let radix_state = words(max_rows * 4);
         let share_counts = words(max_shares(limits.max_kv_tokens as u64, max_rows as u64) as usize);
         let contenders = words(2 * limits.max_kv_tokens);
         let parts = max_parts(gpu) as usize;
