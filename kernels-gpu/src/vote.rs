@@ -10,7 +10,7 @@
 //!
 //! **Bytes.** `n * num_qo_heads * 4` read, `n * 4` written.
 //!
-//! The histogram of the votes and the search in it are those of [`radix`](crate::radix).
+//! The histogram of the votes and the search in it are those of [`radix`].
 
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::BatchTables;
