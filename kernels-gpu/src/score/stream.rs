@@ -169,18 +169,18 @@ mod tests {
         for dim in [64, 96, 128, 256] {
             for heads in 1..=8 {
                 for page_size in [16, 32, 64, 1024] {
-                    assert!(streams(page_size, heads, dim, true) && streams(page_size, heads, dim, false));
+                    let [all_heads, one_head] = [32 * heads * dim, 32 * dim].map(|bytes| bytes >= 4096);
+                    assert_eq!(streams(page_size, heads, dim, true), all_heads, "{heads} heads of {dim}");
+                    assert_eq!(streams(page_size, heads, dim, false), one_head || heads == 1 && all_heads);
                 }
             }
             assert!(!streams(16, 9, dim, true), "a warp for each head");
             assert!(!streams(48, 8, dim, true) && !streams(7, 8, dim, false), "no power of two");
         }
-        // Copies of 2 KiB a token, and of too few bytes.
-        assert!(streams(1, 8, 128, true) && streams(1, 8, 128, false) && streams(1, 4, 128, true));
-        assert!(!streams(1, 2, 128, true) && !streams(1, 4, 64, true));
-        assert!(streams(8, 8, 64, false) && !streams(4, 8, 64, false) && streams(4, 8, 64, true));
-        // More copies of a stage than the producer has lanes.
-        assert!(!streams(2, 1, 256, true) && streams(2, 2, 256, true));
+        // Small pages: one copy a page, if that is large enough.
+        assert!(!streams(1, 8, 128, true) && streams(2, 8, 128, true) && !streams(2, 4, 128, true));
+        assert!(streams(8, 8, 64, true) && streams(4, 8, 64, true) && !streams(2, 8, 64, true));
+        assert!(streams(1, 8, 256, true) && streams(1, 8, 256, false));
         assert!(!streams(16, 8, 80, true), "no such instance");
     }
 
