@@ -67,8 +67,10 @@ pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V:
     let layout = const { &Layout::new((8 * W * C) as u32) };
     let row = thread::block_idx_z();
     let list = params.list(row);
-    let (kv_head, tile) =
-        (thread::block_idx_y() % params.num_kv_heads, thread::block_idx_y() / params.num_kv_heads);
+    let (kv_head, tile) = (
+        thread::block_idx_y() % params.num_kv_heads.max(1),
+        thread::block_idx_y() / params.num_kv_heads.max(1),
+    );
     let first_row = tile * QUERY_ROWS;
     let all_rows = params.num_query_rows(&list);
     if first_row >= all_rows {
