@@ -426,7 +426,8 @@ impl Driver for CudaDriver {
                 attributes: &mut overlap,
                 num_attributes: 1,
             };
-            // SAFETY: as below; every kernel waits for those before it, as `entries` demands, before it reads or writes.
+            // SAFETY: as below; kernels wait for those before them, as `entries` demands, before they read or write what
+            // those have written.
             let code = unsafe { launch(&config, *function, arguments.as_mut_ptr(), null_mut()) };
             return check(&self.name, "cuLaunchKernelEx", code).map_err(|error| fail(error.to_string()));
         }
