@@ -119,6 +119,7 @@ impl<T> AttendParams<T> {
             ],
             block: [THREADS, 1, 1],
             shared_bytes: Layout::new(head_dim).bytes,
+            cluster: 1,
         }
     }
 }

@@ -74,6 +74,7 @@ impl<T> AttendParams<T> {
             grid: [tiles, self.num_kv_heads, self.batch.num_rows],
             block: [THREADS, 1, 1],
             shared_bytes: Layout::new(head_dim).bytes,
+            cluster: 1,
         }
     }
 }

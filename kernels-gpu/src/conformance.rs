@@ -171,6 +171,23 @@ pub struct BulkCopyParams {
 }
 const _: () = assert!(size_of::<BulkCopyParams>() == 24);
 
+/// Blocks of the clusters of [`cluster`].
+pub const CLUSTER_BLOCKS: u32 = 4;
+
+/// Parameters of [`cluster`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct ClusterParams {
+    /// \[clusters, CLUSTER_BLOCKS, 64\] u32, read.
+    pub values: GlobalPtr<u32>,
+    /// \[2, clusters, CLUSTER_BLOCKS, 64\] u32, written where the machine has clusters: for each block and thread the sum
+    /// over the cluster's blocks of that thread's values, each times its block's rank + 1; then the same of these sums.
+    pub out: GlobalMut<u32>,
+    /// \[1\] u32, written: whether it has.
+    pub available: GlobalMut<u32>,
+}
+const _: () = assert!(size_of::<ClusterParams>() == 24);
+
 /// Parameters of [`ldmatrix`].
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -244,7 +261,7 @@ impl Layout {
 const LAYOUT: Layout = Layout::new();
 
 /// Launch of [`indices`]: every axis in use, no two sizes alike.
-pub const INDICES_DIMS: Dims = Dims { grid: [2, 3, 4], block: [8, 6, 2], shared_bytes: 0 };
+pub const INDICES_DIMS: Dims = Dims { grid: [2, 3, 4], block: [8, 6, 2], shared_bytes: 0, cluster: 1 };
 /// Launch of the kernels that one warp runs: [`shuffles`], [`masked`], [`mma`].
 pub const WARP_DIMS: Dims = Dims::linear(1, 32, 0);
 /// Launch of the kernels that one warp with shared memory runs: [`async_copy`], [`ldmatrix`].
@@ -259,6 +276,11 @@ pub const SHARED_DIMS: Dims = Dims::linear(1, 64, LAYOUT.bytes);
 pub const GRID_DIMS: Dims = Dims::linear(3, 96, 0);
 /// Launch of [`atomics`].
 pub const ATOMICS_DIMS: Dims = Dims::linear(5, 64, 0);
+
+/// Launch of [`cluster`] over `clusters` clusters.
+pub const fn cluster_dims(clusters: u32) -> Dims {
+    Dims { cluster: CLUSTER_BLOCKS, ..Dims::linear(clusters * CLUSTER_BLOCKS, 64, LAYOUT.bytes) }
+}
 
 /// Launch of [`last_block`] over `num_blocks` blocks.
 pub const fn last_block_dims(num_blocks: u32) -> Dims {

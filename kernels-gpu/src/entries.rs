@@ -13,8 +13,9 @@ use crate::append::AppendParams;
 use crate::attend_decode::{HALVES, NATIVE, NEIGHBOURS, attend_decode};
 use crate::attention::AttendParams;
 use crate::conformance::{
-    AsyncCopyParams, AtomicsParams, BarriersParams, BulkCopyParams, GlobalParams, IndicesParams,
-    LastBlockParams, LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams, ShufflesParams,
+    AsyncCopyParams, AtomicsParams, BarriersParams, BulkCopyParams, ClusterParams, GlobalParams,
+    IndicesParams, LastBlockParams, LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams,
+    ShufflesParams,
 };
 use crate::forget::ForgetParams;
 use crate::gather::GatherParams;
@@ -170,6 +171,7 @@ entries! {
     conformance_last_block(LastBlockParams) = crate::conformance::last_block;
     conformance_async_copy(AsyncCopyParams) = crate::conformance::async_copy;
     conformance_bulk_copy(BulkCopyParams) = crate::conformance::bulk_copy;
+    conformance_cluster(ClusterParams) = crate::conformance::cluster;
     conformance_ldmatrix(LdMatrixParams) = crate::conformance::ldmatrix;
     conformance_mma_f16(MmaParams) = crate::conformance::mma::<half::f16>;
     conformance_mma_bf16(MmaParams) = crate::conformance::mma::<half::bf16>;

@@ -42,6 +42,7 @@ impl<T> GatherParams<T> {
             grid: [attend.max_len.div_ceil(PLACES), attend.batch.num_rows, 1],
             block: [THREADS, 1, 1],
             shared_bytes: 0,
+            cluster: 1,
         }
     }
 }

@@ -11,6 +11,8 @@ pub struct Dims {
     pub block: [u32; 3],
     /// Dynamic shared memory of a block, in bytes.
     pub shared_bytes: u32,
+    /// Blocks of a cluster, adjacent along the first axis; 1 for none. See [`cluster`](crate::simt::cluster).
+    pub cluster: u32,
 }
 
 /// What a device can launch.
@@ -24,6 +26,8 @@ pub struct Limits {
     pub threads: u32,
     /// Dynamic shared memory of a block, in bytes, once the kernel has been allowed its maximum.
     pub shared_bytes: u32,
+    /// Blocks of a cluster; 1: the device has no clusters.
+    pub cluster: u32,
 }
 
 impl Limits {
@@ -33,9 +37,11 @@ impl Limits {
         block: [1024, 1024, 64],
         threads: 1024,
         shared_bytes: 163 << 10,
+        cluster: 1,
     };
-    /// Compute capability 9.0 (H100, H200).
-    pub const SM_90: Limits = Limits { shared_bytes: 227 << 10, ..Limits::SM_80 };
+    /// Compute capability 9.0 (H100, H200). Clusters of more than 8 blocks need the kernel's consent, and a device that
+    /// has so many SMs side by side.
+    pub const SM_90: Limits = Limits { shared_bytes: 227 << 10, cluster: 16, ..Limits::SM_80 };
 }
 
 /// What launch shapes depend on.
@@ -98,6 +104,20 @@ pub enum DimsFault {
         /// Threads asked for.
         threads: u64,
     },
+    /// No cluster, or one of more blocks than the device has.
+    ClusterTooLarge {
+        /// Blocks asked for.
+        asked: u32,
+        /// Blocks the device allows.
+        limit: u32,
+    },
+    /// The blocks along the first axis are no whole number of clusters.
+    PartialCluster {
+        /// Blocks along the first axis.
+        blocks: u32,
+        /// Blocks of a cluster.
+        cluster: u32,
+    },
     /// More dynamic shared memory than the device gives a block.
     SharedMemory {
         /// Bytes asked for.
@@ -110,7 +130,7 @@ pub enum DimsFault {
 impl Dims {
     /// A one-dimensional launch.
     pub const fn linear(blocks: u32, threads: u32, shared_bytes: u32) -> Dims {
-        Dims { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes }
+        Dims { grid: [blocks, 1, 1], block: [threads, 1, 1], shared_bytes, cluster: 1 }
     }
 
     /// Blocks of the grid.
@@ -151,6 +171,12 @@ impl Dims {
         if !threads.is_multiple_of(32) {
             return fail(DimsFault::PartialWarp { threads });
         }
+        if self.cluster == 0 || self.cluster > limits.cluster {
+            return fail(DimsFault::ClusterTooLarge { asked: self.cluster, limit: limits.cluster });
+        }
+        if !self.grid[0].is_multiple_of(self.cluster) {
+            return fail(DimsFault::PartialCluster { blocks: self.grid[0], cluster: self.cluster });
+        }
         if self.shared_bytes > limits.shared_bytes {
             return fail(DimsFault::SharedMemory { asked: self.shared_bytes, limit: limits.shared_bytes });
         }
@@ -182,6 +208,12 @@ impl fmt::Display for DimsFault {
             }
             DimsFault::PartialWarp { threads } => {
                 write!(f, "{threads} threads a block are no multiple of the 32 of a warp")
+            }
+            DimsFault::ClusterTooLarge { asked, limit } => {
+                write!(f, "{asked} blocks a cluster, the device has 1 to {limit}")
+            }
+            DimsFault::PartialCluster { blocks, cluster } => {
+                write!(f, "{blocks} blocks along x are no multiple of the {cluster} of a cluster")
             }
             DimsFault::SharedMemory { asked, limit } => {
                 write!(f, "{asked} bytes of shared memory a block, the device has {limit}")

@@ -103,6 +103,7 @@ impl<T> PoolParams<T> {
             grid: [self.num_qo_heads, self.batch.num_rows, 1],
             block: [THREADS, 1, 1],
             shared_bytes: LAYOUT.bytes,
+            cluster: 1,
         }
     }
 }

@@ -143,7 +143,12 @@ impl<T> ScoreParams<T> {
         // A warp keeps its KV head, so a row needs at least as many warps as there are KV heads.
         let least = self.num_kv_heads.div_ceil(WARPS);
         let blocks = if blocks < least { least } else { blocks };
-        Dims { grid: [blocks, self.batch.num_rows, 1], block: [THREADS, 1, 1], shared_bytes: layout.bytes }
+        Dims {
+            grid: [blocks, self.batch.num_rows, 1],
+            block: [THREADS, 1, 1],
+            shared_bytes: layout.bytes,
+            cluster: 1,
+        }
     }
 }
 

@@ -39,7 +39,12 @@ impl SmoothParams {
     /// Shares of the candidates of each row.
     pub const fn dims(&self, gpu: &GpuInfo) -> Dims {
         let blocks = radix::blocks_of_row(gpu, self.batch.num_rows, self.max_tokens);
-        Dims { grid: [blocks, self.batch.num_rows, 1], block: [radix::THREADS, 1, 1], shared_bytes: 0 }
+        Dims {
+            grid: [blocks, self.batch.num_rows, 1],
+            block: [radix::THREADS, 1, 1],
+            shared_bytes: 0,
+            cluster: 1,
+        }
     }
 }
 

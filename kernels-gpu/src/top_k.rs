@@ -124,7 +124,12 @@ impl TopKParams {
     /// Launch dimensions of [`choose`]: a block for each share that the longest row may have.
     pub const fn choose_dims(&self) -> Dims {
         let blocks = self.max_tokens.div_ceil(SHARE) + 1;
-        Dims { grid: [blocks, self.batch.num_rows, 1], block: [THREADS, 1, 1], shared_bytes: LAYOUT.bytes }
+        Dims {
+            grid: [blocks, self.batch.num_rows, 1],
+            block: [THREADS, 1, 1],
+            shared_bytes: LAYOUT.bytes,
+            cluster: 1,
+        }
     }
 
     /// Launch dimensions of [`count`] and [`refine`]: shares of the candidates of each row.
@@ -134,6 +139,7 @@ impl TopKParams {
             grid: [blocks, self.batch.num_rows, 1],
             block: [radix::THREADS, 1, 1],
             shared_bytes: radix::LAYOUT.bytes,
+            cluster: 1,
         }
     }
 }

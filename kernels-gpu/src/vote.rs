@@ -56,6 +56,7 @@ impl VoteParams {
             grid: [blocks, self.batch.num_rows, 1],
             block: [radix::THREADS, 1, 1],
             shared_bytes: radix::LAYOUT.bytes,
+            cluster: 1,
         }
     }
 }

@@ -46,6 +46,9 @@ fn dimensions_are_checked() {
     assert!(fault(Dims { block: [1, 1, 96], ..Dims::linear(1, 1, 0) }).contains("96 threads along z"));
     assert!(fault(Dims { block: [64, 32, 1], ..Dims::linear(1, 1, 0) }).contains("2048 threads a block"));
     assert!(fault(Dims::linear(1, 40, 0)).contains("40 threads a block are no multiple of the 32"));
+    let clusters = |blocks, cluster| Dims { cluster, ..Dims::linear(blocks, 32, 0) };
+    assert!(fault(clusters(6, 4)).contains("6 blocks along x are no multiple of the 4 of a cluster"));
+    assert!(fault(clusters(34, 17)).contains("17 blocks a cluster, the device has 1 to 16"));
     assert!(
         fault(Dims::linear(1, 32, 300_000))
             .contains("300000 bytes of shared memory a block, the device has 232448")

@@ -2,6 +2,7 @@
 #![allow(unsafe_op_in_unsafe_fn)] // as in kernels
 
 mod bulk;
+mod clusters;
 mod collectives;
 mod global;
 mod launches;

@@ -153,6 +153,35 @@ fn bulk_copies_through_two_stages() {
 }
 
 #[test]
+fn clusters_add_each_others_values() {
+    const CLUSTERS: usize = 3;
+    let blocks = CLUSTERS * CLUSTER_BLOCKS as usize;
+    let values: Vec<u32> = numbers(11, 1 << 20).take(blocks * 64).collect();
+    let sums = |values: &[u32]| -> Vec<u32> {
+        let of_cluster = |cluster: &[u32]| {
+            let sum =
+                |thread| (1..).zip(cluster.iter().skip(thread).step_by(64)).map(|(rank, x)| rank * x).sum();
+            (0..64).map(sum).collect::<Vec<u32>>().repeat(CLUSTER_BLOCKS as usize)
+        };
+        values.chunks(CLUSTER_BLOCKS as usize * 64).flat_map(of_cluster).collect()
+    };
+    for mut machine in machines() {
+        let params = ClusterParams {
+            values: machine.input("values", &values),
+            out: machine.alloc("out", 2 * values.len()),
+            available: machine.alloc("available", 1),
+        };
+        machine.launch("conformance_cluster", cluster_dims(CLUSTERS as u32), params);
+        if machine.read(params.available, 1) == [0] {
+            println!("SKIPPED: the GPU has no clusters");
+            continue;
+        }
+        let once = sums(&values);
+        assert_eq!(machine.read(params.out, 2 * values.len()), [sums(&values), sums(&once)].concat());
+    }
+}
+
+#[test]
 fn pointers_count_in_elements() {
     let p = GlobalMut::<V4<f32>>::from_addr(1 << 40);
     assert_eq!(p.add(3).addr(), (1 << 40) + 48);

@@ -5,7 +5,7 @@ use crate::element::Element;
 use crate::simt::bulk::{self, MBarrier};
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
-use crate::simt::{grid, math as m, tensor};
+use crate::simt::{cluster, grid, math as m, tensor};
 
 /// What every kernel begins with: launches may overlap.
 #[inline(always)]
@@ -327,6 +327,39 @@ pub unsafe fn async_copy(p: AsyncCopyParams) {
         p.out.add(at as u64).store(tile.add(at).load());
         group += 1;
     }
+}
+
+/// Blocks of a cluster add each other's values, twice.
+///
+/// # Safety
+/// - The shapes in [`ClusterParams`]; launched with [`cluster_dims`].
+pub unsafe fn cluster(p: ClusterParams) {
+    begin();
+    let first = block_idx_x() == 0 && thread_idx_x() == 0;
+    if first {
+        p.available.store(cluster::AVAILABLE as u32);
+    }
+    if !cluster::AVAILABLE {
+        return;
+    }
+    let (here, place) = (thread_idx_x(), LAYOUT.words.get().add(thread_idx_x()));
+    let at = (block_idx_x() * 64 + here) as u64;
+    place.store(p.values.add(at).load());
+    let mut round = 0;
+    while round < 2 {
+        cluster::sync();
+        let (mut sum, mut rank) = (0, 0);
+        while rank < cluster::num_blocks() {
+            sum += (rank + 1) * place.of_block(rank).load();
+            rank += 1;
+        }
+        let blocks = grid_dim_x();
+        p.out.add((round * blocks * 64) as u64 + at).store(sum + cluster::block_rank() - block_idx_x() % 4);
+        cluster::sync();
+        place.store(sum);
+        round += 1;
+    }
+    grid::launch_dependents();
 }
 
 /// A producer warp hands bulk copies to two consumer warps through two stages, over barriers in shared memory. Each

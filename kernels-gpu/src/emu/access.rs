@@ -94,28 +94,15 @@ impl Block {
         &mut self,
         thread: usize,
         addr: u32,
-        (begin, end): (u32, u32),
+        bounds: (u32, u32),
         bytes: usize,
         access: Access,
         site: Site,
     ) -> *mut u8 {
         let at = addr as usize;
-        let fault = if end > self.dims.shared_bytes {
-            let have = self.dims.shared_bytes;
-            Some((
-                Kind::SharedBounds,
-                format!("its array (bytes {begin} to {end}) passes the {have} of the launch"),
-            ))
-        } else if addr < begin || at + bytes > end as usize {
-            Some((Kind::SharedBounds, format!("it leaves its array (bytes {begin} to {end})")))
-        } else if !at.is_multiple_of(bytes.min(16)) {
-            Some((Kind::Misaligned, format!("the address is no multiple of {}", bytes.min(16))))
-        } else {
-            None
-        };
-        if let Some((kind, why)) = fault {
+        if let Some((kind, what)) = self.bounds_fault(addr, bounds, bytes, access) {
             self.current = thread;
-            self.fail(kind, format!("{bytes}-byte {access} at shared byte {addr}: {why}"), site);
+            self.fail(kind, what, site);
         }
         let checks = Checks { races: self.options.races, uninitialised: self.options.uninitialised };
         let copies = access.starts_copy() || access.ends_copy();
@@ -125,8 +112,39 @@ impl Block {
             self.current = thread;
             self.fail(kind, what, site);
         }
+        if checks.races
+            && let Some(what) = self.cluster.own_access(at, bytes, access, site)
+        {
+            self.current = thread;
+            self.fail(Kind::Race, what, site);
+        }
         // SAFETY: `at + bytes <= end <= shared_bytes`, the size of the buffer rounded up.
         unsafe { self.shared.as_mut_ptr().cast::<u8>().add(at) }
+    }
+
+    /// What is wrong with the place of an access to shared memory, if anything.
+    pub fn bounds_fault(
+        &self,
+        addr: u32,
+        (begin, end): (u32, u32),
+        bytes: usize,
+        access: Access,
+    ) -> Option<(Kind, String)> {
+        let at = addr as usize;
+        let (kind, why) = if end > self.dims.shared_bytes {
+            let have = self.dims.shared_bytes;
+            (
+                Kind::SharedBounds,
+                format!("its array (bytes {begin} to {end}) passes the {have} of the launch"),
+            )
+        } else if addr < begin || at + bytes > end as usize {
+            (Kind::SharedBounds, format!("it leaves its array (bytes {begin} to {end})"))
+        } else if !at.is_multiple_of(bytes.min(16)) {
+            (Kind::Misaligned, format!("the address is no multiple of {}", bytes.min(16)))
+        } else {
+            return None;
+        };
+        Some((kind, format!("{bytes}-byte {access} at shared byte {addr}: {why}")))
     }
 
     /// The checks of a global access by the running lane.

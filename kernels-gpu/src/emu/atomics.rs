@@ -49,6 +49,18 @@ impl BlockOrder {
         self.given.contains_key(&thread)
     }
 
+    /// At a barrier of the cluster: adds what the block has done and knows.
+    pub fn give(&self, known: &mut BlockClock) {
+        merge(known, &self.known);
+        known.insert(self.block, self.count);
+    }
+
+    /// At a barrier of the cluster: everything after now is ordered behind `known`.
+    pub fn take(&mut self, known: &BlockClock) {
+        merge(&mut self.known, known);
+        self.count += 1;
+    }
+
     fn fence(&mut self, thread: usize) {
         if let Some(taken) = self.taken.remove(&thread) {
             merge(&mut self.known, &taken);

@@ -13,6 +13,7 @@ use corosensei::{Coroutine, CoroutineResult, Yielder};
 use super::atomics::BlockOrder;
 use super::barrier::Barrier;
 use super::bulk::MBarrier;
+use super::cluster::Member;
 use super::copies::Copies;
 use super::global_race::GlobalRaces;
 use super::launch::Stats;
@@ -31,6 +32,7 @@ pub(crate) enum Wait {
     Warp { op: Op, mask: u32 },
     Barrier { id: u32, threads: u32 },
     MBarrier { index: usize, parity: u32 },
+    Cluster,
     Ended,
 }
 
@@ -69,6 +71,7 @@ pub(crate) struct Block {
     pub mbarriers: Vec<MBarrier>,
     pub shared: Vec<Line>,
     pub shadow: Shadow,
+    pub cluster: Member,
     pub stats: Stats,
 
     /// Per warp, the lanes that could run.
@@ -87,7 +90,7 @@ thread_local! {
 pub(crate) fn with<R>(f: impl FnOnce(&mut Block) -> R) -> R {
     let block = CURRENT.get();
     assert!(!block.is_null(), "a device primitive was called outside an emulated launch");
-    // SAFETY: set by `Block::run` for as long as it runs on this OS thread. The only other borrows are those of other
+    // SAFETY: set by `run` for as long as it runs on this OS thread. The only other borrows are those of other
     // calls of `with`, and they have ended: `f` neither suspends nor calls kernel code.
     f(unsafe { &mut *block })
 }
@@ -98,6 +101,50 @@ pub(crate) fn suspend() {
     let yielder = with(|block| block.lanes[block.current].yielder);
     // SAFETY: the yielder lives on this lane's own stack, in the frame that called the kernel.
     unsafe { (*yielder).suspend(()) }
+}
+
+/// Runs the prepared blocks of a cluster to their end, in turn. An error says which block failed, and how.
+pub(crate) fn run(
+    blocks: &mut [Box<Block>],
+    stacks: &mut [LaneStack],
+    kernel: &(dyn Fn() + Sync),
+) -> Result<(), (usize, Fault)> {
+    let body = |yielder: &Yielder<(), ()>, ()| {
+        with(|block| {
+            let lane = block.current;
+            block.lanes[lane].yielder = yielder;
+        });
+        kernel()
+    };
+    let threads = blocks[0].lanes.len();
+    let mut coroutines: Vec<Coroutine<(), (), (), &mut LaneStack>> = stacks[..blocks.len() * threads]
+        .iter_mut()
+        // SAFETY: `body` borrows `kernel`; every coroutine has ended or been reset before this function returns.
+        .map(|stack| unsafe { Coroutine::with_stack_unchecked(stack, body) })
+        .collect();
+    let outer = CURRENT.get();
+    let mut running = 0;
+    let outcome = catch_unwind(AssertUnwindSafe(|| {
+        let mut idle = 0;
+        while idle < blocks.len() {
+            let of_block = &mut coroutines[running * threads..][..threads];
+            idle = if blocks[running].run_lanes(of_block) { 0 } else { idle + 1 };
+            running = (running + 1) % blocks.len();
+        }
+    }));
+    CURRENT.set(outer);
+    for coroutine in coroutines.iter_mut().filter(|c| c.started() && !c.done()) {
+        // SAFETY: kernels own nothing that must be dropped; a test closure that does leaks it on a fault.
+        unsafe { coroutine.force_reset() }
+    }
+    if let Err(payload) = outcome {
+        let fault = payload.downcast::<Fault>().map_or_else(
+            |panic| Fault { kind: Kind::Panic, message: blocks[running].describe_panic(&*panic) },
+            |fault| *fault,
+        );
+        return Err((running, fault));
+    }
+    blocks.iter().enumerate().try_for_each(|(rank, block)| block.check_end().map_err(|fault| (rank, fault)))
 }
 
 impl Block {
@@ -117,6 +164,7 @@ impl Block {
             mbarriers: Vec::new(),
             shared: Vec::new(),
             shadow: Shadow::default(),
+            cluster: Member::default(),
             stats: Stats::default(),
             ready: Vec::new(),
             leave_warp: false,
@@ -125,10 +173,10 @@ impl Block {
         }
     }
 
-    /// Prepares for block number `linear` of a launch.
+    /// Prepares for block number `linear` of a launch, in a cluster of `blocks`.
     ///
     /// # Safety
-    /// `memory` and `races` outlive the following [`run`](Block::run).
+    /// `memory` and `races` outlive the following [`run`].
     pub unsafe fn begin(
         &mut self,
         dims: Dims,
@@ -136,6 +184,7 @@ impl Block {
         memory: *const Memory,
         races: *const GlobalRaces,
         linear: u64,
+        blocks: &[*mut Block],
     ) {
         let threads = dims.num_threads() as usize;
         let [x, y, _] = dims.grid.map(u64::from);
@@ -160,6 +209,7 @@ impl Block {
         self.shared.clear();
         self.shared.resize((dims.shared_bytes as usize).div_ceil(128), POISON);
         self.shadow.reset(dims.shared_bytes as usize, threads);
+        self.cluster.reset(dims.shared_bytes as usize, blocks);
         self.ready.clear();
         self.ready.resize(threads / 32, u32::MAX);
         self.leave_warp = false;
@@ -258,41 +308,29 @@ impl Block {
         Some(self.current)
     }
 
-    /// Runs the prepared block to its end.
-    pub fn run(&mut self, stacks: &mut [LaneStack], kernel: &(dyn Fn() + Sync)) -> Result<(), Fault> {
-        let body = |yielder: &Yielder<(), ()>, ()| {
-            with(|block| {
-                let lane = block.current;
-                block.lanes[lane].yielder = yielder;
-            });
-            kernel()
-        };
-        let mut coroutines: Vec<Coroutine<(), (), (), &mut LaneStack>> = stacks[..self.lanes.len()]
-            .iter_mut()
-            // SAFETY: `body` borrows `kernel`; every coroutine has ended or been reset before this function returns.
-            .map(|stack| unsafe { Coroutine::with_stack_unchecked(stack, body) })
-            .collect();
-        let outer = CURRENT.replace(self);
-        let outcome = catch_unwind(AssertUnwindSafe(|| {
-            while let Some(lane) = with(Block::pick) {
-                if let CoroutineResult::Return(()) = coroutines[lane].resume(()) {
-                    with(|block| block.lanes[lane].wait = Wait::Ended);
-                }
+    /// Runs lanes until none can go on; false if none could. A random schedule leaves the block now and then.
+    fn run_lanes(&mut self, coroutines: &mut [Coroutine<(), (), (), &mut LaneStack>]) -> bool {
+        CURRENT.set(self);
+        let mut ran = false;
+        while let Some(lane) = with(Block::pick) {
+            ran = true;
+            if let CoroutineResult::Return(()) = coroutines[lane].resume(()) {
+                with(|block| block.lanes[lane].wait = Wait::Ended);
             }
-        }));
-        CURRENT.set(outer);
-        for coroutine in coroutines.iter_mut().filter(|c| c.started() && !c.done()) {
-            // SAFETY: kernels own nothing that must be dropped; a test closure that does leaks it on a fault.
-            unsafe { coroutine.force_reset() }
+            if with(|block| !block.cluster.blocks.is_empty() && block.is_random() && block.random(64) == 0) {
+                break;
+            }
         }
-        match outcome {
-            Ok(()) if self.lanes.iter().all(|lane| lane.wait == Wait::Ended) => self.check_copies(),
-            Ok(()) => Err(Fault { kind: Kind::Deadlock, message: self.describe_deadlock() }),
-            Err(payload) => Err(payload.downcast::<Fault>().map_or_else(
-                |panic| Fault { kind: Kind::Panic, message: self.describe_panic(&*panic) },
-                |fault| *fault,
-            )),
+        ran
+    }
+
+    /// What is wrong with a block that does not go on.
+    fn check_end(&self) -> Result<(), Fault> {
+        if !self.lanes.iter().all(|lane| lane.wait == Wait::Ended) {
+            return Err(Fault { kind: Kind::Deadlock, message: self.describe_deadlock() });
         }
+        self.check_copies()?;
+        self.cluster.check_end()
     }
 
     /// A block must not end before its bulk copies have: somebody waits for each.
@@ -326,6 +364,13 @@ impl Block {
                 Wait::Barrier { id, threads } => {
                     let arrived = self.barriers[id as usize].arrived();
                     format!("wait at barrier {id} ({arrived} of {threads} arrived) at {}", lane.site)
+                }
+                Wait::Cluster => {
+                    let (arrived, threads) = (self.cluster.arrived(), self.lanes.len());
+                    format!(
+                        "wait at the barrier of the cluster ({arrived} of {threads} of the block arrived) at {}",
+                        lane.site
+                    )
                 }
                 Wait::MBarrier { index, parity } => {
                     format!("{} at {}", self.describe_mbarrier(index, parity), lane.site)

@@ -4,7 +4,7 @@ use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::block::Block;
+use super::block::{self, Block};
 use super::global_race::GlobalRaces;
 use super::memory::Memory;
 use super::options::Options;
@@ -35,9 +35,9 @@ pub struct Stats {
     pub barriers: u64,
 }
 
-/// What an OS thread needs to run blocks. Fresh stacks cost 2 ms a block of 256 threads, used ones nothing.
+/// What an OS thread needs to run clusters. Fresh stacks cost 2 ms a block of 256 threads, used ones nothing.
 struct Worker {
-    block: Box<Block>,
+    blocks: Vec<Box<Block>>,
     stacks: Vec<LaneStack>,
     stack_bytes: usize,
 }
@@ -50,18 +50,20 @@ unsafe impl Send for Worker {}
 static IDLE: Mutex<Vec<Worker>> = Mutex::new(Vec::new());
 
 impl Worker {
-    fn take(threads: usize, stack_bytes: usize) -> Worker {
+    /// One for clusters of `cluster` blocks of `threads` threads.
+    fn take(cluster: usize, threads: usize, stack_bytes: usize) -> Worker {
         let idle = IDLE.lock().unwrap_or_else(|poisoned| poisoned.into_inner()).pop();
         let mut worker =
-            idle.unwrap_or_else(|| Worker { block: Box::new(Block::new()), stacks: Vec::new(), stack_bytes });
+            idle.unwrap_or_else(|| Worker { blocks: Vec::new(), stacks: Vec::new(), stack_bytes });
         if worker.stack_bytes != stack_bytes {
             worker.stacks.clear();
             worker.stack_bytes = stack_bytes;
         }
-        for lane in worker.stacks.len()..threads {
+        for lane in worker.stacks.len()..cluster * threads {
             worker.stacks.push(LaneStack::new(stack_bytes, lane));
         }
-        worker.block.stats = Stats::default();
+        worker.blocks.resize_with(worker.blocks.len().max(cluster), || Box::new(Block::new()));
+        worker.blocks.iter_mut().for_each(|block| block.stats = Stats::default());
         worker
     }
 
@@ -95,7 +97,7 @@ impl Launch<'_> {
                 message: error.fault.to_string(),
             });
         }
-        let blocks = self.dims.num_blocks();
+        let clusters = self.dims.num_blocks() / self.dims.cluster as u64;
         let races = self.options.global_races.then(|| GlobalRaces::new(self.memory));
         let progress =
             Progress { next: AtomicU64::new(0), stop: AtomicBool::new(false), outcome: Mutex::default() };
@@ -104,7 +106,7 @@ impl Launch<'_> {
             0 => std::thread::available_parallelism().map_or(1, NonZero::get),
             threads => threads,
         };
-        let helpers = (threads as u64).min(blocks) - 1;
+        let helpers = (threads as u64).min(clusters) - 1;
         if helpers == 0 {
             work();
         } else {
@@ -121,26 +123,32 @@ impl Launch<'_> {
         }
     }
 
-    /// Takes blocks in index order until none is left or one has failed. Blocks already taken are finished, so all
+    /// Takes clusters in index order until none is left or one has failed. Those already taken are finished, so all
     /// below a failed one have been seen, and which report is returned does not depend on the OS threads.
     fn work(&self, kernel: &(dyn Fn() + Sync), races: Option<&GlobalRaces>, progress: &Progress) {
         let races = races.map_or(std::ptr::null(), std::ptr::from_ref);
-        let mut worker = Worker::take(self.dims.num_threads() as usize, self.options.stack_bytes);
+        let (cluster, threads) = (self.dims.cluster as usize, self.dims.num_threads() as usize);
+        let mut worker = Worker::take(cluster, threads, self.options.stack_bytes);
+        let blocks = &mut worker.blocks[..cluster];
         while !progress.stop.load(Ordering::Relaxed) {
-            let linear = progress.next.fetch_add(1, Ordering::Relaxed);
-            if linear >= self.dims.num_blocks() {
+            let first = progress.next.fetch_add(1, Ordering::Relaxed) * cluster as u64;
+            if first >= self.dims.num_blocks() {
                 break;
             }
-            let block = &mut worker.block;
-            // SAFETY: the memory is borrowed by `self`, the shadow by our caller, for longer than the run.
-            unsafe { block.begin(self.dims, self.options, self.memory, races, linear) };
-            let Err(fault) = block.run(&mut worker.stacks, kernel) else {
+            let members: Vec<*mut Block> =
+                blocks.iter_mut().map(|block| std::ptr::from_mut(&mut **block)).collect();
+            for (linear, block) in (first..).zip(blocks.iter_mut()) {
+                // SAFETY: the memory is borrowed by `self`, the shadow by our caller, for longer than the run.
+                unsafe { block.begin(self.dims, self.options, self.memory, races, linear, &members) };
+            }
+            let Err((rank, fault)) = block::run(blocks, &mut worker.stacks, kernel) else {
                 continue;
             };
+            let linear = first + rank as u64;
             progress.stop.store(true, Ordering::Relaxed);
             let report = Report {
                 kernel: self.kernel.into(),
-                block: block.index,
+                block: blocks[rank].index,
                 kind: fault.kind,
                 message: fault.message,
             };
@@ -149,11 +157,12 @@ impl Launch<'_> {
                 outcome.1 = Some((linear, report));
             }
         }
-        let stats = worker.block.stats;
         let mut outcome = progress.outcome.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
-        outcome.0.switches += stats.switches;
-        outcome.0.collectives += stats.collectives;
-        outcome.0.barriers += stats.barriers;
+        for Stats { switches, collectives, barriers } in blocks.iter().map(|block| block.stats) {
+            outcome.0.switches += switches;
+            outcome.0.collectives += collectives;
+            outcome.0.barriers += barriers;
+        }
         drop(outcome);
         worker.put_back();
     }

@@ -21,14 +21,14 @@
 //!
 //! # The idea
 //! Each CUDA thread is a coroutine with a stack of its own. A collective suspends its lane until every participant has
-//! arrived; the last one computes the result for all and runs on (`warp.rs`, `barrier.rs`). A block belongs to one OS
-//! thread from start to end, which takes blocks in index order (`launch.rs`), so nothing a kernel does moves between OS
-//! threads, and a block's schedule depends on the seed and the block alone (`block.rs`).
+//! arrived; the last one computes the result for all and runs on (`warp.rs`, `barrier.rs`). A cluster of blocks belongs to
+//! one OS thread from start to end, which takes clusters in index order (`launch.rs`), so nothing a kernel does moves
+//! between OS threads, and a cluster's schedule depends on the seed and the cluster alone (`block.rs`, `cluster.rs`).
 //!
 //! # What is reported
 //! | [`Kind`] | found by |
 //! |---|---|
-//! | `Race` | vector clocks over shared memory (`race.rs`): no lucky schedule hides a missing barrier |
+//! | `Race` | vector clocks over shared memory (`race.rs`): no lucky schedule hides a missing barrier; between blocks of a cluster, the phase of its barrier (`cluster.rs`) |
 //! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by a copy |
 //! | `SharedBounds`, `Misaligned` | each pointer carries the bounds of its array (`access.rs`) |
 //! | `GlobalBounds`, `ReadOnly` | device addresses name their allocation (`memory.rs`) |
@@ -48,6 +48,7 @@ pub(crate) mod atomics;
 pub(crate) mod barrier;
 pub(crate) mod block;
 pub(crate) mod bulk;
+pub(crate) mod cluster;
 pub(crate) mod copies;
 mod global_race;
 mod launch;

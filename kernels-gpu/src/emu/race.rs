@@ -353,6 +353,15 @@ impl Shadow {
     }
 }
 
+impl Shadow {
+    /// What is wrong with a read of another block's, which the clocks know nothing of.
+    pub fn uninitialised(&self, addr: usize, bytes: usize) -> Option<(Kind, String)> {
+        let cells = &self.cells[addr / CELL..(addr + bytes) / CELL];
+        let missing = cells.iter().position(|cell| !cell.initialised)?;
+        Some(uninitialised(Access::Read, addr + missing * CELL))
+    }
+}
+
 #[cold]
 fn in_flight(access: Access, byte: usize, copy: &str) -> (Kind, String) {
     (Kind::AsyncCopy, format!("{access} of shared byte {byte} while {copy} is under way (no wait yet)"))

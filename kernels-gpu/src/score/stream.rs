@@ -117,6 +117,7 @@ impl<T> ScoreParams<T> {
             grid: [blocks, self.batch.num_rows, 1],
             block: [STREAM_THREADS, 1, 1],
             shared_bytes: layout.bytes,
+            cluster: 1,
         }
     }
 }

@@ -12,7 +12,7 @@ use crate::emu::access::Access;
 use crate::emu::barrier::{self, Arrival};
 use crate::emu::block::{suspend, with};
 use crate::emu::warp::{self, Op};
-use crate::emu::{access, atomics, bulk, copies, numeric};
+use crate::emu::{access, atomics, bulk, cluster, copies, numeric};
 
 #[inline(always)]
 fn wait_if(must_wait: bool) {
@@ -306,6 +306,32 @@ pub fn launch_dependents() {}
 /// Launches run one after the other here.
 #[inline(always)]
 pub fn wait_for_previous() {}
+
+// Clusters.
+
+#[inline(always)]
+pub fn cluster_block_rank() -> u32 {
+    with(|block| block.rank_in_cluster())
+}
+
+#[inline(always)]
+pub fn cluster_num_blocks() -> u32 {
+    with(|block| block.dims.cluster)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn cluster_sync() {
+    wait_if(cluster::arrive(Location::caller()))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_remote<T: Pod>(own: Shared<T>, rank: u32) -> T {
+    let site = Location::caller();
+    wait_if(access::preempted());
+    cluster::remote(rank, own.addr(), own.bounds(), size_of::<T>(), site).cast::<T>().read()
+}
 
 // Asynchronous copies and the tensor core.
 

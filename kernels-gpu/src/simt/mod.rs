@@ -5,13 +5,14 @@
 //! warp is its *lane*. Blocks run in any order, at the same time or one after the other, and see each other's global
 //! memory only through atomics and fences ([`grid`]). Threads of a block share up to 227 KiB of *shared memory*
 //! ([`shared`]) and meet at barriers ([`thread`]). Lanes of a warp exchange registers ([`warp`]) and own pieces of
-//! tensor-core tiles together ([`tensor`]).
+//! tensor-core tiles together ([`tensor`]). On Hopper, blocks of a *cluster* meet and read each other's shared memory
+//! ([`cluster`]).
 //!
 //! **Convergence.** A *collective* is a primitive that several lanes execute together. Each one's documentation has a
 //! *Convergence* line that says who must take part; the *aligned* ones must moreover be reached through the same
 //! instruction by all 32 lanes. Breaking the rule is undefined on a GPU and a report in the emulator.
 //!
-//! **Memory order.** Only barriers (those of [`thread`] and of [`bulk`]) and [`warp::sync_warp`] order the shared-memory
+//! **Memory order.** Only barriers (those of [`thread`], [`cluster`] and [`bulk`]) and [`warp::sync_warp`] order the shared-memory
 //! accesses of different threads.
 //! Shuffles, votes, [`tensor::ldmatrix_x4`] and [`tensor::mma_f16`] do not.
 //!
@@ -27,6 +28,8 @@ pub mod shared;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub mod bulk;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub mod cluster;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub mod grid;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]

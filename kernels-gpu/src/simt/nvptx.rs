@@ -385,6 +385,63 @@ pub fn wait_for_previous() {
     }
 }
 
+// Clusters and bulk copies: of sm_90, so that older ones have nothing but a trap.
+
+/// The instruction where there is one.
+macro_rules! bulk {
+    ($($asm:tt)*) => {{
+        #[cfg(target_feature = "sm_90")]
+        asm!($($asm)*);
+        #[cfg(not(target_feature = "sm_90"))]
+        nvptx::trap();
+    }};
+}
+
+#[inline(always)]
+pub fn cluster_block_rank() -> u32 {
+    #[cfg(target_feature = "sm_90")]
+    unsafe {
+        let rank: u32;
+        asm!("mov.u32 {}, %cluster_ctarank;", out(reg32) rank, options(pure, nomem, nostack));
+        rank
+    }
+    #[cfg(not(target_feature = "sm_90"))]
+    0
+}
+
+#[inline(always)]
+pub fn cluster_num_blocks() -> u32 {
+    #[cfg(target_feature = "sm_90")]
+    unsafe {
+        let blocks: u32;
+        asm!("mov.u32 {}, %cluster_nctarank;", out(reg32) blocks, options(pure, nomem, nostack));
+        blocks
+    }
+    #[cfg(not(target_feature = "sm_90"))]
+    1
+}
+
+#[inline(always)]
+pub unsafe fn cluster_sync() {
+    bulk!("barrier.cluster.arrive.aligned; barrier.cluster.wait.aligned;", options(nostack));
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn load_remote<T: Pod>(own: Shared<T>, rank: u32) -> T {
+    #[cfg(target_feature = "sm_90")]
+    {
+        let addr: u32;
+        asm!(
+            "mapa.shared::cluster.u32 {}, {}, {};",
+            out(reg32) addr, in(reg32) own.addr(), in(reg32) rank, options(pure, nomem, nostack)
+        );
+        load!("ld.shared::cluster", T, reg32 addr, pure, readonly, nostack)
+    }
+    #[cfg(not(target_feature = "sm_90"))]
+    nvptx::trap()
+}
+
 // Asynchronous copies and the tensor core.
 
 #[inline(always)]
@@ -405,19 +462,9 @@ pub fn cp_async_wait<const PENDING: u32>() {
     unsafe { asm!("cp.async.wait_group {};", const PENDING, options(nostack)) }
 }
 
-// Bulk copies: of sm_90, so that older ones have nothing but a trap.
+// Bulk copies.
 
 pub const BULK_COPIES: bool = cfg!(target_feature = "sm_90");
-
-/// The instruction where there is one.
-macro_rules! bulk {
-    ($($asm:tt)*) => {{
-        #[cfg(target_feature = "sm_90")]
-        asm!($($asm)*);
-        #[cfg(not(target_feature = "sm_90"))]
-        nvptx::trap();
-    }};
-}
 
 #[inline(always)]
 #[allow(unused_variables)]

@@ -130,6 +130,10 @@ struct Stream {
     owned: bool,
 }
 
+/// Blocks of a cluster that every device has that has clusters at all.
+const PORTABLE_CLUSTER: u32 = 8;
+/// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
+const CLUSTER_DIMENSION: u32 = 4;
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: a launch may begin while the one before it ends.
 const PROGRAMMATIC_STREAM_SERIALIZATION: u32 = 6;
 
@@ -141,6 +145,22 @@ struct LaunchAttribute {
     value: [u64; 8],
 }
 const _: () = assert!(size_of::<LaunchAttribute>() == 72);
+
+impl LaunchAttribute {
+    fn overlapping() -> Self {
+        LaunchAttribute {
+            id: PROGRAMMATIC_STREAM_SERIALIZATION,
+            reserved: 0,
+            value: [1, 0, 0, 0, 0, 0, 0, 0],
+        }
+    }
+
+    /// Clusters of so many blocks along the first axis: three words of 32 bits.
+    fn cluster_of(blocks: u32) -> Self {
+        let value = [u64::from(blocks) | 1 << 32, 1, 0, 0, 0, 0, 0, 0];
+        LaunchAttribute { id: CLUSTER_DIMENSION, reserved: 0, value }
+    }
+}
 
 /// `CUlaunchConfig`.
 #[repr(C)]
@@ -327,6 +347,8 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         let what = format!("compute capability {major}.{minor}, only from 8.0 on");
         return Err(Error::Unsupported { device: name.to_owned(), op: "any operation", what });
     };
+    // The other PTX has the entries that need clusters or bulk copies, but they stop the launch.
+    let has_clusters = ptx == tokenselect_ptx::SM_90A;
     let limits = Limits {
         grid: [
             get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
@@ -340,11 +362,10 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         ],
         threads: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
         shared_bytes: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
+        cluster: if has_clusters { PORTABLE_CLUSTER } else { 1 },
     };
     let num_sms = get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-    // The other PTX has the entries, but they stop the launch.
-    let bulk_copies = ptx == tokenselect_ptx::SM_90A;
-    Ok((GpuInfo { num_sms, limits, bulk_copies }, ptx))
+    Ok((GpuInfo { num_sms, limits, bulk_copies: has_clusters }, ptx))
 }
 
 impl Driver for CudaDriver {
@@ -415,16 +436,14 @@ impl Driver for CudaDriver {
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
         if let Some(launch) = self.kernels.overlapping {
-            let mut overlap =
-                LaunchAttribute { id: PROGRAMMATIC_STREAM_SERIALIZATION, reserved: 0, value: [0; 8] };
-            overlap.value[0] = 1;
+            let mut attributes = [LaunchAttribute::overlapping(), LaunchAttribute::cluster_of(dims.cluster)];
             let config = LaunchConfig {
                 grid: dims.grid,
                 block: dims.block,
                 shared_bytes: dims.shared_bytes,
                 stream: self.stream.raw,
-                attributes: &mut overlap,
-                num_attributes: 1,
+                attributes: attributes.as_mut_ptr(),
+                num_attributes: 1 + u32::from(dims.cluster > 1),
             };
             // SAFETY: as below; kernels wait for those before them, as `entries` demands, before they read or write what
             // those have written.

@@ -1,0 +1,122 @@
+//! Faults among the blocks of a cluster.
+
+use super::*;
+use kernels_gpu::simt::cluster;
+
+const DIMS: Dims = Dims { cluster: 3, ..Dims::linear(6, 64, LAYOUT.bytes) };
+
+/// Where block `rank` of the cluster keeps what thread `i` reads there.
+fn there(rank: u32, i: u32) -> cluster::Remote<u32> {
+    LAYOUT.a.get().add(i).of_block(rank)
+}
+
+/// The block of the cluster after this one.
+fn next() -> u32 {
+    (cluster::block_rank() + 1) % cluster::num_blocks()
+}
+
+/// What is left out of an exchange of words with the next block, there and back.
+#[derive(Clone, Copy, PartialEq)]
+enum Without {
+    Nothing,
+    SyncBeforeRead,
+    SyncBeforeWrite,
+    SyncBeforeEnd,
+}
+
+unsafe fn exchange(without: Without, out: GlobalMut<u32>) {
+    let (i, own) = (thread_idx_x(), LAYOUT.a.get().add(thread_idx_x()));
+    own.store(100 * block_idx_x() + i);
+    if without != Without::SyncBeforeRead {
+        cluster::sync();
+    }
+    let got = there(next(), 63 - i).load();
+    if without != Without::SyncBeforeWrite {
+        cluster::sync();
+    }
+    own.store(got);
+    cluster::sync();
+    out.add((64 * block_idx_x() + i) as u64).store(there(next(), 63 - i).load());
+    if without != Without::SyncBeforeEnd {
+        cluster::sync();
+    }
+}
+
+#[test]
+fn words_go_round() {
+    let mut memory = Memory::new();
+    let out = memory.alloc::<u32>("out", 6 * 64);
+    passes(DIMS, &memory, || unsafe { exchange(Without::Nothing, out) });
+    for (block, words) in memory.read(out, 6 * 64).chunks(64).enumerate() {
+        let from = block / 3 * 3 + (block + 2) % 3;
+        let want: Vec<u32> = (0..64).map(|i| 100 * from as u32 + i).collect();
+        assert_eq!(words, want, "block {block}");
+    }
+}
+
+#[test]
+fn missing_barriers() {
+    let mut memory = Memory::new();
+    let out = memory.alloc::<u32>("out", 6 * 64);
+    for options in races_alone() {
+        let fault = |without| run(DIMS, &memory, options, || unsafe { exchange(without, out) }).unwrap_err();
+        for without in [Without::SyncBeforeRead, Without::SyncBeforeWrite] {
+            let report = fault(without);
+            assert_eq!(report.kind, Kind::Race, "{report}");
+            let text = report.to_string();
+            assert!(text.contains("another block") && text.contains("races with"), "{text}");
+        }
+        let report = fault(Without::SyncBeforeEnd);
+        assert_eq!(report.kind, Kind::Race, "{report}");
+        assert!(report.message.contains("may end before another block of the cluster reads"), "{report}");
+    }
+}
+
+#[test]
+fn words_that_nothing_has_written() {
+    fails_in(DIMS, &Memory::new(), Kind::Uninitialised, &["that nothing has written"], || unsafe {
+        LAYOUT.a.get().add(thread_idx_x() / 2).atomic_add(1);
+        cluster::sync();
+        there(next(), thread_idx_x()).load();
+        cluster::sync();
+    });
+}
+
+#[test]
+fn places_that_are_not_there() {
+    fails_in(DIMS, &Memory::new(), Kind::SharedBounds, &["leaves its array"], || unsafe {
+        there(next(), 64).load();
+    });
+    fails_in(DIMS, &Memory::new(), Kind::SharedBounds, &["block 3 of a cluster of 3"], || unsafe {
+        there(3, 0).load();
+    });
+}
+
+#[test]
+fn a_block_that_does_not_come() {
+    fails_in(DIMS, &Memory::new(), Kind::Deadlock, &["wait at the barrier of the cluster"], || unsafe {
+        if cluster::block_rank() != 1 {
+            cluster::sync();
+        }
+    });
+}
+
+/// The barrier of the cluster is one of each block, and orders global memory among its blocks, but no others.
+#[test]
+fn what_the_barrier_orders() {
+    let mut memory = Memory::new();
+    let words = memory.alloc::<u32>("words", 6 * 64);
+    passes(DIMS, &memory, || unsafe {
+        LAYOUT.b.get().add(thread_idx_x()).store(thread_idx_x());
+        words.add((64 * block_idx_x() + thread_idx_x()) as u64).store(1);
+        cluster::sync();
+        LAYOUT.b.get().add(63 - thread_idx_x()).load();
+        let neighbour = block_idx_x() / 3 * 3 + next();
+        words.add((64 * neighbour + 63 - thread_idx_x()) as u64).load();
+    });
+    fails_in(DIMS, &memory, Kind::GlobalRace, &["races with a"], || unsafe {
+        words.add((64 * block_idx_x() + thread_idx_x()) as u64).store(1);
+        cluster::sync();
+        words.add((64 * ((block_idx_x() + 3) % 6) + thread_idx_x()) as u64).load();
+    });
+}
