@@ -136,10 +136,7 @@ impl Table {
         self.measure(layer, "score", bytes.score, Layer::score)?;
         self.measure(layer, "vote", bytes.vote, Layer::vote)?;
         self.measure_after(layer, "top_k", bytes.top_k, Layer::vote, &mut Layer::top_k)?;
-        self.measure(layer, "vote+top_k", bytes.vote_top_k, |layer| {
-            layer.vote()?;
-            layer.top_k()
-        })?;
+        self.measure(layer, "vote+top_k", bytes.vote_top_k, Layer::vote_top_k)?;
         self.measure(layer, "select", bytes.select, |layer| layer.select(false))?;
         self.measure(layer, "attend", bytes.attend, Layer::attend)?;
         self.measure(layer, "dense_decode", bytes.dense, Layer::attend_dense)

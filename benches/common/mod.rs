@@ -300,6 +300,10 @@ impl<'a> Layer<'a> {
         self.select.vote(&self.batch)
     }
 
+    pub fn vote_top_k(&mut self) -> Result<()> {
+        self.select.vote_top_k(&self.batch, None)
+    }
+
     pub fn top_k(&mut self) -> Result<()> {
         self.select.top_k(&self.batch, None)
     }

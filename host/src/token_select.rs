@@ -202,8 +202,7 @@ impl TokenSelect {
         self.check_kv(batch, &kv)?;
         self.pool_after(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow), append)?;
         self.score(batch, kv)?;
-        self.vote(batch)?;
-        self.choose(batch, cached, true)
+        self.vote_top_k(batch, cached)
     }
 
     /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
@@ -296,6 +295,11 @@ impl TokenSelect {
     /// # Errors
     /// [`Error::Limit`].
     pub fn vote(&mut self, batch: &Batch) -> Result<()> {
+        self.vote_and_count(batch, false)
+    }
+
+    /// [`vote`](Self::vote); if `counts`, votes are also counted, for a [`choose`](Self::choose) that must follow.
+    fn vote_and_count(&mut self, batch: &Batch, counts: bool) -> Result<()> {
         self.plan.check(batch)?;
         self.workspace.check(&self.plan)?;
         self.device.backend().vote(VoteArgs {
@@ -306,6 +310,7 @@ impl TokenSelect {
             logits: self.workspace.logits.view(),
             stats: self.workspace.stats.view(),
             votes: self.workspace.votes.view_mut(),
+            counts,
             scratch: self.workspace.scratch.view_mut(),
         })
     }
@@ -324,23 +329,38 @@ impl TokenSelect {
         self.choose(batch, cached, false)
     }
 
-    /// [`top_k`](Self::top_k); `votes_are_fresh` if [`vote`](Self::vote) has just written them, so that what it counted
-    /// still holds.
+    /// [`vote`](Self::vote), then [`top_k`](Self::top_k) of these votes, which takes less than the two one by one.
+    ///
+    /// # Errors
+    /// As [`top_k`](Self::top_k).
+    pub fn vote_top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.check_choice(batch, cached.as_ref())?; // so that nothing is counted that is not chosen from
+        let counts = self.config().vote_pool_window <= 1;
+        self.vote_and_count(batch, counts)?;
+        self.choose(batch, cached, counts)
+    }
+
+    fn check_choice(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.check(batch)?;
+        self.workspace.check(&self.plan)?;
+        if let Some(cached) = cached {
+            self.check_cached(batch, cached)?;
+        }
+        if (cached.is_none() || !self.caches(batch)) && self.host_rows_reuse(batch)? {
+            return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
+        }
+        Ok(())
+    }
+
+    /// [`top_k`](Self::top_k); `votes_are_counted` if [`vote_and_count`](Self::vote_and_count) has just done so.
     fn choose(
         &mut self,
         batch: &Batch,
         cached: Option<SelectionCacheLayer<'_>>,
-        votes_are_fresh: bool,
+        votes_are_counted: bool,
     ) -> Result<()> {
-        self.plan.check(batch)?;
-        self.workspace.check(&self.plan)?;
-        if let Some(cached) = &cached {
-            self.check_cached(batch, cached)?;
-        }
+        self.check_choice(batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
-        if cached.is_none() && self.host_rows_reuse(batch)? {
-            return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
-        }
         let pools = self.config().vote_pool_window > 1;
         if pools {
             self.device.backend().smooth(SmoothArgs {
@@ -358,7 +378,7 @@ impl TokenSelect {
             batch,
             actions: self.workspace.actions.view(),
             votes: votes.view(),
-            votes_are_fresh: votes_are_fresh && !pools,
+            votes_are_counted,
             queries: self.workspace.queries.view(),
             cached,
             top_k: self.workspace.top_k.view_mut(),

@@ -6,7 +6,7 @@
 //!         s = logit(rotate(k, rank) . q),  -inf where the rank is not seen
 //!         p = exp(s - max so far);  out = out * correction + v^T p
 //!     merge the warps
-//! merge the shares                                                                   (the last block to finish)
+//! merge the shares of a cluster; then the clusters'                                  (its blocks; the last block to finish)
 //! ```
 //! Departures from the loops:
 //! 1. Everything is transposed, so that the 16 rows of `mma.m16n8k16` are tokens, then dimensions, and query rows, of
@@ -21,8 +21,11 @@
 //!    costs no precision. (Half-split pairs over a part of the head are left to [`gather`](mod@crate::gather).)
 //! 3. A tile's keys are multiplied while its values are under way; both are replaced by the next tile's as soon as they
 //!    are used, at places that were looked up a tile ahead.
-//! 4. Every warp keeps a softmax of its own over all 8 query rows. Warps and shares are merged in order: the bits of
-//!    the result depend on the launch shape, not on timing.
+//! 4. Tiles are dealt to shares and warps in turn, so that a warp can look up its first places before it knows how many
+//!    there are: every look-up is a trip to memory, and a short list takes as long as the chain of them.
+//! 5. Every warp keeps a softmax of its own over all 8 query rows. Warps and shares are merged in a fixed order: the bits
+//!    of the result depend on the launch shape, not on timing. Where there are clusters, each block merges a part of the
+//!    output from the shared memory of all.
 //!
 //! **Bytes.** Keys and values of the list once: `len * num_kv_heads * head_dim * 4` for up to 8 query rows a KV head.
 
@@ -38,24 +41,19 @@ pub const HALVES: u32 = 1;
 /// rotated in pairs of neighbours.
 pub const NEIGHBOURS: u32 = 2;
 
-/// Threads of a block.
-const THREADS: u32 = 128;
-/// Warps of a block.
-const WARPS: u32 = THREADS / 32;
+/// Warps of a block: with up to 168 registers a thread 12 fill an SM, and 8 where rotated keys, or pieces that are half as
+/// wide, need more.
+const fn warps(head_dim: u32, rotate: bool) -> u32 {
+    if rotate || !head_dim.is_multiple_of(64) { 8 } else { MAX_WARPS }
+}
+/// Warps of a block at most.
+const MAX_WARPS: u32 = 12;
 /// Places of a tile: the depth of one `mma`.
 const TILE: u32 = 16;
 /// Query rows of a block: the columns of one `mma`.
 pub const QUERY_ROWS: u32 = 8;
-/// Blocks that one SM runs at a time at most.
-const MAX_BLOCKS_PER_SM: u32 = 3;
-
-/// Blocks that one SM runs at a time: three have up to 168 registers a thread. Two where rotated keys, or pieces that are
-/// half as wide, need more.
-const fn blocks_per_sm(head_dim: u32, rotate: bool) -> u32 {
-    if rotate || !head_dim.is_multiple_of(64) { 2 } else { MAX_BLOCKS_PER_SM }
-}
-/// Shares of a list at most; their statistics are merged in shared memory.
-const MAX_SPLITS: u32 = 128;
+/// Parts of a list at most that are merged by way of global memory; their statistics are merged in shared memory.
+const MAX_PARTS: u32 = 128;
 
 /// Shared memory of a block.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -64,21 +62,26 @@ struct Layout {
     rotated: Region<f32>,
     /// Query fragments, `[high and low, chunk, lane, words]`.
     queries: Region<u32>,
-    /// Outputs of the warps, `[WARPS, QUERY_ROWS, head_dim]`.
+    /// Outputs of the warps, `[warps, QUERY_ROWS, head_dim]`.
     out: Region<f32>,
-    /// Largest logit and sum, `[WARPS or splits, QUERY_ROWS]`.
+    /// Largest logit and sum, `[warps or parts, QUERY_ROWS]`.
     stats: Region<V2<f32>>,
+    /// The block's output, `[QUERY_ROWS, head_dim]`, and its largest logit and sum, `[QUERY_ROWS]`.
+    merged: Region<f32>,
+    merged_stats: Region<V2<f32>>,
     bytes: u32,
 }
 
 impl Layout {
-    const fn new(head_dim: u32) -> Layout {
+    const fn new(head_dim: u32, warps: u32) -> Layout {
         let mut carve = Carve::new();
         Layout {
             rotated: carve.array(QUERY_ROWS * head_dim, 16),
             queries: carve.array(2 * QUERY_ROWS * head_dim / 2, 16),
-            out: carve.array(WARPS * QUERY_ROWS * head_dim, 16),
-            stats: carve.array(MAX_SPLITS * QUERY_ROWS, 16),
+            out: carve.array(warps * QUERY_ROWS * head_dim, 16),
+            stats: carve.array(MAX_PARTS * QUERY_ROWS, 16),
+            merged: carve.array(QUERY_ROWS * head_dim, 16),
+            merged_stats: carve.array(QUERY_ROWS, 16),
             bytes: carve.bytes(),
         }
     }
@@ -95,38 +98,47 @@ impl<T> AttendParams<T> {
         self.batch.num_rows * self.num_kv_heads * self.query_tiles()
     }
 
-    /// Shares that each list is cut into: enough to fill the device, and no emptier than a tile for each warp.
-    pub const fn decode_splits(&self, gpu: &GpuInfo, head_dim: u32) -> u32 {
+    /// Shares that each list is cut into, and how many of them are a cluster: a share for each block that the device runs at
+    /// a time, and a tile for each warp. Clusters are as large as they can be; their sizes are powers of two.
+    const fn decode_shares(&self, gpu: &GpuInfo, head_dim: u32) -> (u32, u32) {
         let units = self.decode_units();
-        let blocks = gpu.num_sms * blocks_per_sm(head_dim, self.rope.coarse.addr() != 0);
-        let fair = blocks / if units == 0 { 1 } else { units };
-        let useful = self.max_len.div_ceil(TILE * WARPS);
-        let splits = if fair < useful { fair } else { useful };
-        match splits {
-            0 => 1,
-            1..=MAX_SPLITS => splits,
-            _ => MAX_SPLITS,
+        let fair = gpu.num_sms / if units == 0 { 1 } else { units };
+        let useful = self.max_len.div_ceil(TILE * warps(head_dim, self.rotates()));
+        let shares = if fair < useful { fair } else { useful };
+        let mut cluster = 1;
+        // One share more than are useful costs less than a part that goes through global memory.
+        while 2 * cluster <= gpu.limits.cluster && 2 * cluster <= fair && cluster < shares {
+            cluster *= 2;
         }
+        let parts = match shares / cluster {
+            0 => 1,
+            1..=MAX_PARTS => shares / cluster,
+            _ => MAX_PARTS,
+        };
+        (parts * cluster, cluster)
+    }
+
+    /// Whether keys are rotated here.
+    const fn rotates(&self) -> bool {
+        self.rope.coarse.addr() != 0
     }
 
     /// A block per share, KV head and tile of query rows, and row.
     pub const fn decode_dims(&self, gpu: &GpuInfo, head_dim: u32) -> Dims {
+        let (shares, cluster) = self.decode_shares(gpu, head_dim);
+        let warps = warps(head_dim, self.rotates());
         Dims {
-            grid: [
-                self.decode_splits(gpu, head_dim),
-                self.num_kv_heads * self.query_tiles(),
-                self.batch.num_rows,
-            ],
-            block: [THREADS, 1, 1],
-            shared_bytes: Layout::new(head_dim).bytes,
-            cluster: 1,
+            grid: [shares, self.num_kv_heads * self.query_tiles(), self.batch.num_rows],
+            block: [32 * warps, 1, 1],
+            shared_bytes: Layout::new(head_dim, warps).bytes,
+            cluster,
         }
     }
 }
 
-/// Units times shares at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
+/// Units times parts at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
 pub const fn max_parts(gpu: &GpuInfo) -> u32 {
-    gpu.num_sms * MAX_BLOCKS_PER_SM
+    gpu.num_sms
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]

@@ -140,6 +140,20 @@ mod machine {
             Place { token, rank: if inside { rank } else { NOWHERE } }
         }
 
+        /// The token of place `place` of a row's list, if it has so many; anything if not. It can be read before it is known
+        /// how many there are. 0 without lists.
+        ///
+        /// # Safety
+        /// - As for [`list`](Self::list).
+        #[inline(always)]
+        #[track_caller]
+        pub unsafe fn early_token(&self, row: u32, place: u32) -> u32 {
+            if self.selected.addr() == 0 || place >= self.max_selected {
+                return 0;
+            }
+            self.selected.add(row as u64 * self.max_selected as u64 + place as u64).load()
+        }
+
         /// Page of a row's token, and its place within.
         ///
         /// # Safety

@@ -132,6 +132,7 @@ entries! {
     top_k_count(TopKParams) = crate::top_k::count;
     top_k_refine(TopKParams) = crate::top_k::refine;
     top_k_choose(TopKParams) = crate::top_k::choose;
+    top_k_choose_in_cluster(TopKParams) = crate::top_k::choose_in_cluster;
     gather_f16(GatherParams<f16>) = crate::gather::gather::<f16>;
     attend_decode_f16_d64(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NATIVE>;
     attend_decode_f16_d64_halves(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, HALVES>;

@@ -28,11 +28,23 @@ const SHARE: u32 = 512;
 /// Blocks of an SM.
 const BLOCKS_PER_SM: u32 = 2;
 
+/// Votes are not counted,
+pub const NO_COUNTS: u32 = 0;
+/// counted for a launch that finds the bin itself, or
+pub const COUNTS: u32 = 1;
+/// counted, and the bin is found.
+pub const BIN: u32 = 2;
+
+/// Whether the launch that chooses among so many tokens of so many rows finds the bin itself, or wants it found.
+pub const fn wanted_counts(gpu: &GpuInfo, num_rows: u32, max_tokens: u32) -> u32 {
+    if crate::top_k::cluster_dims(gpu, num_rows, max_tokens).is_some() { COUNTS } else { BIN }
+}
+
 /// Workspace of the search for a bin.
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct RadixTables {
-    /// \[num_rows, BINS\] u32, zero before and after each launch.
+    /// \[num_rows, BINS\] u32, zero before and after a selection.
     pub histogram: GlobalMut<u32>,
     /// \[num_rows, 4\] u32: the smallest and the largest key between which the `k`-th largest lies, its rank (from 1, from
     /// the top) among the keys between them, and how many these are.
@@ -177,16 +189,14 @@ mod machine {
             self.0.add(bin).atomic_add(1);
         }
 
-        /// Adds the block's counts to those of the row; the row's last block finds the bin of the key of rank `rank` and
-        /// writes the state. `keys` tells the keys of a bin.
+        /// Adds the block's counts to those of the row.
         ///
         /// *Convergence:* aligned; every thread of the block.
         ///
         /// # Safety
-        /// - Every thread of the block calls it, once, with the same arguments, and so does every block of the row.
-        /// - At least `rank > 0` keys are counted.
+        /// - Every thread of the block calls it, once, with the same arguments.
         #[inline(always)]
-        pub unsafe fn finish(self, tables: &RadixTables, row: u32, rank: u32, keys: impl Fn(u32) -> Keys) {
+        pub unsafe fn add_to_row(self, tables: &RadixTables, row: u32) {
             thread::sync_threads();
             let of_row = tables.histogram.add(row as u64 * BINS as u64);
             let mut bin = thread::thread_idx_x();
@@ -197,6 +207,35 @@ mod machine {
                 }
                 bin += THREADS;
             }
+        }
+
+        /// [`add_to_row`](Self::add_to_row) if `wanted` is [`COUNTS`], [`find_bin`](Self::find_bin) if it is [`BIN`].
+        ///
+        /// *Convergence:* aligned; every thread of the block.
+        ///
+        /// # Safety
+        /// - As for [`find_bin`](Self::find_bin).
+        #[inline(always)]
+        pub unsafe fn finish(self, tables: &RadixTables, row: u32, rank: u32, wanted: u32) {
+            match wanted {
+                BIN => self.find_bin(tables, row, rank, Keys::of_bin),
+                COUNTS => self.add_to_row(tables, row),
+                _ => {}
+            }
+        }
+
+        /// [`add_to_row`](Self::add_to_row); the row's last block finds the bin of the key of rank `rank`, writes the state,
+        /// and sets the row's counts back to 0. `keys` tells the keys of a bin.
+        ///
+        /// *Convergence:* aligned; every thread of the block.
+        ///
+        /// # Safety
+        /// - Every thread of the block calls it, once, with the same arguments, and so does every block of the row.
+        /// - At least `rank > 0` keys are counted.
+        #[inline(always)]
+        pub unsafe fn find_bin(self, tables: &RadixTables, row: u32, rank: u32, keys: impl Fn(u32) -> Keys) {
+            self.add_to_row(tables, row);
+            let of_row = tables.histogram.add(row as u64 * BINS as u64);
             if grid::is_last_block(tables.counters.add(row as u64), thread::grid_dim_x()) {
                 find(of_row, tables.state.add(row as u64), rank, keys);
             }

@@ -1,4 +1,4 @@
-//! `vote`: softmax probabilities of each candidate, summed over heads, and the bin of the `k`-th largest sum.
+//! `vote`: softmax probabilities of each candidate, summed over heads, and how many sums lie in which bin.
 //!
 //! ```text
 //! for each scored row, candidate token j:
@@ -45,8 +45,12 @@ pub struct VoteParams {
     pub top_k: u32,
     /// Places for tokens of all rows: no row has more.
     pub max_tokens: u32,
+    /// How far votes are counted: [`NO_COUNTS`](radix::NO_COUNTS), [`COUNTS`](radix::COUNTS) or [`BIN`](radix::BIN).
+    pub wanted: u32,
+    /// 0.
+    pub reserved: u32,
 }
-const _: () = assert!(size_of::<VoteParams>() == 136);
+const _: () = assert!(size_of::<VoteParams>() == 144);
 
 impl VoteParams {
     /// Shares of the candidates of each row.
@@ -95,7 +99,7 @@ mod kernel {
         let candidates = params.batch.candidates(row, params.n_init, params.n_local);
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
         vote_share::<V>(&params, row, share, histogram);
-        histogram.finish(&params.radix, row, params.top_k.min(candidates.len()), radix::Keys::of_bin);
+        histogram.finish(&params.radix, row, params.top_k.min(candidates.len()), params.wanted);
     }
 
     /// What turns `V` adjacent heads' logits into probabilities.

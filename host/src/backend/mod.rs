@@ -138,6 +138,8 @@ pub struct VoteArgs<'a> {
     pub stats: TensorView<'a>,
     /// `[max_kv_tokens]` f32, written for candidates.
     pub votes: TensorViewMut<'a>,
+    /// Whether the votes are to be counted, in `scratch`, for the [`Backend::top_k`] that follows.
+    pub counts: bool,
     /// [`Backend::scratch_words`] of the device's own.
     pub scratch: TensorViewMut<'a>,
 }
@@ -170,8 +172,8 @@ pub struct TopKArgs<'a> {
     pub actions: TensorView<'a>,
     /// `[max_kv_tokens]` f32, read for the candidates of scored rows.
     pub votes: TensorView<'a>,
-    /// Whether these are the votes of the last [`Backend::vote`], unchanged, and `scratch` is as it left it.
-    pub votes_are_fresh: bool,
+    /// Whether these are the votes of the last [`Backend::vote`], which has counted them.
+    pub votes_are_counted: bool,
     /// `[max_rows, num_qo_heads, head_dim]` f32: scoring queries, to be cached.
     pub queries: TensorView<'a>,
     /// The layer's cached selections: read for reused rows, replaced for scored ones, counted.

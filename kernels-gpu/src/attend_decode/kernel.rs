@@ -29,6 +29,15 @@ pub(super) struct Work<'a, T> {
     bounds: [u32; 2],
 }
 
+/// The tiles of a warp.
+#[derive(Clone, Copy)]
+struct Tiles {
+    first: u32,
+    step: u32,
+    /// Token of the lane's place in the first, read ahead.
+    early: u32,
+}
+
 /// Where the lane's place of a tile lies: element offset of its page and token in keys, and its rank.
 #[derive(Clone, Copy)]
 struct At {
@@ -57,15 +66,20 @@ pub(super) struct Softmax {
 pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
     params: AttendParams<T>,
 ) {
-    if const { blocks_per_sm((8 * W * C) as u32, ROTATE != NATIVE) == MAX_BLOCKS_PER_SM } {
-        thread::launch_bounds::<THREADS, MAX_BLOCKS_PER_SM>();
+    let num_warps = const { warps((8 * W * C) as u32, ROTATE != NATIVE) };
+    if num_warps == MAX_WARPS {
+        thread::launch_bounds::<{ 32 * MAX_WARPS }, 1>();
     } else {
-        thread::launch_bounds::<THREADS, 2>();
+        thread::launch_bounds::<256, 1>();
     }
     grid::wait_for_previous();
     grid::launch_dependents();
-    let layout = const { &Layout::new((8 * W * C) as u32) };
+    let layout = const { &Layout::new((8 * W * C) as u32, warps((8 * W * C) as u32, ROTATE != NATIVE)) };
     let row = thread::block_idx_z();
+    // Tiles are dealt to shares, and then to warps.
+    let (first_tile, step) =
+        (thread::block_idx_x() + thread::grid_dim_x() * warp::warp_id(), thread::grid_dim_x() * num_warps);
+    let early = params.early_token(row, first_tile * TILE + warp::lane_id() % TILE);
     let list = params.list(row);
     let (kv_head, tile) = (
         thread::block_idx_y() % params.num_kv_heads.max(1),
@@ -87,7 +101,8 @@ pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V:
         }
         return;
     }
-    let (out, softmax) = attend_share::<T, W, C, V, ROTATE>(&work, layout);
+    let mine = Tiles { first: first_tile, step, early };
+    let (out, softmax) = attend_share::<T, W, C, V, ROTATE>(&work, layout, mine);
     merge_warps::<T, W, C, V>(&work, layout, out, softmax);
 }
 
@@ -102,7 +117,7 @@ unsafe fn write_nothing<T: Element, const W: usize, const C: usize>(work: &Work<
         if i.is_multiple_of(quads) {
             work.params.store_lse(at, 0.0, 0.0);
         }
-        i += THREADS;
+        i += thread::block_dim_x();
     }
 }
 
@@ -123,7 +138,7 @@ unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(work: &Work
         let values = params.rope.rotate(pair, position, values);
         rotated.add(row * head_dim + x).store(values.0);
         rotated.add(row * head_dim + y).store(values.1);
-        i += THREADS;
+        i += thread::block_dim_x();
     }
     thread::sync_threads();
 }
@@ -161,7 +176,7 @@ unsafe fn load_queries<T: Element, const W: usize, const C: usize, const ROTATE:
         if ROTATE != NATIVE {
             store_words(at.add((C * 32 * W) as u32), low);
         }
-        c += WARPS;
+        c += thread::block_dim_x() / warp::SIZE;
     }
     thread::sync_threads();
     fragments.add(warp::lane_id() * W as u32)
@@ -224,27 +239,27 @@ unsafe fn load_shared_words<const W: usize>(at: Shared<u32>) -> [u32; W] {
 unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
     work: &Work<'_, T>,
     layout: &Layout,
+    mine: Tiles,
 ) -> (Out<W, V>, Softmax) {
     let scratch = layout.out.get().add(warp::warp_id() * QUERY_ROWS * (8 * W * C) as u32);
     let mut out = [[[0.0; 4]; W]; V];
     let mut softmax = Softmax { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
-    let tiles = work.list.len.div_ceil(TILE) as u64;
-    let (split, splits) = (thread::block_idx_x() as u64, thread::grid_dim_x() as u64);
-    let end = (tiles * (split + 1) / splits) as u32;
-    let mut tile = (tiles * split / splits) as u32 + warp::warp_id();
+    let end = work.list.len.div_ceil(TILE);
+    let mut tile = mine.first;
     // A share may have fewer tiles than warps; the first loads of the others are for nothing.
-    let here = look_up(work, tile);
-    let mut ahead = look_up(work, tile + WARPS);
+    let here = look_up_early(work, tile, mine.early);
+    let mut ahead = look_up(work, tile + mine.step);
     let mut rank = here.rank;
     let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
-    if ROTATE == NATIVE {
+    if ROTATE == NATIVE || W == 4 {
         keys = load_keys::<T, W, C>(work, here);
         values = load_values::<T, W, V>(work, here);
-    } else {
+    }
+    if ROTATE != NATIVE {
         rotate_queries::<T, W, C>(work, layout);
     }
     let queries = load_queries::<T, W, C, ROTATE>(work, layout);
-    if ROTATE != NATIVE {
+    if ROTATE != NATIVE && W != 4 {
         keys = load_keys::<T, W, C>(work, here);
         values = load_values::<T, W, V>(work, here);
     }
@@ -252,11 +267,11 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
         return (out, softmax);
     }
     loop {
-        let next = tile + WARPS;
+        let next = tile + mine.step;
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
         let mut after = ahead;
         if ROTATE == NATIVE || W == 4 {
-            after = look_up(work, next + WARPS);
+            after = look_up(work, next + mine.step);
         }
         let followed = next < end;
         if followed {
@@ -269,7 +284,7 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
         }
         values = load_values::<T, W, V>(work, ahead);
         if ROTATE != NATIVE && W != 4 {
-            after = look_up(work, next + WARPS); // late: rotation needs the registers
+            after = look_up(work, next + mine.step); // late: rotation needs the registers
         }
         (tile, rank, ahead) = (next, ahead.rank, after);
     }
@@ -282,6 +297,24 @@ unsafe fn look_up<T: Element>(work: &Work<'_, T>, tile: u32) -> At {
     let place = params.place(&work.list, tile * TILE + warp::lane_id() % TILE);
     let (page, within) = params.page(&work.list, place.token);
     At { offset: params.v_stride.offset(page, within, work.kv_head), rank: place.rank }
+}
+
+/// As [`look_up`] of a warp's first tile, whose tokens have been read ahead.
+#[inline(always)]
+unsafe fn look_up_early<T: Element>(work: &Work<'_, T>, tile: u32, early: u32) -> At {
+    let (params, lane) = (work.params, warp::lane_id() % TILE);
+    if params.selected.addr() == 0 || tile * TILE >= work.list.len {
+        return look_up(work, tile);
+    }
+    let last = work.list.len - 1 - tile * TILE;
+    let token = warp::shuffle_idx(warp::FULL, early, lane.min(last));
+    let (page, within) = params.page(&work.list, token);
+    let place = tile * TILE + lane;
+    let mut rank = if lane <= last { place } else { NOWHERE };
+    if params.ranks.addr() != 0 {
+        rank = params.place(&work.list, place).rank;
+    }
+    At { offset: params.v_stride.offset(page, within, work.kv_head), rank }
 }
 
 /// Offset of place `place` of the tile, from the lane that has looked it up.

@@ -132,6 +132,8 @@ struct Stream {
 
 /// Blocks of a cluster that every device has that has clusters at all.
 const PORTABLE_CLUSTER: u32 = 8;
+/// `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`, which `cust`'s bindings lack.
+const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: u32 = 13;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const CLUSTER_DIMENSION: u32 = 4;
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: a launch may begin while the one before it ends.
@@ -181,6 +183,12 @@ type LaunchKernelEx = unsafe extern "C" fn(
     *mut *mut c_void,
     *mut *mut c_void,
 ) -> CUresult;
+
+/// `cuFuncSetAttribute`, for attributes that `cust`'s bindings lack.
+type FuncSetAttribute = unsafe extern "C" fn(sys::CUfunction, u32, i32) -> CUresult;
+
+/// `cuOccupancyMaxActiveClusters`.
+type MaxActiveClusters = unsafe extern "C" fn(*mut i32, sys::CUfunction, *const LaunchConfig) -> CUresult;
 
 /// The kernels of a context, loaded once, however many devices share it.
 struct Kernels {
@@ -248,14 +256,60 @@ impl Kernels {
     }
 }
 
+/// A function of the driver that `cust`'s bindings lack, or know less of.
+///
+/// # Safety
+/// - `F` is the function's type.
+unsafe fn driver_function<F>(name: &CStr) -> Option<F> {
+    let symbol = tokenselect_cuda_lazy::load().ok()?.symbol(name)?;
+    const { assert!(size_of::<F>() == size_of::<*mut c_void>()) };
+    // SAFETY: a function pointer, as the caller says.
+    Some(unsafe { std::mem::transmute_copy::<*mut c_void, F>(&symbol.as_ptr()) })
+}
+
 /// The driver's `cuLaunchKernelEx`, where the kernels are compiled to wait for those before them: from sm_90 on.
 fn overlapping(ptx: &Ptx) -> Option<LaunchKernelEx> {
     if ptx.name != tokenselect_ptx::SM_90A.name {
         return None;
     }
-    let symbol = tokenselect_cuda_lazy::load().ok()?.symbol(c"cuLaunchKernelEx")?;
     // SAFETY: the driver's function of that name has this signature.
-    Some(unsafe { std::mem::transmute::<*mut c_void, LaunchKernelEx>(symbol.as_ptr()) })
+    unsafe { driver_function(c"cuLaunchKernelEx") }
+}
+
+impl Kernels {
+    /// Blocks of a cluster at most: those that every device with clusters has, or twice as many where the kernels' blocks,
+    /// which take an SM each, find so many SMs side by side.
+    fn largest_cluster(&self) -> u32 {
+        let portable = if self.overlapping.is_some() { PORTABLE_CLUSTER } else { 1 };
+        // SAFETY: the driver's functions of these names have these signatures.
+        let functions = unsafe {
+            driver_function::<FuncSetAttribute>(c"cuFuncSetAttribute")
+                .zip(driver_function::<MaxActiveClusters>(c"cuOccupancyMaxActiveClusters"))
+        };
+        let (Some((set, count)), true) = (functions, portable > 1) else { return portable };
+        // SAFETY: a function of a loaded module, in whose context we are.
+        let allows = |function| unsafe { set(function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1) };
+        if self.functions.values().any(|&function| allows(function) != CUresult::CUDA_SUCCESS) {
+            return portable;
+        }
+        let blocks = 2 * portable;
+        let mut cluster = LaunchAttribute::cluster_of(blocks);
+        let fits = ["top_k_choose_in_cluster", "attend_decode_bf16_d128"].iter().all(|name| {
+            let Some(&function) = self.functions.get(name) else { return false };
+            let config = LaunchConfig {
+                grid: [blocks, 1, 1],
+                block: [if name.starts_with("top_k") { 1024 } else { 384 }, 1, 1],
+                shared_bytes: 100 << 10,
+                stream: null_mut(),
+                attributes: &mut cluster,
+                num_attributes: 1,
+            };
+            let mut clusters = 0;
+            // SAFETY: as above; `clusters` and `config` live through the call.
+            unsafe { count(&mut clusters, function, &config) == CUresult::CUDA_SUCCESS && clusters > 0 }
+        });
+        if fits { blocks } else { portable }
+    }
 }
 
 impl Drop for Kernels {
@@ -295,10 +349,11 @@ impl CudaDriver {
         let mut device = 0;
         cuda!(&short, cuDeviceGet(&mut device, i32::try_from(ordinal).unwrap_or(i32::MAX)))?;
         let name = format!("{short} ({})", model(&short, device)?);
-        let (gpu, ptx) = capabilities(&name, device)?;
+        let (mut gpu, ptx) = capabilities(&name, device)?;
         let context = Context::of(&name, device)?;
         let entered = context.enter(&name)?;
         let kernels = Kernels::of(&name, &context, ptx, gpu.limits.shared_bytes)?;
+        gpu.limits.cluster = kernels.largest_cluster();
         let stream = match stream {
             Some(raw) => Stream { raw, owned: false },
             None => {
@@ -362,7 +417,7 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         ],
         threads: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_BLOCK)?,
         shared_bytes: get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)?,
-        cluster: if has_clusters { PORTABLE_CLUSTER } else { 1 },
+        cluster: 1, // until the kernels are loaded
     };
     let num_sms = get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
     Ok((GpuInfo { num_sms, limits, bulk_copies: has_clusters }, ptx))

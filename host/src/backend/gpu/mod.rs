@@ -235,17 +235,17 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         let params = self.top_k_params(&args)?;
-        let dims = params.count_dims(self.driver.gpu());
-        // `vote` has counted votes that are fresh.
-        let names =
-            if args.votes_are_fresh { &["top_k_refine"][..] } else { &["top_k_count", "top_k_refine"] };
-        for name in names {
-            // SAFETY: `TokenSelect` has checked shapes and lengths.
-            unsafe { self.launch(self.entry("top_k", name)?, dims, &params)? };
+        let gpu = self.driver.gpu();
+        // SAFETY: `TokenSelect` has checked shapes and lengths.
+        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, &params) };
+        if !args.votes_are_counted {
+            launch("top_k_count", params.count_dims(gpu))?;
         }
-        let choose = self.entry("top_k", "top_k_choose")?;
-        // SAFETY: as above.
-        unsafe { self.launch(choose, params.choose_dims(), &params) }
+        if let Some(dims) = params.cluster_dims(gpu) {
+            return launch("top_k_choose_in_cluster", dims);
+        }
+        launch("top_k_refine", params.count_dims(gpu))?;
+        launch("top_k_choose", params.choose_dims())
     }
 
     fn attend(&self, args: AttendArgs<'_>) -> Result<()> {

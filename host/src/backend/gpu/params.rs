@@ -6,6 +6,7 @@ use kernels_gpu::gather::GatherParams;
 use kernels_gpu::layout::{PageStrides, absent, absent_mut};
 use kernels_gpu::merge::MergeParams;
 use kernels_gpu::pool::PoolParams;
+use kernels_gpu::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::score::ScoreParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use kernels_gpu::smooth::SmoothParams;
@@ -169,7 +170,9 @@ impl GpuBackend {
 
     pub(super) fn vote_params(&self, args: &VoteArgs<'_>) -> Result<VoteParams> {
         let config = args.config;
-        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
+        let gpu = self.driver.gpu();
+        let scratch = Scratch::of(&args.scratch.as_view(), gpu, config, args.limits)?;
+        let (num_rows, max_tokens) = (args.batch.num_rows() as u32, args.votes.shape().dims()[0] as u32);
         Ok(VoteParams {
             actions: self.pointer("actions", &args.actions)?,
             logits: self.pointer("logits", &args.logits)?,
@@ -182,7 +185,9 @@ impl GpuBackend {
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             top_k: config.top_k as u32,
-            max_tokens: args.votes.shape().dims()[0] as u32,
+            max_tokens,
+            wanted: if args.counts { wanted_counts(gpu, num_rows, max_tokens) } else { NO_COUNTS },
+            reserved: 0,
         })
     }
 
@@ -202,7 +207,9 @@ impl GpuBackend {
 
     pub(super) fn top_k_params(&self, args: &TopKArgs<'_>) -> Result<TopKParams> {
         let config = args.config;
-        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
+        let gpu = self.driver.gpu();
+        let scratch = Scratch::of(&args.scratch.as_view(), gpu, config, args.limits)?;
+        let (num_rows, max_tokens) = (args.batch.num_rows() as u32, args.votes.shape().dims()[0] as u32);
         let cached = args.cached.as_ref();
         let sequence_indices = match cached {
             Some(_) => args.batch.device_sequence_indices(&self.driver)?,
@@ -230,7 +237,9 @@ impl GpuBackend {
             k: config.top_k as u32,
             max_selected: args.selected.shape().dims()[1] as u32,
             query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
-            max_tokens: args.votes.shape().dims()[0] as u32,
+            max_tokens,
+            wanted: wanted_counts(gpu, num_rows, max_tokens),
+            reserved: 0,
         })
     }
 

@@ -1,0 +1,179 @@
+//! What is done for a row beside choosing: the windows of its list, its cached selection, its counters.
+
+use super::TopKParams;
+use crate::layout::Tokens;
+use crate::pool::{COMPLETE, REUSE, SCORE, SKIP};
+use crate::radix;
+use crate::simt::global::GlobalMut;
+use crate::simt::shared::Shared;
+use crate::simt::{thread, warp};
+
+/// Does all of it for the block's row. Returns the row if its candidates are to be chosen. `warps`: a word of shared memory
+/// for each warp.
+///
+/// *Convergence:* aligned; every thread of the block.
+///
+/// # Safety
+/// - The buffers and tables are as [`TopKParams`] says; rows lie along the grid's second axis.
+#[inline(always)]
+pub(super) unsafe fn begin(params: &TopKParams, warps: Shared<u32>) -> Option<Row<'_>> {
+    let row = thread::block_idx_y();
+    let action = params.actions.add(row as u64).load();
+    let caches = params.cached_queries.addr() != 0;
+    if caches && row == 0 && thread::block_idx_x() == 0 {
+        count_actions(params, warps);
+    }
+    let first_thread = thread::block_idx_x() == 0 && thread::thread_idx_x() == 0;
+    if action == SKIP {
+        if first_thread {
+            params.selected_len.add(row as u64).store(0);
+        }
+        return None;
+    }
+    let kv_len = params.batch.kv_len(row);
+    // The list is too short only where a caller has changed the actions.
+    let whole = kv_len.min(params.max_selected);
+    let (candidates, kv_len) = if action == COMPLETE {
+        (Tokens { begin: whole, end: whole }, whole)
+    } else {
+        (params.batch.candidates(row, params.n_init, params.n_local), kv_len)
+    };
+    let sequence = if caches { params.sequence_indices.add(row as u64).load_cached() } else { 0 };
+    let chosen = params.k.min(candidates.len());
+    let row = Row { params, row, candidates, chosen, caches, sequence: sequence as u64 };
+    if first_thread {
+        params.selected_len.add(row.row as u64).store(candidates.begin + chosen + kv_len - candidates.end);
+    }
+    windows(&row, chosen, kv_len);
+    match action {
+        REUSE => reuse(&row),
+        SCORE if caches => keep_query(&row, kv_len),
+        _ => {}
+    }
+    (action == SCORE).then_some(row)
+}
+
+/// A row, its cached selection, and where its lists lie.
+pub(super) struct Row<'a> {
+    pub params: &'a TopKParams,
+    pub row: u32,
+    pub candidates: Tokens,
+    /// Candidates to be chosen.
+    pub chosen: u32,
+    caches: bool,
+    /// Its place in the cached tables, where anything is cached.
+    sequence: u64,
+}
+
+/// Adds what is done for all rows to the counters; run by one block. `warps`: a word for each of its warps.
+#[inline(always)]
+unsafe fn count_actions(params: &TopKParams, warps: Shared<u32>) {
+    let (mut reused, mut scored, mut complete) = (0, 0, 0);
+    let mut row = thread::thread_idx_x();
+    while row < params.batch.num_rows {
+        let action = params.actions.add(row as u64).load();
+        reused += (action == REUSE) as u32;
+        scored += (action == SCORE) as u32;
+        complete += (action == COMPLETE) as u32;
+        row += thread::block_dim_x();
+    }
+    let (_, reused) = sums_before(warps, reused);
+    let (_, scored) = sums_before(warps, scored);
+    let (_, complete) = sums_before(warps, complete);
+    if thread::thread_idx_x() == 0 {
+        add_to(params.cached_counters, reused);
+        add_to(params.cached_counters.add(1), scored);
+        add_to(params.cached_counters.add(2), complete);
+    }
+}
+
+#[inline(always)]
+unsafe fn add_to(counter: GlobalMut<u64>, count: u32) {
+    counter.store(counter.load() + count as u64);
+}
+
+impl Row<'_> {
+    /// Calls `f` with this thread's part of `0..len`, shared by all threads of the row.
+    #[inline(always)]
+    unsafe fn each(&self, len: u32, mut f: impl FnMut(u32)) {
+        let mut i = thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x();
+        while i < len {
+            f(i);
+            i += thread::grid_dim_x() * thread::block_dim_x();
+        }
+    }
+
+    /// Gives candidate `token` place `place` among those chosen.
+    #[inline(always)]
+    pub unsafe fn choose(&self, place: u32, token: u32) {
+        self.list(self.candidates.begin + place).store(token);
+        self.chosen_at(place).store(token);
+        if self.caches {
+            self.cached(place).store(token);
+        }
+    }
+
+    /// Place `i` of the row's list.
+    #[inline(always)]
+    fn list(&self, i: u32) -> GlobalMut<u32> {
+        self.params.selected.add(self.row as u64 * self.params.max_selected as u64 + i as u64)
+    }
+
+    /// Place `i` of the row's chosen tokens.
+    #[inline(always)]
+    fn chosen_at(&self, i: u32) -> GlobalMut<u32> {
+        self.params.top_k.add(self.row as u64 * self.params.k as u64 + i as u64)
+    }
+
+    /// Place `i` of the row's cached tokens.
+    #[inline(always)]
+    fn cached(&self, i: u32) -> GlobalMut<u32> {
+        self.params.cached_selections.add(self.sequence * self.params.k as u64 + i as u64)
+    }
+}
+
+/// The tokens before the candidates, and those behind them.
+#[inline(always)]
+unsafe fn windows(row: &Row<'_>, chosen: u32, kv_len: u32) {
+    let Tokens { begin, end } = row.candidates;
+    row.each(begin, |i| row.list(i).store(i));
+    row.each(kv_len - end, |i| row.list(begin + chosen + i).store(end + i));
+}
+
+/// Takes the cached tokens again.
+#[inline(always)]
+unsafe fn reuse(row: &Row<'_>) {
+    if !row.caches {
+        return; // `pool` was given cached selections and `top_k` was not
+    }
+    row.each(row.params.k, |i| {
+        let token = row.cached(i).load();
+        row.chosen_at(i).store(token);
+        row.list(row.candidates.begin + i).store(token);
+    });
+    if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+        let age = row.params.cached_ages.add(row.sequence);
+        age.store(age.load() + 1);
+    }
+}
+
+/// Keeps the query of a selection that was made anew, and when that was.
+#[inline(always)]
+unsafe fn keep_query(row: &Row<'_>, kv_len: u32) {
+    let len = row.params.query_len as u64;
+    row.each(row.params.query_len, |i| {
+        let value = row.params.queries.add(row.row as u64 * len + i as u64).load_cached();
+        row.params.cached_queries.add(row.sequence * len + i as u64).store(value);
+    });
+    if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+        row.params.cached_ages.add(row.sequence).store(0);
+        let before_block = kv_len - row.params.batch.queries(row.row).len();
+        row.params.cached_made_at.add(row.sequence).store(before_block);
+    }
+}
+
+/// See [`radix::sums_before`].
+#[inline(always)]
+pub(super) unsafe fn sums_before(warps: Shared<u32>, value: u32) -> (u32, u32) {
+    radix::sums_before(warps, thread::block_dim_x() / warp::SIZE, value)
+}
