@@ -271,7 +271,7 @@ mod machine {
     }
 
     /// The sum of `value` over the threads before this one, and over all, by way of `warps`, a word for each of the
-    /// block's `num_warps` warps.
+    /// block's `num_warps` warps, at most 32.
     ///
     /// *Convergence:* aligned; every thread of the block.
     ///
@@ -292,14 +292,8 @@ mod machine {
             warps.add(warp::warp_id()).store(up_to);
         }
         thread::sync_threads();
-        let (mut before, mut all) = (up_to - value, 0);
-        let mut other = 0;
-        while other < num_warps {
-            let sum = warps.add(other).load();
-            before += if other < warp::warp_id() { sum } else { 0 };
-            all += sum;
-            other += 1;
-        }
-        (before, all)
+        let sum = if lane < num_warps { warps.add(lane).load() } else { 0 };
+        let before = warp::reduce_add(warp::FULL, if lane < warp::warp_id() { sum } else { 0 });
+        (before + up_to - value, warp::reduce_add(warp::FULL, sum))
     }
 }

@@ -1,7 +1,7 @@
 //! Merging: the outputs of a block's warps, of a cluster's blocks, and of a list's parts.
 
 use super::kernel::{Out, Softmax, Work};
-use super::{Layout, QUERY_ROWS};
+use super::{Layout, MAX_WARPS, QUERY_ROWS};
 use crate::attention::subtracted;
 use crate::element::Element;
 use crate::simt::data::{V2, V4};
@@ -175,20 +175,28 @@ impl Merged {
     }
 }
 
-/// Merges the outputs of warps in shared memory, in order.
+/// Merges the outputs of warps in shared memory, in order; all are loaded at once.
 #[inline(always)]
 unsafe fn merge(parts: u32, part: impl Fn(u32) -> (Shared<V2<f32>>, Shared<V4<f32>>)) -> Merged {
-    let mut max = f32::NEG_INFINITY;
+    const MOST: usize = MAX_WARPS as usize;
+    let mut loaded = [([f32::NEG_INFINITY, 0.0], [0.0; 4]); MOST];
     let mut i = 0;
-    while i < parts {
-        max = max.max(part(i).0.load().0[0]);
+    while i < MOST {
+        if (i as u32) < parts {
+            let (stats, out) = part(i as u32);
+            loaded[i] = (stats.load().0, out.load().0);
+        }
         i += 1;
     }
-    let mut merged = Merged { max, sum: 0.0, out: [0.0; 4] };
+    let mut merged = Merged { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; 4] };
     let mut i = 0;
-    while i < parts {
-        let (stats, out) = part(i);
-        merged.add(stats.load().0, out.load().0);
+    while i < MOST {
+        merged.max = merged.max.max(loaded[i].0[0]);
+        i += 1;
+    }
+    let mut i = 0;
+    while i < MOST {
+        merged.add(loaded[i].0, loaded[i].1);
         i += 1;
     }
     merged

@@ -91,7 +91,9 @@ pub unsafe fn refine(params: TopKParams) {
 pub unsafe fn choose(params: TopKParams) {
     grid::wait_for_previous();
     grid::launch_dependents();
-    if let Some(row) = lists::begin(&params, LAYOUT.warps.get()) {
+    let row = lists::row_of_block(&params);
+    row.write_rest(LAYOUT.warps.get());
+    if row.is_scored() {
         contend(&row);
     }
 }

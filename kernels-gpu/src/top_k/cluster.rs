@@ -1,10 +1,9 @@
 //! Choosing by a cluster of blocks, all of which see what the others have in shared memory.
 //!
-//! Each block has a share of the candidates, a warp takes 32 adjacent ones at a time, and a word of each of two masks says
-//! which of them lie above a range of keys, and which in it. The range is the bin of the threshold at first; it is
-//! narrowed, by histograms of its parts, until few keys lie in it or only one value. Few keys are brought together in every
-//! block, which ranks them all; then the range is the threshold itself, and a token's place is the number of marks
-//! before its own.
+//! Each block has a share of the candidates, and two masks, a bit for each: which of them lie above a range of keys, and
+//! which in it. The range is the bin of the threshold at first; it is narrowed, by histograms of its parts, until few keys
+//! lie in it or only one value. Few keys are brought together in every block, which ranks its own among them; then the
+//! first mask says who is chosen, and a token's place is the number of marks before its own.
 
 use super::TopKParams;
 use crate::launch::{Dims, GpuInfo};
@@ -15,8 +14,8 @@ use crate::simt::shared::{Carve, Region};
 const THREADS: u32 = 1024;
 /// Words of a mask: a block has marks for 32 times as many tokens.
 const WORDS: u32 = 8192;
-/// Keys that are brought together at most. A bin has a few hundred, as a rule, of a million.
-const FEW: u32 = 512;
+/// Keys that are brought together at most. A bin has some hundreds, as a rule, of a million.
+const FEW: u32 = 2048;
 
 /// Shared memory of a block.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -25,10 +24,11 @@ struct Layout {
     above: Region<u32>,
     within: Region<u32>,
     histogram: Region<u32>,
-    /// Keys in the range: the block's own, and all.
+    /// Few keys in the range: the block's own, their tokens, and those of all blocks.
     own: Region<u32>,
+    tokens: Region<u32>,
     all: Region<u32>,
-    /// How many are the block's own; its tokens above the threshold and at it.
+    /// How many are the block's own; its tokens above the range and in it.
     counts: Region<u32>,
     warps: Region<u32>,
     /// What one thread has found for all.
@@ -43,6 +43,7 @@ const LAYOUT: Layout = {
         within: carve.array(WORDS, 16),
         histogram: carve.array(BINS, 16),
         own: carve.array(FEW, 16),
+        tokens: carve.array(FEW, 16),
         all: carve.array(FEW, 16),
         counts: carve.array(3, 16),
         warps: carve.array(THREADS / 32, 16),
@@ -92,11 +93,12 @@ mod kernel {
     use super::super::lists::{self, Row, sums_before};
     use super::*;
     use crate::radix::{self, Keys};
+    use crate::simt::data::V4;
     use crate::simt::global::GlobalPtr;
     use crate::simt::{cluster, grid, thread, warp};
 
-    /// Words of a mask that a warp has under way.
-    const BATCH: usize = 8;
+    /// Loads of four votes that a thread has under way.
+    const BATCH: usize = 4;
 
     /// The block's share of a row's candidates.
     struct Share<'a> {
@@ -127,27 +129,30 @@ mod kernel {
         thread::launch_bounds::<THREADS, 1>();
         grid::wait_for_previous();
         grid::launch_dependents();
-        if let Some(row) = lists::begin(&params, LAYOUT.warps.get()) {
-            choose(&row);
+        let counts = load_counts(&params);
+        let row = lists::row_of_block(&params);
+        if row.is_scored() {
+            choose(&row, counts);
         }
+        row.write_rest(LAYOUT.warps.get());
     }
 
     #[inline(always)]
-    unsafe fn choose(row: &Row<'_>) {
+    unsafe fn choose(row: &Row<'_>, counts: [u32; OWN_BINS]) {
         let share = Share::of(row);
-        let mut range = find_bin(row);
-        let mut collects = range.many <= FEW;
-        mark(&share, &range, collects);
+        let (bin, rank, many) = find(counts, row.chosen);
+        let mut range = Range { keys: Keys::of_bin(bin), rank, many };
+        mark(&share, &range);
         while range.keys.smallest < range.keys.largest && range.many > FEW {
             range = narrow(&share, &range);
-            collects = range.many <= FEW;
-            mark(&share, &range, collects);
+            mark(&share, &range);
         }
         if range.keys.smallest < range.keys.largest {
-            range = rank_few(&range);
-            mark_threshold(&share, &range);
+            rank_few(&share, &range);
+            place(&share, 0);
+        } else {
+            place(&share, range.rank);
         }
-        place(&share, range.rank);
     }
 
     impl<'a> Share<'a> {
@@ -167,32 +172,52 @@ mod kernel {
             self.end.saturating_sub(self.begin).div_ceil(32)
         }
 
-        /// Calls `f`, in whole warps, with each word of the masks and the key of the lane's token in it, 0 and `false`
-        /// where there is no such candidate.
+        /// Calls `f` with each candidate of the share that is this thread's, and its key, if the key is no less than
+        /// `smallest`.
         #[inline(always)]
-        unsafe fn each(&self, mut f: impl FnMut(u32, u32, bool)) {
-            let words = self.words();
-            let mut first = warp::warp_id() * BATCH as u32;
-            while first < words {
-                let mut votes = [0.0; BATCH];
-                let mut i = 0;
-                while i < BATCH {
-                    let token = self.begin + (first + i as u32) * 32 + warp::lane_id();
+        unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
+            const STEP: u32 = 4 * THREADS;
+            let aligned = self.votes.addr().is_multiple_of(16);
+            let mut first = self.begin + 4 * thread::thread_idx_x();
+            while first < self.end {
+                let mut votes = [[f32::NAN; 4]; BATCH];
+                let mut b = 0;
+                while b < BATCH {
+                    let token = first + b as u32 * STEP;
+                    let whole = token >= self.row.candidates.begin && token + 3 < self.end;
+                    if whole && aligned {
+                        votes[b] = self.votes.add(token as u64).cast::<V4<f32>>().load_cached().0;
+                    } else {
+                        let mut i = 0;
+                        while i < 4 {
+                            if self.is_candidate(token + i as u32) {
+                                votes[b][i] = self.votes.add((token + i as u32) as u64).load_cached();
+                            }
+                            i += 1;
+                        }
+                    }
+                    b += 1;
+                }
+                // What is not there has the smallest key, as NaN has. Few keys are large enough, and are loaded again.
+                let mut found = 0u32;
+                let mut b = 0;
+                while b < BATCH {
+                    let mut i = 0;
+                    while i < 4 {
+                        found |= ((radix::key(votes[b][i]) >= smallest) as u32) << (4 * b + i);
+                        i += 1;
+                    }
+                    b += 1;
+                }
+                while found != 0 {
+                    let place = found.trailing_zeros();
+                    let token = first + place / 4 * STEP + place % 4;
                     if self.is_candidate(token) {
-                        votes[i] = self.votes.add(token as u64).load_cached();
+                        f(token, radix::key(self.votes.add(token as u64).load_cached()));
                     }
-                    i += 1;
+                    found &= found - 1;
                 }
-                let mut i = 0;
-                while i < BATCH {
-                    let word = first + i as u32;
-                    if word < words {
-                        let is_candidate = self.is_candidate(self.begin + word * 32 + warp::lane_id());
-                        f(word, if is_candidate { radix::key(votes[i]) } else { 0 }, is_candidate);
-                    }
-                    i += 1;
-                }
-                first += BATCH as u32 * (THREADS / warp::SIZE);
+                first += BATCH as u32 * STEP;
             }
         }
 
@@ -211,80 +236,82 @@ mod kernel {
         }
     }
 
-    /// The bin of the threshold, from the counts of all votes.
+    /// Bins of a thread: the first thread has the topmost.
+    const OWN_BINS: usize = (BINS / THREADS) as usize;
+
+    /// The first of the thread's bins; the others lie below it.
     #[inline(always)]
-    unsafe fn find_bin(row: &Row<'_>) -> Range {
-        const OWN: usize = (BINS / THREADS) as usize;
-        let of_row = row.params.radix.histogram.add(row.row as u64 * BINS as u64);
-        let top = BINS - 1 - thread::thread_idx_x() * OWN as u32;
-        let mut counts = [0; OWN];
-        let mut i = 0;
-        while i < OWN {
-            counts[i] = of_row.add((top - i as u32) as u64).load();
-            i += 1;
-        }
-        let (bin, rank, many) = find(counts, row.chosen);
-        Range { keys: Keys::of_bin(bin), rank, many }
+    fn top_bin() -> u32 {
+        BINS - 1 - thread::thread_idx_x() * OWN_BINS as u32
     }
 
-    /// The bin at which the sum of the counts from the top reaches `rank`, the rank within it, and its count. Thread `i` has
-    /// the counts of the bins from `BINS - 1 - N i` down.
+    /// Counts of the row's votes in the thread's bins.
     #[inline(always)]
-    unsafe fn find<const N: usize>(counts: [u32; N], rank: u32) -> (u32, u32, u32) {
-        let top = BINS - 1 - thread::thread_idx_x() * N as u32;
+    unsafe fn load_counts(params: &TopKParams) -> [u32; OWN_BINS] {
+        let of_row = params.radix.histogram.add(thread::block_idx_y() as u64 * BINS as u64);
+        let mut counts = [0; OWN_BINS];
+        let mut i = 0;
+        while i < OWN_BINS {
+            counts[i] = of_row.add((top_bin() - i as u32) as u64).load();
+            i += 1;
+        }
+        counts
+    }
+
+    /// The bin at which the sum of the counts from the top reaches `rank`, the rank within it, and its count.
+    #[inline(always)]
+    unsafe fn find(counts: [u32; OWN_BINS], rank: u32) -> (u32, u32, u32) {
         let mut sum = 0;
         let mut i = 0;
-        while i < N {
+        while i < OWN_BINS {
             sum += counts[i];
             i += 1;
         }
         let (mut above, _) = sums_before(LAYOUT.warps.get(), sum);
         let found = LAYOUT.found.get();
         let mut i = 0;
-        while i < N {
+        while i < OWN_BINS {
             if above < rank && rank <= above + counts[i] {
-                found.store(top - i as u32);
+                found.store(top_bin() - i as u32);
                 found.add(1).store(rank - above);
                 found.add(2).store(counts[i]);
             }
             above += counts[i];
             i += 1;
         }
-        read_found()
-    }
-
-    /// What one thread has just stored for all.
-    #[inline(always)]
-    unsafe fn read_found() -> (u32, u32, u32) {
-        let found = LAYOUT.found.get();
         thread::sync_threads();
         let all = (found.load(), found.add(1).load(), found.add(2).load());
         thread::sync_threads();
         all
     }
 
-    /// Marks the tokens above the range and in it; `collects`: writes down the keys in it, of which there are few.
+    /// Marks the tokens above the range and in it, and writes down those in it if they are few.
     #[inline(always)]
-    unsafe fn mark(share: &Share<'_>, range: &Range, collects: bool) {
-        let (above, within, own) = (LAYOUT.above.get(), LAYOUT.within.get(), LAYOUT.own.get());
-        let count = LAYOUT.counts.get();
+    unsafe fn mark(share: &Share<'_>, range: &Range) {
+        let (above, within, count) = (LAYOUT.above.get(), LAYOUT.within.get(), LAYOUT.counts.get());
+        let (own, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
+        let mut word = thread::thread_idx_x();
+        while word < share.words() {
+            above.add(word).store(0);
+            within.add(word).store(0);
+            word += THREADS;
+        }
         if thread::thread_idx_x() == 0 {
             count.store(0);
         }
         thread::sync_threads();
-        let keys = range.keys;
-        share.each(|word, key, is_candidate| {
-            let contained = is_candidate && keys.contain(key);
-            let bits = (
-                warp::ballot(warp::FULL, is_candidate && key > keys.largest),
-                warp::ballot(warp::FULL, contained),
-            );
-            if warp::lane_id() == 0 {
-                above.add(word).store(bits.0);
-                within.add(word).store(bits.1);
-            }
-            if contained && collects {
-                own.add(count.atomic_add(1)).store(key);
+        let (keys, few) = (range.keys, range.many <= FEW);
+        share.each(keys.smallest, |token, key| {
+            let (word, bit) = ((token - share.begin) / 32, 1 << (token % 32));
+            if key > keys.largest {
+                above.add(word).atomic_add(bit);
+            } else {
+                within.add(word).atomic_add(bit);
+                if few {
+                    let i = count.atomic_add(1);
+                    own.add(i).store(key);
+                    tokens.add(i).store(token);
+                }
             }
         });
         thread::sync_threads();
@@ -293,7 +320,6 @@ mod kernel {
     /// The part of the range that the threshold lies in. Its keys are counted by all blocks.
     #[inline(always)]
     unsafe fn narrow(share: &Share<'_>, range: &Range) -> Range {
-        const OWN: usize = (BINS / THREADS) as usize;
         let (histogram, keys) = (LAYOUT.histogram.get(), range.keys);
         let mut bin = thread::thread_idx_x();
         while bin < BINS {
@@ -301,19 +327,18 @@ mod kernel {
             bin += THREADS;
         }
         thread::sync_threads();
-        share.each(|_, key, is_candidate| {
-            if is_candidate && keys.contain(key) {
+        share.each(keys.smallest, |_, key| {
+            if key <= keys.largest {
                 histogram.add(keys.part_of(key)).atomic_add(1);
             }
         });
         cluster::sync();
-        let top = BINS - 1 - thread::thread_idx_x() * OWN as u32;
-        let mut counts = [0; OWN];
+        let mut counts = [0; OWN_BINS];
         let mut block = 0;
         while block < cluster::num_blocks() {
             let mut i = 0;
-            while i < OWN {
-                counts[i] += histogram.add(top - i as u32).of_block(block).load();
+            while i < OWN_BINS {
+                counts[i] += histogram.add(top_bin() - i as u32).of_block(block).load();
                 i += 1;
             }
             block += 1;
@@ -323,72 +348,56 @@ mod kernel {
         Range { keys: keys.part(part), rank, many }
     }
 
-    /// The threshold, and its rank among its equals: every block brings all keys of the range together, and ranks them.
+    /// Moves the marks of those chosen among few tokens in the range to the tokens above it, and forgets the others: every
+    /// block brings the keys of all together, and ranks its own.
     #[inline(always)]
-    unsafe fn rank_few(range: &Range) -> Range {
-        let (own, all, count) = (LAYOUT.own.get(), LAYOUT.all.get(), LAYOUT.counts.get());
+    unsafe fn rank_few(share: &Share<'_>, range: &Range) {
+        let (own, tokens, all) = (LAYOUT.own.get(), LAYOUT.tokens.get(), LAYOUT.all.get());
+        let count = LAYOUT.counts.get();
         cluster::sync();
-        // A warp copies the keys of a block.
-        let (block, lane) = (warp::warp_id(), warp::lane_id());
+        // A warp copies the keys of a block, to behind those of the blocks before it.
+        let (warp, lane) = (warp::warp_id(), warp::lane_id());
         let of_lane = if lane < cluster::num_blocks() { count.of_block(lane).load() } else { 0 };
-        let before = warp::reduce_add(warp::FULL, if lane < block { of_lane } else { 0 });
-        let many = warp::shuffle_idx(warp::FULL, of_lane, block);
-        if block < cluster::num_blocks() {
-            let mut i = lane;
-            while i < many {
-                all.add(before + i).store(own.add(i).of_block(block).load());
-                i += warp::SIZE;
-            }
+        let before = |block: u32| warp::reduce_add(warp::FULL, if lane < block { of_lane } else { 0 });
+        let (to, many) = (before(warp), warp::shuffle_idx(warp::FULL, of_lane, warp));
+        let mut i = lane;
+        while i < many {
+            all.add(to + i).store(own.add(i).of_block(warp).load());
+            i += warp::SIZE;
         }
+        // Equal keys of blocks before this one come first.
+        let (earlier, mine) = (before(cluster::block_rank()), count.load());
         thread::sync_threads();
-        let i = thread::thread_idx_x();
-        if i < range.many {
-            let key = all.add(i).load();
-            let (mut above, mut equal, mut earlier) = (0, 0, 0);
-            let mut other = 0;
+        let mut i = warp;
+        while i < mine {
+            let (key, token) = (own.add(i).load(), tokens.add(i).load());
+            let mut before = 0;
+            let mut other = lane;
             while other < range.many {
                 let another = all.add(other).load();
-                above += (another > key) as u32;
-                equal += (another == key) as u32;
-                earlier += (another == key && other < i) as u32;
-                other += 1;
+                before += (another > key || (another == key && other < earlier)) as u32;
+                other += warp::SIZE;
             }
-            // The first of several equals speaks for all.
-            if earlier == 0 && above < range.rank && range.rank <= above + equal {
-                let found = LAYOUT.found.get();
-                found.store(key);
-                found.add(1).store(range.rank - above);
-                found.add(2).store(equal);
+            let mut other = lane;
+            while other < mine {
+                before += (own.add(other).load() == key && tokens.add(other).load() < token) as u32;
+                other += warp::SIZE;
             }
+            let before = warp::reduce_add(warp::FULL, before);
+            if lane == 0 && before < range.rank {
+                LAYOUT.above.get().add((token - share.begin) / 32).atomic_add(1 << (token % 32));
+            }
+            i += THREADS / warp::SIZE;
         }
-        let (threshold, rank, many) = read_found();
-        Range { keys: Keys { smallest: threshold, largest: threshold }, rank, many }
+        let mut word = thread::thread_idx_x();
+        while word < share.words() {
+            LAYOUT.within.get().add(word).store(0);
+            word += THREADS;
+        }
+        thread::sync_threads();
     }
 
-    /// Marks the tokens above the threshold and at it, of which all were marked as in a range around it.
-    #[inline(always)]
-    unsafe fn mark_threshold(share: &Share<'_>, range: &Range) {
-        let threshold = range.keys.smallest;
-        let (mut word, end) = share.own_words();
-        while word < end {
-            let (above, within) = (LAYOUT.above.get().add(word), LAYOUT.within.get().add(word));
-            let mut left = within.load();
-            let (mut higher, mut equal) = (0, 0);
-            while left != 0 {
-                let bit = left.trailing_zeros();
-                let token = share.begin + word * 32 + bit;
-                let key = radix::key(share.votes.add(token as u64).load_cached());
-                higher |= ((key > threshold) as u32) << bit;
-                equal |= ((key == threshold) as u32) << bit;
-                left &= left - 1;
-            }
-            above.store(above.load() | higher);
-            within.store(equal);
-            word += 1;
-        }
-    }
-
-    /// Gives the marked tokens their places: all above the threshold, and the first `ties` at it.
+    /// Gives the marked tokens their places: all above the range, and the first `ties` in it.
     #[inline(always)]
     unsafe fn place(share: &Share<'_>, ties: u32) {
         let (above, within) = (LAYOUT.above.get(), LAYOUT.within.get());

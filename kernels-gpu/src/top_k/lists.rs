@@ -8,61 +8,70 @@ use crate::simt::global::GlobalMut;
 use crate::simt::shared::Shared;
 use crate::simt::{thread, warp};
 
-/// Does all of it for the block's row. Returns the row if its candidates are to be chosen. `warps`: a word of shared memory
-/// for each warp.
-///
-/// *Convergence:* aligned; every thread of the block.
+/// The block's row.
 ///
 /// # Safety
 /// - The buffers and tables are as [`TopKParams`] says; rows lie along the grid's second axis.
 #[inline(always)]
-pub(super) unsafe fn begin(params: &TopKParams, warps: Shared<u32>) -> Option<Row<'_>> {
+pub(super) unsafe fn row_of_block(params: &TopKParams) -> Row<'_> {
     let row = thread::block_idx_y();
     let action = params.actions.add(row as u64).load();
-    let caches = params.cached_queries.addr() != 0;
-    if caches && row == 0 && thread::block_idx_x() == 0 {
-        count_actions(params, warps);
-    }
-    let first_thread = thread::block_idx_x() == 0 && thread::thread_idx_x() == 0;
-    if action == SKIP {
-        if first_thread {
-            params.selected_len.add(row as u64).store(0);
-        }
-        return None;
-    }
     let kv_len = params.batch.kv_len(row);
     // The list is too short only where a caller has changed the actions.
     let whole = kv_len.min(params.max_selected);
-    let (candidates, kv_len) = if action == COMPLETE {
-        (Tokens { begin: whole, end: whole }, whole)
-    } else {
-        (params.batch.candidates(row, params.n_init, params.n_local), kv_len)
+    let (candidates, kv_len) = match action {
+        SKIP => (Tokens { begin: 0, end: 0 }, 0),
+        COMPLETE => (Tokens { begin: whole, end: whole }, whole),
+        _ => (params.batch.candidates(row, params.n_init, params.n_local), kv_len),
     };
+    let caches = params.cached_queries.addr() != 0;
     let sequence = if caches { params.sequence_indices.add(row as u64).load_cached() } else { 0 };
     let chosen = params.k.min(candidates.len());
-    let row = Row { params, row, candidates, chosen, caches, sequence: sequence as u64 };
-    if first_thread {
-        params.selected_len.add(row.row as u64).store(candidates.begin + chosen + kv_len - candidates.end);
-    }
-    windows(&row, chosen, kv_len);
-    match action {
-        REUSE => reuse(&row),
-        SCORE if caches => keep_query(&row, kv_len),
-        _ => {}
-    }
-    (action == SCORE).then_some(row)
+    Row { params, row, action, candidates, kv_len, chosen, caches, sequence: sequence as u64 }
 }
 
 /// A row, its cached selection, and where its lists lie.
 pub(super) struct Row<'a> {
     pub params: &'a TopKParams,
     pub row: u32,
+    action: u32,
     pub candidates: Tokens,
+    kv_len: u32,
     /// Candidates to be chosen.
     pub chosen: u32,
     caches: bool,
     /// Its place in the cached tables, where anything is cached.
     sequence: u64,
+}
+
+impl Row<'_> {
+    /// Whether its candidates are to be chosen.
+    pub fn is_scored(&self) -> bool {
+        self.action == SCORE
+    }
+
+    /// Writes all but the tokens chosen by vote. `warps`: a word of shared memory for each warp.
+    ///
+    /// *Convergence:* aligned; every thread of the block.
+    ///
+    /// # Safety
+    /// - Every thread of every block of the row calls it.
+    #[inline(always)]
+    pub unsafe fn write_rest(&self, warps: Shared<u32>) {
+        if self.caches && self.row == 0 && thread::block_idx_x() == 0 {
+            count_actions(self.params, warps);
+        }
+        if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+            let len = self.candidates.begin + self.chosen + self.kv_len - self.candidates.end;
+            self.params.selected_len.add(self.row as u64).store(len);
+        }
+        windows(self, self.chosen, self.kv_len);
+        match self.action {
+            REUSE => reuse(self),
+            SCORE if self.caches => keep_query(self, self.kv_len),
+            _ => {}
+        }
+    }
 }
 
 /// Adds what is done for all rows to the counters; run by one block. `warps`: a word for each of its warps.

@@ -133,7 +133,7 @@ struct Stream {
 /// Blocks of a cluster that every device has that has clusters at all.
 const PORTABLE_CLUSTER: u32 = 8;
 /// `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`, which `cust`'s bindings lack.
-const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: u32 = 13;
+const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: u32 = 14;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const CLUSTER_DIMENSION: u32 = 4;
 /// `CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION`: a launch may begin while the one before it ends.
