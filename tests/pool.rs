@@ -2,14 +2,16 @@
 
 mod common;
 
-use common::paged::{Pool, Storage, limits};
+use std::collections::BTreeSet;
+
+use common::paged::{Pool, Storage, limits, owned};
 use common::problem::{self, Content, Problem, cached, small_config};
 use common::run::{Inputs, token_select};
 use common::{assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, DType, Device, HeadShape, Positions, Rope, RopePairing, RowAction, SelectConfig, SelectionCache,
-    TensorView, TensorViewMut, TokenSelect,
+    Batch, DType, Device, Error, HeadShape, KvLayout, Positions, Rope, RopePairing, RowAction, SelectConfig,
+    SelectionCache, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// What `pool` decides without a cached selection.
@@ -76,6 +78,117 @@ fn check_queries(devices: &[Device], problem: &Problem, seed: u64) {
             assert_close(&what, &queries[r * width..][..width], &want, naive_config.d, allowed);
             assert_eq!(similarities[r], -1.0, "nothing is cached");
         }
+    }
+}
+
+/// Short blocks are appended and pooled by one kernel: what it leaves is what `append` and `pool` leave, and on the processor.
+#[test]
+fn append_and_pool_in_one() {
+    let rope = |pairing, rotary_dim| Positions::Reassigned(Rope { pairing, rotary_dim, ..Rope::default() });
+    let (halves, neighbours) = (RopePairing::HalfSplit, RopePairing::Interleaved);
+    let lengths: [&[(usize, usize)]; 4] = [
+        &[(40, 1)],
+        &[(33, 1), (0, 0), (50, 4), (1, 1), (20, 0), (3, 3)],
+        &[(16, 2), (17, 1), (18, 3)],
+        &[(0, 0), (4, 4)],
+    ];
+    let mut seen = BTreeSet::new();
+    for (i, (num_kv_heads, group, head_dim, positions)) in [
+        (1, 1, 64, Positions::Native),
+        (1, 1, 8, rope(halves, None)),
+        (3, 1, 96, rope(halves, Some(48))),
+        (1, 7, 128, rope(neighbours, Some(64))),
+        (2, 3, 64, rope(neighbours, None)),
+        (1, 5, 24, rope(halves, Some(20))),
+        (8, 4, 128, Positions::Native),
+        (8, 5, 64, rope(halves, None)),
+        (2, 4, 256, rope(halves, Some(128))),
+        // Not for the kernel: an odd number of rotated pairs, and too many elements.
+        (2, 2, 64, rope(halves, Some(2))),
+        (40, 1, 256, rope(neighbours, None)),
+    ]
+    .into_iter()
+    .enumerate()
+    {
+        let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
+        let dtype = [DType::Bf16, DType::F16][i % 2];
+        let base = SelectConfig { heads, dtype, positions, ..small_config() };
+        for config in [base.clone(), cached(base, 0.5, Some(3))] {
+            let problem = Problem::new(&config, lengths[i % 4], Content::Peaked, i as u64);
+            let want = pool_after_append(&Device::cpu(), &problem, false);
+            seen.extend(want.actions.iter().map(|&action| action as u32));
+            for device in gpus() {
+                let [fused, apart] = [true, false].map(|fused| pool_after_append(&device, &problem, fused));
+                let what = format!("{}, case {i}", device.name());
+                for (got, of) in [(&fused, "in one"), (&apart, "apart")] {
+                    assert_eq!(got.actions, want.actions, "{what}: actions {of}");
+                    assert_eq!(got.kv, want.kv, "{what}: keys and values {of}");
+                    let allowed = tolerance(DType::F32, 64);
+                    assert_close(&what, &got.queries, &want.queries, head_dim, allowed);
+                    for (got, want) in got.similarities.iter().zip(&want.similarities) {
+                        assert!((got - want).abs() < 1e-5 || got.is_nan() && want.is_nan(), "{what}: {of}");
+                    }
+                }
+            }
+        }
+    }
+    assert_eq!(seen.len(), 4, "every action");
+}
+
+struct Pooled {
+    actions: Vec<RowAction>,
+    similarities: Vec<f64>,
+    queries: Vec<f64>,
+    kv: [Vec<u16>; 2],
+}
+
+/// A step, or the two operations alone, after cached selections of all kinds were put in place.
+fn pool_after_append(device: &Device, problem: &Problem, fused: bool) -> Pooled {
+    let (mut cache, ids) = owned(device, problem, 7, KvLayout::Nhd, 1, 5);
+    let growth: Vec<_> = ids.iter().copied().zip(problem.rows.iter().map(|row| row.t)).collect();
+    let batch = cache.extend(&growth).unwrap().padded(problem.rows.len() + 1, 2).unwrap();
+    let mut ts = token_select(device, problem, &batch);
+    let naive_config = naive_config(&problem.config);
+    for (r, row) in problem.rows.iter().enumerate().filter(|(_, row)| row.t > 0) {
+        let mut query = naive::scoring_query(&naive_config, &row.q);
+        if r % 3 == 1 {
+            query.iter_mut().for_each(|x| *x = -*x);
+        }
+        let Some(selections) = cache.layer_mut(0).unwrap().1 else { break };
+        let (age, made_at) = [(0, 0), (0, 0), (3, 0), (0, row.n as u32)][r % 4];
+        put(selections, batch.sequence_index(r).unwrap(), &query, age, made_at);
+    }
+    let heads = problem.config.heads;
+    let padded = |values: Vec<f64>, heads: usize, head_dim: usize| {
+        let shape = [batch.num_query_tokens(), heads, head_dim];
+        let padding = vec![0.5; 2 * heads * head_dim];
+        to_device(device, &tensor(problem.config.dtype, &[values, padding].concat(), shape))
+    };
+    let inputs = Inputs {
+        q: padded(problem.q(), heads.num_qo_heads, heads.head_dim),
+        k: padded(problem.blocks(|row| &row.k), heads.num_kv_heads, heads.head_dim),
+        v: padded(problem.blocks(|row| &row.v), heads.num_kv_heads, heads.head_dim),
+    };
+    if fused {
+        let mut out = Tensor::zeros_on(device, DType::F32, inputs.q.shape()).unwrap();
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        match ts.step(&mut cache, 0, &batch, inputs.step(), output) {
+            // Of the operations that follow.
+            Err(Error::Unsupported { .. }) => (),
+            done => done.unwrap(),
+        }
+    } else {
+        let (kv, selections) = cache.layer_mut(0).unwrap();
+        ts.append(&batch, kv, inputs.k.view(), inputs.v.view()).unwrap();
+        let selections = selections.map(|selections| selections.layer_mut(0).unwrap());
+        ts.pool(&batch, inputs.q.view(), selections).unwrap();
+    }
+    let kv = cache.layer(0).unwrap();
+    Pooled {
+        actions: ts.workspace().actions().unwrap(),
+        similarities: values(&ts.workspace().similarities),
+        queries: values(&ts.workspace().queries),
+        kv: [kv.k(), kv.v()].map(|tensor| common::half_bits(&tensor)),
     }
 }
 

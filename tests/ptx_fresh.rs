@@ -35,13 +35,15 @@ fn entries_and_parameters_are_those_of_the_table() {
 fn barriers_are_not_duplicated() {
     for ptx in ALL {
         let entries = inspect::entries(ptx.text).expect("entries");
-        for name in ["pool_f16", "pool_bf16"] {
-            let entry = entries.iter().find(|entry| entry.name == name).expect("an entry");
-            let barriers =
-                entry.text.matches("bar.sync").count() + entry.text.matches("barrier.sync").count();
-            let reductions = entry.text.matches("bar.red").count();
-            // Two in the mean, one behind it, two in the products, one at the start of `is_last_block`.
-            assert_eq!((barriers, reductions), (6, 1), "{name} for {}", ptx.name);
+        // `pool`: two in the mean, one behind it, two in the products, one at the start of `is_last_block`.
+        for (op, expected) in [("pool", (6, 1)), ("append_pool", (1, 0))] {
+            for name in [format!("{op}_f16"), format!("{op}_bf16")] {
+                let entry = entries.iter().find(|entry| entry.name == name).expect("an entry");
+                let barriers =
+                    entry.text.matches("bar.sync").count() + entry.text.matches("barrier.sync").count();
+                let reductions = entry.text.matches("bar.red").count();
+                assert_eq!((barriers, reductions), expected, "{name} for {}", ptx.name);
+            }
         }
     }
 }

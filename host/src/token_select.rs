@@ -101,10 +101,13 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.begin_step(cache, layer, batch, &input, &output)?;
+        self.check_step(cache, layer, batch, &input, &output)?;
+        let (kv, selections) = cache.layer_mut(layer)?;
+        let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
+        self.append_pool(batch, kv, input, cached)?;
         let (kv, selections) = cache.layer_and_selections(layer)?;
         let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
-        self.select_after(batch, kv, input.q, cached, batch.num_query_tokens() > 0)?;
+        self.select_pooled(batch, kv, cached)?;
         self.attend(batch, kv, input.q, output)
     }
 
@@ -120,12 +123,14 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.begin_step(cache, layer, batch, &input, &output)?;
+        self.check_step(cache, layer, batch, &input, &output)?;
+        let (kv, _) = cache.layer_mut(layer)?;
+        self.device.backend().append(AppendArgs { batch, k: input.k, v: input.v, kv })?;
         self.attend_dense(batch, cache.layer(layer)?, input.q, output)
     }
 
-    /// Checks all arguments of a step, so that nothing is half done, and appends.
-    fn begin_step(
+    /// Checks all arguments of a step, so that nothing is half done.
+    fn check_step(
         &self,
         cache: &mut PagedKvCache,
         layer: usize,
@@ -140,7 +145,22 @@ impl TokenSelect {
         if let Some(selections) = selections {
             self.check_cached(batch, &selections.layer_mut(layer)?)?;
         }
-        self.append(batch, kv, input.k, input.v)
+        self.check_append(batch, &kv, &input.k, &input.v)
+    }
+
+    /// [`append`](Self::append) and [`pool`](Self::pool) of a checked step.
+    fn append_pool(
+        &mut self,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        input: StepInput<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.workspace.check(&self.plan)?;
+        let append = AppendArgs { batch, k: input.k, v: input.v, kv };
+        let cached = cached.filter(|_| self.caches(batch));
+        let pool = pool_args(&self.plan, &mut self.workspace, batch, input.q, cached);
+        self.device.backend().append_pool(append, pool)
     }
 
     /// Writes the keys and values of each row's block into its pages.
@@ -158,16 +178,7 @@ impl TokenSelect {
         k: TensorView<'_>,
         v: TensorView<'_>,
     ) -> Result<()> {
-        let config = self.plan.config();
-        self.plan.check(batch)?;
-        kv.expect(&config.heads, config.dtype, batch.page_size())?;
-        check_pages(batch, kv.shape().num_pages)?;
-        let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
-        k.expect("k", &[config.dtype], shape)?;
-        v.expect("v", &[config.dtype], shape)?;
-        if batch.is_partial() {
-            return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
-        }
+        self.check_append(batch, &kv, &k, &v)?;
         self.device.backend().append(AppendArgs { batch, k, v, kv })
     }
 
@@ -184,23 +195,20 @@ impl TokenSelect {
         batch: &Batch,
         kv: KvView<'_>,
         q: TensorView<'_>,
-        cached: Option<SelectionCacheLayer<'_>>,
+        mut cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.select_after(batch, kv, q, cached, false)
+        self.check_kv(batch, &kv)?;
+        self.pool(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
+        self.select_pooled(batch, kv, cached)
     }
 
-    /// [`select`](Self::select); `append` if the batch's keys were appended just before, and nothing was put on the device
-    /// since then.
-    fn select_after(
+    /// `score`, `vote` and `top_k`.
+    fn select_pooled(
         &mut self,
         batch: &Batch,
         kv: KvView<'_>,
-        q: TensorView<'_>,
-        mut cached: Option<SelectionCacheLayer<'_>>,
-        append: bool,
+        cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.check_kv(batch, &kv)?;
-        self.pool_after(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow), append)?;
         self.score(batch, kv)?;
         self.vote_top_k(batch, cached)
     }
@@ -218,34 +226,13 @@ impl TokenSelect {
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.pool_after(batch, q, cached, false)
-    }
-
-    fn pool_after(
-        &mut self,
-        batch: &Batch,
-        q: TensorView<'_>,
-        cached: Option<SelectionCacheLayer<'_>>,
-        follows_append: bool,
-    ) -> Result<()> {
         self.check_queries(batch, &q)?;
         if let Some(cached) = &cached {
             self.check_cached(batch, cached)?;
         }
         self.workspace.check(&self.plan)?;
-        self.device.backend().pool(PoolArgs {
-            config: self.plan.config(),
-            limits: self.plan.limits(),
-            rope: self.plan.rope(),
-            batch,
-            follows_append,
-            q,
-            cached: cached.filter(|_| self.caches(batch)),
-            queries: self.workspace.queries.view_mut(),
-            similarities: self.workspace.similarities.view_mut(),
-            actions: self.workspace.actions.view_mut(),
-            scratch: self.workspace.scratch.view_mut(),
-        })
+        let cached = cached.filter(|_| self.caches(batch));
+        self.device.backend().pool(pool_args(&self.plan, &mut self.workspace, batch, q, cached))
     }
 
     /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics.
@@ -520,6 +507,26 @@ impl TokenSelect {
         self.config().selection_cache.is_some() && batch.has_sequences() && !batch.is_partial()
     }
 
+    fn check_append(
+        &self,
+        batch: &Batch,
+        kv: &KvViewMut<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<()> {
+        let config = self.plan.config();
+        self.plan.check(batch)?;
+        kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        check_pages(batch, kv.shape().num_pages)?;
+        let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
+        k.expect("k", &[config.dtype], shape)?;
+        v.expect("v", &[config.dtype], shape)?;
+        if batch.is_partial() {
+            return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
+        }
+        Ok(())
+    }
+
     fn check_kv(&self, batch: &Batch, kv: &KvView<'_>) -> Result<()> {
         let config = self.plan.config();
         self.plan.check(batch)?;
@@ -608,6 +615,27 @@ impl TokenSelect {
             }
         }
         Ok(())
+    }
+}
+
+fn pool_args<'a>(
+    plan: &'a Plan,
+    workspace: &'a mut Workspace,
+    batch: &'a Batch,
+    q: TensorView<'a>,
+    cached: Option<SelectionCacheLayer<'a>>,
+) -> PoolArgs<'a> {
+    PoolArgs {
+        config: plan.config(),
+        limits: plan.limits(),
+        rope: plan.rope(),
+        batch,
+        q,
+        cached,
+        queries: workspace.queries.view_mut(),
+        similarities: workspace.similarities.view_mut(),
+        actions: workspace.actions.view_mut(),
+        scratch: workspace.scratch.view_mut(),
     }
 }
 

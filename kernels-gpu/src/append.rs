@@ -11,6 +11,8 @@
 //! **Bytes.** Keys and values once each way: `num_tokens * num_kv_heads * head_dim * 8`.
 
 use crate::launch::Dims;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+use crate::layout::Row;
 use crate::layout::{BatchTables, PageStrides};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 
@@ -62,36 +64,53 @@ impl AppendParams {
 /// - Launched with [`AppendParams::dims`].
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub unsafe fn append(params: AppendParams) {
-    use crate::simt::data::V4;
     use crate::simt::{grid, thread};
 
     grid::wait_for_previous();
-
     grid::launch_dependents();
     let query = thread::block_idx_x();
     let row = params.batch.row_of_query(query);
-    let queries = params.batch.queries(row);
-    let kv_len = params.batch.kv_len(row);
-    if kv_len == 0 {
-        return; // padding
-    }
-    let token = kv_len + query - queries.end;
-    let (page_index, token_in_page) = params.batch.split_token(token);
-    let entry = params.batch.kv_indices.add((params.batch.first_page(row) + page_index) as u64);
-    let page = entry.load_cached();
-
-    let pieces_of_head = params.head_dim / PIECE;
-    core::hint::assert_unchecked(pieces_of_head != 0);
-    let pieces = params.num_kv_heads * pieces_of_head;
+    let Some(place) = params.place(params.batch.row(row), query) else { return };
+    let pieces = params.pieces();
     let mut piece = thread::thread_idx_x();
     while piece < pieces {
-        let (head, within) = (piece / pieces_of_head, piece % pieces_of_head * PIECE);
-        let from = (query as u64 * pieces as u64 + piece as u64) * PIECE as u64;
-        let to = params.stride.offset(page, token_in_page, head) + within as u64;
-        let k = params.k.add(from).cast::<V4<u32>>().load_stream();
-        let v = params.v.add(from).cast::<V4<u32>>().load_stream();
-        params.k_pages.add(to).cast::<V4<u32>>().store(k);
-        params.v_pages.add(to).cast::<V4<u32>>().store(v);
+        params.copy_piece(query, piece, place);
         piece += THREADS;
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+impl AppendParams {
+    /// Pieces of a token's keys, and of its values.
+    #[inline(always)]
+    pub(crate) fn pieces(&self) -> u32 {
+        self.num_kv_heads * (self.head_dim / PIECE)
+    }
+
+    /// Page and place in it of the token of query `query` of a row; `None` for padding.
+    #[inline(always)]
+    pub(crate) unsafe fn place(&self, row: Row, query: u32) -> Option<(u32, u32)> {
+        if row.kv_len == 0 {
+            return None;
+        }
+        let (page_index, token_in_page) = self.batch.split_token(row.kv_len + query - row.queries.end);
+        let entry = self.batch.kv_indices.add((row.first_page + page_index) as u64);
+        Some((entry.load(), token_in_page))
+    }
+
+    /// Copies piece `piece` of the keys and of the values of query `query`'s token to its place.
+    #[inline(always)]
+    pub(crate) unsafe fn copy_piece(&self, query: u32, piece: u32, (page, token_in_page): (u32, u32)) {
+        use crate::simt::data::V4;
+
+        let from = (query as u64 * self.pieces() as u64 + piece as u64) * PIECE as u64;
+        let k = self.k.add(from).cast::<V4<u32>>().load_stream();
+        let v = self.v.add(from).cast::<V4<u32>>().load_stream();
+        let pieces_of_head = self.head_dim / PIECE;
+        core::hint::assert_unchecked(pieces_of_head != 0);
+        let (head, within) = (piece / pieces_of_head, piece % pieces_of_head * PIECE);
+        let to = self.stride.offset(page, token_in_page, head) + within as u64;
+        self.k_pages.add(to).cast::<V4<u32>>().store(k);
+        self.v_pages.add(to).cast::<V4<u32>>().store(v);
     }
 }

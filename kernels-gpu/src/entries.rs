@@ -9,6 +9,7 @@
 use half::{bf16, f16};
 
 use crate::append::AppendParams;
+use crate::append_pool::AppendPoolParams;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 use crate::attend_decode::{HALVES, NATIVE, NEIGHBOURS, attend_decode};
 use crate::attention::AttendParams;
@@ -80,6 +81,8 @@ macro_rules! entries {
 entries! {
     append(AppendParams) = crate::append::append;
     forget(ForgetParams) = crate::forget::forget;
+    append_pool_f16(AppendPoolParams<f16>) = crate::append_pool::append_pool::<f16>;
+    append_pool_bf16(AppendPoolParams<bf16>) = crate::append_pool::append_pool::<bf16>;
     pool_f16(PoolParams<f16>) = crate::pool::pool::<f16>;
     pool_bf16(PoolParams<bf16>) = crate::pool::pool::<bf16>;
     score_f16_d64_g4(ScoreParams<f16>) = crate::score::score::<f16, 2, 1, 2, true>;

@@ -100,8 +100,51 @@ impl Tokens {
     }
 }
 
+/// What the tables say of a row.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[derive(Clone, Copy, Debug)]
+pub struct Row {
+    /// As [`BatchTables::queries`].
+    pub queries: Tokens,
+    /// As [`BatchTables::first_page`].
+    pub first_page: u32,
+    /// As [`BatchTables::kv_len`].
+    pub kv_len: u32,
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+impl Row {
+    /// As [`BatchTables::candidates`] of a whole sequence.
+    #[inline(always)]
+    pub fn candidates(&self, n_init: u32, n_local: u32) -> Tokens {
+        candidates_of(self.queries, self.kv_len, n_init, n_local)
+    }
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[inline(always)]
+fn candidates_of(queries: Tokens, kv_len: u32, n_init: u32, n_local: u32) -> Tokens {
+    let end = kv_len.saturating_sub(queries.len()).saturating_sub(n_local);
+    Tokens { begin: n_init.min(end), end }
+}
+
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 impl BatchTables {
+    /// All of a row at once. The loads are plain ones: the assembler would move `ld.global.nc` behind each other's uses.
+    ///
+    /// # Safety
+    /// - As for [`queries`](Self::queries).
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn row(&self, row: u32) -> Row {
+        let (queries, pages) = (self.qo_indptr.add(row as u64), self.kv_indptr.add(row as u64));
+        let queries = Tokens { begin: queries.load(), end: queries.add(1).load() };
+        let (first_page, end) = (pages.load(), pages.add(1).load());
+        let last_page_len = self.kv_last_page_len.add(row as u64).load();
+        let kv_len = (end - first_page).saturating_sub(1) * self.page_size + last_page_len;
+        Row { queries, first_page, kv_len }
+    }
+
     /// The queries of a row, as rows of `q` and `out`.
     ///
     /// # Safety
@@ -198,9 +241,7 @@ impl BatchTables {
             let entry = self.candidates.add(2 * row as u64);
             return Tokens { begin: entry.load_cached(), end: entry.add(1).load_cached() };
         }
-        let queries = self.queries(row);
-        let end = self.kv_len(row).saturating_sub(queries.len()).saturating_sub(n_local);
-        Tokens { begin: n_init.min(end), end }
+        candidates_of(self.queries(row), self.kv_len(row), n_init, n_local)
     }
 }
 

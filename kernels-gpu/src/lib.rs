@@ -20,6 +20,7 @@
 compile_error!("the feature `emulator` is for host builds: a GPU has no CPU to emulate itself on");
 
 pub mod append;
+pub mod append_pool;
 pub mod attend_decode;
 pub mod attend_prefill;
 pub mod attention;

@@ -11,12 +11,15 @@
 //! **Thread mapping.** A block per row and query head; a thread per pair of elements (that RoPE may rotate together)
 //! and part of the block's tokens. The parts are added in a fixed order, so the result does not depend on the launch.
 //!
-//! **Overlap.** In a step, `append` comes before, and has nothing to do with it: both run at the same time.
+//! **Overlap.** In a step, `append` comes before, and has nothing to do with it: both run at the same time. Short blocks
+//! have [`append_pool`](mod@crate::append_pool) instead.
 //!
 //! **Bytes.** `q` once: `num_tokens * num_qo_heads * head_dim * 2`; the cached query where there is one.
 
 use crate::launch::Dims;
 use crate::layout::BatchTables;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+use crate::layout::Row;
 use crate::rope::RopeTables;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
@@ -110,6 +113,8 @@ impl<T> PoolParams<T> {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub use kernel::pool;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub(crate) use kernel::{Cached, cached_place, conclude, cosine};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
@@ -130,12 +135,12 @@ mod kernel {
         }
         grid::launch_dependents();
         let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
-        let queries = params.batch.queries(row);
-        let cached = cached_entry(&params, row);
+        let tables = params.batch.row(row);
+        let cached = Cached::load(&params, cached_place(&params, row, tables.kv_len));
         let sums = LAYOUT.sums.get();
         mean_query(&params, head, row, sums);
         thread::sync_threads();
-        let (dot, own, other) = products(&params, head, cached, sums);
+        let (dot, own, other) = products(&params, head, cached.place, sums);
         let partial = params.partial.add((row as u64 * params.num_qo_heads as u64 + head as u64) * 3);
         if thread::thread_idx_x() == 0 {
             partial.store(dot);
@@ -145,28 +150,45 @@ mod kernel {
         if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads)
             && thread::thread_idx_x() == 0
         {
-            let similarity = if cached == EMPTY { -1.0 } else { cosine(&params, row) };
-            params.similarities.add(row as u64).store(similarity);
-            let padding = queries.is_empty() || (params.batch.kv_len(row) == 0 && !params.batch.is_partial());
-            let action = if padding { SKIP } else { decide(&params, row, cached, similarity) };
-            params.actions.add(row as u64).store(action);
+            let (dot, own, other) = sums_of_heads(&params, row);
+            conclude(&params, row, &tables, &cached, cosine(dot, own, other));
         }
         if params.follows_append != 0 {
             grid::wait_for_previous(); // the end of this launch says that the appended keys are there
         }
     }
 
-    /// The row's place in the cached tables if its selection can be used again, else [`EMPTY`].
+    /// The row's place in the cached tables; [`EMPTY`] for none.
     #[inline(always)]
-    unsafe fn cached_entry<T: Element>(params: &PoolParams<T>, row: u32) -> u32 {
-        let kv_len = params.batch.kv_len(row);
-        if params.cached_queries.addr() == 0 || kv_len == 0 {
+    pub(crate) unsafe fn cached_place<T: Element>(params: &PoolParams<T>, row: u32, kv_len: u32) -> u32 {
+        if params.cached_queries.addr() == 0 {
             return EMPTY;
         }
-        let sequence = params.sequence_indices.add(row as u64).load_cached();
-        let made_at = params.cached_made_at.add(sequence as u64).load_cached();
-        let before_block = kv_len - params.batch.queries(row).len();
-        if made_at <= before_block { sequence } else { EMPTY }
+        let sequence = params.sequence_indices.add(row as u64).load();
+        if kv_len == 0 { EMPTY } else { sequence }
+    }
+
+    /// What is known of a row's cached selection.
+    #[derive(Clone, Copy)]
+    pub(crate) struct Cached {
+        /// In the cached tables; [`EMPTY`] for none.
+        pub place: u32,
+        made_at: u32,
+        age: u32,
+    }
+
+    impl Cached {
+        pub const NONE: Cached = Cached { place: EMPTY, made_at: EMPTY, age: EMPTY };
+
+        #[inline(always)]
+        pub unsafe fn load<T: Element>(params: &PoolParams<T>, place: u32) -> Self {
+            if place == EMPTY {
+                return Cached::NONE;
+            }
+            let made_at = params.cached_made_at.add(place as u64).load();
+            let age = params.cached_ages.add(place as u64).load();
+            Cached { place, made_at, age }
+        }
     }
 
     /// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
@@ -224,16 +246,16 @@ mod kernel {
     unsafe fn products<T: Element>(
         params: &PoolParams<T>,
         head: u32,
-        cached: u32,
+        place: u32,
         sums: Shared<f32>,
     ) -> (f32, f32, f32) {
         let i = thread::thread_idx_x();
         let (mut x, mut y) = (0.0, 0.0);
         if i < params.head_dim {
             x = sums.add(i).load();
-            if cached != EMPTY {
+            if place != EMPTY {
                 let width = params.num_qo_heads as u64 * params.head_dim as u64;
-                let at = cached as u64 * width + (head * params.head_dim + i) as u64;
+                let at = place as u64 * width + (head * params.head_dim + i) as u64;
                 y = params.cached_queries.add(at).load_cached();
             }
         }
@@ -261,9 +283,9 @@ mod kernel {
         total
     }
 
-    /// Cosine over all heads, which are added in order. NaN for a zero vector.
+    /// The products of all heads, which are added in order.
     #[inline(always)]
-    unsafe fn cosine<T: Element>(params: &PoolParams<T>, row: u32) -> f32 {
+    unsafe fn sums_of_heads<T: Element>(params: &PoolParams<T>, row: u32) -> (f32, f32, f32) {
         let (mut dot, mut own, mut other) = (0.0, 0.0, 0.0);
         let mut head = 0;
         while head < params.num_qo_heads {
@@ -273,18 +295,46 @@ mod kernel {
             other += partial.add(2).load();
             head += 1;
         }
+        (dot, own, other)
+    }
+
+    /// NaN for a zero vector.
+    #[inline(always)]
+    pub(crate) fn cosine(dot: f32, own: f32, other: f32) -> f32 {
         dot / (math::sqrt(own) * math::sqrt(other))
     }
 
-    /// What to do for a row that has queries.
+    /// Writes the similarity, and the action that follows.
     #[inline(always)]
-    unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, cached: u32, similarity: f32) -> u32 {
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        if candidates.is_empty() || (candidates.len() <= params.top_k && !params.batch.is_partial()) {
-            return COMPLETE;
+    pub(crate) unsafe fn conclude<T: Element>(
+        params: &PoolParams<T>,
+        row: u32,
+        tables: &Row,
+        cached: &Cached,
+        cosine: f32,
+    ) {
+        let has_cached = cached.place != EMPTY && cached.made_at <= tables.kv_len - tables.queries.len();
+        let similarity = if has_cached { cosine } else { -1.0 };
+        let is_similar = has_cached && similarity >= params.similarity_threshold;
+        let action = decide(params, row, tables, is_similar && cached.age < params.max_reuse);
+        params.similarities.add(row as u64).store(similarity);
+        params.actions.add(row as u64).store(action);
+    }
+
+    #[inline(always)]
+    unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, tables: &Row, can_reuse: bool) -> u32 {
+        let is_partial = params.batch.is_partial();
+        if tables.queries.is_empty() || (tables.kv_len == 0 && !is_partial) {
+            return SKIP;
         }
-        let similar = cached != EMPTY && similarity >= params.similarity_threshold;
-        if similar && params.cached_ages.add(cached as u64).load_cached() < params.max_reuse {
+        let candidates = if is_partial {
+            params.batch.candidates(row, params.n_init, params.n_local)
+        } else {
+            tables.candidates(params.n_init, params.n_local)
+        };
+        if candidates.is_empty() || (candidates.len() <= params.top_k && !is_partial) {
+            COMPLETE
+        } else if can_reuse {
             REUSE
         } else {
             SCORE

@@ -5,6 +5,8 @@
 //! makes the tables in f64, with every frequency scaling and attention factor already in them.
 
 use crate::simt::data::V2;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+use crate::simt::data::V4;
 use crate::simt::global::GlobalPtr;
 
 /// Positions that the fine table covers.
@@ -83,18 +85,46 @@ impl RopeTables {
     /// last.
     ///
     /// # Safety
-    /// - The tables are as described, 16-byte aligned, cover `position`, and have an even number of pairs, at least two.
+    /// - As for [`two_rows`](Self::two_rows).
     #[inline(always)]
     #[track_caller]
     pub unsafe fn two_angles(&self, pair: u32, position: u32) -> [Angle; 2] {
+        self.two_rows(pair, position).angles()
+    }
+
+    /// What the tables say of the pairs `pair`, which is even, and `pair + 1` at `position`.
+    ///
+    /// # Safety
+    /// - The tables are as described, 16-byte aligned, cover `position`, and have an even number of pairs, at least two.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn two_rows(&self, pair: u32, position: u32) -> TwoRows {
         let row = |position: u32| (position as u64 * self.pairs as u64 + pair as u64) / 2;
-        let coarse =
-            self.coarse.cast::<crate::simt::data::V4<f32>>().add(row(position / FINE)).load_cached().0;
-        let fine = self.fine.cast::<crate::simt::data::V4<f32>>().add(row(position % FINE)).load_cached().0;
-        [
-            Angle::sum([coarse[0], coarse[1]], [fine[0], fine[1]]),
-            Angle::sum([coarse[2], coarse[3]], [fine[2], fine[3]]),
-        ]
+        TwoRows {
+            coarse: self.coarse.cast::<V4<f32>>().add(row(position / FINE)).load_cached().0,
+            fine: self.fine.cast::<V4<f32>>().add(row(position % FINE)).load_cached().0,
+        }
+    }
+}
+
+/// Entries of both tables for two pairs, (cos, sin) each: loaded, and not yet used.
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[derive(Clone, Copy)]
+pub struct TwoRows {
+    coarse: [f32; 4],
+    fine: [f32; 4],
+}
+
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+impl TwoRows {
+    /// Of no angle.
+    pub const ZERO: TwoRows = TwoRows { coarse: [0.0; 4], fine: [0.0; 4] };
+
+    /// The two angles.
+    #[inline(always)]
+    pub fn angles(&self) -> [Angle; 2] {
+        let ([c0, s0, c1, s1], fine) = (self.coarse, self.fine);
+        [Angle::sum([c0, s0], [fine[0], fine[1]]), Angle::sum([c1, s1], [fine[2], fine[3]])]
     }
 }
 

@@ -23,7 +23,9 @@ use std::sync::Once;
 
 use half::{bf16, f16};
 use proptest::prelude::ProptestConfig;
-use tokenselect::{DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor};
+use tokenselect::{
+    DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor, TensorView,
+};
 
 /// The devices for cases of every size and type: the processor.
 pub fn devices() -> Vec<Device> {
@@ -153,6 +155,14 @@ pub fn bits(tensor: &Tensor) -> Vec<u64> {
         DType::F32 => tensor.to_vec::<f32>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
         DType::U32 => tensor.to_vec::<u32>().unwrap().iter().map(|&x| u64::from(x)).collect(),
         _ => tensor.to_vec::<u64>().unwrap(),
+    }
+}
+
+/// The bits of a view of 2-byte floats.
+pub fn half_bits(view: &TensorView<'_>) -> Vec<u16> {
+    match view.dtype() {
+        DType::F16 => view.to_vec::<f16>().unwrap().iter().map(|x| x.to_bits()).collect(),
+        _ => view.to_vec::<bf16>().unwrap().iter().map(|x| x.to_bits()).collect(),
     }
 }
 

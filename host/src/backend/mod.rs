@@ -80,8 +80,6 @@ pub struct PoolArgs<'a> {
     pub limits: &'a Limits,
     /// Angles of the scoring rotation; `None` for native positions.
     pub rope: Option<&'a RopeTable>,
-    /// Whether nothing was put on the device since the [`Backend::append`] of the same step.
-    pub follows_append: bool,
     /// Rows.
     pub batch: &'a Batch,
     /// `[num_query_tokens, num_qo_heads, head_dim]`, the configuration's type.
@@ -291,6 +289,15 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// Whatever stops the device.
     fn pool(&self, args: PoolArgs<'_>) -> Result<()>;
+
+    /// [`append`](Self::append) and [`pool`](Self::pool) of one batch, neither of which depends on the other.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn append_pool(&self, append: AppendArgs<'_>, pool: PoolArgs<'_>) -> Result<()> {
+        self.append(append)?;
+        self.pool(pool)
+    }
 
     /// Scaled dot products of scoring queries and candidate keys, with softmax statistics.
     ///

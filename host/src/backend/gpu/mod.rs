@@ -15,6 +15,8 @@ mod scratch;
 use std::sync::Arc;
 
 use half::{bf16, f16};
+use kernels_gpu::append::AppendParams;
+use kernels_gpu::append_pool::AppendPoolParams;
 use kernels_gpu::attention::AttendParams;
 use kernels_gpu::entries::Entry;
 use kernels_gpu::forget::ForgetParams;
@@ -70,6 +72,21 @@ impl GpuBackend {
     unsafe fn launch<P: Copy>(&self, entry: &'static Entry, dims: Dims, params: &P) -> Result<()> {
         // SAFETY: the caller's promise; parameter structs are `repr(C)` without padding.
         unsafe { self.driver.launch_with(entry, dims, params) }
+    }
+
+    fn launch_append(&self, params: &AppendParams) -> Result<()> {
+        if params.num_tokens == 0 {
+            return Ok(());
+        }
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `append_params` strides and places.
+        unsafe { self.launch(self.entry("append", "append")?, params.dims(), params) }
+    }
+
+    /// The two element types have the same parameters.
+    fn launch_pool(&self, dtype: &str, params: &PoolParams<f16>) -> Result<()> {
+        let entry = self.entry("pool", &format!("pool_{dtype}"))?;
+        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
+        unsafe { self.launch(entry, params.dims(), params) }
     }
 
     fn tables(&self, batch: &Batch) -> Result<BatchTables> {
@@ -169,22 +186,35 @@ impl Backend for GpuBackend {
 
     fn append(&self, args: AppendArgs<'_>) -> Result<()> {
         self.dtype_name("append", args.kv.dtype())?;
-        let params = self.append_params(&args)?;
-        if params.num_tokens == 0 {
-            return Ok(());
-        }
-        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `append_params` strides and places.
-        unsafe { self.launch(self.entry("append", "append")?, params.dims(), &params) }
+        self.launch_append(&self.append_params(&args)?)
     }
 
     fn pool(&self, args: PoolArgs<'_>) -> Result<()> {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let entry = self.entry("pool", &format!("pool_{}", self.dtype_name("pool", args.q.dtype())?))?;
-        // The two element types have the same parameters.
-        let params: PoolParams<f16> = self.pool_params(&args)?;
-        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
+        let dtype = self.dtype_name("pool", args.q.dtype())?;
+        self.launch_pool(dtype, &self.pool_params(&args)?)
+    }
+
+    fn append_pool(&self, append: AppendArgs<'_>, pool: PoolArgs<'_>) -> Result<()> {
+        if append.batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let dtype = self.dtype_name("append", append.kv.dtype())?;
+        let mut params = AppendPoolParams {
+            append: self.append_params(&append)?,
+            pool: self.pool_params(&pool)?,
+            max_block_len: append.batch.max_block_len() as u32,
+            reserved: 0,
+        };
+        if !params.fits() {
+            self.launch_append(&params.append)?;
+            params.pool.follows_append = u32::from(params.append.num_tokens > 0);
+            return self.launch_pool(dtype, &params.pool);
+        }
+        let entry = self.entry("append", &format!("append_pool_{dtype}"))?;
+        // SAFETY: as for `append` and `pool`; no block is longer than the longest.
         unsafe { self.launch(entry, params.dims(), &params) }
     }
 

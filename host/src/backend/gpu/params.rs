@@ -142,7 +142,7 @@ impl GpuBackend {
             top_k: config.top_k as u32,
             max_reuse: config.max_reuse(),
             similarity_threshold: config.selection_cache.map_or(f32::INFINITY, |c| c.similarity_threshold),
-            follows_append: u32::from(args.follows_append),
+            follows_append: 0,
         })
     }
 
