@@ -4,7 +4,7 @@ mod common;
 
 use common::paged::{Pool, STORAGES, Storage};
 use common::problem::{self, Content, Problem, Row, around, small_config};
-use common::run::{Inputs, outputs, outputs_on, token_select};
+use common::run::{Inputs, outputs, outputs_on, queries, token_select};
 use common::{
     Random, all_devices, assert_close, assert_lse, attention_tolerance, cases, devices, gpu_tolerance, gpus,
     naive, naive_config, tensor, to_device, values,
@@ -505,6 +505,101 @@ fn gpu_values_that_are_not_finite() {
             let lists = Lists::whole(&[(0..n).collect()]);
             let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
             assert_same(&device, "odd values", &problem, &got, &expected(&problem, &lists), DType::F32);
+        }
+    }
+}
+
+/// Few queries with keys as they are, in pages most of which can be streamed: heads, groups and lengths around the cuts.
+fn decode_config() -> impl Strategy<Value = SelectConfig> {
+    let dims = prop::sample::select(vec![64usize, 96, 128]);
+    let kv_heads = prop::sample::select(vec![1usize, 2, 3, 4, 8]);
+    let groups = prop::sample::select(vec![1usize, 2, 4, 7, 8, 9]);
+    let scales = (prop::option::of(0.05f32..0.11), prop::option::of(3.0f32..40.0));
+    let dtype = prop::sample::select(vec![DType::F16, DType::Bf16]);
+    (dims, kv_heads, groups, dtype, scales)
+        .prop_filter("too large", |(dim, kv_heads, group, ..)| dim * kv_heads * group <= 3600)
+        .prop_map(|(head_dim, num_kv_heads, group, dtype, (sm_scale, logits_soft_cap))| SelectConfig {
+            heads: HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim },
+            dtype,
+            sm_scale,
+            logits_soft_cap,
+            ..SelectConfig::default()
+        })
+}
+
+/// One to three rows `(n, t)`, some without tokens or queries, and rows of padding behind them.
+fn decode_lengths() -> impl Strategy<Value = (Vec<(usize, usize)>, usize)> {
+    let n = prop_oneof![prop::sample::select(vec![0usize, 1, 15, 16, 17, 47, 48, 49]), 100usize..420];
+    let t = prop::sample::select(vec![0usize, 1, 1, 2, 4, 7]);
+    let row = (n, t).prop_map(|(n, t)| (n, t.min(n)));
+    prop_oneof![
+        (prop::collection::vec(row.clone(), 1), Just(0)),
+        (prop::collection::vec(row.clone(), 3), Just(0)),
+        (prop::collection::vec(row, 1..=3), 0usize..=2),
+    ]
+}
+
+proptest! {
+    #![proptest_config(cases(32))]
+
+    /// Dense decoding by both kernels that do it: streamed, or loaded to registers. (The emulated device streams for one row
+    /// or three: it has three SMs.)
+    #[test]
+    fn gpu_dense_decoding(
+        config in decode_config(),
+        (mut lengths, padding) in decode_lengths(),
+        content in problem::content(),
+        page_size in prop::sample::select(vec![1usize, 2, 7, 16, 16, 32]),
+        storage in prop::sample::select(STORAGES.to_vec()),
+        (narrow, odd_values) in any::<(bool, bool)>(),
+        seed in any::<u64>(),
+    ) {
+        let num_rows = lengths.len();
+        lengths.resize(num_rows + padding, (0, 1));
+        let mut problem = Problem::new(&config, &lengths, content, seed);
+        let mut random = Random(seed);
+        let width = config.heads.num_kv_heads * config.heads.head_dim;
+        if odd_values {
+            for row in problem.rows.iter_mut().filter(|row| row.n > 0 && row.t > 0) {
+                let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)];
+                let token = row.n - 1 - random.below(row.t);
+                row.v[token * width + random.below(width)] = odd;
+            }
+        }
+        let pool = Pool::full(&problem, page_size, storage, seed);
+        let mut tables = pool.tables.clone();
+        tables.indptr.truncate(num_rows + 1);
+        tables.last_page_len.truncate(num_rows);
+        let all: Vec<Vec<usize>> = problem.rows.iter().map(|row| (0..row.n).collect()).collect();
+        let want = expected(&problem, &Lists::whole(&all));
+        let out_dtype = if narrow { config.dtype } else { DType::F32 };
+        for device in gpus() {
+            let (pool, q) = (pool.to(&device), to_device(&device, &queries(&problem)));
+            let batch = Batch::new(page_size, problem.qo_indptr()[..=num_rows].to_vec(), tables.clone());
+            let batch = batch.unwrap().padded(lengths.len(), 1).unwrap();
+            let ts = token_select(&device, &problem, &batch);
+            let (mut out, mut lse) = outputs_on(&device, &problem, out_dtype);
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            ts.attend_dense(&batch, pool.view(), q.view(), output).unwrap();
+            let got = (values(&out), values(&lse));
+            assert_same(&device, "dense decoding", &problem, &got, &want, out_dtype);
+        }
+    }
+}
+
+/// The lengths around every cut of the stages and shares that stream, for one stream and for eight.
+#[test]
+fn gpu_streamed_lengths_around_every_cut() {
+    for device in gpus() {
+        for (num_kv_heads, head_dim) in [(1, 128), (2, 64), (3, 96), (8, 64)] {
+            let heads = HeadShape { num_qo_heads: num_kv_heads, num_kv_heads, head_dim };
+            let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
+            let stage = 16 * (8 / num_kv_heads);
+            for edge in [16, stage, 3 * stage, 12 * stage] {
+                for n in [edge - 1, edge, edge + 1] {
+                    check_dense(&device, &config, n, 1 + n % 2, Content::Peaked);
+                }
+            }
         }
     }
 }

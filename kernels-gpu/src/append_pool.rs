@@ -71,6 +71,7 @@ impl<T> AppendPoolParams<T> {
             grid: [1 + pieces.div_ceil(self.num_threads()), self.pool.batch.num_rows, 1],
             block: [self.num_threads(), 1, 1],
             shared_bytes: LAYOUT.bytes,
+            cluster: 1,
         }
     }
 

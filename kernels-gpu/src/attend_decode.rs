@@ -145,6 +145,6 @@ pub const fn max_parts(gpu: &GpuInfo) -> u32 {
 pub use kernel::attend_decode;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-mod kernel;
+pub(crate) mod kernel;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod parts;

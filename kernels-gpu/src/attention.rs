@@ -35,9 +35,9 @@ pub struct AttendParams<T> {
     pub out: GlobalMut<T>,
     /// \[num_tokens, num_qo_heads\] f32, written: natural log of the sum of exponentials. Address 0: not wanted.
     pub lse: GlobalMut<f32>,
-    /// \[units, splits, 8, head_dim\] f32, workspace of the decode kernel.
+    /// \[units, splits, 8, head_dim\] f32, workspace of the decode kernels; a unit is a row's KV head to `attend_stream`.
     pub partial: GlobalMut<f32>,
-    /// \[units, splits, 8\] pairs of f32, workspace of the decode kernel: largest logit (base 2), sum.
+    /// \[units, splits, 8\] pairs of f32, workspace of the decode kernels: largest logit (base 2), sum.
     pub partial_stats: GlobalMut<V2<f32>>,
     /// \[units\] u32, zero before and after.
     pub counters: GlobalMut<u32>,
@@ -67,8 +67,8 @@ pub struct AttendParams<T> {
     pub sm_scale_log2: f32,
     /// `c` of the soft cap `c tanh(x / c)`, times log2(e); 0 for none.
     pub soft_cap_log2: f32,
-    /// 0.
-    pub reserved: u32,
+    /// Shares that [`attend_stream`](mod@crate::attend_stream) cuts a row's list into; unused by others.
+    pub num_shares: u32,
 }
 const _: () = assert!(size_of::<AttendParams<u16>>() == 264);
 

@@ -4,7 +4,7 @@
 //!
 //! Each waits for the launches before it ([`grid::wait_for_previous`](crate::simt)) before it reads or writes memory, and
 //! then lets the launch after it begin: a host may launch them so that they overlap. So a kernel that begins knows that all
-//! launches but the last before it have ended. [`pool`](mod@crate::pool) makes use of that.
+//! launches but the last before it have ended. [`pool`](mod@crate::pool) and [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that.
 
 use half::{bf16, f16};
 
@@ -158,6 +158,14 @@ entries! {
     attend_prefill_f16_d64(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 4, 8>;
     attend_prefill_f16_d96(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 6, 12>;
     attend_prefill_f16_d128(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 8, 16>;
+    attend_stream_f16_d64(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 4, 2, 1>;
+    attend_stream_f16_d96(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 2, 6, 3>;
+    attend_stream_f16_d128(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 4, 4, 2>;
+    attend_stream_bf16_d64(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 4, 2, 1>;
+    attend_stream_bf16_d96(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 2, 6, 3>;
+    attend_stream_bf16_d128(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 4, 4, 2>;
+    attend_stream_merge_f16(AttendParams<f16>) = crate::attend_stream::attend_stream_merge::<f16>;
+    attend_stream_merge_bf16(AttendParams<bf16>) = crate::attend_stream::attend_stream_merge::<bf16>;
     merge_f16(MergeParams<f16>) = crate::merge::merge::<f16>;
     gather_bf16(GatherParams<bf16>) = crate::gather::gather::<bf16>;
     attend_prefill_bf16_d64(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 4, 8>;

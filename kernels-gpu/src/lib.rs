@@ -23,6 +23,7 @@ pub mod append;
 pub mod append_pool;
 pub mod attend_decode;
 pub mod attend_prefill;
+pub mod attend_stream;
 pub mod attention;
 pub mod conformance;
 pub mod element;
@@ -41,6 +42,7 @@ pub mod rope;
 pub mod score;
 pub mod simt;
 pub mod smooth;
+mod stream;
 pub mod top_k;
 pub mod vote;
 

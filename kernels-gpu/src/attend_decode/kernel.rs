@@ -10,21 +10,21 @@ use crate::simt::shared::Shared;
 use crate::simt::{grid, math, thread, warp};
 
 /// The lane's words of a key: `[chunk, word]`.
-type Key<const W: usize, const C: usize> = [[u32; W]; C];
+pub(crate) type Key<const W: usize, const C: usize> = [[u32; W]; C];
 /// The lane's words of its four values: `[token, chunk, word]`.
-type Values<const W: usize, const V: usize> = [[[u32; W]; V]; 4];
+pub(crate) type Values<const W: usize, const V: usize> = [[[u32; W]; V]; 4];
 /// The lane's part of the output: `[chunk, word, (first row, columns 2t and 2t + 1; second row, the same)]`.
-pub(super) type Out<const W: usize, const V: usize> = [[[f32; 4]; W]; V];
+pub(crate) type Out<const W: usize, const V: usize> = [[[f32; 4]; W]; V];
 
 /// What the blocks of a tile of query rows work on.
-pub(super) struct Work<'a, T> {
-    pub(super) params: &'a AttendParams<T>,
-    pub(super) list: List,
-    pub(super) kv_head: u32,
+pub(crate) struct Work<'a, T> {
+    pub(crate) params: &'a AttendParams<T>,
+    pub(crate) list: List,
+    pub(crate) kv_head: u32,
     /// First query row.
-    pub(super) first_row: u32,
-    /// Query rows that there are, at most [`QUERY_ROWS`].
-    pub(super) num_rows: u32,
+    pub(crate) first_row: u32,
+    /// Query rows that there are, 1 to [`QUERY_ROWS`].
+    pub(crate) num_rows: u32,
     /// Ranks that the lane's query rows `2t` and `2t + 1` see.
     bounds: [u32; 2],
 }
@@ -38,6 +38,22 @@ struct Tiles {
     early: u32,
 }
 
+impl<'a, T> Work<'a, T> {
+    #[inline(always)]
+    pub(crate) fn new(
+        params: &'a AttendParams<T>,
+        list: List,
+        kv_head: u32,
+        first_row: u32,
+        num_rows: u32,
+    ) -> Self {
+        let t = warp::lane_id() % 4;
+        let bound = |i: u32| list.first_bound + (first_row + i.min(num_rows - 1)) / params.group.max(1);
+        let bounds = [bound(2 * t), bound(2 * t + 1)];
+        Work { params, list, kv_head, first_row, num_rows, bounds }
+    }
+}
+
 /// Where the lane's place of a tile lies: element offset of its page and token in keys, and its rank.
 #[derive(Clone, Copy)]
 struct At {
@@ -47,9 +63,13 @@ struct At {
 
 /// Softmax of the lane's query rows `2t` and `2t + 1`: the largest logit of the row, the lane's part of the sum.
 #[derive(Clone, Copy)]
-pub(super) struct Softmax {
-    pub(super) max: [f32; 2],
-    pub(super) sum: [f32; 2],
+pub(crate) struct Softmax {
+    pub(crate) max: [f32; 2],
+    pub(crate) sum: [f32; 2],
+}
+
+impl Softmax {
+    pub(crate) const EMPTY: Softmax = Softmax { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
 }
 
 /// See the module. `W` words a piece, `C` chunks of keys, `V` chunks of values; `ROTATE`: [`NATIVE`],
@@ -91,10 +111,7 @@ pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V:
         return;
     }
     let num_rows = (all_rows - first_row).min(QUERY_ROWS);
-    let t = warp::lane_id() % 4;
-    let bound = |i: u32| list.first_bound + (first_row + i.min(num_rows - 1)) / params.group.max(1);
-    let bounds = [bound(2 * t), bound(2 * t + 1)];
-    let work = Work { params: &params, list, kv_head, first_row, num_rows, bounds };
+    let work = Work::new(&params, list, kv_head, first_row, num_rows);
     if list.len == 0 {
         if thread::block_idx_x() == 0 {
             write_nothing::<T, W, C>(&work);
@@ -184,7 +201,7 @@ unsafe fn load_queries<T: Element, const W: usize, const C: usize, const ROTATE:
 
 /// `W` words at once.
 #[inline(always)]
-unsafe fn load_words<T, const W: usize>(at: GlobalPtr<T>) -> [u32; W] {
+pub(crate) unsafe fn load_words<T, const W: usize>(at: GlobalPtr<T>) -> [u32; W] {
     let mut words = [0; W];
     if W == 4 {
         let quad = at.cast::<V4<u32>>().load_stream_row().0;
@@ -214,7 +231,7 @@ unsafe fn store_words<const W: usize>(at: Shared<u32>, words: [u32; W]) {
 }
 
 #[inline(always)]
-unsafe fn load_shared_words<const W: usize>(at: Shared<u32>) -> [u32; W] {
+pub(crate) unsafe fn load_shared_words<const W: usize>(at: Shared<u32>) -> [u32; W] {
     let mut words = [0; W];
     if W == 4 {
         let quad = at.cast::<V4<u32>>().load().0;
@@ -243,7 +260,7 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
 ) -> (Out<W, V>, Softmax) {
     let scratch = layout.out.get().add(warp::warp_id() * QUERY_ROWS * (8 * W * C) as u32);
     let mut out = [[[0.0; 4]; W]; V];
-    let mut softmax = Softmax { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
+    let mut softmax = Softmax::EMPTY;
     let end = work.list.len.div_ceil(TILE);
     let mut tile = mine.first;
     // A share may have fewer tiles than warps; the first loads of the others are for nothing.
@@ -277,7 +294,8 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
         if followed {
             keys = load_keys::<T, W, C>(work, ahead);
         }
-        let weights = fold(work, rank, products, &mut softmax, &mut out);
+        let rank_at = |place: u32| warp::shuffle_idx(warp::FULL, rank, place + warp::lane_id() / 4);
+        let weights = fold(work, [rank_at(0), rank_at(8)], products, &mut softmax, &mut out);
         accumulate::<T, W, V>(work, tile, rank, weights, &values, scratch, &mut out);
         if !followed {
             return (out, softmax);
@@ -497,11 +515,12 @@ unsafe fn max_of_row(own: f32) -> f32 {
     max.max(warp::shuffle_xor(warp::FULL, max, 16))
 }
 
-/// Turns products into weights, `exp(logit - max)`, with the softmax and the output so far brought up to date.
+/// Turns products into weights, `exp(logit - max)`, with the softmax and the output so far brought up to date. `ranks` are
+/// those of rows `g` and `g + 8` of the fragment.
 #[inline(always)]
-unsafe fn fold<T: Element, const W: usize, const V: usize>(
+pub(crate) unsafe fn fold<T: Element, const W: usize, const V: usize>(
     work: &Work<'_, T>,
-    own_rank: u32,
+    ranks: [u32; 2],
     products: [f32; 4],
     softmax: &mut Softmax,
     out: &mut Out<W, V>,
@@ -510,8 +529,7 @@ unsafe fn fold<T: Element, const W: usize, const V: usize>(
     let mut largest = softmax.max;
     let mut i = 0;
     while i < 4 {
-        let rank = warp::shuffle_idx(warp::FULL, own_rank, 8 * (i as u32 / 2) + warp::lane_id() / 4);
-        let seen = rank < work.bounds[i % 2];
+        let seen = ranks[i / 2] < work.bounds[i % 2];
         weights[i] = if seen { work.params.logit(products[i]) } else { f32::NEG_INFINITY };
         largest[i % 2] = largest[i % 2].max(weights[i]);
         i += 1;
@@ -544,13 +562,13 @@ unsafe fn fold<T: Element, const W: usize, const V: usize>(
 }
 
 /// Weights of eight places as a B fragment: from lanes with a place and two query rows to lanes with a query row and
-/// two places.
+/// two places, those of the lanes `4 rows[0] ..` and `4 rows[1] ..`.
 #[inline(always)]
-unsafe fn transpose<T: Element>(first: f32, second: f32) -> u32 {
-    let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+pub(crate) unsafe fn transpose<T: Element>(first: f32, second: f32, rows: [u32; 2]) -> u32 {
+    let g = warp::lane_id() / 4;
     let pair = T::pack(first, second);
-    let upper = warp::shuffle_idx(warp::FULL, pair, 8 * t + g / 2);
-    let lower = warp::shuffle_idx(warp::FULL, pair, 8 * t + 4 + g / 2);
+    let upper = warp::shuffle_idx(warp::FULL, pair, 4 * rows[0] + g / 2);
+    let lower = warp::shuffle_idx(warp::FULL, pair, 4 * rows[1] + g / 2);
     if g.is_multiple_of(2) { low_halves(upper, lower) } else { high_halves(upper, lower) }
 }
 
@@ -576,9 +594,21 @@ unsafe fn accumulate<T: Element, const W: usize, const V: usize>(
     out: &mut Out<W, V>,
 ) {
     if work.hides_some(rank) && any_value_not_finite::<T, W, V>(values) {
-        return accumulate_seen::<T, W, V>(work, look_up(work, tile), weights, scratch, out);
+        return accumulate_seen::<T, W, V>(work, tile, weights, scratch, out);
     }
-    let b = [transpose::<T>(weights[0], weights[1]), transpose::<T>(weights[2], weights[3])];
+    let t = warp::lane_id() % 4;
+    let rows = [2 * t, 2 * t + 1];
+    let b = [transpose::<T>(weights[0], weights[1], rows), transpose::<T>(weights[2], weights[3], rows)];
+    add_values::<T, W, V>(b, values, out);
+}
+
+/// `out += values^T * weights`, the weights being a B fragment.
+#[inline(always)]
+pub(crate) unsafe fn add_values<T: Element, const W: usize, const V: usize>(
+    b: [u32; 2],
+    values: &Values<W, V>,
+    out: &mut Out<W, V>,
+) {
     let mut v = 0;
     while v < V {
         let mut w = 0;
@@ -598,18 +628,19 @@ unsafe fn accumulate<T: Element, const W: usize, const V: usize>(
 }
 
 impl<T: Element> Work<'_, T> {
-    /// Whether some place of a tile, which is in the list, is hidden from some query of the block; the same in all
-    /// lanes. `rank` is that of the lane's place.
+    /// Whether some place of a tile is hidden from some query of the block, or lies beyond the end; the same in all lanes.
+    /// `rank` is that of the lane's place.
     #[inline(always)]
     unsafe fn hides_some(&self, rank: u32) -> bool {
-        let hidden = rank != NOWHERE && rank >= self.list.first_bound;
-        warp::any(warp::FULL, hidden)
+        warp::any(warp::FULL, rank >= self.list.first_bound)
     }
 }
 
 /// Whether a value of the tile is infinite or NaN; the same in all lanes.
 #[inline(always)]
-unsafe fn any_value_not_finite<T: Element, const W: usize, const V: usize>(values: &Values<W, V>) -> bool {
+pub(crate) unsafe fn any_value_not_finite<T: Element, const W: usize, const V: usize>(
+    values: &Values<W, V>,
+) -> bool {
     let mut found = false;
     let mut i = 0;
     while i < 4 {
@@ -633,7 +664,7 @@ unsafe fn any_value_not_finite<T: Element, const W: usize, const V: usize>(value
 #[inline(always)]
 unsafe fn accumulate_seen<T: Element, const W: usize, const V: usize>(
     work: &Work<'_, T>,
-    at: At,
+    tile: u32,
     weights: [f32; 4],
     scratch: Shared<f32>,
     out: &mut Out<W, V>,
@@ -646,31 +677,46 @@ unsafe fn accumulate_seen<T: Element, const W: usize, const V: usize>(
         i += 1;
     }
     warp::sync_warp(warp::FULL);
+    let at = look_up(work, tile);
+    // A count that is not constant keeps the loop from being unrolled.
+    let places = work.list.len.saturating_sub(TILE * tile).min(TILE);
     let mut place = 0;
-    while place < TILE {
+    while place < places {
         let rank = warp::shuffle_idx(warp::FULL, at.rank, place);
         let value = work.params.v_pages.add(offset_of(at, place) + (2 * W as u32 * g) as u64);
-        let mut row = 0;
-        while row < 2 {
-            let weight = scratch.add(TILE * (2 * t + row as u32) + place).load();
-            let seen = rank < work.bounds[row];
-            let mut v = 0;
-            while v < V {
-                let mut w = 0;
-                while w < W {
-                    let [x, y] =
-                        T::unpack(value.add((16 * W * v + 2 * w) as u64).cast::<u32>().load_cached());
-                    if seen {
-                        out[v][w][row] += weight * x;
-                        out[v][w][row + 2] += weight * y;
-                    }
-                    w += 1;
-                }
-                v += 1;
-            }
-            row += 1;
-        }
+        let weight = |row: u32| scratch.add(TILE * (2 * t + row) + place).load();
+        let pair = |element: u32| value.add(element as u64).cast::<u32>().load_cached();
+        add_seen::<T, W, V>(work, rank, [weight(0), weight(1)], pair, out);
         place += 1;
     }
     warp::sync_warp(warp::FULL); // the scratch memory is free again
+}
+
+/// Adds the value of one place, times the weights of the lane's query rows, to those that see it. `pair` loads two
+/// elements, counted from the lane's first.
+#[inline(always)]
+pub(crate) unsafe fn add_seen<T: Element, const W: usize, const V: usize>(
+    work: &Work<'_, T>,
+    rank: u32,
+    weights: [f32; 2],
+    pair: impl Fn(u32) -> u32,
+    out: &mut Out<W, V>,
+) {
+    let mut v = 0;
+    while v < V {
+        let mut w = 0;
+        while w < W {
+            let [x, y] = T::unpack(pair((16 * W * v + 2 * w) as u32));
+            let mut row = 0;
+            while row < 2 {
+                if rank < work.bounds[row] {
+                    out[v][w][row] += weights[row] * x;
+                    out[v][w][row + 2] += weights[row] * y;
+                }
+                row += 1;
+            }
+            w += 1;
+        }
+        v += 1;
+    }
 }

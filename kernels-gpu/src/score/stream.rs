@@ -20,21 +20,18 @@ use super::{Layout, ScoreParams, THREADS, WARPS, columns};
 use crate::launch::{Dims, GpuInfo};
 use crate::simt::data::V4;
 use crate::simt::shared::{Carve, Region};
+use crate::stream::{self, Pages, TILE};
+
+const _: () = assert!(WARPS == stream::WARPS);
 
 /// Threads of a block: the consumers, and the producer warp.
 const STREAM_THREADS: u32 = THREADS + 32;
 /// Blocks of an SM: one, with all of its shared memory.
 const STREAM_BLOCKS_PER_SM: u32 = 1;
-/// Tokens of a tile.
-const TILE: u32 = 16;
-/// Tokens of a copy at most, a power of two up to [`TILE`].
-const COPY_TOKENS: u32 = TILE;
 /// Shared memory of a block at most.
 const BLOCK_BYTES: u32 = (227 << 10) / STREAM_BLOCKS_PER_SM;
 /// Bytes of stages that are wanted: those under way hide the latency of memory.
 const STAGES_BYTES: u32 = (192 << 10) / STREAM_BLOCKS_PER_SM;
-/// Smaller copies are slower than [`score`](super::score) is: 2 KiB took 606 µs at a million tokens, where it took 591.
-const MIN_COPY_BYTES: u64 = 4 << 10;
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -71,36 +68,21 @@ impl StreamLayout {
     }
 }
 
-/// Tiles that a block works on at a time: a warp for each of their heads. A power of two for up to 8 heads.
-const fn streams(num_kv_heads: u32) -> u32 {
-    WARPS / num_kv_heads
-}
-
 impl<T> ScoreParams<T> {
-    /// Tokens of a copy: those of a page, up to [`COPY_TOKENS`].
-    const fn copy_tokens(&self) -> u32 {
-        if self.batch.page_size < COPY_TOKENS { self.batch.page_size } else { COPY_TOKENS }
-    }
-
-    /// Whether all heads of such tokens lie behind one another.
-    const fn heads_are_adjacent(&self) -> bool {
-        let (dim, heads) = (self.head_dim as u64, self.num_kv_heads as u64);
-        (heads == 1 || self.stride.head == dim)
-            && (self.copy_tokens() == 1 || self.stride.token == heads * dim)
-    }
-
-    /// Whether [`score_stream`] can score these pages, and is worth it: copies of at least 4 KiB, of all heads or of one.
-    pub const fn can_stream(&self) -> bool {
-        let (page_size, heads, dim) = (self.batch.page_size, self.num_kv_heads, self.head_dim as u64);
-        let has_instance = dim.is_multiple_of(32) && dim <= 256;
-        if heads == 0 || heads > WARPS || !page_size.is_power_of_two() || !has_instance {
-            return false;
+    /// The keys, as copies see them.
+    const fn pages(&self) -> Pages {
+        Pages {
+            page_size: self.batch.page_size,
+            num_kv_heads: self.num_kv_heads,
+            head_dim: self.head_dim,
+            stride: self.stride,
         }
-        let tokens = self.copy_tokens();
-        let adjacent = self.heads_are_adjacent();
-        let rows = if adjacent { tokens * heads } else { tokens };
-        let dense = adjacent || tokens == 1 || self.stride.token == dim;
-        dense && rows as u64 * dim * 2 >= MIN_COPY_BYTES && streams(heads) * TILE / tokens <= 32
+    }
+
+    /// Whether [`score_stream`] can score these pages, and is worth it.
+    pub const fn can_stream(&self) -> bool {
+        let has_instance = self.head_dim.is_multiple_of(32) && self.head_dim <= 256;
+        has_instance && self.pages().can_stream()
     }
 
     /// The launch of [`score_stream`]: a grid that fills the device, shared evenly by the rows.
@@ -217,6 +199,7 @@ mod kernel {
     use crate::simt::bulk::{self, MBarrier};
     use crate::simt::shared::Shared;
     use crate::simt::{grid, thread, warp};
+    use crate::stream::{Place, streams};
 
     impl StreamLayout {
         #[inline(always)]
@@ -233,26 +216,6 @@ mod kernel {
         #[inline(always)]
         fn keys(&self, stage: u32) -> Shared<V4<u32>> {
             self.stages.get().add(stage * (self.stages.len() / self.num_stages))
-        }
-    }
-
-    /// A stage, and the parity of the phases of its barriers in this round.
-    #[derive(Clone, Copy)]
-    struct Place {
-        stage: u32,
-        parity: u32,
-    }
-
-    impl Place {
-        const FIRST: Place = Place { stage: 0, parity: 0 };
-
-        #[inline(always)]
-        fn next(self, num_stages: u32) -> Place {
-            if self.stage + 1 < num_stages {
-                Place { stage: self.stage + 1, ..self }
-            } else {
-                Place { stage: 0, parity: self.parity ^ 1 }
-            }
         }
     }
 
@@ -352,9 +315,9 @@ mod kernel {
     #[inline(always)]
     unsafe fn produce<T: Element>(work: &Work<'_, T>, layout: &StreamLayout) {
         let params = work.params;
-        core::hint::assert_unchecked(params.copy_tokens() != 0);
+        core::hint::assert_unchecked(params.pages().copy_tokens() != 0);
         let num_streams = streams(params.num_kv_heads);
-        let parts_of_tile = TILE / params.copy_tokens();
+        let parts_of_tile = TILE / params.pages().copy_tokens();
         let parts = num_streams * parts_of_tile;
         core::hint::assert_unchecked(parts_of_tile != 0 && parts != 0);
         // Stages for which the lanes look up pages together.
@@ -363,7 +326,7 @@ mod kernel {
         let part = Part {
             turn: lane / parts,
             stream: lane % parts / parts_of_tile,
-            token: lane % parts_of_tile * params.copy_tokens(),
+            token: lane % parts_of_tile * params.pages().copy_tokens(),
         };
         let tile_bytes = params.num_kv_heads * TILE * params.head_dim * 2;
         // The lane's own tile in this batch and the next, and their pages.
@@ -441,14 +404,14 @@ mod kernel {
             return;
         }
         let params = work.params;
-        let (dim, heads, tokens) = (params.head_dim, params.num_kv_heads, params.copy_tokens());
+        let (dim, heads, tokens) = (params.head_dim, params.num_kv_heads, params.pages().copy_tokens());
         let (_, token_in_page) = params.batch.split_token(first_token(work, lead, part));
         // The last candidate may lie within a part.
         let token_in_page = token_in_page & !(tokens - 1);
         let from = params.k_pages.add(params.stride.offset(page, token_in_page, 0)).cast::<V4<u32>>();
         let tile = layout.keys(stage).add(part.stream * (heads * TILE * dim / 8));
         let full = layout.full(stage);
-        if params.heads_are_adjacent() {
+        if params.pages().heads_are_adjacent() {
             let to = tile.add(part.token * (heads * dim / 8));
             bulk::copy_to_shared(to, from, tokens * heads * dim * 2, full);
             return;
@@ -474,7 +437,7 @@ mod kernel {
         // 16-byte places from a token to the next and from a head to the next.
         let row = 4 * C as u32;
         let (token, head) =
-            if work.params.heads_are_adjacent() { (heads * row, row) } else { (row, TILE * row) };
+            if work.params.pages().heads_are_adjacent() { (heads * row, row) } else { (row, TILE * row) };
         let lane = warp::lane_id();
         let own = stream * heads * TILE * row + work.kv_head * head + lane / 4 * token + lane % 4;
         let mut stats = [[Stats::EMPTY; 2]; N];

@@ -285,6 +285,17 @@ impl Backend for GpuBackend {
         let (dtype, head_dim) = (self.dtype_name("attend", args.q.dtype())?, args.config.heads.head_dim);
         // The two element types have the same parameters.
         let mut params: AttendParams<f16> = self.attend_params(&args)?;
+        let gpu = self.driver.gpu();
+        if params.can_stream(gpu, head_dim as u32) {
+            params.num_shares = params.stream_shares(gpu);
+            let entry = self.entry("attend", &format!("attend_stream_{dtype}_d{head_dim}"))?;
+            let merge = self.entry("attend", &format!("attend_stream_merge_{dtype}"))?;
+            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `attend_params` strides and places.
+            return unsafe {
+                self.launch(entry, params.stream_dims(gpu, head_dim as u32), &params)?;
+                self.launch(merge, params.stream_merge_dims(head_dim as u32), &params)
+            };
+        }
         let in_lane = params.rope.pairs_in_lane(head_dim as u32);
         let gathers = if args.rope.is_some() { self.gather_params(&args, params)? } else { None };
         let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
@@ -295,8 +306,8 @@ impl Backend for GpuBackend {
                 Some(_) => "_neighbours",
             };
             let entry = self.entry("attend", &format!("attend_decode_{dtype}_d{head_dim}{keys}"))?;
-            let dims = params.decode_dims(self.driver.gpu(), head_dim as u32);
-            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `attend_params` strides and places.
+            let dims = params.decode_dims(gpu, head_dim as u32);
+            // SAFETY: as above.
             return unsafe { self.launch(entry, dims, &params) };
         }
         let entry = self.entry("attend", &format!("attend_prefill_{dtype}_d{head_dim}"))?;

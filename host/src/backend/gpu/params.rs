@@ -278,7 +278,7 @@ impl GpuBackend {
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
             sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
             soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
-            reserved: 0,
+            num_shares: 0,
         })
     }
 

@@ -1,6 +1,7 @@
 //! Device memory that kernels use among themselves: one tensor of words, counted and carved by the same code.
 
 use kernels_gpu::attend_decode::{QUERY_ROWS, max_parts};
+use kernels_gpu::attend_stream;
 use kernels_gpu::launch::GpuInfo;
 use kernels_gpu::radix::{BINS, RadixTables};
 use kernels_gpu::score::max_chunks;
@@ -30,9 +31,9 @@ pub(super) struct Scratch {
     pub contenders: u64,
     /// `[max_parts]` u32, zero between launches.
     pub attend_counters: u64,
-    /// `[max_parts, QUERY_ROWS, head_dim]` f32.
+    /// `[parts, QUERY_ROWS, head_dim]` f32; parts are those of the decode kernel that has more.
     pub attend_partial: u64,
-    /// `[max_parts, QUERY_ROWS]` pairs of f32.
+    /// `[parts, QUERY_ROWS]` pairs of f32.
     pub attend_stats: u64,
     /// `[max_rows, num_kv_heads, max_places, head_dim]` of 2 bytes: rotated keys.
     pub gathered: u64,
@@ -60,8 +61,10 @@ impl Scratch {
         let radix_state = words(max_rows * 4);
         let share_counts = words(max_shares(limits.max_kv_tokens as u64, max_rows as u64) as usize);
         let contenders = words(2 * limits.max_kv_tokens);
-        let parts = max_parts(gpu) as usize;
-        let attend_counters = words(parts);
+        let attend_counters = words(max_parts(gpu) as usize);
+        let streams = gpu.bulk_copies && config.positions == Positions::Native;
+        let stream_parts = if streams { attend_stream::max_parts(gpu) } else { 0 };
+        let parts = max_parts(gpu).max(stream_parts) as usize;
         let attend_partial = words(parts * QUERY_ROWS as usize * heads.head_dim);
         let attend_stats = words(2 * parts * QUERY_ROWS as usize);
         let max_places = match &config.positions {
