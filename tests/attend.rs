@@ -192,18 +192,30 @@ proptest! {
     }
 }
 
+/// Attention of a problem over all tokens, for a batch of its rows: `(out, lse)`.
+fn attend_dense(
+    device: &Device,
+    problem: &Problem,
+    pool: &Pool,
+    batch: &Batch,
+    out_dtype: DType,
+) -> (Vec<f64>, Vec<f64>) {
+    let (pool, q) = (pool.to(device), to_device(device, &queries(problem)));
+    let ts = token_select(device, problem, batch);
+    let (mut out, mut lse) = outputs_on(device, problem, out_dtype);
+    let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+    ts.attend_dense(batch, pool.view(), q.view(), output).unwrap();
+    (values(&out), values(&lse))
+}
+
 /// Dense attention of one row, checked against the definitions.
 fn check_dense(device: &Device, config: &SelectConfig, n: usize, t: usize, content: Content) {
     let problem = Problem::new(config, &[(n, t)], content, (n * 131 + t) as u64);
-    let pool = Pool::full(&problem, 16, STORAGES[n % STORAGES.len()], 3).to(device);
-    let batch = pool.batch(&problem);
-    let ts = token_select(device, &problem, &batch);
-    let (mut out, mut lse) = outputs_on(device, &problem, DType::F32);
-    let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).to(device).q.view(), output).unwrap();
+    let pool = Pool::full(&problem, 16, STORAGES[n % STORAGES.len()], 3);
+    let got = attend_dense(device, &problem, &pool, &pool.batch(&problem), DType::F32);
     let want = expected(&problem, &Lists::whole(&[(0..n).collect()]));
     let what = format!("dense, n = {n}, T = {t}, {config:?}");
-    assert_same(device, &what, &problem, &(values(&out), values(&lse)), &want, DType::F32);
+    assert_same(device, &what, &problem, &got, &want, DType::F32);
 }
 
 fn tiny(group: usize) -> SelectConfig {
@@ -490,7 +502,9 @@ fn gpu_block_lengths_around_every_cut() {
 #[test]
 fn gpu_values_that_are_not_finite() {
     for device in gpus() {
-        for (t, group, head_dim) in [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128)] {
+        for (t, group, head_dim) in
+            [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128)]
+        {
             let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
             let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
             let n = t + 45;
@@ -503,8 +517,11 @@ fn gpu_values_that_are_not_finite() {
             }
             let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             let lists = Lists::whole(&[(0..n).collect()]);
+            let want = expected(&problem, &lists);
             let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
-            assert_same(&device, "odd values", &problem, &got, &expected(&problem, &lists), DType::F32);
+            assert_same(&device, "odd values", &problem, &got, &want, DType::F32);
+            let got = attend_dense(&device, &problem, &pool, &pool.batch(&problem), DType::F32);
+            assert_same(&device, "odd values, dense", &problem, &got, &want, DType::F32);
         }
     }
 }
@@ -527,44 +544,48 @@ fn decode_config() -> impl Strategy<Value = SelectConfig> {
         })
 }
 
-/// One to three rows `(n, t)`, some without tokens or queries, and rows of padding behind them.
+/// One to three rows `(n, t)`, some without tokens or queries, and rows of padding behind them. The emulated device streams
+/// for one row or three: it has three SMs.
 fn decode_lengths() -> impl Strategy<Value = (Vec<(usize, usize)>, usize)> {
     let n = prop_oneof![prop::sample::select(vec![0usize, 1, 15, 16, 17, 47, 48, 49]), 100usize..420];
-    let t = prop::sample::select(vec![0usize, 1, 1, 2, 4, 7]);
-    let row = (n, t).prop_map(|(n, t)| (n, t.min(n)));
+    let row = (n, prop::sample::select(vec![0usize, 1, 1, 2, 4, 7]));
+    let rows = |count| prop::collection::vec(row.clone(), count);
     prop_oneof![
-        (prop::collection::vec(row.clone(), 1), Just(0)),
-        (prop::collection::vec(row.clone(), 3), Just(0)),
-        (prop::collection::vec(row, 1..=3), 0usize..=2),
+        (rows(1), Just(0)),
+        (rows(2), Just(1)),
+        (rows(3), Just(0)),
+        (prop::collection::vec(row, 1..=3), 0usize..=2)
     ]
 }
 
 proptest! {
     #![proptest_config(cases(32))]
 
-    /// Dense decoding by both kernels that do it: streamed, or loaded to registers. (The emulated device streams for one row
-    /// or three: it has three SMs.)
+    /// Dense decoding by both kernels that do it: streamed, or loaded to registers.
     #[test]
     fn gpu_dense_decoding(
         config in decode_config(),
         (mut lengths, padding) in decode_lengths(),
         content in problem::content(),
-        page_size in prop::sample::select(vec![1usize, 2, 7, 16, 16, 32]),
-        storage in prop::sample::select(STORAGES.to_vec()),
-        (narrow, odd_values) in any::<(bool, bool)>(),
+        page_size in prop::sample::select(vec![1usize, 2, 7, 8, 16, 16, 16, 32, 32, 32]),
+        storage in prop::sample::select([&STORAGES[..], &[Storage::Nhd, Storage::CombinedNhd]].concat()),
+        (narrow, odd_values, few_queries) in (any::<bool>(), any::<bool>(), prop::bool::weighted(0.9)),
         seed in any::<u64>(),
     ) {
+        let HeadShape { num_qo_heads, num_kv_heads, head_dim } = config.heads;
+        let most = if few_queries { (8 * num_kv_heads / num_qo_heads).max(1) } else { 7 };
+        lengths.iter_mut().for_each(|(n, t)| *t = (*t).min(*n).min(most));
         let num_rows = lengths.len();
         lengths.resize(num_rows + padding, (0, 1));
         let mut problem = Problem::new(&config, &lengths, content, seed);
         let mut random = Random(seed);
-        let width = config.heads.num_kv_heads * config.heads.head_dim;
-        if odd_values {
-            for row in problem.rows.iter_mut().filter(|row| row.n > 0 && row.t > 0) {
-                let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)];
-                let token = row.n - 1 - random.below(row.t);
-                row.v[token * width + random.below(width)] = odd;
-            }
+        let width = num_kv_heads * head_dim;
+        // Weights in f16 may be 0, and an infinite value then NaN.
+        let kinds = if config.dtype == DType::F16 { 1 } else { 3 };
+        for row in problem.rows.iter_mut().filter(|row| odd_values && row.n > 0 && row.t > 0) {
+            let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(kinds)];
+            let token = row.n - 1 - random.below(row.t);
+            row.v[token * width + random.below(width)] = odd;
         }
         let pool = Pool::full(&problem, page_size, storage, seed);
         let mut tables = pool.tables.clone();
@@ -574,14 +595,9 @@ proptest! {
         let want = expected(&problem, &Lists::whole(&all));
         let out_dtype = if narrow { config.dtype } else { DType::F32 };
         for device in gpus() {
-            let (pool, q) = (pool.to(&device), to_device(&device, &queries(&problem)));
             let batch = Batch::new(page_size, problem.qo_indptr()[..=num_rows].to_vec(), tables.clone());
             let batch = batch.unwrap().padded(lengths.len(), 1).unwrap();
-            let ts = token_select(&device, &problem, &batch);
-            let (mut out, mut lse) = outputs_on(&device, &problem, out_dtype);
-            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.attend_dense(&batch, pool.view(), q.view(), output).unwrap();
-            let got = (values(&out), values(&lse));
+            let got = attend_dense(&device, &problem, &pool, &batch, out_dtype);
             assert_same(&device, "dense decoding", &problem, &got, &want, out_dtype);
         }
     }
