@@ -39,6 +39,7 @@ const STAGES_BYTES: u32 = 192 << 10;
 /// Threads of a block that merges: 8 for 32 dimensions of a share, so many shares at a time.
 const MERGE_THREADS: u32 = 256;
 const MERGE_QUADS: u32 = 8;
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
 const MERGE_SLICES: u32 = MERGE_THREADS / MERGE_QUADS;
 
 /// Shared memory of a block.

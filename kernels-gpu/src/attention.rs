@@ -94,6 +94,8 @@ mod machine {
         pub queries: Tokens,
         /// Places.
         pub len: u32,
+        /// The row's first page, as a place in the page tables.
+        pub first_page: u32,
         /// Ranks that the first query sees, `m - T + 1`; each later one sees one more.
         pub first_bound: u32,
     }
@@ -114,6 +116,7 @@ mod machine {
         #[track_caller]
         pub unsafe fn list(&self, row: u32) -> List {
             let queries = self.batch.queries(row);
+            let first_page = self.batch.first_page(row);
             let listed = self.selected.addr() != 0;
             let len = if listed {
                 self.selected_len.add(row as u64).load().min(self.max_selected)
@@ -122,7 +125,7 @@ mod machine {
             };
             let total = if self.ranks.addr() != 0 { self.total_len.add(row as u64).load() } else { len };
             let first_bound = (total + 1).saturating_sub(queries.len());
-            List { row, queries, len, first_bound }
+            List { row, queries, len, first_page, first_bound }
         }
 
         /// Looks up place `place` of a list that is not empty.
@@ -162,7 +165,7 @@ mod machine {
         #[track_caller]
         pub unsafe fn page(&self, list: &List, token: u32) -> (u32, u32) {
             let (page, within) = self.batch.split_token(token);
-            let entry = self.batch.first_page(list.row) as u64 + page as u64;
+            let entry = list.first_page as u64 + page as u64;
             (self.batch.kv_indices.add(entry).load(), within)
         }
 

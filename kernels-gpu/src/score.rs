@@ -162,7 +162,6 @@ mod kernel {
     use super::steps::{Stats, Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
     use crate::element::Element;
-    use crate::pool::SCORE;
     use crate::simt::{grid, thread, warp};
 
     /// See the module. `C` chunks of 32 dimensions, `N` column tiles of 8 heads, `U` tiles of 16 tokens at a time;
@@ -179,14 +178,15 @@ mod kernel {
         grid::wait_for_previous();
         grid::launch_dependents();
         let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
-            return;
-        }
+        let action = params.actions.add(row as u64).load();
         core::hint::assert_unchecked(params.num_kv_heads != 0);
         let warp_of_row = thread::block_idx_x() * WARPS + warp::warp_id();
         let kv_head = warp_of_row % params.num_kv_heads;
         let step = thread::grid_dim_x() * WARPS / params.num_kv_heads;
         let work = Work::new(&params, row, 16 * U as u32, kv_head, step);
+        if work.is_idle(action) {
+            return;
+        }
         let chunk = warp_of_row / params.num_kv_heads;
         let layout = const { Layout::new(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 }) };
         if chunk < work.step && chunk < work.num_chunks {

@@ -92,11 +92,13 @@ mod kernel {
         grid::wait_for_previous();
         grid::launch_dependents();
         let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
+        let action = params.actions.add(row as u64).load();
+        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        // Both are asked for, so that their look-ups are under way together.
+        if (action != SCORE) | (candidates.end == u32::MAX) {
             return;
         }
         let histogram = Histogram::clear();
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
         vote_share::<V>(&params, row, share, histogram);
         histogram.finish(&params.radix, row, params.top_k.min(candidates.len()), params.wanted);

@@ -265,7 +265,7 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
     let mut tile = mine.first;
     // A share may have fewer tiles than warps; the first loads of the others are for nothing.
     let here = look_up_early(work, tile, mine.early);
-    let mut ahead = look_up(work, tile + mine.step);
+    let mut ahead = here;
     let mut rank = here.rank;
     let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
     if ROTATE == NATIVE || W == 4 {
@@ -283,16 +283,19 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
     if tile >= end {
         return (out, softmax);
     }
+    if tile + mine.step < end {
+        ahead = look_up(work, tile + mine.step);
+    }
     loop {
         let next = tile + mine.step;
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
         let mut after = ahead;
-        if ROTATE == NATIVE || W == 4 {
-            after = look_up(work, next + mine.step);
-        }
         let followed = next < end;
         if followed {
             keys = load_keys::<T, W, C>(work, ahead);
+            if ROTATE == NATIVE || W == 4 {
+                after = look_up(work, next + mine.step);
+            }
         }
         let rank_at = |place: u32| warp::shuffle_idx(warp::FULL, rank, place + warp::lane_id() / 4);
         let weights = fold(work, [rank_at(0), rank_at(8)], products, &mut softmax, &mut out);

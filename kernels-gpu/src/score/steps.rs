@@ -4,6 +4,7 @@ use super::{ScoreParams, THREADS, WARPS, max_chunks};
 use crate::attention::{add_low, split};
 use crate::element::Element;
 use crate::layout::{LOGIT_TILE, Tokens};
+use crate::pool::SCORE;
 use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Region, Shared};
@@ -100,6 +101,13 @@ impl<T> Work<'_, T> {
             num_chunks: num_tiles.min(max_chunks(params.num_kv_heads)),
             step,
         }
+    }
+
+    /// Whether there is nothing to do where the row's action is `action`. The candidates are asked for too, so that their
+    /// look-ups are under way together with the action's.
+    #[inline(always)]
+    pub fn is_idle(&self, action: u32) -> bool {
+        (action != SCORE) | (self.candidates.end == u32::MAX)
     }
 
     /// The warp's tile after `tile`; `tile` itself if that is the last.

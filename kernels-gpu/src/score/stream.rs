@@ -195,7 +195,6 @@ mod kernel {
     use super::super::steps::{Stats, Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
     use crate::element::Element;
-    use crate::pool::SCORE;
     use crate::simt::bulk::{self, MBarrier};
     use crate::simt::shared::Shared;
     use crate::simt::{grid, thread, warp};
@@ -272,15 +271,16 @@ mod kernel {
         }
         grid::wait_for_previous();
         let row = thread::block_idx_y();
-        if params.actions.add(row as u64).load() != SCORE {
+        let action = params.actions.add(row as u64).load();
+        let step = thread::grid_dim_x() * num_streams;
+        let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
+        if work.is_idle(action) {
             return;
         }
         if is_producer {
             bulk::publish();
         }
         thread::sync_threads();
-        let step = thread::grid_dim_x() * num_streams;
-        let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
         if is_producer {
             produce(&work, layout);
         } else if warp / params.num_kv_heads < num_streams {
