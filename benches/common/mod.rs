@@ -10,7 +10,7 @@ use half::bf16;
 use tokenselect::{
     Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits,
     PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
-    SelectionStats, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
+    SelectionStats, StepInput, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// Heads of Llama 3 8B.
@@ -315,6 +315,14 @@ impl<'a> Layer<'a> {
         self.select.select(&self.batch, kv, self.q.view(), cached)
     }
 
+    /// Appends, and selects as [`select`](Self::select) does.
+    pub fn append_select(&mut self, reuse: bool) -> Result<()> {
+        let kv = self.pools.view_mut(self.shape)?;
+        let cached = if reuse { Some(self.cache.layer_mut(0)?) } else { None };
+        let input = StepInput { q: self.q.view(), k: self.new_k.view(), v: self.new_v.view() };
+        self.select.append_select(&self.batch, kv, input, cached)
+    }
+
     /// Attention over the selected lists.
     pub fn attend(&mut self) -> Result<()> {
         let kv = self.pools.view(self.shape)?;
@@ -330,11 +338,11 @@ impl<'a> Layer<'a> {
     }
 
     pub fn step(&mut self, step: Step) -> Result<()> {
-        self.append()?;
         if step == Step::Dense {
+            self.append()?;
             return self.attend_dense();
         }
-        self.select(step == Step::Reused)?;
+        self.append_select(step == Step::Reused)?;
         self.attend()
     }
 

@@ -104,11 +104,29 @@ impl TokenSelect {
         self.check_step(cache, layer, batch, &input, &output)?;
         let (kv, selections) = cache.layer_mut(layer)?;
         let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
-        self.append_pool(batch, kv, input, cached)?;
-        let (kv, selections) = cache.layer_and_selections(layer)?;
-        let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
-        self.select_pooled(batch, kv, cached)?;
-        self.attend(batch, kv, input.q, output)
+        self.append_select(batch, kv, input, cached)?;
+        self.attend(batch, cache.layer(layer)?, input.q, output)
+    }
+
+    /// [`append`](Self::append), then [`select`](Self::select), in fewer launches where blocks are short. With
+    /// [`attend`](Self::attend) after it, a step over a borrowed cache.
+    ///
+    /// # Errors
+    /// Those of the two; then nothing was written.
+    pub fn append_select(
+        &mut self,
+        batch: &Batch,
+        mut kv: KvViewMut<'_>,
+        input: StepInput<'_>,
+        mut cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.check_append(batch, &kv, &input.k, &input.v)?;
+        self.check_queries(batch, &input.q)?;
+        if let Some(cached) = &cached {
+            self.check_cached(batch, cached)?;
+        }
+        self.append_pool(batch, kv.reborrow(), input, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
+        self.select_pooled(batch, kv.as_view()?, cached)
     }
 
     /// One step of one layer of an owned cache with dense attention: append keys and values, attend to all.

@@ -6,7 +6,7 @@
 //!         s = logit(rotate(k, rank) . q),  -inf where the rank is not seen
 //!         p = exp(s - max so far);  out = out * correction + v^T p
 //!     merge the warps
-//! merge the shares of a cluster; then the clusters'                                  (its blocks; the last block to finish)
+//! merge the shares                                                                   (the last block to finish)
 //! ```
 //! Departures from the loops:
 //! 1. Everything is transposed, so that the 16 rows of `mma.m16n8k16` are tokens, then dimensions, and query rows, of
@@ -24,8 +24,7 @@
 //! 4. Tiles are dealt to shares and warps in turn, so that a warp can look up its first places before it knows how many
 //!    there are: every look-up is a trip to memory, and a short list takes as long as the chain of them.
 //! 5. Every warp keeps a softmax of its own over all 8 query rows. Warps and shares are merged in a fixed order: the bits
-//!    of the result depend on the launch shape, not on timing. Where there are clusters, each block merges a part of the
-//!    output from the shared memory of all.
+//!    of the result depend on the launch shape, not on timing.
 //!
 //! **Bytes.** Keys and values of the list once: `len * num_kv_heads * head_dim * 4` for up to 8 query rows a KV head.
 
@@ -52,8 +51,8 @@ const MAX_WARPS: u32 = 12;
 const TILE: u32 = 16;
 /// Query rows of a block: the columns of one `mma`.
 pub const QUERY_ROWS: u32 = 8;
-/// Parts of a list at most that are merged by way of global memory; their statistics are merged in shared memory.
-const MAX_PARTS: u32 = 128;
+/// Shares of a list at most.
+const MAX_SHARES: u32 = 128;
 
 /// Shared memory of a block.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -64,11 +63,8 @@ struct Layout {
     queries: Region<u32>,
     /// Outputs of the warps, `[warps, QUERY_ROWS, head_dim]`.
     out: Region<f32>,
-    /// Largest logit and sum, `[warps or parts, QUERY_ROWS]`.
+    /// Largest logit and sum, `[warps, QUERY_ROWS]`.
     stats: Region<V2<f32>>,
-    /// The block's output, `[QUERY_ROWS, head_dim]`, and its largest logit and sum, `[QUERY_ROWS]`.
-    merged: Region<f32>,
-    merged_stats: Region<V2<f32>>,
     bytes: u32,
 }
 
@@ -79,9 +75,7 @@ impl Layout {
             rotated: carve.array(QUERY_ROWS * head_dim, 16),
             queries: carve.array(2 * QUERY_ROWS * head_dim / 2, 16),
             out: carve.array(warps * QUERY_ROWS * head_dim, 16),
-            stats: carve.array(MAX_PARTS * QUERY_ROWS, 16),
-            merged: carve.array(QUERY_ROWS * head_dim, 16),
-            merged_stats: carve.array(QUERY_ROWS, 16),
+            stats: carve.array(warps * QUERY_ROWS, 16),
             bytes: carve.bytes(),
         }
     }
@@ -98,24 +92,17 @@ impl<T> AttendParams<T> {
         self.batch.num_rows * self.num_kv_heads * self.query_tiles()
     }
 
-    /// Shares that each list is cut into, and how many of them are a cluster: a share for each block that the device runs at
-    /// a time, and a tile for each warp. Clusters are as large as they can be; their sizes are powers of two.
-    const fn decode_shares(&self, gpu: &GpuInfo, head_dim: u32) -> (u32, u32) {
+    /// Shares that each list is cut into: a block of each runs at a time, with a tile for each warp.
+    const fn decode_shares(&self, gpu: &GpuInfo, head_dim: u32) -> u32 {
         let units = self.decode_units();
         let fair = gpu.num_sms / if units == 0 { 1 } else { units };
         let useful = self.max_len.div_ceil(TILE * warps(head_dim, self.rotates()));
         let shares = if fair < useful { fair } else { useful };
-        let mut cluster = 1;
-        // One share more than are useful costs less than a part that goes through global memory.
-        while 2 * cluster <= gpu.limits.cluster && 2 * cluster <= fair && cluster < shares {
-            cluster *= 2;
-        }
-        let parts = match shares / cluster {
+        match shares {
             0 => 1,
-            1..=MAX_PARTS => shares / cluster,
-            _ => MAX_PARTS,
-        };
-        (parts * cluster, cluster)
+            1..=MAX_SHARES => shares,
+            _ => MAX_SHARES,
+        }
     }
 
     /// Whether keys are rotated here.
@@ -125,18 +112,21 @@ impl<T> AttendParams<T> {
 
     /// A block per share, KV head and tile of query rows, and row.
     pub const fn decode_dims(&self, gpu: &GpuInfo, head_dim: u32) -> Dims {
-        let (shares, cluster) = self.decode_shares(gpu, head_dim);
         let warps = warps(head_dim, self.rotates());
         Dims {
-            grid: [shares, self.num_kv_heads * self.query_tiles(), self.batch.num_rows],
+            grid: [
+                self.decode_shares(gpu, head_dim),
+                self.num_kv_heads * self.query_tiles(),
+                self.batch.num_rows,
+            ],
             block: [32 * warps, 1, 1],
             shared_bytes: Layout::new(head_dim, warps).bytes,
-            cluster,
+            cluster: 1,
         }
     }
 }
 
-/// Units times parts at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
+/// Units times shares at most wherever a list is cut into several: what the workspace must hold. Counters are no more.
 pub const fn max_parts(gpu: &GpuInfo) -> u32 {
     gpu.num_sms
 }

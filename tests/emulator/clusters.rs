@@ -68,7 +68,83 @@ fn missing_barriers() {
         }
         let report = fault(Without::SyncBeforeEnd);
         assert_eq!(report.kind, Kind::Race, "{report}");
-        assert!(report.message.contains("may end before another block of the cluster reads"), "{report}");
+        assert!(report.message.contains("may end before another block of the cluster uses"), "{report}");
+    }
+}
+
+#[test]
+fn words_are_brought() {
+    #[derive(Clone, Copy, PartialEq)]
+    enum Fault {
+        None,
+        OwnRead,
+        OwnWrite,
+        TwoWriters,
+        End,
+    }
+    for options in races_alone() {
+        let report = |fault| {
+            run(DIMS, &Memory::new(), options, || unsafe {
+                let (i, own) = (thread_idx_x(), LAYOUT.a.get().add(thread_idx_x()));
+                own.store(0);
+                cluster::sync();
+                if fault == Fault::OwnRead {
+                    own.load();
+                }
+                if fault == Fault::OwnWrite {
+                    own.store(1);
+                }
+                let to = if fault == Fault::TwoWriters { i / 2 } else { 63 - i };
+                there(next(), to).store(100 * cluster::block_rank() + i);
+                if fault != Fault::End {
+                    cluster::sync();
+                    assert_eq!(
+                        own.load(),
+                        100 * ((cluster::block_rank() + 2) % 3)
+                            + if fault == Fault::None { 63 - i } else { 0 }
+                    );
+                }
+            })
+        };
+        report(Fault::None).unwrap();
+        for (fault, words) in [
+            (Fault::OwnRead, "read"),
+            (Fault::OwnWrite, "write"),
+            (Fault::TwoWriters, "a write by another block"),
+            (Fault::End, "may end before another block of the cluster uses"),
+        ] {
+            let report = report(fault).unwrap_err();
+            assert_eq!(report.kind, Kind::Race, "{report}");
+            assert!(report.message.contains(words), "{report}");
+        }
+    }
+}
+
+#[test]
+fn meetings_order_nothing() {
+    for options in races_alone() {
+        let report = |orders: bool, begins: bool| {
+            run(DIMS, &Memory::new(), options, || unsafe {
+                if begins {
+                    cluster::meet();
+                }
+                there(next(), thread_idx_x()).store(1);
+                if orders {
+                    cluster::sync()
+                } else {
+                    cluster::meet()
+                }
+                LAYOUT.a.get().add(thread_idx_x()).load();
+            })
+        };
+        report(true, true).unwrap();
+        for (fault, words) in
+            [(report(false, true), "a write by another block"), (report(true, false), "may not have begun")]
+        {
+            let report = fault.unwrap_err();
+            assert_eq!(report.kind, Kind::Race, "{report}");
+            assert!(report.message.contains(words), "{report}");
+        }
     }
 }
 

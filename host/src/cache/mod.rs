@@ -253,16 +253,6 @@ impl PagedKvCache {
         Ok((kv.view_mut(self.layout)?, self.selections.as_mut()))
     }
 
-    /// Keys and values of a layer for reading, and its cached selections for writing.
-    pub(crate) fn layer_and_selections(
-        &mut self,
-        layer: usize,
-    ) -> Result<(KvView<'_>, Option<&mut SelectionCache>)> {
-        let limit = self.layers.len();
-        let kv = self.layers.get(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
-        Ok((KvView::new(kv.k.view(), kv.v.view(), self.layout)?, self.selections.as_mut()))
-    }
-
     /// Extent of one layer's keys (and of its values).
     pub fn shape(&self) -> KvShape {
         self.shape

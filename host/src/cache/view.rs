@@ -215,6 +215,29 @@ impl<'a> KvViewMut<'a> {
         Ok(KvViewMut { storage: KvStorageMut::Combined { kv, v_offset }, shape, strides })
     }
 
+    /// The same memory for a shorter time.
+    pub fn reborrow(&mut self) -> KvViewMut<'_> {
+        let storage = match &mut self.storage {
+            KvStorageMut::Separate { k, v } => KvStorageMut::Separate { k: k.reborrow(), v: v.reborrow() },
+            KvStorageMut::Combined { kv, v_offset } => {
+                KvStorageMut::Combined { kv: kv.reborrow(), v_offset: *v_offset }
+            }
+        };
+        KvViewMut { storage, shape: self.shape, strides: self.strides }
+    }
+
+    /// The same memory, read only.
+    ///
+    /// # Errors
+    /// None where the view was made by one of its constructors.
+    pub fn as_view(&self) -> Result<KvView<'_>> {
+        let (k, v) = match &self.storage {
+            KvStorageMut::Separate { k, v } => (k.as_view(), v.as_view()),
+            KvStorageMut::Combined { kv, v_offset } => (kv.as_view(), kv.as_view().tail(*v_offset)?),
+        };
+        KvView::strided(k, v, self.shape, self.strides)
+    }
+
     /// Extent of the pools.
     pub fn shape(&self) -> KvShape {
         self.shape

@@ -160,40 +160,48 @@ unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(work: &Work
     thread::sync_threads();
 }
 
-/// Puts the query fragments in shared memory; a chunk is made by a warp. Returns where the lane's lie.
+/// The lane's words of the query fragments of a chunk, which the warp makes: of queries that are not rotated.
 #[inline(always)]
-unsafe fn load_queries<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
+unsafe fn load_queries<T: Element, const W: usize, const C: usize>(work: &Work<'_, T>) -> [u32; W] {
+    let (g, chunk) = (warp::lane_id() / 4, warp::warp_id());
+    if chunk >= C as u32 || g >= work.num_rows {
+        return [0; W];
+    }
+    let params = work.params;
+    let (at, _) = params.query_row(&work.list, work.kv_head, work.first_row + g);
+    let first = 8 * W as u32 * chunk + 2 * W as u32 * (warp::lane_id() % 4);
+    load_words(params.q.add(at * (8 * W * C) as u64 + first as u64))
+}
+
+/// Puts the query fragments in shared memory, `loaded` or rotated ones; there are no more chunks than warps. Returns where
+/// the lane's lie.
+#[inline(always)]
+unsafe fn share_queries<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
     work: &Work<'_, T>,
     layout: &Layout,
+    loaded: [u32; W],
 ) -> Shared<u32> {
     let fragments = layout.queries.get();
-    let (g, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
-    let head_dim = (8 * W * C) as u32;
-    let mut c = warp::warp_id();
-    while c < C as u32 {
-        let first = 8 * W as u32 * c + 2 * W as u32 * t;
-        let (mut high, mut low) = ([0; W], [0; W]);
-        if g < work.num_rows {
-            if ROTATE != NATIVE {
-                let from = layout.rotated.get().add(g * head_dim + first);
+    let (g, t, chunk) = (warp::lane_id() / 4, warp::lane_id() % 4, warp::warp_id());
+    if chunk < C as u32 {
+        let at = fragments.add((chunk * 32 + warp::lane_id()) * W as u32);
+        if ROTATE == NATIVE {
+            store_words(at, loaded);
+        } else {
+            let (mut high, mut low) = ([0; W], [0; W]);
+            if g < work.num_rows {
+                let first = 8 * W as u32 * chunk + 2 * W as u32 * t;
+                let from = layout.rotated.get().add(g * (8 * W * C) as u32 + first);
                 let mut w = 0;
                 while w < W {
                     let pair = from.add(2 * w as u32).cast::<V2<f32>>().load().0;
                     (high[w], low[w]) = split::<T>(pair[0], pair[1]);
                     w += 1;
                 }
-            } else {
-                let params = work.params;
-                let (at, _) = params.query_row(&work.list, work.kv_head, work.first_row + g);
-                high = load_words(params.q.add(at * head_dim as u64 + first as u64));
             }
-        }
-        let at = fragments.add((c * 32 + warp::lane_id()) * W as u32);
-        store_words(at, high);
-        if ROTATE != NATIVE {
+            store_words(at, high);
             store_words(at.add((C * 32 * W) as u32), low);
         }
-        c += thread::block_dim_x() / warp::SIZE;
     }
     thread::sync_threads();
     fragments.add(warp::lane_id() * W as u32)
@@ -263,6 +271,8 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
     let mut softmax = Softmax::EMPTY;
     let end = work.list.len.div_ceil(TILE);
     let mut tile = mine.first;
+    // Queries are asked for before the many keys and values, and arrive with the look-ups of these.
+    let loaded = if ROTATE == NATIVE { load_queries::<T, W, C>(work) } else { [0; W] };
     // A share may have fewer tiles than warps; the first loads of the others are for nothing.
     let here = look_up_early(work, tile, mine.early);
     let mut ahead = here;
@@ -270,14 +280,17 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
     let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
     if ROTATE == NATIVE || W == 4 {
         keys = load_keys::<T, W, C>(work, here);
-        values = load_values::<T, W, V>(work, here);
     }
-    if ROTATE != NATIVE {
+    if ROTATE == NATIVE {
+        values = load_values::<T, W, V>(work, here);
+    } else {
         rotate_queries::<T, W, C>(work, layout);
     }
-    let queries = load_queries::<T, W, C, ROTATE>(work, layout);
+    let queries = share_queries::<T, W, C, ROTATE>(work, layout, loaded);
     if ROTATE != NATIVE && W != 4 {
         keys = load_keys::<T, W, C>(work, here);
+    }
+    if ROTATE != NATIVE {
         values = load_values::<T, W, V>(work, here);
     }
     if tile >= end {
@@ -437,7 +450,8 @@ unsafe fn multiply<T: Element, const W: usize, const C: usize, const ROTATE: u32
             } else {
                 while w < W {
                     let pair = (4 * W * c + w) as u32 + lane / 2;
-                    let angles = rope.two_angles(pair, positions[half]);
+                    // Pairs that are not rotated have no angles.
+                    let angles = rope.two_angles(pair.min(rope.pairs.saturating_sub(2)), positions[half]);
                     let mut i = 0;
                     while i < 2 {
                         let own = T::unpack(keys[half][c][w + i]);

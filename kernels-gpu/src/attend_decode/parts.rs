@@ -1,13 +1,12 @@
-//! Merging: the outputs of a block's warps, of a cluster's blocks, and of a list's parts.
+//! Merging: the outputs of a block's warps, then those of a list's shares.
 
 use super::kernel::{Out, Softmax, Work};
 use super::{Layout, MAX_WARPS, QUERY_ROWS};
 use crate::attention::subtracted;
 use crate::element::Element;
 use crate::simt::data::{V2, V4};
-use crate::simt::global::GlobalMut;
 use crate::simt::shared::Shared;
-use crate::simt::{cluster, grid, math, thread, warp};
+use crate::simt::{grid, math, thread, warp};
 
 /// Merges the warps' outputs, and those of all shares.
 #[inline(always)]
@@ -57,54 +56,37 @@ pub(super) unsafe fn merge_warps<T: Element, const W: usize, const C: usize, con
             let place = warp * QUERY_ROWS + row;
             (stats.add(place), outs.add(place * head_dim + 4 * quad).cast::<V4<f32>>())
         });
-        if shares.cluster > 1 {
-            layout.merged.get().cast::<V4<f32>>().add(i).store(V4(merged.out));
-            if quad == 0 {
-                layout.merged_stats.get().add(row).store(V2([merged.max, merged.sum]));
-            }
-        } else {
-            shares.deliver(work, &merged, row, quad, head_dim);
-        }
+        shares.deliver(work, &merged, row, quad, head_dim);
         i += thread::block_dim_x();
     }
-    if cluster::AVAILABLE && shares.cluster > 1 {
-        merge_cluster(work, layout, &shares, head_dim);
-    }
-    if shares.parts > 1 && grid::is_last_block(params.counters.add(shares.unit as u64), thread::grid_dim_x())
-    {
-        merge_parts(work, stats, &shares, head_dim);
+    if shares.count > 1 && grid::is_last_block(params.counters.add(shares.unit as u64), shares.count) {
+        merge_shares(work, &shares, head_dim);
     }
 }
 
-/// How a list is shared: in parts, each a cluster of blocks.
+/// The shares of a list.
 struct Shares {
     /// Number of the row, KV head and tile of query rows.
     unit: u32,
-    part: u32,
-    parts: u32,
-    /// Blocks of a part.
-    cluster: u32,
+    /// The block's own.
+    own: u32,
+    count: u32,
 }
 
 impl Shares {
     #[inline(always)]
     fn new() -> Shares {
-        let cluster = cluster::num_blocks().max(1);
-        Shares {
-            unit: thread::block_idx_z() * thread::grid_dim_y() + thread::block_idx_y(),
-            part: thread::block_idx_x() / cluster,
-            parts: thread::grid_dim_x() / cluster,
-            cluster,
-        }
+        let unit = thread::block_idx_z() * thread::grid_dim_y() + thread::block_idx_y();
+        Shares { unit, own: thread::block_idx_x(), count: thread::grid_dim_x() }
     }
 
-    /// Place of query row `row` of a part in `partial_stats`, and times `head_dim` in `partial`.
+    /// Place of query row `row` of a share in `partial_stats`, and times `head_dim` in `partial`.
     #[inline(always)]
-    fn place(&self, part: u32, row: u32) -> u64 {
-        (self.unit as u64 * self.parts as u64 + part as u64) * QUERY_ROWS as u64 + row as u64
+    fn place(&self, share: u32, row: u32) -> u64 {
+        (self.unit as u64 * self.count as u64 + share as u64) * QUERY_ROWS as u64 + row as u64
     }
 
-    /// Hands on four elements of the part: to the output where there is one part, else to the workspace.
+    /// Hands on four elements of the block's share: to the output if it is the only one, else to the workspace.
     #[inline(always)]
     unsafe fn deliver<T: Element>(
         &self,
@@ -114,10 +96,10 @@ impl Shares {
         quad: u32,
         head_dim: u32,
     ) {
-        if self.parts == 1 {
+        if self.count == 1 {
             return merged.finish(work, row, quad, head_dim);
         }
-        let (params, at) = (work.params, self.place(self.part, row));
+        let (params, at) = (work.params, self.place(self.own, row));
         params.partial.add(at * head_dim as u64).cast::<V4<f32>>().add(quad as u64).store(V4(merged.out));
         if quad == 0 {
             params.partial_stats.add(at).store(V2([merged.max, merged.sum]));
@@ -125,31 +107,8 @@ impl Shares {
     }
 }
 
-/// Merges the outputs of a cluster's blocks, each block some of the elements: adjacent lanes take the same four elements
-/// of one block after the other.
-#[inline(always)]
-unsafe fn merge_cluster<T: Element>(work: &Work<'_, T>, layout: &Layout, shares: &Shares, head_dim: u32) {
-    cluster::sync();
-    let (all, quads) = (work.num_rows * head_dim / 4, head_dim / 4);
-    let (outs, stats) = (layout.merged.get().cast::<V4<f32>>(), layout.merged_stats.get());
-    let rank = thread::thread_idx_x() % shares.cluster;
-    let groups = thread::block_dim_x() / shares.cluster;
-    let mut first = cluster::block_rank() * groups;
-    while first < all {
-        let i = first + thread::thread_idx_x() / shares.cluster;
-        let (row, quad) = (i.min(all - 1) / quads, i.min(all - 1) % quads);
-        let [max, sum] = stats.add(row).of_block(rank).load().0;
-        let out = outs.add(row * quads + quad).of_block(rank).load().0;
-        let merged = Merged { max, sum, out }.over_lanes(shares.cluster);
-        if i < all && rank == 0 {
-            shares.deliver(work, &merged, row, quad, head_dim);
-        }
-        first += shares.cluster * groups;
-    }
-    cluster::sync(); // no block ends while others read from it
-}
-
 /// Four elements of an output that is not divided by its sum yet.
+#[derive(Clone, Copy)]
 struct Merged {
     max: f32,
     sum: f32,
@@ -203,29 +162,6 @@ unsafe fn merge(parts: u32, part: impl Fn(u32) -> (Shared<V2<f32>>, Shared<V4<f3
 }
 
 impl Merged {
-    /// Merged with those of the `lanes` lanes, a power of two, that begin at a multiple of it; the same in all of them.
-    #[inline(always)]
-    unsafe fn over_lanes(self, lanes: u32) -> Merged {
-        let mut merged = Merged { max: self.max, sum: 0.0, out: [0.0; 4] };
-        let mut distance = 1;
-        while distance < lanes {
-            merged.max = merged.max.max(warp::shuffle_xor(warp::FULL, merged.max, distance));
-            distance *= 2;
-        }
-        merged.add([self.max, self.sum], self.out);
-        let mut distance = 1;
-        while distance < lanes {
-            merged.sum += warp::shuffle_xor(warp::FULL, merged.sum, distance);
-            let mut i = 0;
-            while i < 4 {
-                merged.out[i] += warp::shuffle_xor(warp::FULL, merged.out[i], distance);
-                i += 1;
-            }
-            distance *= 2;
-        }
-        merged
-    }
-
     /// Adds a part whose largest logit is at most `max`.
     #[inline(always)]
     fn add(&mut self, [max, sum]: [f32; 2], out: [f32; 4]) {
@@ -240,58 +176,41 @@ impl Merged {
     }
 }
 
-/// Merges the parts of a list, many of which are under way at a time.
+/// Merges the shares of a list in order, up to 16 at a time, all of whose loads are under way together.
 #[inline(always)]
-unsafe fn merge_parts<T: Element>(
-    work: &Work<'_, T>,
-    stats: Shared<V2<f32>>,
-    shares: &Shares,
-    head_dim: u32,
-) {
+unsafe fn merge_shares<T: Element>(work: &Work<'_, T>, shares: &Shares, head_dim: u32) {
     const BATCH: usize = 16;
-    let params = work.params;
-    let mut i = thread::thread_idx_x();
-    while i < shares.parts * QUERY_ROWS {
-        let (part, row) = (i / QUERY_ROWS, i % QUERY_ROWS);
-        if row < work.num_rows {
-            stats.add(i).store(params.partial_stats.add(shares.place(part, row)).load());
-        }
-        i += thread::block_dim_x();
-    }
-    thread::sync_threads();
-    let quads = head_dim / 4;
+    let (params, quads) = (work.params, head_dim / 4);
     let mut i = thread::thread_idx_x();
     while i < work.num_rows * quads {
         let (row, quad) = (i / quads, i % quads);
-        let of_part = |part: u32| stats.add(part * QUERY_ROWS + row).load().0;
         let mut merged = Merged { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; 4] };
-        let mut part = 0;
-        while part < shares.parts {
-            merged.max = merged.max.max(of_part(part)[0]);
-            part += 1;
-        }
-        let from = |part: u32| -> GlobalMut<V4<f32>> {
-            let at = shares.place(part, row);
-            params.partial.add(at * head_dim as u64).cast::<V4<f32>>().add(quad as u64)
-        };
-        let mut part = 0;
-        while part < shares.parts {
-            let mut batch = [[0.0; 4]; BATCH];
+        let mut first = 0;
+        while first < shares.count {
+            let mut loaded = [([f32::NEG_INFINITY, 0.0], [0.0; 4]); BATCH];
             let mut b = 0;
             while b < BATCH {
-                if part + (b as u32) < shares.parts {
-                    batch[b] = from(part + b as u32).load().0;
+                if first + (b as u32) < shares.count {
+                    let at = shares.place(first + b as u32, row);
+                    let out = params.partial.add(at * head_dim as u64).cast::<V4<f32>>().add(quad as u64);
+                    loaded[b] = (params.partial_stats.add(at).load().0, out.load().0);
                 }
                 b += 1;
             }
+            let before = merged;
             let mut b = 0;
             while b < BATCH {
-                if part + (b as u32) < shares.parts {
-                    merged.add(of_part(part + b as u32), batch[b]);
-                }
+                merged.max = merged.max.max(loaded[b].0[0]);
                 b += 1;
             }
-            part += BATCH as u32;
+            (merged.sum, merged.out) = (0.0, [0.0; 4]);
+            merged.add([before.max, before.sum], before.out);
+            let mut b = 0;
+            while b < BATCH {
+                merged.add(loaded[b].0, loaded[b].1);
+                b += 1;
+            }
+            first += BATCH as u32;
         }
         merged.finish(work, row, quad, head_dim);
         i += thread::block_dim_x();

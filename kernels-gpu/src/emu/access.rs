@@ -113,7 +113,8 @@ impl Block {
             self.fail(kind, what, site);
         }
         if checks.races
-            && let Some(what) = self.cluster.own_access(at, bytes, access, site)
+            && let Some(what) =
+                self.cluster.access(true, (self.rank_in_cluster(), thread), (at, bytes), access, site)
         {
             self.current = thread;
             self.fail(Kind::Race, what, site);

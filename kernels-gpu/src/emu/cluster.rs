@@ -1,10 +1,10 @@
-//! Clusters: blocks that run together, meet at a barrier, and read each other's shared memory.
+//! Clusters: blocks that run together, meet at a barrier, and use each other's shared memory.
 //!
 //! One OS thread runs the blocks of a cluster in turn, each until none of its lanes can go on. Between two barriers of
 //! the cluster, its *phases*, nothing orders one block behind another. So two accesses to the same shared memory, one by
 //! another block and one a write, race exactly if they fall in one phase, in whatever order the schedule ran them: a
-//! [`Trace`] remembers the phases of the last ones. A block whose memory is read in its last phase may have ended
-//! before that, and one whose memory is read in its first phase may not have begun.
+//! [`Cell`] remembers the phases of the last ones. A block whose memory is used before all have met may not have begun, and
+//! one whose memory is used when they meet no more may have ended.
 
 use std::panic::Location;
 
@@ -12,30 +12,85 @@ use super::access::Access;
 use super::block::{Block, Wait, with};
 use super::report::{Fault, Kind, Site};
 
-/// Bytes of shared memory per trace.
+/// Bytes of shared memory per cell.
 const CELL: usize = 2;
 
-/// The last accesses to a piece of shared memory: their phases from 1 on, and where they were. 0: none.
+/// An access to a piece of shared memory: its phase, from 1 on (0: none), by which block of the cluster and thread, and
+/// where in the source.
 #[derive(Clone, Copy)]
-struct Cell {
-    written: (u32, Site),
-    read_by_other: (u32, Site),
+struct Stamp {
+    phase: u32,
+    by: (u32, usize),
+    site: Site,
 }
 
-const UNTOUCHED: Cell = Cell { written: (0, Location::caller()), read_by_other: (0, Location::caller()) };
+const NEVER: Stamp = Stamp { phase: 0, by: (0, 0), site: Location::caller() };
+
+/// The last accesses to a piece of shared memory, by the block itself and by others.
+#[derive(Clone, Copy)]
+struct Cell {
+    read: Stamp,
+    written: Stamp,
+    read_by_other: Stamp,
+    written_by_other: Stamp,
+}
+
+const UNTOUCHED: Cell = Cell { read: NEVER, written: NEVER, read_by_other: NEVER, written_by_other: NEVER };
+
+impl Cell {
+    /// What an access races with, if anything; remembers it.
+    fn access(&mut self, own: bool, writes: bool, stamp: Stamp) -> Option<(Stamp, &'static str)> {
+        // Accesses by the block itself are ordered by its own barriers, which the clocks know.
+        let candidates = [
+            (!own && writes, self.read, "the block's own read"),
+            (!own, self.written, "the block's own write"),
+            (writes, self.read_by_other, "a read by another block"),
+            (true, self.written_by_other, "a write by another block"),
+        ];
+        let races = |&&(relevant, other, _): &&(bool, Stamp, &str)| {
+            relevant && other.phase == stamp.phase && other.by != stamp.by
+        };
+        if let Some((_, other, what)) = candidates.iter().find(races) {
+            return Some((*other, what));
+        }
+        *match (own, writes) {
+            (true, false) => &mut self.read,
+            (true, true) => &mut self.written,
+            (false, false) => &mut self.read_by_other,
+            (false, true) => &mut self.written_by_other,
+        } = stamp;
+        None
+    }
+}
 
 /// What a block knows of its cluster.
-#[derive(Default)]
 pub(crate) struct Member {
     /// All blocks of the cluster, by rank. One alone: none.
     pub blocks: Vec<*mut Block>,
     /// Threads that have arrived in this phase.
     arrived: usize,
-    /// Barriers of the cluster that have been passed.
+    /// Barriers of the cluster that have been passed: those that order memory, and all.
     phase: u32,
+    meetings: u32,
+    /// Whether the barrier at which threads wait orders memory.
+    orders: bool,
     cells: Vec<Cell>,
-    /// The last phase, from 1 on, in which another block read, and where.
-    read_by_other: Option<(u32, Site)>,
+    /// The last access by another block, its phase counted in meetings.
+    used_by_other: Stamp,
+}
+
+impl Default for Member {
+    fn default() -> Self {
+        Member {
+            blocks: Vec::new(),
+            arrived: 0,
+            phase: 0,
+            meetings: 0,
+            orders: true,
+            cells: Vec::new(),
+            used_by_other: NEVER,
+        }
+    }
 }
 
 impl Member {
@@ -47,51 +102,45 @@ impl Member {
             self.blocks.extend_from_slice(blocks);
             self.cells.resize(shared_bytes.div_ceil(CELL), UNTOUCHED);
         }
-        (self.arrived, self.phase, self.read_by_other) = (0, 0, None);
+        (self.arrived, self.phase, self.meetings, self.used_by_other) = (0, 0, 0, NEVER);
     }
 
-    /// An access by the block itself; says what is wrong with it, if anything.
-    pub fn own_access(&mut self, at: usize, bytes: usize, access: Access, site: Site) -> Option<String> {
-        if self.cells.is_empty() || access.reads() && access != Access::Atomic {
+    /// An access by thread `by.1` of block `by.0` of the cluster, the block itself or another; says what is wrong with it,
+    /// if anything.
+    pub fn access(
+        &mut self,
+        own: bool,
+        by: (u32, usize),
+        (at, bytes): (usize, usize),
+        access: Access,
+        site: Site,
+    ) -> Option<String> {
+        if self.cells.is_empty() {
             return None;
         }
-        for cell in &mut self.cells[at / CELL..(at + bytes).div_ceil(CELL)] {
-            if cell.read_by_other.0 == self.phase + 1 {
-                let read = cell.read_by_other.1;
-                return Some(format!(
-                    "{access} of shared byte {at} races with a read by another block at {read}"
-                ));
+        let stamp = Stamp { phase: self.phase + 1, by, site };
+        if !own {
+            self.used_by_other = Stamp { phase: self.meetings + 1, ..stamp };
+            if self.meetings == 0 {
+                return Some(format!("{access} of shared memory of a block that may not have begun"));
             }
-            cell.written = (self.phase + 1, site);
         }
-        None
-    }
-
-    fn read_by_other(&mut self, at: usize, bytes: usize, site: Site) -> Option<String> {
-        self.read_by_other = Some((self.phase + 1, site));
-        for cell in &mut self.cells[at / CELL..(at + bytes).div_ceil(CELL)] {
-            if cell.written.0 == self.phase + 1 {
-                let write = cell.written.1;
-                return Some(format!(
-                    "read of another block's shared byte {at} races with its write at {write}"
-                ));
-            }
-            cell.read_by_other = (self.phase + 1, site);
-        }
-        None
+        let writes = !access.reads() || access == Access::Atomic;
+        let mut cells = self.cells[at / CELL..(at + bytes).div_ceil(CELL)].iter_mut();
+        let (other, what) = cells.find_map(|cell| cell.access(own, writes, stamp))?;
+        let whose = if own { "" } else { "another block's " };
+        Some(format!("{access} of {whose}shared byte {at} races with {what} at {}", other.site))
     }
 
     /// What is wrong where the block has ended in this phase.
     pub fn check_end(&self) -> Result<(), Fault> {
-        match self.read_by_other {
-            Some((phase, site)) if phase == self.phase + 1 => Err(Fault {
-                kind: Kind::Race,
-                message: format!(
-                    "the block may end before another block of the cluster reads its shared memory at {site}"
-                ),
-            }),
-            _ => Ok(()),
+        if self.used_by_other.phase != self.meetings + 1 {
+            return Ok(());
         }
+        let site = self.used_by_other.site;
+        let message =
+            format!("the block may end before another block of the cluster uses its shared memory at {site}");
+        Err(Fault { kind: Kind::Race, message })
     }
 
     /// How many threads of the block wait at the cluster's barrier.
@@ -100,11 +149,17 @@ impl Member {
     }
 }
 
-/// The running thread arrives at the barrier of its cluster; true if it must suspend.
+/// The running thread arrives at the barrier of its cluster, which orders memory or does not; true if it must suspend.
 #[inline(never)]
-pub(crate) fn arrive(site: Site) -> bool {
+pub(crate) fn arrive(orders: bool, site: Site) -> bool {
     with(|block| {
         let current = block.current;
+        if block.cluster.arrived > 0 && block.cluster.orders != orders {
+            let what =
+                "a barrier of the cluster, at which other threads wait that want the other kind".into();
+            block.fail(Kind::Divergence, what, site);
+        }
+        block.cluster.orders = orders;
         (block.lanes[current].wait, block.lanes[current].site) = (Wait::Cluster, site);
         block.cluster.arrived += 1;
         let own = std::ptr::from_mut(block);
@@ -133,11 +188,15 @@ unsafe fn complete(blocks: &[*mut Block]) {
     }
     for &block in blocks {
         let block = unsafe { &mut *block };
-        block.order.take(&known);
         block.cluster.arrived = 0;
-        block.cluster.phase += 1;
+        block.cluster.meetings += 1;
         block.stats.barriers += 1;
-        if block.options.races {
+        let orders = block.cluster.orders;
+        if orders {
+            block.order.take(&known);
+            block.cluster.phase += 1;
+        }
+        if orders && block.options.races {
             block.shadow.clocks.synchronise(0..block.lanes.len());
         }
         for warp in 0..block.lanes.len() / 32 {
@@ -147,20 +206,21 @@ unsafe fn complete(blocks: &[*mut Block]) {
     }
 }
 
-/// The host address of `bytes` bytes of shared memory at `addr` of block `rank` of the cluster, to be read.
+/// The host address of `bytes` bytes of shared memory of block `rank` of the cluster. `to`: address, and bounds of its array.
 #[inline(never)]
-pub(crate) fn remote(rank: u32, addr: u32, bounds: (u32, u32), bytes: usize, site: Site) -> *mut u8 {
+pub(crate) fn remote(rank: u32, to: (u32, (u32, u32)), bytes: usize, access: Access, site: Site) -> *mut u8 {
     with(|block| {
         if rank >= block.dims.cluster {
             let what = format!("block {rank} of a cluster of {}", block.dims.cluster);
             block.fail(Kind::SharedBounds, what, site);
         }
-        if rank == block.rank_in_cluster() {
-            return block.shared_access(block.current, addr, bounds, bytes, Access::Read, site);
+        let by = (block.rank_in_cluster(), block.current);
+        if rank == by.0 {
+            return block.shared_access(block.current, to.0, to.1, bytes, access, site);
         }
         // SAFETY: another block than the borrowed one, which lives while the cluster runs, on this OS thread.
         let other = unsafe { &mut *block.cluster.blocks[rank as usize] };
-        match other.read_by_other(addr, bounds, bytes, site) {
+        match other.access_by_other(by, to, bytes, access, site) {
             Ok(host) => host,
             Err((kind, what)) => block.fail(kind, what, site),
         }
@@ -173,24 +233,25 @@ impl Block {
         self.index[0] % self.dims.cluster
     }
 
-    fn read_by_other(
+    fn access_by_other(
         &mut self,
-        addr: u32,
-        bounds: (u32, u32),
+        by: (u32, usize),
+        (addr, bounds): (u32, (u32, u32)),
         bytes: usize,
+        access: Access,
         site: Site,
     ) -> Result<*mut u8, (Kind, String)> {
-        if let Some(fault) = self.bounds_fault(addr, bounds, bytes, Access::Read) {
+        if let Some(fault) = self.bounds_fault(addr, bounds, bytes, access) {
             return Err(fault);
         }
         let at = addr as usize;
         if self.options.races
-            && let Some(what) = self.cluster.read_by_other(at, bytes, site)
+            && let Some(what) = self.cluster.access(false, by, (at, bytes), access, site)
         {
             return Err((Kind::Race, what));
         }
         if self.options.uninitialised
-            && let Some(fault) = self.shadow.uninitialised(at, bytes)
+            && let Some(fault) = self.shadow.access_by_other(at, bytes, access)
         {
             return Err(fault);
         }

@@ -354,10 +354,19 @@ impl Shadow {
 }
 
 impl Shadow {
-    /// What is wrong with a read of another block's, which the clocks know nothing of.
-    pub fn uninitialised(&self, addr: usize, bytes: usize) -> Option<(Kind, String)> {
-        let cells = &self.cells[addr / CELL..(addr + bytes) / CELL];
-        let missing = cells.iter().position(|cell| !cell.initialised)?;
+    /// What is wrong with an access by another block, which the clocks know nothing of: a read of what nothing has written.
+    pub fn access_by_other(&mut self, addr: usize, bytes: usize, access: Access) -> Option<(Kind, String)> {
+        let range = addr / CELL..(addr + bytes) / CELL;
+        if !access.reads() {
+            self.touched = if self.touched.is_empty() {
+                range.clone()
+            } else {
+                self.touched.start.min(range.start)..self.touched.end.max(range.end)
+            };
+            self.cells[range].iter_mut().for_each(|cell| cell.initialised = true);
+            return None;
+        }
+        let missing = self.cells[range].iter().position(|cell| !cell.initialised)?;
         Some(uninitialised(Access::Read, addr + missing * CELL))
     }
 }

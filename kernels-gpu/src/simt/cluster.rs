@@ -25,7 +25,7 @@ pub fn num_blocks() -> u32 {
 }
 
 /// Waits until all threads of the cluster have arrived, and orders their memory accesses (`barrier.cluster.arrive` and
-/// `.wait`). A block must not end while others read its shared memory: the last such read comes before a `sync`.
+/// `.wait`). A block must not end while others use its shared memory: the last such access comes before a `sync`.
 ///
 /// *Convergence:* aligned; every thread of every block of the cluster.
 ///
@@ -37,7 +37,21 @@ pub unsafe fn sync() {
     imp::cluster_sync()
 }
 
-/// A pointer into an array of shared memory of some block of the cluster, for reading.
+/// Waits until all threads of the cluster have arrived, which orders nothing (`barrier.cluster.arrive.relaxed` and
+/// `.wait`): before the first access to another block's shared memory it says that the block has begun, and after the last
+/// one that the block may end. It costs less than a [`sync`], which waits for memory.
+///
+/// *Convergence:* aligned; every thread of every block of the cluster.
+///
+/// # Safety
+/// - As for [`sync`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn meet() {
+    imp::cluster_meet()
+}
+
+/// A pointer into an array of shared memory of some block of the cluster.
 pub struct Remote<T> {
     /// In the block itself: where the bounds are, and what the address is made from.
     own: Shared<T>,
@@ -66,11 +80,24 @@ impl<T: Pod> Remote<T> {
     ///
     /// # Safety
     /// - The value lies inside the array, at a multiple of its size, and `rank` is that of a block of the cluster.
+    /// - Every block of the cluster has begun ([`sync`] or [`meet`]), and none ends before another.
     /// - It was written before, and a [`sync`] lies between that and this, and another between this and whatever
     ///   overwrites it or the end of that block.
     #[inline(always)]
     #[track_caller]
     pub unsafe fn load(self) -> T {
         imp::load_remote(self.own, self.rank)
+    }
+
+    /// Stores one value (`mapa`, `st.shared::cluster`; up to 16 bytes).
+    ///
+    /// # Safety
+    /// - The place lies inside the array, at a multiple of its size, and every block of the cluster has begun and does not end
+    ///   before a [`sync`] or [`meet`].
+    /// - A [`sync`] lies between this and any other access to the place, before and after.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn store(self, value: T) {
+        imp::store_remote(self.own, self.rank, value)
     }
 }

@@ -322,7 +322,13 @@ pub fn cluster_num_blocks() -> u32 {
 #[inline(always)]
 #[track_caller]
 pub unsafe fn cluster_sync() {
-    wait_if(cluster::arrive(Location::caller()))
+    wait_if(cluster::arrive(true, Location::caller()))
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn cluster_meet() {
+    wait_if(cluster::arrive(false, Location::caller()))
 }
 
 #[inline(always)]
@@ -330,7 +336,20 @@ pub unsafe fn cluster_sync() {
 pub unsafe fn load_remote<T: Pod>(own: Shared<T>, rank: u32) -> T {
     let site = Location::caller();
     wait_if(access::preempted());
-    cluster::remote(rank, own.addr(), own.bounds(), size_of::<T>(), site).cast::<T>().read()
+    remote(own, rank, Access::Read, site).read()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn store_remote<T: Pod>(own: Shared<T>, rank: u32, value: T) {
+    let site = Location::caller();
+    wait_if(access::preempted());
+    remote(own, rank, Access::Write, site).write(value)
+}
+
+#[inline(always)]
+fn remote<T: Pod>(own: Shared<T>, rank: u32, access: Access, site: &'static Location<'static>) -> *mut T {
+    cluster::remote(rank, (own.addr(), own.bounds()), size_of::<T>(), access, site).cast()
 }
 
 // Asynchronous copies and the tensor core.

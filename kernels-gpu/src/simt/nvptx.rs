@@ -427,19 +427,40 @@ pub unsafe fn cluster_sync() {
 }
 
 #[inline(always)]
+pub unsafe fn cluster_meet() {
+    bulk!("barrier.cluster.arrive.relaxed.aligned; barrier.cluster.wait.aligned;", options(nostack));
+}
+
+/// The address of a place in the shared memory of block `rank`, in the window of the cluster.
+#[cfg(target_feature = "sm_90")]
+#[inline(always)]
+unsafe fn remote_addr<T: Pod>(own: Shared<T>, rank: u32) -> u32 {
+    let addr: u32;
+    asm!(
+        "mapa.shared::cluster.u32 {}, {}, {};",
+        out(reg32) addr, in(reg32) own.addr(), in(reg32) rank, options(pure, nomem, nostack)
+    );
+    addr
+}
+
+#[inline(always)]
 #[allow(unused_variables)]
 pub unsafe fn load_remote<T: Pod>(own: Shared<T>, rank: u32) -> T {
     #[cfg(target_feature = "sm_90")]
-    {
-        let addr: u32;
-        asm!(
-            "mapa.shared::cluster.u32 {}, {}, {};",
-            out(reg32) addr, in(reg32) own.addr(), in(reg32) rank, options(pure, nomem, nostack)
-        );
-        load!("ld.shared::cluster", T, reg32 addr, pure, readonly, nostack)
-    }
+    return load!("ld.shared::cluster", T, reg32 remote_addr(own, rank), pure, readonly, nostack);
     #[cfg(not(target_feature = "sm_90"))]
     nvptx::trap()
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn store_remote<T: Pod>(own: Shared<T>, rank: u32, value: T) {
+    #[cfg(target_feature = "sm_90")]
+    {
+        store!("st.shared::cluster", reg32 remote_addr(own, rank), value)
+    }
+    #[cfg(not(target_feature = "sm_90"))]
+    nvptx::trap();
 }
 
 // Asynchronous copies and the tensor core.

@@ -14,6 +14,8 @@ use crate::simt::shared::{Carve, Region};
 const THREADS: u32 = 1024;
 /// Words of a mask: a block has marks for 32 times as many tokens.
 const WORDS: u32 = 8192;
+/// Tokens of a block from which on a cluster of 16 is faster than one of 8.
+const FULL: u32 = 1 << 16;
 /// Keys that are brought together at most. A bin has some hundreds, as a rule, of a million.
 const FEW: u32 = 2048;
 
@@ -67,11 +69,14 @@ pub(crate) const fn cluster_dims(gpu: &GpuInfo, num_rows: u32, max_tokens: u32) 
     if limit == 1 || needed > limit {
         return None;
     }
-    // As many blocks as run at a time, but no emptier than two candidates a thread.
+    // As many blocks as run at a time; more than 8, which meet more slowly, where each has many tokens.
     let fair = gpu.num_sms / num_rows;
-    let useful = max_tokens.div_ceil(2 * THREADS);
+    let useful = max_tokens.div_ceil(if max_tokens > 8 * FULL { FULL } else { 2 * THREADS });
+    let most = if max_tokens > 8 * FULL { 16 } else { 8 };
     let mut blocks = 1;
-    while 2 * blocks <= limit && (blocks < needed || (2 * blocks <= fair && blocks < useful)) {
+    while 2 * blocks <= limit
+        && (blocks < needed || (2 * blocks <= fair && 2 * blocks <= most && blocks < useful))
+    {
         blocks *= 2;
     }
     if blocks < needed {
@@ -443,7 +448,7 @@ mod kernel {
             }
             word += 1;
         }
-        cluster::sync(); // no block ends while others read from it
+        cluster::meet(); // no block ends while others read from it
     }
 
     /// Sets the row's counts of votes back to 0, when every block has read them.
