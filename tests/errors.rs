@@ -491,6 +491,14 @@ fn operations_that_lack_something() {
         f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
         let text = "`top_k` needs the cached selections that `pool` was given";
         f.refuses(|f| f.ts.top_k(&f.batch, None), text);
+        let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);
+        let len = f.batch.kv_len(0);
+        for ((row, token, head), what) in
+            [((rows, 0, 0), "row"), ((0, len, 0), "token"), ((0, 0, heads), "query head")]
+        {
+            let error = f.ts.logit_index(&f.batch, row, token, head).unwrap_err();
+            assert!(error.to_string().contains(what), "{error}");
+        }
     }
 }
 

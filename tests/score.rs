@@ -66,7 +66,8 @@ fn check(devices: &[Device], problem: &Problem, pool: &Pool, actions: &[RowActio
             for h in 0..hq {
                 let query = &queries[r * hq * d..][..hq * d];
                 let want = naive::logits(&config, query, &row.k, h, range.clone());
-                let places: Vec<usize> = range.clone().map(|j| ts.logit_index(&batch, r, j, h)).collect();
+                let places: Vec<usize> =
+                    range.clone().map(|j| ts.logit_index(&batch, r, j, h).unwrap()).collect();
                 let got: Vec<f64> = places.iter().map(|&place| logits[place]).collect();
                 // Sums of products: the error is relative to the largest logit of the head, or to the products where few
                 // logits cancel.

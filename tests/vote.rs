@@ -41,7 +41,7 @@ fn run(device: &Device, window: usize, rows: &[Logits], actions: &[RowAction]) -
         for (h, head) in row.iter().enumerate() {
             stats[(r * hq + h) * 2..][..2].copy_from_slice(&statistics(head));
             for (j, &logit) in head.iter().enumerate() {
-                logits[ts.logit_index(&batch, r, 2 + j, h)] = logit;
+                logits[ts.logit_index(&batch, r, 2 + j, h).unwrap()] = logit;
             }
         }
     }

@@ -280,16 +280,22 @@ impl TokenSelect {
     /// On the processor they are `[token_base + token, num_qo_heads]`; on GPUs they lie in tiles `[num_kv_heads, 16 tokens,
     /// group]`, each row from a tile of its own on.
     ///
-    /// # Panics
-    /// If the batch has no such row.
-    pub fn logit_index(&self, batch: &Batch, row: usize, token: usize, qo_head: usize) -> usize {
-        let (heads, base) = (self.config().heads, batch.token_base(row));
+    /// # Errors
+    /// [`Error::Index`] where the batch has no such row, the row no such token, or the configuration no such head.
+    pub fn logit_index(&self, batch: &Batch, row: usize, token: usize, qo_head: usize) -> Result<usize> {
+        let heads = self.config().heads;
+        let check =
+            |what, got, limit| if got < limit { Ok(()) } else { Err(Error::Index { what, limit, got }) };
+        check("row", row, batch.num_rows())?;
+        check("token", token, batch.kv_len(row))?;
+        check("query head", qo_head, heads.num_qo_heads)?;
+        let base = batch.token_base(row);
         if self.device.is_cpu() {
-            return (base + token) * heads.num_qo_heads + qo_head;
+            return Ok((base + token) * heads.num_qo_heads + qo_head);
         }
         let (kv_head, member, size) = (qo_head / heads.group(), qo_head % heads.group(), LOGIT_TILE as usize);
         let tile = logit_tile(base as u64, row as u32) as usize + token / size;
-        ((tile * heads.num_kv_heads + kv_head) * size + token % size) * heads.group() + member
+        Ok(((tile * heads.num_kv_heads + kv_head) * size + token % size) * heads.group() + member)
     }
 
     /// Votes: softmax probabilities of the candidates, summed over heads. (The max-pool, where there is one, is part of
