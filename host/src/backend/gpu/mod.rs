@@ -284,8 +284,9 @@ impl Backend for GpuBackend {
         }
         let (dtype, head_dim) = (self.dtype_name("attend", args.q.dtype())?, args.config.heads.head_dim);
         // The two element types have the same parameters.
-        let mut params: AttendParams<f16> = self.attend_params(&args)?;
         let gpu = self.driver.gpu();
+        let scratch = Scratch::of(&args.scratch, gpu, args.config, args.limits)?;
+        let mut params: AttendParams<f16> = self.attend_params(&args, &scratch)?;
         if params.can_stream(gpu, head_dim as u32) {
             params.num_shares = params.stream_shares(gpu);
             let entry = self.entry("attend", &format!("attend_stream_{dtype}_d{head_dim}"))?;
@@ -297,7 +298,7 @@ impl Backend for GpuBackend {
             };
         }
         let in_lane = params.rope.pairs_in_lane(head_dim as u32);
-        let gathers = if args.rope.is_some() { self.gather_params(&args, params)? } else { None };
+        let gathers = args.rope.and_then(|_| Self::gather_params(params, &scratch, head_dim));
         let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
         if in_lane && (few || (args.rope.is_some() && gathers.is_none())) {
             let keys = match args.rope.map(|_| params.rope.pairing) {

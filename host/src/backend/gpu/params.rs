@@ -243,9 +243,12 @@ impl GpuBackend {
         })
     }
 
-    pub(super) fn attend_params<T>(&self, args: &AttendArgs<'_>) -> Result<AttendParams<T>> {
+    pub(super) fn attend_params<T>(
+        &self,
+        args: &AttendArgs<'_>,
+        scratch: &Scratch,
+    ) -> Result<AttendParams<T>> {
         let (config, batch) = (args.config, args.batch);
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), config, args.limits)?;
         let lists = args.selection.as_ref();
         let ranks = lists.and_then(|lists| lists.ranks.as_ref());
         let pointer =
@@ -285,18 +288,14 @@ impl GpuBackend {
     /// What [`gather`](kernels_gpu::gather) needs for these lists; `None` where there are none, or the workspace has no
     /// room for lists so long.
     pub(super) fn gather_params<T>(
-        &self,
-        args: &AttendArgs<'_>,
         attend: AttendParams<T>,
-    ) -> Result<Option<GatherParams<T>>> {
-        let scratch = Scratch::of(&args.scratch, self.driver.gpu(), args.config, args.limits)?;
-        let max_places = scratch.max_places as u32;
-        if attend.selected.addr() == 0 || attend.max_selected > max_places {
-            return Ok(None);
-        }
-        let head_dim = args.config.heads.head_dim as u32;
+        scratch: &Scratch,
+        head_dim: usize,
+    ) -> Option<GatherParams<T>> {
+        let (head_dim, max_places) = (head_dim as u32, scratch.max_places as u32);
         let gathered = GlobalMut::from_addr(scratch.gathered);
-        Ok(Some(GatherParams { attend, gathered, head_dim, max_places }))
+        let fits = attend.selected.addr() != 0 && attend.max_selected <= max_places;
+        fits.then_some(GatherParams { attend, gathered, head_dim, max_places })
     }
 
     pub(super) fn merge_params<T>(&self, args: &MergeArgs<'_>) -> Result<MergeParams<T>> {
