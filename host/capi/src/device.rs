@@ -224,6 +224,23 @@ fn halves(num_bytes: usize) -> Result<usize> {
     Err(Error::Config { field: "num_bytes", rule: "even".into(), got: num_bytes.to_string() }.into())
 }
 
+/// Copies `num_bytes` from memory of one device to that of another.
+///
+/// # Safety
+/// - `to` and `from` are memory of the device they stand with, as `ts_memory_write` asks.
+unsafe fn copy(
+    (to, to_device): (*mut c_void, &Device),
+    (from, from_device): (*const c_void, &Device),
+    num_bytes: usize,
+) -> Result<()> {
+    let shape = [halves(num_bytes)?];
+    let (to, from) =
+        (Argument::new("to", to, DType::F16, shape), Argument::new("from", from, DType::F16, shape));
+    // SAFETY: the caller's promise.
+    let (to, from) = unsafe { (to.view_mut(to_device)?, from.view(from_device)?) };
+    Ok(to.copy_from(from)?)
+}
+
 /// Copies `num_bytes`, an even number, from the host to memory of the device, after the device's earlier work. The
 /// host's bytes may be changed as soon as this returns.
 ///
@@ -241,17 +258,8 @@ pub unsafe extern "C" fn ts_memory_write(
     from: *const c_void,
     num_bytes: usize,
 ) -> ts_status {
-    fence(|| {
-        // SAFETY: the caller's promise.
-        let device = unsafe { &reference("device", device)?.device };
-        let shape = [halves(num_bytes)?];
-        let (to, from) =
-            (Argument::new("to", to, DType::F16, shape), Argument::new("from", from, DType::F16, shape));
-        let host = Device::cpu();
-        // SAFETY: the caller's promise.
-        let (to, from) = unsafe { (to.view_mut(device)?, from.view(&host)?) };
-        Ok(to.copy_from(from)?)
-    })
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { copy((to, &reference("device", device)?.device), (from, &Device::cpu()), num_bytes) })
 }
 
 /// Copies `num_bytes`, an even number, from memory of the device to the host. Waits for the device's earlier work.
@@ -267,15 +275,6 @@ pub unsafe extern "C" fn ts_memory_read(
     from: *const c_void,
     num_bytes: usize,
 ) -> ts_status {
-    fence(|| {
-        // SAFETY: the caller's promise.
-        let device = unsafe { &reference("device", device)?.device };
-        let shape = [halves(num_bytes)?];
-        let (to, from) =
-            (Argument::new("to", to, DType::F16, shape), Argument::new("from", from, DType::F16, shape));
-        let host = Device::cpu();
-        // SAFETY: the caller's promise.
-        let (to, from) = unsafe { (to.view_mut(&host)?, from.view(device)?) };
-        Ok(to.copy_from(from)?)
-    })
+    // SAFETY: the caller's promise.
+    fence(|| unsafe { copy((to, &Device::cpu()), (from, &reference("device", device)?.device), num_bytes) })
 }
