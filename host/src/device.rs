@@ -170,7 +170,7 @@ impl Device {
         Ok(Graph { driver: Arc::clone(driver), captured: captured? })
     }
 
-    /// How long it took to load the kernels, once per context; zero for the processor.
+    /// How long it took to load kernels so far, each once per context; zero for the processor.
     pub fn load_time(&self) -> Duration {
         self.driver().map_or(Duration::ZERO, |driver| driver.load_time())
     }

@@ -48,15 +48,17 @@ pub struct TokenSelect {
 }
 
 impl TokenSelect {
-    /// Validates the configuration and allocates a workspace for batches within `limits`.
+    /// Validates the configuration, allocates a workspace for batches within `limits`, and loads the kernels of the
+    /// configuration, which takes seconds the first time that a GPU's driver compiles them.
     ///
     /// # Errors
-    /// [`Error::Config`], naming the field that breaks its rule.
+    /// [`Error::Config`], naming the field that breaks its rule; [`Error::Driver`].
     pub fn new(device: &Device, config: SelectConfig, limits: Limits) -> Result<Self> {
         let plan = Plan::new(config, limits)?;
         if let (Some(rope), Some(driver)) = (plan.rope(), device.driver()) {
             rope.device_tables(driver)?; // now, so that no step allocates
         }
+        device.backend().prepare(plan.config())?;
         let workspace = Workspace::new(device, &plan)?;
         Ok(TokenSelect { device: device.clone(), plan, workspace })
     }

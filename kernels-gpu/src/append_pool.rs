@@ -8,7 +8,8 @@
 //! then everything they point to.
 //!
 //! **Thread mapping.** A thread of block 0 has the same two pairs of elements (that RoPE may rotate together) in two heads,
-//! so that it needs two angles; each other thread copies 16 bytes of keys and of values. Sums are added in a fixed order, so the result does not depend on the launch.
+//! so that it needs two angles; each other thread copies 16 bytes of keys and of values. Sums are added in a fixed order,
+//! so the result does not depend on the launch.
 //!
 //! **Bytes.** Those of the two operations.
 
@@ -84,7 +85,9 @@ impl<T> AppendPoolParams<T> {
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub use kernel::append_pool;
 
+// Arrays are registers here; zipped iterators would put them in memory.
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[allow(clippy::needless_range_loop)]
 mod kernel {
     use super::*;
     use crate::element::Element;

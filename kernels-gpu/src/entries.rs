@@ -49,6 +49,22 @@ impl Entry {
     pub fn find(name: &str) -> Option<&'static Entry> {
         ENTRIES.iter().find(|entry| entry.name == name)
     }
+
+    /// Whether operations on this type, this head dimension and so many heads a KV head (`columns`, of
+    /// [`score`](mod@crate::score)) may use the entry: whether no part of its name says otherwise.
+    pub fn serves(&self, dtype: &str, head_dim: u32, columns: Option<u32>) -> bool {
+        let differs = |part: &str, letter, value: Option<u32>| {
+            part.strip_prefix(letter)
+                .and_then(|digits| digits.parse().ok())
+                .is_some_and(|it| Some(it) != value)
+        };
+        let mut parts = self.name.split('_');
+        !matches!(parts.next(), Some("conformance" | "read"))
+            && parts.all(|part| {
+                let other_type = matches!(part, "f16" | "bf16") && part != dtype;
+                !other_type && !differs(part, 'd', Some(head_dim)) && !differs(part, 'g', columns)
+            })
+    }
 }
 
 macro_rules! entries {
@@ -188,4 +204,23 @@ entries! {
     conformance_mma_f16(MmaParams) = crate::conformance::mma::<half::f16>;
     conformance_mma_bf16(MmaParams) = crate::conformance::mma::<half::bf16>;
     conformance_math(MathParams) = crate::conformance::math;
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_entry_serves_what_its_name_says() {
+        let serves = |name: &str, columns| Entry::find(name).expect("an entry").serves("bf16", 128, columns);
+        for name in ["append", "forget", "top_k_choose", "gather_bf16", "score_stream_bf16_d128_g4"] {
+            assert!(serves(name, Some(4)), "{name}");
+        }
+        for name in
+            ["gather_f16", "score_bf16_d64_g4", "score_bf16_d128_g8", "conformance_mma_bf16", "read_all"]
+        {
+            assert!(!serves(name, Some(4)), "{name}");
+        }
+        assert!(!serves("score_bf16_d128_g16", None) && serves("attend_prefill_bf16_d128", None));
+    }
 }

@@ -17,6 +17,11 @@
 //! entry points, parameter sizes and the hash of the sources that they were made from.
 #![cfg_attr(not(feature = "inspect"), no_std)]
 
+extern crate alloc;
+
+use alloc::format;
+use alloc::string::String;
+
 #[cfg(feature = "inspect")]
 pub mod inspect;
 #[cfg(feature = "inspect")]
@@ -29,6 +34,21 @@ pub struct Ptx {
     pub name: &'static str,
     /// The PTX, one module with all entry points.
     pub text: &'static str,
+}
+
+impl Ptx {
+    /// A module with the entry point `name` alone: drivers compile a module as a whole, and all entries take them 17 s.
+    ///
+    /// ```
+    /// let text = tokenselect_ptx::SM_80.entry_text("append").expect("an entry");
+    /// assert_eq!(text.matches(".visible .entry").count(), 1);
+    /// ```
+    pub fn entry_text(&self, name: &str) -> Option<String> {
+        let header = self.text.find("\n.visible .entry ")? + 1;
+        let begin = self.text.find(&format!("\n.visible .entry {name}("))? + 1;
+        let end = begin + self.text[begin..].find("\n}")? + 2;
+        Some([&self.text[..header], &self.text[begin..end], "\n"].concat())
+    }
 }
 
 /// For every GPU of compute capability 8.0 or newer.

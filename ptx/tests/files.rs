@@ -56,6 +56,29 @@ fn both_files_have_the_same_entries_and_nothing_calls() {
 }
 
 #[test]
+fn entries_are_modules_of_their_own() {
+    for ptx in ALL {
+        let all = entries(ptx.text).expect("readable");
+        // Outside of entries there is the header, which comes first, and nothing else.
+        let header = &ptx.text[..ptx.text.find(".visible .entry").expect("an entry")];
+        let parts: usize = all.iter().map(|entry| entry.text.len()).sum();
+        let between = ptx.text.bytes().filter(|&byte| byte == b'\n').count()
+            - header.matches('\n').count()
+            - all.iter().map(|entry| entry.text.matches('\n').count()).sum::<usize>();
+        assert_eq!(ptx.text.len(), header.len() + parts + between, "{}", ptx.name);
+        for directive in [".version", ".target", ".address_size", ".extern .shared"] {
+            assert!(header.contains(&format!("\n{directive} ")), "{directive}");
+        }
+        for entry in all {
+            let text = ptx.entry_text(entry.name).expect("an entry");
+            assert_eq!(text, format!("{header}{}\n", entry.text), "{} for {}", entry.name, ptx.name);
+        }
+        assert_eq!(ptx.entry_text("pool"), None);
+        assert_eq!(ptx.entry_text(""), None);
+    }
+}
+
+#[test]
 fn files_do_not_tell_where_they_were_made() {
     for ptx in ALL {
         for trace in ["/home", "/root", "/tmp", "/usr", ".cargo", ".rs"] {

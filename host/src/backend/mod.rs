@@ -260,6 +260,15 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
         0
     }
 
+    /// Makes ready what operations on this configuration need, so that no step waits for it.
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn prepare(&self, config: &SelectConfig) -> Result<()> {
+        let _ = config;
+        Ok(())
+    }
+
     /// Copies the cached selections of one sequence to another, in all layers.
     ///
     /// # Errors

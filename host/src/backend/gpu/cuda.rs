@@ -7,12 +7,13 @@
 use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, Weak};
 use std::time::{Duration, Instant};
 
 use cust::sys::{self, CUresult};
 use kernels_gpu::entries::Entry;
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
+use rayon::prelude::*;
 use tokenselect_ptx::Ptx;
 
 use super::driver::{Captured, Driver, Event, check_launch, while_capturing};
@@ -190,19 +191,38 @@ type FuncSetAttribute = unsafe extern "C" fn(sys::CUfunction, u32, i32) -> CUres
 /// `cuOccupancyMaxActiveClusters`.
 type MaxActiveClusters = unsafe extern "C" fn(*mut i32, sys::CUfunction, *const LaunchConfig) -> CUresult;
 
-/// The kernels of a context, loaded once, however many devices share it.
+/// The kernels of a context, each loaded once, when it is first needed, however many devices share it.
 struct Kernels {
     context: sys::CUcontext,
-    module: sys::CUmodule,
-    functions: HashMap<&'static str, sys::CUfunction>,
+    ptx: Ptx,
+    /// Dynamic shared memory that each may use.
+    shared_bytes: u32,
+    loaded: RwLock<Loaded>,
     /// The driver's function for launches that overlap; `None` where the driver or the device has none.
     overlapping: Option<LaunchKernelEx>,
-    load_time: Duration,
+}
+
+#[derive(Default)]
+struct Loaded {
+    by_name: HashMap<&'static str, Kernel>,
+    /// What it took.
+    time: Duration,
+}
+
+/// A kernel in a module of its own.
+struct Kernel {
+    context: sys::CUcontext,
+    module: sys::CUmodule,
+    function: sys::CUfunction,
 }
 
 // SAFETY: contexts, modules and functions may be used from any thread.
+unsafe impl Send for Kernel {}
+// SAFETY: as above.
+unsafe impl Sync for Kernel {}
+// SAFETY: as above.
 unsafe impl Send for Kernels {}
-// SAFETY: as above; the map is not changed once it is made.
+// SAFETY: as above; the map is behind a lock.
 unsafe impl Sync for Kernels {}
 
 /// Kernels by the address of their context. A context of the caller's may end when its devices are gone, and another
@@ -210,7 +230,7 @@ unsafe impl Sync for Kernels {}
 static LOADED: Mutex<Vec<(usize, Weak<Kernels>)>> = Mutex::new(Vec::new());
 
 impl Kernels {
-    /// The kernels of the current context.
+    /// The kernels of a context.
     fn of(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Arc<Self>> {
         let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         loaded.retain(|(_, kernels)| kernels.strong_count() > 0);
@@ -219,7 +239,10 @@ impl Kernels {
         if let Some(kernels) = found.and_then(|(_, kernels)| kernels.upgrade()) {
             return Ok(kernels);
         }
-        let kernels = Arc::new(Kernels::load(name, context, ptx, shared_bytes)?);
+        let overlapping = overlapping(&ptx);
+        let (raw, kernels) = (context.raw, RwLock::default());
+        let kernels = Kernels { context: raw, ptx, shared_bytes, loaded: kernels, overlapping };
+        let kernels = Arc::new(kernels);
         if let Some(device) = context.retained {
             // A primary context and its kernels are held for good: loading them again would take longer than a step.
             let mut primary = null_mut();
@@ -230,29 +253,56 @@ impl Kernels {
         Ok(kernels)
     }
 
-    fn load(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Self> {
+    /// The function of an entry, if it is loaded.
+    fn find(&self, entry: &Entry) -> Option<sys::CUfunction> {
+        self.read().by_name.get(entry.name).map(|kernel| kernel.function)
+    }
+
+    /// Loads those of `entries` that are not loaded yet, several at a time. A kernel that another thread loads meanwhile
+    /// is loaded twice, and one of the two dropped: no lock is held while the driver compiles.
+    fn load(&self, name: &str, entries: &[&'static Entry]) -> Result<()> {
         let begin = Instant::now();
-        let bad_name = |_| Error::Driver {
-            device: name.to_owned(),
-            call: "cuModuleLoadData".into(),
-            reason: "the text holds a zero byte".into(),
-        };
-        let text = CString::new(ptx.text).map_err(bad_name)?;
-        let mut module = null_mut();
-        cuda!(name, cuModuleLoadData(&mut module, text.as_ptr().cast()))?;
-        let (functions, load_time) = (HashMap::new(), Duration::ZERO);
-        let overlapping = overlapping(&ptx);
-        let mut kernels = Kernels { context: context.raw, module, functions, overlapping, load_time };
-        for entry in kernels_gpu::entries::ENTRIES {
-            let mut function = null_mut();
-            let symbol = CString::new(entry.name).map_err(bad_name)?;
-            cuda!(name, cuModuleGetFunction(&mut function, module, symbol.as_ptr()))?;
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
-            cuda!(name, cuFuncSetAttribute(function, attribute, shared_bytes as i32))?;
-            kernels.functions.insert(entry.name, function);
+        let missing: Vec<_> = entries.iter().filter(|entry| self.find(entry).is_none()).collect();
+        let load = |entry: &&&'static Entry| Ok((entry.name, self.compile(name, entry)?));
+        let fresh = missing.par_iter().map(load).collect::<Result<Vec<_>>>()?;
+        let mut loaded = self.loaded.write().unwrap_or_else(|poisoned| poisoned.into_inner());
+        for (name, kernel) in fresh {
+            loaded.by_name.entry(name).or_insert(kernel);
         }
-        kernels.load_time = begin.elapsed();
-        Ok(kernels)
+        loaded.time += begin.elapsed();
+        Ok(())
+    }
+
+    fn compile(&self, name: &str, entry: &'static Entry) -> Result<Kernel> {
+        let fail = |reason: &str| Error::Launch {
+            device: name.to_owned(),
+            kernel: entry.name,
+            reason: reason.to_owned(),
+        };
+        let text = self.ptx.entry_text(entry.name).ok_or_else(|| fail("not in the PTX"))?;
+        let text = CString::new(text).map_err(|_| fail("a zero byte in the PTX"))?;
+        let symbol = CString::new(entry.name).map_err(|_| fail("a zero byte in its name"))?;
+        let context = Context { raw: self.context, retained: None };
+        let _entered = context.enter(name)?;
+        let (mut module, function) = (null_mut(), null_mut());
+        cuda!(name, cuModuleLoadData(&mut module, text.as_ptr().cast()))?;
+        let mut kernel = Kernel { context: self.context, module, function };
+        cuda!(name, cuModuleGetFunction(&mut kernel.function, module, symbol.as_ptr()))?;
+        let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+        cuda!(name, cuFuncSetAttribute(kernel.function, attribute, self.shared_bytes as i32))?;
+        if self.overlapping.is_some() {
+            allow_large_clusters(kernel.function); // `largest_cluster` asks whether it can be
+        }
+        if std::env::var("TS_CARVE").is_ok() {
+            // XXX
+            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            cuda!(name, cuFuncSetAttribute(kernel.function, attribute, 100))?;
+        } // XXX
+        Ok(kernel)
+    }
+
+    fn read(&self) -> RwLockReadGuard<'_, Loaded> {
+        self.loaded.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -276,43 +326,49 @@ fn overlapping(ptx: &Ptx) -> Option<LaunchKernelEx> {
     unsafe { driver_function(c"cuLaunchKernelEx") }
 }
 
+/// Lets a function be launched in clusters of more blocks than every device with clusters has. False where the driver
+/// does not know of it.
+fn allow_large_clusters(function: sys::CUfunction) -> bool {
+    // SAFETY: the driver's function of that name has this signature.
+    let set = unsafe { driver_function::<FuncSetAttribute>(c"cuFuncSetAttribute") };
+    // SAFETY: a function of a loaded module, in whose context we are.
+    set.is_some_and(
+        |set| unsafe { set(function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1) } == CUresult::CUDA_SUCCESS,
+    )
+}
+
 impl Kernels {
-    /// Blocks of a cluster at most: those that every device with clusters has, or twice as many where the kernels' blocks,
-    /// which take an SM each, find so many SMs side by side.
-    fn largest_cluster(&self) -> u32 {
-        let portable = if self.overlapping.is_some() { PORTABLE_CLUSTER } else { 1 };
-        // SAFETY: the driver's functions of these names have these signatures.
-        let functions = unsafe {
-            driver_function::<FuncSetAttribute>(c"cuFuncSetAttribute")
-                .zip(driver_function::<MaxActiveClusters>(c"cuOccupancyMaxActiveClusters"))
-        };
-        let (Some((set, count)), true) = (functions, portable > 1) else { return portable };
-        // SAFETY: a function of a loaded module, in whose context we are.
-        let allows = |function| unsafe { set(function, NON_PORTABLE_CLUSTER_SIZE_ALLOWED, 1) };
-        if self.functions.values().any(|&function| allows(function) != CUresult::CUDA_SUCCESS) {
-            return portable;
+    /// Blocks of a cluster at most: those that every device with clusters has, or twice as many where blocks that take an
+    /// SM each find so many SMs side by side.
+    fn largest_cluster(&self, name: &str) -> Result<u32> {
+        if self.overlapping.is_none() {
+            return Ok(1);
         }
-        let blocks = 2 * portable;
+        // SAFETY: the driver's function of that name has this signature.
+        let count = unsafe { driver_function::<MaxActiveClusters>(c"cuOccupancyMaxActiveClusters") };
+        let (Some(count), Some(entry)) = (count, Entry::find("conformance_cluster")) else {
+            return Ok(PORTABLE_CLUSTER);
+        };
+        self.load(name, &[entry])?;
+        let Some(function) = self.find(entry) else { return Ok(PORTABLE_CLUSTER) };
+        let blocks = 2 * PORTABLE_CLUSTER;
         let mut cluster = LaunchAttribute::cluster_of(blocks);
-        let fits = ["top_k_choose_in_cluster", "attend_decode_bf16_d128"].iter().all(|name| {
-            let Some(&function) = self.functions.get(name) else { return false };
-            let config = LaunchConfig {
-                grid: [blocks, 1, 1],
-                block: [if name.starts_with("top_k") { 1024 } else { 384 }, 1, 1],
-                shared_bytes: 100 << 10,
-                stream: null_mut(),
-                attributes: &mut cluster,
-                num_attributes: 1,
-            };
-            let mut clusters = 0;
-            // SAFETY: as above; `clusters` and `config` live through the call.
-            unsafe { count(&mut clusters, function, &config) == CUresult::CUDA_SUCCESS && clusters > 0 }
-        });
-        if fits { blocks } else { portable }
+        let config = LaunchConfig {
+            grid: [blocks, 1, 1],
+            block: [1024, 1, 1],
+            shared_bytes: self.shared_bytes,
+            stream: null_mut(),
+            attributes: &mut cluster,
+            num_attributes: 1,
+        };
+        let mut clusters = 0;
+        // SAFETY: `clusters` and `config` live through the call.
+        let counted = unsafe { count(&mut clusters, function, &config) } == CUresult::CUDA_SUCCESS;
+        Ok(if allow_large_clusters(function) && counted && clusters > 0 { blocks } else { PORTABLE_CLUSTER })
     }
 }
 
-impl Drop for Kernels {
+impl Drop for Kernel {
     fn drop(&mut self) {
         // SAFETY: the context lives as long as its devices, which hold the kernels. An error would mean that the
         // process is ending.
@@ -353,7 +409,7 @@ impl CudaDriver {
         let context = Context::of(&name, device)?;
         let entered = context.enter(&name)?;
         let kernels = Kernels::of(&name, &context, ptx, gpu.limits.shared_bytes)?;
-        gpu.limits.cluster = kernels.largest_cluster();
+        gpu.limits.cluster = kernels.largest_cluster(&name)?;
         let stream = match stream {
             Some(raw) => Stream { raw, owned: false },
             None => {
@@ -373,6 +429,16 @@ impl CudaDriver {
 
     fn capturing(&self) -> MutexGuard<'_, Capturing> {
         self.capturing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
+    }
+
+    /// The error for `op` while anybody records what is put in the stream, which it would break.
+    fn expect_nothing_recorded(&self, op: &'static str) -> Result<()> {
+        self.expect_no_capture(op)?;
+        let _entered = self.enter()?;
+        let mut status = sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        cuda!(&self.name, cuStreamIsCapturing(self.stream.raw, &mut status))?;
+        let is_idle = status == sys::CUstreamCaptureStatus::CU_STREAM_CAPTURE_STATUS_NONE;
+        if is_idle { Ok(()) } else { Err(while_capturing(op)) }
     }
 
     /// The error for `op` while work is being recorded: CUDA would record it with an address of this moment.
@@ -433,7 +499,15 @@ impl Driver for CudaDriver {
     }
 
     fn load_time(&self) -> Duration {
-        self.kernels.load_time
+        self.kernels.read().time
+    }
+
+    fn prepare(&self, entries: &[&'static Entry]) -> Result<()> {
+        if entries.iter().all(|entry| self.kernels.find(entry).is_some()) {
+            return Ok(());
+        }
+        self.expect_nothing_recorded("loading kernels")?;
+        self.kernels.load(&self.name, entries)
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
@@ -485,9 +559,8 @@ impl Driver for CudaDriver {
         check_launch(self, entry, &dims, params)?;
         let _entered = self.enter()?;
         let fail = |reason: String| Error::Launch { device: self.name.clone(), kernel: entry.name, reason };
-        let Some(function) = self.kernels.functions.get(entry.name) else {
-            return Err(fail("not in the PTX".into()));
-        };
+        self.prepare(&[entry])?;
+        let Some(function) = self.kernels.find(entry) else { return Err(fail("not loaded".into())) };
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
         if let Some(launch) = self.kernels.overlapping {
@@ -502,7 +575,7 @@ impl Driver for CudaDriver {
             };
             // SAFETY: as below; kernels wait for those before them, as `entries` demands, before they read or write what
             // those have written.
-            let code = unsafe { launch(&config, *function, arguments.as_mut_ptr(), null_mut()) };
+            let code = unsafe { launch(&config, function, arguments.as_mut_ptr(), null_mut()) };
             return check(&self.name, "cuLaunchKernelEx", code).map_err(|error| fail(error.to_string()));
         }
         // SAFETY: one argument, the parameter struct, of the size that the entry has; the kernel's rules are the
@@ -510,7 +583,7 @@ impl Driver for CudaDriver {
         let code = unsafe {
             let (shared, stream) = (dims.shared_bytes, self.stream.raw);
             let arguments = arguments.as_mut_ptr();
-            sys::cuLaunchKernel(*function, gx, gy, gz, bx, by, bz, shared, stream, arguments, null_mut())
+            sys::cuLaunchKernel(function, gx, gy, gz, bx, by, bz, shared, stream, arguments, null_mut())
         };
         check(&self.name, "cuLaunchKernel", code).map_err(|error| fail(error.to_string()))
     }

@@ -29,9 +29,15 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// What launch shapes depend on.
     fn gpu(&self) -> &GpuInfo;
 
-    /// How long it took to load the kernels.
+    /// How long it took to load kernels so far.
     fn load_time(&self) -> Duration {
         Duration::ZERO
+    }
+
+    /// Loads kernels, so that [`launch`](Self::launch) need not.
+    fn prepare(&self, entries: &[&'static Entry]) -> Result<()> {
+        let _ = entries;
+        Ok(())
     }
 
     /// Allocates `bytes > 0` bytes, aligned to 256.
@@ -52,7 +58,7 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// Copies within the device; the ranges do not overlap.
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
 
-    /// Starts a kernel. `params` are the bytes of the entry's parameter struct.
+    /// Starts a kernel, which is loaded first if it must. `params` are the bytes of the entry's parameter struct.
     ///
     /// # Safety
     /// - The entry's own rules hold for the parameters: its pointers name memory of this device with the stated
@@ -69,7 +75,7 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32>;
 
     /// From now on launches, copies within the device and zeroing are recorded instead of done. What cannot be recorded
-    /// (allocating, copies from and to the host, waiting) fails meanwhile.
+    /// (allocating, loading kernels, copies from and to the host, waiting) fails meanwhile.
     fn begin_capture(&self) -> Result<()>;
 
     /// Ends the recording, also where it failed.

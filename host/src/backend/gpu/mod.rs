@@ -18,7 +18,7 @@ use half::{bf16, f16};
 use kernels_gpu::append::AppendParams;
 use kernels_gpu::append_pool::AppendPoolParams;
 use kernels_gpu::attention::AttendParams;
-use kernels_gpu::entries::Entry;
+use kernels_gpu::entries::{ENTRIES, Entry};
 use kernels_gpu::forget::ForgetParams;
 use kernels_gpu::launch::Dims;
 use kernels_gpu::layout::{BatchTables, PageStrides};
@@ -118,6 +118,13 @@ impl Backend for GpuBackend {
 
     fn scratch_words(&self, config: &SelectConfig, limits: &Limits) -> usize {
         Scratch::words(self.driver.gpu(), config, limits)
+    }
+
+    fn prepare(&self, config: &SelectConfig) -> Result<()> {
+        let Ok(dtype) = self.dtype_name("prepare", config.dtype) else { return Ok(()) };
+        let (head_dim, columns) = (config.heads.head_dim as u32, columns(config.heads.group() as u32));
+        let serves = |entry: &&Entry| entry.serves(dtype, head_dim, columns);
+        self.driver.prepare(&ENTRIES.iter().filter(serves).collect::<Vec<_>>())
     }
 
     fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()> {
