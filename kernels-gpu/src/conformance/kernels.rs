@@ -357,7 +357,7 @@ pub unsafe fn cluster(p: ClusterParams) {
         p.out.add((round * blocks * 64) as u64 + at).store(sum + cluster::block_rank() - block_idx_x() % 4);
         cluster::sync();
         // Each block has the same sums, and brings them to the next one.
-        place.of_block((cluster::block_rank() + 1) % cluster::num_blocks()).store(sum);
+        place.of_block((cluster::block_rank() + 1) % cluster::num_blocks().max(1)).store(sum);
         round += 1;
     }
     cluster::sync();
