@@ -13,7 +13,7 @@
 use crate::launch::Dims;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 use crate::layout::Row;
-use crate::layout::{BatchTables, PageStrides};
+use crate::layout::{BatchTables, PageStrides, absent, absent_mut};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 
 /// Threads of a block: one 16-byte piece each of a token with 8 heads of 128.
@@ -50,6 +50,22 @@ pub struct AppendParams {
 const _: () = assert!(size_of::<AppendParams>() == 128);
 
 impl AppendParams {
+    /// Nothing to append.
+    pub const fn none(batch: BatchTables) -> AppendParams {
+        AppendParams {
+            k: absent(),
+            v: absent(),
+            k_pages: absent_mut(),
+            v_pages: absent_mut(),
+            batch,
+            stride: PageStrides { page: 0, token: 0, head: 0 },
+            num_tokens: 0,
+            num_kv_heads: 0,
+            head_dim: PIECE,
+            reserved: 0,
+        }
+    }
+
     /// One block per token. No launch is needed where there is none.
     pub const fn dims(&self) -> Dims {
         Dims::linear(self.num_tokens, THREADS, 0)

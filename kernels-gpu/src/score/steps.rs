@@ -348,10 +348,11 @@ pub(super) unsafe fn fold<T: Element>(work: &Work<'_, T>, place: Region<V2<f32>>
     }
 }
 
-/// Statistics of a head over the chunks `part`, `part + parts`, ... Many loads are under way at a time.
+/// Statistics of a head over the chunks `part`, `part + parts`, ... Many loads are under way at a time, and their sums
+/// wait for the largest of their maxima alone, not for each other.
 #[inline(always)]
 unsafe fn fold_part<T: Element>(work: &Work<'_, T>, head: u32, part: u32, parts: u32) -> Stats {
-    const BATCH: usize = 17;
+    const BATCH: usize = 34;
     let mut stats = Stats::EMPTY;
     let mut chunk = part;
     while chunk < work.num_chunks {
@@ -365,11 +366,19 @@ unsafe fn fold_part<T: Element>(work: &Work<'_, T>, head: u32, part: u32, parts:
             }
             i += 1;
         }
+        let mut max = stats.max;
         let mut i = 0;
         while i < BATCH {
-            stats = stats.merge(batch[i]);
+            max = max.max(batch[i].max);
             i += 1;
         }
+        let mut sum = stats.sum * Stats::term(stats.max, max);
+        let mut i = 0;
+        while i < BATCH {
+            sum += batch[i].sum * Stats::term(batch[i].max, max);
+            i += 1;
+        }
+        stats = Stats { max, sum };
         chunk += BATCH as u32 * parts;
     }
     stats

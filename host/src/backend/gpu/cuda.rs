@@ -293,11 +293,6 @@ impl Kernels {
         if self.overlapping.is_some() {
             allow_large_clusters(kernel.function); // `largest_cluster` asks whether it can be
         }
-        if std::env::var("TS_CARVE").is_ok() {
-            // XXX
-            let attribute = sys::CUfunction_attribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
-            cuda!(name, cuFuncSetAttribute(kernel.function, attribute, 100))?;
-        } // XXX
         Ok(kernel)
     }
 

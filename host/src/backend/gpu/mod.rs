@@ -201,7 +201,18 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         let dtype = self.dtype_name("pool", args.q.dtype())?;
-        self.launch_pool(dtype, &self.pool_params(&args)?)
+        let params = AppendPoolParams {
+            append: AppendParams::none(self.tables(args.batch)?),
+            pool: self.pool_params(&args)?,
+            max_block_len: args.batch.max_block_len() as u32,
+            reserved: 0,
+        };
+        if !params.fits() {
+            return self.launch_pool(dtype, &params.pool);
+        }
+        let entry = self.entry("pool", &format!("append_pool_{dtype}"))?;
+        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
+        unsafe { self.launch(entry, params.dims(), &params) }
     }
 
     fn append_pool(&self, append: AppendArgs<'_>, pool: PoolArgs<'_>) -> Result<()> {
