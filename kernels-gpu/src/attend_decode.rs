@@ -40,13 +40,13 @@ pub const HALVES: u32 = 1;
 /// rotated in pairs of neighbours.
 pub const NEIGHBOURS: u32 = 2;
 
-/// Warps of a block: with up to 168 registers a thread 12 fill an SM, and 8 where rotated keys, or pieces that are half as
-/// wide, need more.
+/// Warps of a block, one of which runs on an SM at a time: 11 with up to 168 registers a thread, 8 with up to 255 where
+/// rotated keys, or pieces that are half as wide, need more.
 const fn warps(head_dim: u32, rotate: bool) -> u32 {
     if rotate || !head_dim.is_multiple_of(64) { 8 } else { MAX_WARPS }
 }
 /// Warps of a block at most.
-const MAX_WARPS: u32 = 12;
+const MAX_WARPS: u32 = 11;
 /// Places of a tile: the depth of one `mma`.
 const TILE: u32 = 16;
 /// Query rows of a block: the columns of one `mma`.

@@ -26,6 +26,7 @@ enum Without {
 
 unsafe fn exchange(without: Without, out: GlobalMut<u32>) {
     let (i, own) = (thread_idx_x(), LAYOUT.a.get().add(thread_idx_x()));
+    cluster::meet();
     own.store(100 * block_idx_x() + i);
     if without != Without::SyncBeforeRead {
         cluster::sync();

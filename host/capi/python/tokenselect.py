@@ -411,6 +411,17 @@ class Context(_Handle):
         q, cached = self._rows("q", q, batch), _handle(selection_cache)
         _lib.select(self.handle, batch.handle, self._kv(kv), q, cached, layer)
 
+    def append_select(self, batch, kv, q, k, v, selection_cache=None, layer=0):
+        """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a borrowed
+        cache."""
+        q, k, v = (self._rows(name, given, batch) for name, given in (("q", q), ("k", k), ("v", v)))
+        cached = _handle(selection_cache)
+        _lib.append_select(self.handle, batch.handle, self._kv(kv), q, k, v, cached, layer)
+
+    def vote_top_k(self, batch, selection_cache=None, layer=0):
+        """`vote`, then `top_k` of these votes."""
+        _lib.vote_top_k(self.handle, batch.handle, _handle(selection_cache), layer)
+
     def pool(self, batch, q, selection_cache=None, layer=0):
         """Scoring queries, similarities and actions from `q`, `[num_query_tokens, num_qo_heads, head_dim]`."""
         _lib.pool(self.handle, batch.handle, self._rows("q", q, batch), _handle(selection_cache), layer)

@@ -112,6 +112,8 @@ FUNCTIONS = {
     "ts_batch_slot_create": [_P, _P, c_size_t, _OUT],
     "ts_batch_slot_put": [_P, _P, _OUT],
     "ts_append": [_P, _P, POINTER(KvView), _P, _P],
+    "ts_append_select": [_P, _P, POINTER(KvView), _P, _P, _P, _P, c_size_t],
+    "ts_vote_top_k": [_P, _P, _P, c_size_t],
     "ts_select": [_P, _P, POINTER(KvView), _P, _P, c_size_t],
     "ts_pool": [_P, _P, _P, _P, c_size_t],
     "ts_score": [_P, _P, POINTER(KvView)],

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{Batch, DType, Device, Ranks, Selection, StepOutput, TensorView};
+use tokenselect::{Batch, DType, Device, Ranks, Selection, StepInput, StepOutput, TensorView};
 
 use crate::batch::ts_batch;
 use crate::config::dtype;
@@ -204,6 +204,52 @@ pub unsafe extern "C" fn ts_select(
     })
 }
 
+/// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
+/// borrowed cache.
+///
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
+/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+///
+/// Errors: those of the two.
+///
+/// # Safety
+/// - As for `ts_append` and `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_append_select(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    q: *const c_void,
+    k: *const c_void,
+    v: *const c_void,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, kv, cached) = unsafe {
+            let context = reference_mut("context", context)?;
+            let batch = &reference("batch", batch)?.batch;
+            (context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?)
+        };
+        let (new, queries) = (NewKv::of(context, batch, k, v), Queries::of(context, batch, q));
+        let (device, dtype) = (&context.device, context.select.config().dtype);
+        for pages in kv.arguments(dtype)? {
+            pages.expect_apart(&[new.k, new.v, queries.0])?;
+        }
+        // SAFETY: as above, and pages are apart from what is read.
+        let ((k, v), q, (pages, swapped)) =
+            unsafe { (new.views(device)?, queries.view(device)?, kv.view_mut(device, dtype)?) };
+        if !swapped {
+            return Ok(context.select.append_select(batch, pages, StepInput { q, k, v }, cached)?);
+        }
+        context.select.append(batch, pages, v, k)?;
+        // SAFETY: as above; the writable view is gone.
+        let kv = unsafe { kv.view(device, dtype)? };
+        Ok(context.select.select(batch, kv, q, cached)?)
+    })
+}
+
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
@@ -297,6 +343,28 @@ pub unsafe extern "C" fn ts_top_k(
             (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
         };
         Ok(context.select.top_k(batch, cached)?)
+    })
+}
+
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments and errors are those of
+/// `ts_top_k`.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_vote_top_k(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch, cached) = unsafe {
+            let context = reference_mut("context", context)?;
+            (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
+        };
+        Ok(context.select.vote_top_k(batch, cached)?)
     })
 }
 

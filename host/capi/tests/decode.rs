@@ -224,14 +224,24 @@ fn borrowed_cache() {
             };
             let batch = made(|to| ts_batch_create(&tables, to));
             let mut got = Out::new(tokens, &config);
-            ok(ts_append(context, batch, &kv, at(&k), at(&v)));
-            if step % 2 == 0 {
-                ok(ts_select(context, batch, &kv, at(&q), selections, 0));
+            if step % 4 == 3 {
+                ok(ts_append_select(context, batch, &kv, at(&q), at(&k), at(&v), selections, 0));
             } else {
-                ok(ts_pool(context, batch, at(&q), selections, 0));
-                ok(ts_score(context, batch, &kv));
-                ok(ts_vote(context, batch));
-                ok(ts_top_k(context, batch, selections, 0));
+                ok(ts_append(context, batch, &kv, at(&k), at(&v)));
+            }
+            match step % 4 {
+                0 => ok(ts_select(context, batch, &kv, at(&q), selections, 0)),
+                3 => {}
+                pooled => {
+                    ok(ts_pool(context, batch, at(&q), selections, 0));
+                    ok(ts_score(context, batch, &kv));
+                    if pooled == 1 {
+                        ok(ts_vote(context, batch));
+                        ok(ts_top_k(context, batch, selections, 0));
+                    } else {
+                        ok(ts_vote_top_k(context, batch, selections, 0));
+                    }
+                }
             }
             ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
             assert_same(&got, &want[0], &format!("step {step}"));

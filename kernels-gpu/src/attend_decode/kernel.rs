@@ -302,13 +302,9 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
     loop {
         let next = tile + mine.step;
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
-        let mut after = ahead;
         let followed = next < end;
         if followed {
             keys = load_keys::<T, W, C>(work, ahead);
-            if ROTATE == NATIVE || W == 4 {
-                after = look_up(work, next + mine.step);
-            }
         }
         let rank_at = |place: u32| warp::shuffle_idx(warp::FULL, rank, place + warp::lane_id() / 4);
         let weights = fold(work, [rank_at(0), rank_at(8)], products, &mut softmax, &mut out);
@@ -317,10 +313,8 @@ unsafe fn attend_share<T: Element, const W: usize, const C: usize, const V: usiz
             return (out, softmax);
         }
         values = load_values::<T, W, V>(work, ahead);
-        if ROTATE != NATIVE && W != 4 {
-            after = look_up(work, next + mine.step); // late: rotation needs the registers
-        }
-        (tile, rank, ahead) = (next, ahead.rank, after);
+        (tile, rank) = (next, ahead.rank);
+        ahead = look_up(work, next + mine.step); // late: there are no registers for it before
     }
 }
 

@@ -1,7 +1,7 @@
 //! Merging: the outputs of a block's warps, then those of a list's shares.
 
 use super::kernel::{Out, Softmax, Work};
-use super::{Layout, MAX_WARPS, QUERY_ROWS};
+use super::{Layout, QUERY_ROWS};
 use crate::attention::subtracted;
 use crate::element::Element;
 use crate::simt::data::{V2, V4};
@@ -134,34 +134,47 @@ impl Merged {
     }
 }
 
-/// Merges the outputs of warps in shared memory, in order; all are loaded at once.
+/// Merges the outputs of warps in shared memory, in order, four at a time.
 #[inline(always)]
 unsafe fn merge(parts: u32, part: impl Fn(u32) -> (Shared<V2<f32>>, Shared<V4<f32>>)) -> Merged {
-    const MOST: usize = MAX_WARPS as usize;
-    let mut loaded = [([f32::NEG_INFINITY, 0.0], [0.0; 4]); MOST];
-    let mut i = 0;
-    while i < MOST {
-        if (i as u32) < parts {
-            let (stats, out) = part(i as u32);
-            loaded[i] = (stats.load().0, out.load().0);
-        }
-        i += 1;
-    }
+    const BATCH: usize = 4;
     let mut merged = Merged { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; 4] };
-    let mut i = 0;
-    while i < MOST {
-        merged.max = merged.max.max(loaded[i].0[0]);
-        i += 1;
-    }
-    let mut i = 0;
-    while i < MOST {
-        merged.add(loaded[i].0, loaded[i].1);
-        i += 1;
+    let mut first = 0;
+    while first < parts {
+        let mut loaded = [([f32::NEG_INFINITY, 0.0], [0.0; 4]); BATCH];
+        let mut i = 0;
+        while i < BATCH {
+            if first + (i as u32) < parts {
+                let (stats, out) = part(first + i as u32);
+                loaded[i] = (stats.load().0, out.load().0);
+            }
+            i += 1;
+        }
+        merged.add_all(&loaded);
+        first += BATCH as u32;
     }
     merged
 }
 
 impl Merged {
+    /// Adds parts: their largest logits and sums, and outputs.
+    #[inline(always)]
+    fn add_all<const N: usize>(&mut self, parts: &[([f32; 2], [f32; 4]); N]) {
+        let before = *self;
+        let mut i = 0;
+        while i < N {
+            self.max = self.max.max(parts[i].0[0]);
+            i += 1;
+        }
+        (self.sum, self.out) = (0.0, [0.0; 4]);
+        self.add([before.max, before.sum], before.out);
+        let mut i = 0;
+        while i < N {
+            self.add(parts[i].0, parts[i].1);
+            i += 1;
+        }
+    }
+
     /// Adds a part whose largest logit is at most `max`.
     #[inline(always)]
     fn add(&mut self, [max, sum]: [f32; 2], out: [f32; 4]) {
@@ -197,19 +210,7 @@ unsafe fn merge_shares<T: Element>(work: &Work<'_, T>, shares: &Shares, head_dim
                 }
                 b += 1;
             }
-            let before = merged;
-            let mut b = 0;
-            while b < BATCH {
-                merged.max = merged.max.max(loaded[b].0[0]);
-                b += 1;
-            }
-            (merged.sum, merged.out) = (0.0, [0.0; 4]);
-            merged.add([before.max, before.sum], before.out);
-            let mut b = 0;
-            while b < BATCH {
-                merged.add(loaded[b].0, loaded[b].1);
-                b += 1;
-            }
+            merged.add_all(&loaded);
             first += BATCH as u32;
         }
         merged.finish(work, row, quad, head_dim);
