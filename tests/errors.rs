@@ -612,7 +612,7 @@ fn every_variant_is_provoked() {
         emulated_pool(DType::Bf16).err(),
     ];
     let text = provoked.last().unwrap().as_ref().unwrap().to_string();
-    assert!(text.starts_with("emulated: kernel `pool_bf16`: [GlobalBounds]"), "{text}");
+    assert!(text.starts_with("emulated: kernel `append_pool_bf16`: [GlobalBounds]"), "{text}");
     assert!(text.contains("address 0x1000 belongs to no allocation"), "{text}");
     let name = |error: &Error| {
         let text = format!("{error:?}");
