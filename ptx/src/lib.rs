@@ -37,7 +37,7 @@ pub struct Ptx {
 }
 
 impl Ptx {
-    /// A module with the entry point `name` alone: drivers compile a module as a whole, and all entries take them 17 s.
+    /// A module with the entry point `name` alone: drivers compile a module as a whole, and all entries take them 19 s.
     ///
     /// ```
     /// let text = tokenselect_ptx::SM_80.entry_text("append").expect("an entry");
