@@ -884,6 +884,25 @@ ts_status ts_select(struct ts_context *context,
                     struct ts_selection_cache *selection_cache,
                     size_t layer);
 
+/// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
+/// borrowed cache.
+///
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
+/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+///
+/// Errors: those of the two.
+///
+/// Promised by the caller:
+/// - As for `ts_append` and `ts_select`.
+ts_status ts_append_select(struct ts_context *context,
+                           const struct ts_batch *batch,
+                           const struct ts_kv_view *kv,
+                           const void *q,
+                           const void *k,
+                           const void *v,
+                           struct ts_selection_cache *selection_cache,
+                           size_t layer);
+
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
@@ -932,6 +951,16 @@ ts_status ts_top_k(struct ts_context *context,
                    const struct ts_batch *batch,
                    struct ts_selection_cache *selection_cache,
                    size_t layer);
+
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments and errors are those of
+/// `ts_top_k`.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_vote_top_k(struct ts_context *context,
+                        const struct ts_batch *batch,
+                        struct ts_selection_cache *selection_cache,
+                        size_t layer);
 
 /// Attention over the selected lists of the workspace. Writes `output`.
 ///

@@ -169,7 +169,8 @@ pub(crate) fn arrive(orders: bool, site: Site) -> bool {
         // SAFETY: the blocks of a cluster live while it runs, on this OS thread, and of `block` no other borrow is used
         // from here on.
         unsafe {
-            if blocks.iter().all(|&b| (*b).cluster.arrived == (&(*b).lanes).len()) {
+            let has_arrived = |block: &Block| block.cluster.arrived == block.lanes.len();
+            if blocks.iter().all(|&block| has_arrived(&*block)) {
                 complete(&blocks);
             }
         }
