@@ -339,6 +339,7 @@ impl TokenSelect {
     /// # Errors
     /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`].
     pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.check_choice(batch, cached.as_ref())?;
         self.choose(batch, cached, false)
     }
 
@@ -353,6 +354,7 @@ impl TokenSelect {
         self.choose(batch, cached, counts)
     }
 
+    /// What [`choose`](Self::choose) relies on.
     fn check_choice(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
         self.plan.check(batch)?;
         self.workspace.check(&self.plan)?;
@@ -365,14 +367,13 @@ impl TokenSelect {
         Ok(())
     }
 
-    /// [`top_k`](Self::top_k); `votes_are_counted` if [`vote_and_count`](Self::vote_and_count) has just done so.
+    /// [`top_k`](Self::top_k) of checked arguments; `votes_are_counted` if [`vote_and_count`](Self::vote_and_count) has just done so.
     fn choose(
         &mut self,
         batch: &Batch,
         cached: Option<SelectionCacheLayer<'_>>,
         votes_are_counted: bool,
     ) -> Result<()> {
-        self.check_choice(batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
         let pools = self.config().vote_pool_window > 1;
         if pools {

@@ -2,7 +2,10 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{Batch, DType, Device, Ranks, Selection, StepInput, StepOutput, TensorView};
+use tokenselect::{
+    Batch, DType, Device, Ranks, Selection, SelectionCacheLayer, StepInput, StepOutput, TensorView,
+    TokenSelect,
+};
 
 use crate::batch::ts_batch;
 use crate::config::dtype;
@@ -336,14 +339,8 @@ pub unsafe extern "C" fn ts_top_k(
     selection_cache: *mut ts_selection_cache,
     layer: usize,
 ) -> ts_status {
-    fence(|| {
-        // SAFETY: the caller's promise.
-        let (context, batch, cached) = unsafe {
-            let context = reference_mut("context", context)?;
-            (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
-        };
-        Ok(context.select.top_k(batch, cached)?)
-    })
+    // SAFETY: the caller's promise.
+    unsafe { choose(context, batch, selection_cache, layer, TokenSelect::top_k) }
 }
 
 /// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments and errors are those of
@@ -358,13 +355,28 @@ pub unsafe extern "C" fn ts_vote_top_k(
     selection_cache: *mut ts_selection_cache,
     layer: usize,
 ) -> ts_status {
+    // SAFETY: the caller's promise.
+    unsafe { choose(context, batch, selection_cache, layer, TokenSelect::vote_top_k) }
+}
+
+/// An operation that chooses from votes.
+///
+/// # Safety
+/// - As for `ts_select`.
+unsafe fn choose(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+    operation: fn(&mut TokenSelect, &Batch, Option<SelectionCacheLayer<'_>>) -> tokenselect::Result<()>,
+) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
         let (context, batch, cached) = unsafe {
             let context = reference_mut("context", context)?;
             (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
         };
-        Ok(context.select.vote_top_k(batch, cached)?)
+        Ok(operation(&mut context.select, batch, cached)?)
     })
 }
 
