@@ -10,8 +10,8 @@ use common::run::{Inputs, token_select};
 use common::{assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, DType, Device, Error, HeadShape, KvLayout, Positions, Rope, RopePairing, RowAction, SelectConfig,
-    SelectionCache, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
+    Batch, DType, Device, Error, HeadShape, KvLayout, PagedKvCache, Positions, Rope, RopePairing, RowAction,
+    SelectConfig, SelectionCache, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// What `pool` decides without a cached selection.
@@ -81,7 +81,8 @@ fn check_queries(devices: &[Device], problem: &Problem, seed: u64) {
     }
 }
 
-/// Short blocks are appended and pooled by one kernel: what it leaves is what `append` and `pool` leave, and on the processor.
+/// A selection appends and pools short blocks where it scores, or in a launch of their own: either leaves what `append` and
+/// `pool` leave, and what the processor leaves. What has no kernel is refused before anything is written.
 #[test]
 fn append_and_pool_in_one() {
     let rope = |pairing, rotary_dim| Positions::Reassigned(Rope { pairing, rotary_dim, ..Rope::default() });
@@ -112,15 +113,21 @@ fn append_and_pool_in_one() {
     {
         let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
         let dtype = [DType::Bf16, DType::F16][i % 2];
-        let base = SelectConfig { heads, dtype, positions, ..small_config() };
-        for config in [base.clone(), cached(base, 0.5, Some(3))] {
+        // Copies of whole tiles may reach into a block that no local tokens part from the candidates.
+        for (page_size, n_local, caches) in
+            [(7, 4, false), (7, 4, true), (16, 4, true), (16, 15, true), (16, 14, false)]
+        {
+            let base = SelectConfig { heads, dtype, n_local, positions: positions.clone(), ..small_config() };
+            let config = if caches { cached(base, 0.5, Some(3)) } else { base };
             let problem = Problem::new(&config, lengths[i % 4], Content::Peaked, i as u64);
-            let want = pool_after_append(&Device::cpu(), &problem, false);
+            let of = |device: &Device, fused| pool_after_append(device, &problem, page_size, fused);
+            let want = of(&Device::cpu(), false).expect("the processor does everything");
             seen.extend(want.actions.iter().map(|&action| action as u32));
             for device in gpus() {
-                let [fused, apart] = [true, false].map(|fused| pool_after_append(&device, &problem, fused));
-                let what = format!("{}, case {i}", device.name());
-                for (got, of) in [(&fused, "in one"), (&apart, "apart")] {
+                let (fused, apart) = (of(&device, true), of(&device, false).expect("pool has no limits"));
+                let what = format!("{}, case {i}, pages of {page_size}", device.name());
+                assert_eq!(fused.is_some(), head_dim >= 64, "{what}: a kernel scores such heads");
+                for (got, of) in fused.iter().map(|fused| (fused, "in one")).chain([(&apart, "apart")]) {
                     assert_eq!(got.actions, want.actions, "{what}: actions {of}");
                     assert_eq!(got.kv, want.kv, "{what}: keys and values {of}");
                     let allowed = tolerance(DType::F32, 64);
@@ -142,9 +149,10 @@ struct Pooled {
     kv: [Vec<u16>; 2],
 }
 
-/// A step, or the two operations alone, after cached selections of all kinds were put in place.
-fn pool_after_append(device: &Device, problem: &Problem, fused: bool) -> Pooled {
-    let (mut cache, ids) = owned(device, problem, 7, KvLayout::Nhd, 1, 5);
+/// A whole selection, or the two operations alone, after cached selections of all kinds were put in place. `None` where the
+/// device has no kernels for the selection.
+fn pool_after_append(device: &Device, problem: &Problem, page_size: usize, fused: bool) -> Option<Pooled> {
+    let (mut cache, ids) = owned(device, problem, page_size, KvLayout::Nhd, 1, 5);
     let growth: Vec<_> = ids.iter().copied().zip(problem.rows.iter().map(|row| row.t)).collect();
     let batch = cache.extend(&growth).unwrap().padded(problem.rows.len() + 1, 2).unwrap();
     let mut ts = token_select(device, problem, &batch);
@@ -169,27 +177,27 @@ fn pool_after_append(device: &Device, problem: &Problem, fused: bool) -> Pooled 
         k: padded(problem.blocks(|row| &row.k), heads.num_kv_heads, heads.head_dim),
         v: padded(problem.blocks(|row| &row.v), heads.num_kv_heads, heads.head_dim),
     };
-    if fused {
-        let mut out = Tensor::zeros_on(device, DType::F32, inputs.q.shape()).unwrap();
-        let output = StepOutput { out: out.view_mut(), lse: None };
-        match ts.step(&mut cache, 0, &batch, inputs.step(), output) {
-            // Of the operations that follow.
-            Err(Error::Unsupported { .. }) => (),
-            done => done.unwrap(),
-        }
-    } else {
-        let (kv, selections) = cache.layer_mut(0).unwrap();
+    let bits = |cache: &PagedKvCache| {
+        let kv = cache.layer(0).unwrap();
+        [kv.k(), kv.v()].map(|tensor| common::half_bits(&tensor))
+    };
+    let before = bits(&cache);
+    let (kv, selections) = cache.layer_mut(0).unwrap();
+    let selections = selections.map(|selections| selections.layer_mut(0).unwrap());
+    if !fused {
         ts.append(&batch, kv, inputs.k.view(), inputs.v.view()).unwrap();
-        let selections = selections.map(|selections| selections.layer_mut(0).unwrap());
         ts.pool(&batch, inputs.q.view(), selections).unwrap();
+    } else if let Err(error) = ts.append_select(&batch, kv, inputs.step(), selections) {
+        assert!(matches!(error, Error::Unsupported { op: "score", .. }), "{error}");
+        assert_eq!(bits(&cache), before, "nothing was appended");
+        return None;
     }
-    let kv = cache.layer(0).unwrap();
-    Pooled {
+    Some(Pooled {
         actions: ts.workspace().actions().unwrap(),
         similarities: values(&ts.workspace().similarities),
         queries: values(&ts.workspace().queries),
-        kv: [kv.k(), kv.v()].map(|tensor| common::half_bits(&tensor)),
-    }
+        kv: bits(&cache),
+    })
 }
 
 /// A batch of one row of `n` tokens and a block of `t`, with place `index` in the Selection Cache.

@@ -63,6 +63,11 @@ impl Plan {
         Ok(Plan { config, limits, rope })
     }
 
+    /// Whether tokens are chosen by their votes as they are: not by a max-pool of these.
+    pub(crate) fn votes_are_chosen_from(&self) -> bool {
+        self.config.vote_pool_window <= 1
+    }
+
     /// The configuration.
     pub fn config(&self) -> &SelectConfig {
         &self.config

@@ -2,9 +2,7 @@
 
 use kernels_gpu::layout::{LOGIT_TILE, logit_tile};
 
-use crate::backend::{
-    AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, Selection, SmoothArgs, TopKArgs, VoteArgs,
-};
+use crate::backend::{AppendArgs, AttendArgs, MergeArgs, SelectArgs, SelectedKv, Selection};
 use crate::batch::Batch;
 use crate::cache::{KvView, KvViewMut, PagedKvCache};
 use crate::config::SelectConfig;
@@ -118,17 +116,16 @@ impl TokenSelect {
     pub fn append_select(
         &mut self,
         batch: &Batch,
-        mut kv: KvViewMut<'_>,
+        kv: KvViewMut<'_>,
         input: StepInput<'_>,
-        mut cached: Option<SelectionCacheLayer<'_>>,
+        cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
         self.check_append(batch, &kv, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         if let Some(cached) = &cached {
             self.check_cached(batch, cached)?;
         }
-        self.append_pool(batch, kv.reborrow(), input, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
-        self.select_pooled(batch, kv.as_view()?, cached)
+        self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)
     }
 
     /// One step of one layer of an owned cache with dense attention: append keys and values, attend to all.
@@ -168,19 +165,18 @@ impl TokenSelect {
         self.check_append(batch, &kv, &input.k, &input.v)
     }
 
-    /// [`append`](Self::append) and [`pool`](Self::pool) of a checked step.
-    fn append_pool(
+    /// A selection of checked arguments.
+    fn run_select(
         &mut self,
         batch: &Batch,
-        kv: KvViewMut<'_>,
-        input: StepInput<'_>,
+        kv: SelectedKv<'_>,
+        q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
         self.workspace.check(&self.plan)?;
-        let append = AppendArgs { batch, k: input.k, v: input.v, kv };
         let cached = cached.filter(|_| self.caches(batch));
-        let pool = pool_args(&self.plan, &mut self.workspace, batch, input.q, cached);
-        self.device.backend().append_pool(append, pool)
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        self.device.backend().select(SelectArgs { plan, workspace, batch, kv, q, cached })
     }
 
     /// Writes the keys and values of each row's block into its pages.
@@ -215,22 +211,14 @@ impl TokenSelect {
         batch: &Batch,
         kv: KvView<'_>,
         q: TensorView<'_>,
-        mut cached: Option<SelectionCacheLayer<'_>>,
-    ) -> Result<()> {
-        self.check_kv(batch, &kv)?;
-        self.pool(batch, q, cached.as_mut().map(SelectionCacheLayer::reborrow))?;
-        self.select_pooled(batch, kv, cached)
-    }
-
-    /// `score`, `vote` and `top_k`.
-    fn select_pooled(
-        &mut self,
-        batch: &Batch,
-        kv: KvView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.score(batch, kv)?;
-        self.vote_top_k(batch, cached)
+        self.check_kv(batch, &kv)?;
+        self.check_queries(batch, &q)?;
+        if let Some(cached) = &cached {
+            self.check_cached(batch, cached)?;
+        }
+        self.run_select(batch, SelectedKv::Read(kv), q, cached)
     }
 
     /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
@@ -252,7 +240,7 @@ impl TokenSelect {
         }
         self.workspace.check(&self.plan)?;
         let cached = cached.filter(|_| self.caches(batch));
-        self.device.backend().pool(pool_args(&self.plan, &mut self.workspace, batch, q, cached))
+        self.device.backend().pool(self.workspace.pool_args(&self.plan, batch, q, cached))
     }
 
     /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics.
@@ -264,17 +252,7 @@ impl TokenSelect {
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
         self.check_kv(batch, &kv)?;
         self.workspace.check(&self.plan)?;
-        self.device.backend().score(ScoreArgs {
-            config: self.plan.config(),
-            limits: self.plan.limits(),
-            batch,
-            kv,
-            queries: self.workspace.queries.view(),
-            actions: self.workspace.actions.view(),
-            logits: self.workspace.logits.view_mut(),
-            stats: self.workspace.stats.view_mut(),
-            scratch: self.workspace.scratch.view_mut(),
-        })
+        self.device.backend().score(self.workspace.score_args(&self.plan, batch, kv))
     }
 
     /// Index into the elements of [`Workspace::logits`] of a row's token and query head.
@@ -315,17 +293,7 @@ impl TokenSelect {
     fn vote_and_count(&mut self, batch: &Batch, counts: bool) -> Result<()> {
         self.plan.check(batch)?;
         self.workspace.check(&self.plan)?;
-        self.device.backend().vote(VoteArgs {
-            config: self.plan.config(),
-            limits: self.plan.limits(),
-            batch,
-            actions: self.workspace.actions.view(),
-            logits: self.workspace.logits.view(),
-            stats: self.workspace.stats.view(),
-            votes: self.workspace.votes.view_mut(),
-            counts,
-            scratch: self.workspace.scratch.view_mut(),
-        })
+        self.device.backend().vote(self.workspace.vote_args(&self.plan, batch, counts))
     }
 
     /// The `top_k` largest votes of each row, max-pooled if the configuration says so (larger first, equal votes by
@@ -349,7 +317,7 @@ impl TokenSelect {
     /// As [`top_k`](Self::top_k).
     pub fn vote_top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
         self.check_choice(batch, cached.as_ref())?; // so that nothing is counted that is not chosen from
-        let counts = self.config().vote_pool_window <= 1;
+        let counts = self.plan.votes_are_chosen_from();
         self.vote_and_count(batch, counts)?;
         self.choose(batch, cached, counts)
     }
@@ -375,31 +343,11 @@ impl TokenSelect {
         votes_are_counted: bool,
     ) -> Result<()> {
         let cached = cached.filter(|_| self.caches(batch));
-        let pools = self.config().vote_pool_window > 1;
-        if pools {
-            self.device.backend().smooth(SmoothArgs {
-                config: self.plan.config(),
-                batch,
-                actions: self.workspace.actions.view(),
-                votes: self.workspace.votes.view(),
-                pooled: self.workspace.pooled_votes.view_mut(),
-            })?;
+        if self.config().vote_pool_window > 1 {
+            self.device.backend().smooth(self.workspace.smooth_args(&self.plan, batch))?;
         }
-        let votes = if pools { &self.workspace.pooled_votes } else { &self.workspace.votes };
-        self.device.backend().top_k(TopKArgs {
-            config: self.plan.config(),
-            limits: self.plan.limits(),
-            batch,
-            actions: self.workspace.actions.view(),
-            votes: votes.view(),
-            votes_are_counted,
-            queries: self.workspace.queries.view(),
-            cached,
-            top_k: self.workspace.top_k.view_mut(),
-            selected: self.workspace.selected.view_mut(),
-            selected_len: self.workspace.selected_len.view_mut(),
-            scratch: self.workspace.scratch.view_mut(),
-        })
+        let args = self.workspace.top_k_args(&self.plan, batch, cached, votes_are_counted);
+        self.device.backend().top_k(args)
     }
 
     /// Attention over the selected lists of the workspace.
@@ -642,27 +590,6 @@ impl TokenSelect {
             }
         }
         Ok(())
-    }
-}
-
-fn pool_args<'a>(
-    plan: &'a Plan,
-    workspace: &'a mut Workspace,
-    batch: &'a Batch,
-    q: TensorView<'a>,
-    cached: Option<SelectionCacheLayer<'a>>,
-) -> PoolArgs<'a> {
-    PoolArgs {
-        config: plan.config(),
-        limits: plan.limits(),
-        rope: plan.rope(),
-        batch,
-        q,
-        cached,
-        queries: workspace.queries.view_mut(),
-        similarities: workspace.similarities.view_mut(),
-        actions: workspace.actions.view_mut(),
-        scratch: workspace.scratch.view_mut(),
     }
 }
 

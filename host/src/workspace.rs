@@ -1,5 +1,7 @@
 //! The buffers between the operations of a step, all reachable, so that a collective can run between two.
 
+mod args;
+
 use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::plan::Plan;

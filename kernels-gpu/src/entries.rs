@@ -2,9 +2,11 @@
 //!
 //! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
 //!
-//! Each waits for the launches before it ([`grid::wait_for_previous`](crate::simt)) before it reads or writes memory, and
-//! then lets the launch after it begin: a host may launch them so that they overlap. So a kernel that begins knows that all
-//! launches but the last before it have ended. [`pool`](mod@crate::pool) and [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that.
+//! Each waits for the launches before it ([`grid::wait_for_previous`](crate::simt)) before it reads what a launch may have
+//! written, or writes anything, and then lets the launch after it begin: a host may launch them so that they overlap. So a
+//! kernel that begins knows that all launches but the last before it have ended. [`pool`](mod@crate::pool), [`top_k`](mod@crate::top_k) and
+//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that. The tables of a batch, and those of angles, are written by
+//! copies alone, which end before launches after them begin: they may be read at once.
 
 use half::{bf16, f16};
 

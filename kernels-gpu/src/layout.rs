@@ -117,15 +117,9 @@ impl Row {
     /// As [`BatchTables::candidates`] of a whole sequence.
     #[inline(always)]
     pub fn candidates(&self, n_init: u32, n_local: u32) -> Tokens {
-        candidates_of(self.queries, self.kv_len, n_init, n_local)
+        let end = self.kv_len.saturating_sub(self.queries.len()).saturating_sub(n_local);
+        Tokens { begin: n_init.min(end), end }
     }
-}
-
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-#[inline(always)]
-fn candidates_of(queries: Tokens, kv_len: u32, n_init: u32, n_local: u32) -> Tokens {
-    let end = kv_len.saturating_sub(queries.len()).saturating_sub(n_local);
-    Tokens { begin: n_init.min(end), end }
 }
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
@@ -237,11 +231,25 @@ impl BatchTables {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn candidates(&self, row: u32, n_init: u32, n_local: u32) -> Tokens {
-        if self.is_partial() {
-            let entry = self.candidates.add(2 * row as u64);
-            return Tokens { begin: entry.load_cached(), end: entry.add(1).load_cached() };
-        }
-        candidates_of(self.queries(row), self.kv_len(row), n_init, n_local)
+        if self.is_partial() { self.own_candidates(row) } else { self.row(row).candidates(n_init, n_local) }
+    }
+
+    /// [`candidates`](Self::candidates) of a row whose tables have been read.
+    ///
+    /// # Safety
+    /// - As for [`queries`](Self::queries); `tables` are those of the row.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn candidates_of(&self, row: u32, tables: &Row, n_init: u32, n_local: u32) -> Tokens {
+        if self.is_partial() { self.own_candidates(row) } else { tables.candidates(n_init, n_local) }
+    }
+
+    /// The candidates of a row that is a part of a sequence.
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn own_candidates(&self, row: u32) -> Tokens {
+        let entry = self.candidates.add(2 * row as u64);
+        Tokens { begin: entry.load(), end: entry.add(1).load() }
     }
 }
 

@@ -28,12 +28,20 @@
 //!
 //! On Hopper, where the layout of the pages allows it, [`score_stream`] does the same with bulk copies.
 //!
+//! Within a step either kernel also pools short blocks and appends their keys and values (`pools`), and leaves the
+//! chunks' statistics to [`vote`](mod@crate::vote), where every block folds them for itself (`folds`).
+//!
 //! **Bytes.** Keys once, `n * num_kv_heads * head_dim * 2`; logits `n * num_qo_heads * 4` written.
 
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+mod pooled;
+#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub(crate) mod statistics;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod steps;
 mod stream;
 
+use crate::append_pool::AppendPoolParams;
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::{BatchTables, PageStrides};
 use crate::simt::data::{V2, V4};
@@ -85,8 +93,15 @@ pub struct ScoreParams<T> {
     pub score_scale: f32,
     /// Elements of a head.
     pub head_dim: u32,
+    /// What is pooled and appended by this launch; anything unless `pools`.
+    pub pooled: AppendPoolParams<T>,
+    /// 1: rows are pooled by this launch, their keys and values appended; then `queries` and `actions` are not read, and
+    /// those of `pooled` are written. Blocks are short ([`AppendPoolParams::is_short`]).
+    pub pools: u32,
+    /// 1: the last block of each row folds the statistics of its chunks, to `stats`. 0: they stay in `partial`.
+    pub folds: u32,
 }
-const _: () = assert!(size_of::<ScoreParams<u16>>() == 160);
+const _: () = assert!(size_of::<ScoreParams<u16>>() == 496);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -126,6 +141,14 @@ pub const fn columns(group: u32) -> Option<u32> {
     }
 }
 
+/// Tokens of a tile of [`score`], of the instance for so many dimensions and columns: as many as registers allow.
+pub const fn tile_tokens(head_dim: u32, columns: u32) -> u32 {
+    match (head_dim, columns) {
+        (64, 4 | 8) | (128, 4) => 32,
+        _ => 16,
+    }
+}
+
 /// Chunks of a row at most.
 pub const fn max_chunks(num_kv_heads: u32) -> u32 {
     PIECES.div_ceil(num_kv_heads)
@@ -159,7 +182,9 @@ pub use self::stream::score_stream;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
-    use super::steps::{Stats, Tile, Work, fold, load_queries, multiply, store_stats, write_products};
+    use super::pooled::Pooled;
+    use super::statistics::Stats;
+    use super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
     use crate::element::Element;
     use crate::simt::{grid, thread, warp};
@@ -169,30 +194,39 @@ mod kernel {
     ///
     /// # Safety
     /// - The buffers and tables are as [`ScoreParams`] says, and 16-byte aligned; every page number lies in the pool.
-    /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed.
+    /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed; `16 U` is [`tile_tokens`].
+    /// - If `pools`, the rules of [`append_pool`](fn@crate::append_pool::append_pool) hold, but for its launch.
     /// - Launched with [`ScoreParams::dims`].
     #[inline(always)]
     pub unsafe fn score<T: Element, const C: usize, const N: usize, const U: usize, const PACKED: bool>(
         params: ScoreParams<T>,
     ) {
-        grid::wait_for_previous();
-        grid::launch_dependents();
+        const { assert!(16 * U as u32 == tile_tokens(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 })) };
         let row = thread::block_idx_y();
-        let action = params.actions.add(row as u64).load();
         core::hint::assert_unchecked(params.num_kv_heads != 0);
         let warp_of_row = thread::block_idx_x() * WARPS + warp::warp_id();
         let kv_head = warp_of_row % params.num_kv_heads;
         let step = thread::grid_dim_x() * WARPS / params.num_kv_heads;
         let work = Work::new(&params, row, 16 * U as u32, kv_head, step);
+        let pooled = Pooled::look_up(&params, row);
+        grid::wait_for_previous();
+        grid::launch_dependents();
+        let layout = const { &Layout::new(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 }) };
+        let action = if params.pools != 0 {
+            let first = thread::block_idx_x() * THREADS + thread::thread_idx_x();
+            pooled.append(&params, first, thread::grid_dim_x() * THREADS);
+            pooled.pool(&params, row, layout, thread::block_idx_x() * WARPS % params.num_kv_heads)
+        } else {
+            params.actions.add(row as u64).load()
+        };
         if work.is_idle(action) {
             return;
         }
         let chunk = warp_of_row / params.num_kv_heads;
-        let layout = const { Layout::new(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 }) };
         if chunk < work.step && chunk < work.num_chunks {
             score_chunks::<T, C, N, U, PACKED>(&work, layout.queries, chunk);
         }
-        if grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
+        if params.folds != 0 && grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
             fold(&work, layout.stats);
         }
     }

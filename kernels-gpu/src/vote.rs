@@ -10,12 +10,21 @@
 //!
 //! **Bytes.** `n * num_qo_heads * 4` read, `n * 4` written.
 //!
+//! **Statistics.** Every block puts those of all heads in shared memory: a step leaves them in chunks, which each block
+//! folds for itself, in the order in which [`score`](mod@crate::score) would.
+//!
 //! The histogram of the votes and the search in it are those of [`radix`].
 
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::BatchTables;
 use crate::radix::{self, RadixTables};
+use crate::score;
+use crate::simt::data::V2;
 use crate::simt::global::{GlobalMut, GlobalPtr};
+use crate::simt::shared::{Carve, Region};
+
+/// Query heads at most.
+pub const MAX_HEADS: u32 = 512;
 
 /// Parameters of [`vote`].
 #[derive(Clone, Copy, Debug)]
@@ -25,8 +34,10 @@ pub struct VoteParams {
     pub actions: GlobalPtr<u32>,
     /// \[tiles, num_kv_heads, LOGIT_TILE, group\] f32 (see [`LOGIT_TILE`](crate::layout::LOGIT_TILE)), read for candidates.
     pub logits: GlobalPtr<f32>,
-    /// \[num_rows, num_qo_heads, 2\] f32, read: largest logit, sum of exponentials.
-    pub stats: GlobalPtr<f32>,
+    /// \[num_rows, num_qo_heads, 2\] f32: largest logit, sum of exponentials. Read, or written if `tile_tokens` is not 0.
+    pub stats: GlobalMut<f32>,
+    /// Statistics of chunks, as [`ScoreParams::partial`](score::ScoreParams::partial). Read if `tile_tokens` is not 0.
+    pub partial: GlobalMut<f32>,
     /// \[max_tokens\] f32, written for candidates.
     pub votes: GlobalMut<f32>,
     /// Workspace; the state is written.
@@ -47,10 +58,26 @@ pub struct VoteParams {
     pub max_tokens: u32,
     /// How far votes are counted: [`NO_COUNTS`](radix::NO_COUNTS), [`COUNTS`](radix::COUNTS) or [`BIN`](radix::BIN).
     pub wanted: u32,
-    /// 0.
-    pub reserved: u32,
+    /// Tokens of a tile of the [`score`](mod@crate::score) that has left its chunks unfolded; 0: `stats` is there.
+    pub tile_tokens: u32,
 }
-const _: () = assert!(size_of::<VoteParams>() == 144);
+const _: () = assert!(size_of::<VoteParams>() == 152);
+
+/// Shared memory of a block, behind that of [`radix`].
+#[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
+struct Layout {
+    /// Of each head, largest logit and inverse sum of exponentials.
+    heads: Region<V2<f32>>,
+    /// Statistics of each thread while the chunks are folded.
+    fold: Region<V2<f32>>,
+    bytes: u32,
+}
+
+const LAYOUT: Layout = {
+    let mut carve = Carve::after(radix::LAYOUT.bytes);
+    Layout { heads: carve.array(MAX_HEADS, 16), fold: carve.array(score::THREADS, 16), bytes: carve.bytes() }
+};
+const _: () = assert!(radix::THREADS == score::THREADS);
 
 impl VoteParams {
     /// Shares of the candidates of each row.
@@ -59,7 +86,7 @@ impl VoteParams {
         Dims {
             grid: [blocks, self.batch.num_rows, 1],
             block: [radix::THREADS, 1, 1],
-            shared_bytes: radix::LAYOUT.bytes,
+            shared_bytes: LAYOUT.bytes,
             cluster: 1,
         }
     }
@@ -74,7 +101,9 @@ mod kernel {
     use crate::layout::{LOGIT_TILE, Tokens};
     use crate::pool::SCORE;
     use crate::radix::Histogram;
+    use crate::score::statistics::{Chunks, num_chunks};
     use crate::simt::data::V4;
+    use crate::simt::shared::Shared;
     use crate::simt::{grid, math, thread, warp};
 
     /// Tiles that a warp has under way.
@@ -86,21 +115,44 @@ mod kernel {
     ///
     /// # Safety
     /// - The buffers and tables are as [`VoteParams`] says, and 16-byte aligned.
-    /// - `V` is 4, and then divides `group`, or 1.
+    /// - `V` is 4, and then divides `group`, or 1. There are at most [`MAX_HEADS`] query heads.
     /// - Launched with [`VoteParams::dims`].
     pub unsafe fn vote<const V: usize>(params: VoteParams) {
+        let row = thread::block_idx_y();
+        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        let count = if params.tile_tokens == 0 {
+            0
+        } else {
+            num_chunks(candidates, params.tile_tokens, params.num_kv_heads)
+        };
+        let chunks = Chunks::new(params.partial, row, params.num_kv_heads, params.group, count);
         grid::wait_for_previous();
         grid::launch_dependents();
-        let row = thread::block_idx_y();
         let action = params.actions.add(row as u64).load();
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
-        // Both are asked for, so that their look-ups are under way together.
-        if (action != SCORE) | (candidates.end == u32::MAX) {
+        let heads = LAYOUT.heads.get();
+        let stats = params.stats.cast::<V2<f32>>().add((row * chunks.num_qo_heads) as u64);
+        // Chunks are asked for before the action is known: one trip to memory for both.
+        let is_scored = chunks.fold(
+            LAYOUT.fold,
+            || action == SCORE,
+            |head, folded| {
+                if params.tile_tokens != 0 {
+                    heads.add(head).store(V2([folded.max, 1.0 / folded.sum]));
+                    if thread::block_idx_x() == 0 {
+                        stats.add(head as u64).store(V2([folded.max, folded.sum]));
+                    }
+                } else {
+                    let [max, sum] = stats.add(head as u64).load().0;
+                    heads.add(head).store(V2([max, 1.0 / sum]));
+                }
+            },
+        );
+        if !is_scored {
             return;
         }
-        let histogram = Histogram::clear();
+        let histogram = Histogram::clear(); // where the block meets
         let share = radix::share(candidates, thread::block_idx_x(), thread::grid_dim_x());
-        vote_share::<V>(&params, row, share, histogram);
+        vote_share::<V>(&params, row, share, heads, histogram);
         histogram.finish(&params.radix, row, params.top_k.min(candidates.len()), params.wanted);
     }
 
@@ -112,16 +164,13 @@ mod kernel {
     }
 
     impl<const V: usize> Heads<V> {
-        /// Those of `V` heads from `head` on.
+        /// Those of `V` heads from `at` on.
         #[inline(always)]
-        unsafe fn load(params: &VoteParams, row: u32, head: u32) -> Self {
-            let num_qo_heads = (params.num_kv_heads * params.group) as u64;
-            let at = params.stats.add((row as u64 * num_qo_heads + head as u64) * 2);
+        unsafe fn load(at: Shared<V2<f32>>) -> Self {
             let mut heads = Heads { max: [0.0; V], inverse: [0.0; V] };
             let mut i = 0;
             while i < V {
-                heads.max[i] = at.add(2 * i as u64).load_cached();
-                heads.inverse[i] = 1.0 / at.add(2 * i as u64 + 1).load_cached();
+                [heads.max[i], heads.inverse[i]] = at.add(i as u32).load().0;
                 i += 1;
             }
             heads
@@ -163,7 +212,13 @@ mod kernel {
 
     /// Writes and counts the votes of the block's tokens.
     #[inline(always)]
-    unsafe fn vote_share<const V: usize>(params: &VoteParams, row: u32, share: Tokens, histogram: Histogram) {
+    unsafe fn vote_share<const V: usize>(
+        params: &VoteParams,
+        row: u32,
+        share: Tokens,
+        of_heads: Shared<V2<f32>>,
+        histogram: Histogram,
+    ) {
         let (slot, half) = (warp::lane_id() % LOGIT_TILE, warp::lane_id() / LOGIT_TILE);
         let base = params.batch.logit_tile(row);
         let votes = params.votes.add(params.batch.token_base(row));
@@ -193,7 +248,7 @@ mod kernel {
                 while p < PIECES {
                     if heads[p].kv < params.num_kv_heads {
                         let heads =
-                            Heads::<V>::load(params, row, heads[p].kv * params.group + heads[p].member);
+                            Heads::<V>::load(of_heads.add(heads[p].kv * params.group + heads[p].member));
                         let mut i = 0;
                         while i < TILES {
                             sums[i] += heads.sum(logits[p][i]);

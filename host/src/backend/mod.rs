@@ -6,6 +6,9 @@
 pub(crate) mod cpu;
 #[cfg_attr(not(any(feature = "cuda", feature = "emulator")), allow(dead_code))]
 pub(crate) mod gpu;
+mod select;
+
+pub(crate) use select::{SelectArgs, SelectedKv};
 
 use std::fmt;
 use std::sync::Arc;
@@ -299,15 +302,6 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// Whatever stops the device.
     fn pool(&self, args: PoolArgs<'_>) -> Result<()>;
 
-    /// [`append`](Self::append) and [`pool`](Self::pool) of one batch, neither of which depends on the other.
-    ///
-    /// # Errors
-    /// Whatever stops the device.
-    fn append_pool(&self, append: AppendArgs<'_>, pool: PoolArgs<'_>) -> Result<()> {
-        self.append(append)?;
-        self.pool(pool)
-    }
-
     /// Scaled dot products of scoring queries and candidate keys, with softmax statistics.
     ///
     /// # Errors
@@ -331,6 +325,24 @@ pub(crate) trait Backend: fmt::Debug + Send + Sync {
     /// # Errors
     /// Whatever stops the device.
     fn top_k(&self, args: TopKArgs<'_>) -> Result<()>;
+
+    /// [`append`](Self::append) if it is asked for, [`pool`](Self::pool), [`score`](Self::score), [`vote`](Self::vote),
+    /// [`smooth`](Self::smooth) if it is asked for, and [`top_k`](Self::top_k).
+    ///
+    /// # Errors
+    /// Whatever stops the device.
+    fn select(&self, mut args: SelectArgs<'_>) -> Result<()> {
+        if let Some(append) = args.append() {
+            self.append(append)?;
+        }
+        self.pool(args.pool())?;
+        self.score(args.score()?)?;
+        self.vote(args.vote())?;
+        if let Some(smooth) = args.smooth() {
+            self.smooth(smooth)?;
+        }
+        self.top_k(args.top_k())
+    }
 
     /// Attention over lists of tokens, or over all.
     ///

@@ -1,58 +1,15 @@
 //! Steps that both kernels of `score` take.
 
-use super::{ScoreParams, THREADS, WARPS, max_chunks};
+use super::statistics::{Chunks, Stats, num_chunks};
+use super::{ScoreParams, WARPS};
 use crate::attention::{add_low, split};
 use crate::element::Element;
 use crate::layout::{LOGIT_TILE, Tokens};
 use crate::pool::SCORE;
 use crate::simt::data::{V2, V4};
-use crate::simt::global::{GlobalMut, GlobalPtr};
+use crate::simt::global::GlobalPtr;
 use crate::simt::shared::{Region, Shared};
-use crate::simt::{math, thread, warp};
-
-/// Running statistics of a head: the largest logit and the sum of exponentials below it.
-#[derive(Clone, Copy)]
-pub(super) struct Stats {
-    max: f32,
-    sum: f32,
-}
-
-impl Stats {
-    pub const EMPTY: Stats = Stats { max: f32::NEG_INFINITY, sum: 0.0 };
-
-    /// `exp(x - max)` as it counts in a sum: NaN as absent, an infinite maximum as the limit of a large one.
-    #[inline(always)]
-    fn term(x: f32, max: f32) -> f32 {
-        let e = math::ex2((x - max) * core::f32::consts::LOG2_E);
-        let number = if x.is_nan() { 0.0 } else { e };
-        if x == max { 1.0 } else { number }
-    }
-
-    /// Counts one logit.
-    #[inline(always)]
-    fn push(&mut self, logit: f32) {
-        if logit > self.max {
-            self.sum *= Stats::term(self.max, logit);
-            self.max = logit;
-        }
-        self.sum += Stats::term(logit, self.max);
-    }
-
-    /// With the statistics of other logits taken in.
-    #[inline(always)]
-    fn merge(self, other: Stats) -> Stats {
-        let max = self.max.max(other.max);
-        Stats { max, sum: self.sum * Stats::term(self.max, max) + other.sum * Stats::term(other.max, max) }
-    }
-
-    /// Merged with those of the lane at `distance`.
-    #[inline(always)]
-    unsafe fn merge_lane(self, distance: u32) -> Stats {
-        let max = warp::shuffle_xor(warp::FULL, self.max, distance);
-        let sum = warp::shuffle_xor(warp::FULL, self.sum, distance);
-        self.merge(Stats { max, sum })
-    }
-}
+use crate::simt::warp;
 
 /// What a warp works on, the same in all its lanes.
 pub(super) struct Work<'a, T> {
@@ -87,20 +44,28 @@ impl<T> Work<'_, T> {
         kv_head: u32,
         step: u32,
     ) -> Work<'_, T> {
-        let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+        let tables = params.batch.row(row);
+        let candidates = params.batch.candidates_of(row, &tables, params.n_init, params.n_local);
         let first = candidates.begin / LOGIT_TILE * LOGIT_TILE;
         let num_tiles = (candidates.end - first).div_ceil(tokens);
         Work {
             params,
-            pages: params.batch.kv_indices.add(params.batch.first_page(row) as u64),
+            pages: params.batch.kv_indices.add(tables.first_page as u64),
             row,
             kv_head,
             candidates,
             first,
             num_tiles,
-            num_chunks: num_tiles.min(max_chunks(params.num_kv_heads)),
+            num_chunks: num_chunks(candidates, tokens, params.num_kv_heads),
             step,
         }
+    }
+
+    /// The statistics of the row's chunks.
+    #[inline(always)]
+    pub fn chunks(&self) -> Chunks {
+        let (params, count) = (self.params, self.num_chunks);
+        Chunks::new(params.partial, self.row, params.num_kv_heads, params.group, count)
     }
 
     /// Whether there is nothing to do where the row's action is `action`. The candidates are asked for too, so that their
@@ -133,33 +98,48 @@ impl<T> Work<'_, T> {
 
 /// Splits and packs the queries of a KV head's group as B fragments in shared memory: the lane's words of column
 /// tile `n`, part `p` (0 high, 1 low), chunk `c` are 32 * ((2 n + p) C + c) further, or 32 c packed. Columns
-/// beyond the group are zero. Each lane reads back only what it wrote itself.
+/// beyond the group are zero. Each lane reads back only what it wrote itself. If the launch pools, the queries lie in the
+/// same place.
 #[inline(always)]
 pub(super) unsafe fn load_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
     work: &Work<'_, T>,
     place: Region<V4<u32>>,
 ) -> Shared<V4<u32>> {
-    let of_warp = place.len() / WARPS;
-    let fragments = place.get().add(warp::warp_id() * of_warp + warp::lane_id());
+    let of_warp = place.get().add(warp::warp_id() * (place.len() / WARPS));
+    let fragments = of_warp.add(warp::lane_id());
     let params = work.params;
     let (column, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+    let mut queries = [[[[0.0; 4]; 2]; C]; N];
     let mut n = 0;
     while n < N {
         let member = if PACKED { column % 4 } else { n as u32 * 8 + column };
-        let head = work.kv_head * params.group + member;
-        let head = work.row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
-        let at = params.queries.add(head * (32 * C) as u64 + 8 * t as u64).cast::<V4<f32>>();
+        let mut c = 0;
+        while c < C && member < params.group {
+            let element = 32 * c as u32 + 8 * t;
+            if params.pools != 0 {
+                let at = of_warp.cast::<V4<f32>>().add((member * (32 * C) as u32 + element) / 4);
+                queries[n][c] = [at.load().0, at.add(1).load().0];
+            } else {
+                let head = work.kv_head * params.group + member;
+                let head = work.row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
+                let at = params.queries.add(head * (32 * C) as u64 + element as u64).cast::<V4<f32>>();
+                queries[n][c] = [at.load_cached().0, at.add(1).load_cached().0];
+            }
+            c += 1;
+        }
+        n += 1;
+    }
+    warp::sync_warp(warp::FULL);
+    let mut n = 0;
+    while n < N {
         let mut c = 0;
         while c < C {
+            let [x, y] = queries[n][c];
             let (mut high, mut low) = ([0; 4], [0; 4]);
-            if member < params.group {
-                let x = at.add(8 * c as u64).load_cached().0;
-                let y = at.add(8 * c as u64 + 1).load_cached().0;
-                (high[0], low[0]) = split::<T>(x[0], x[1]);
-                (high[1], low[1]) = split::<T>(x[2], x[3]);
-                (high[2], low[2]) = split::<T>(y[0], y[1]);
-                (high[3], low[3]) = split::<T>(y[2], y[3]);
-            }
+            (high[0], low[0]) = split::<T>(x[0], x[1]);
+            (high[1], low[1]) = split::<T>(x[2], x[3]);
+            (high[2], low[2]) = split::<T>(y[0], y[1]);
+            (high[3], low[3]) = split::<T>(y[2], y[3]);
             if PACKED {
                 fragments.add(32 * c as u32).store(V4(if column >= 4 { low } else { high }));
             } else {
@@ -296,7 +276,7 @@ pub(super) unsafe fn store_stats<T: Element, const N: usize, const PACKED: bool>
             let member = 8 * n as u32 + 2 * t + i as u32;
             if lane < holders && member < work.params.group {
                 let head = work.kv_head * work.params.group + member;
-                partial(work, chunk, head).store(V2([merged.max, merged.sum]));
+                work.chunks().store(chunk, head, merged);
             }
             i += 1;
         }
@@ -304,82 +284,10 @@ pub(super) unsafe fn store_stats<T: Element, const N: usize, const PACKED: bool>
     }
 }
 
-/// Place of a head's statistics over one chunk.
-#[inline(always)]
-fn partial<T>(work: &Work<'_, T>, chunk: u32, head: u32) -> GlobalMut<V2<f32>> {
-    let chunk = work.row as u64 * max_chunks(work.params.num_kv_heads) as u64 + chunk as u64;
-    let num_qo_heads = work.params.num_kv_heads * work.params.group;
-    work.params.partial.cast::<V2<f32>>().add(chunk * num_qo_heads as u64 + head as u64)
-}
-
-/// Folds the chunks' statistics of every head; run by the whole last block of a row. With 32 heads, eight threads
-/// share a head and each takes every eighth chunk. Threads beyond [`THREADS`] only meet the others.
+/// Folds the chunks' statistics of every head; run by the whole last block of a row.
 #[inline(always)]
 pub(super) unsafe fn fold<T: Element>(work: &Work<'_, T>, place: Region<V2<f32>>) {
-    let num_qo_heads = work.params.num_kv_heads * work.params.group;
-    core::hint::assert_unchecked(num_qo_heads != 0);
-    let thread = thread::thread_idx_x();
-    let parts = (THREADS / num_qo_heads).max(1);
-    let shared = place.get();
-    let (part, mut head) = (thread / num_qo_heads, thread % num_qo_heads);
-    let rounds = num_qo_heads.div_ceil(THREADS);
-    let mut round = 0;
-    while round < rounds {
-        let works = thread < THREADS && part < parts && head < num_qo_heads;
-        let stats = if works { fold_part(work, head, part, parts) } else { Stats::EMPTY };
-        if thread < THREADS {
-            shared.add(thread).store(V2([stats.max, stats.sum]));
-        }
-        thread::sync_threads();
-        if works && part == 0 {
-            let mut merged = stats;
-            let mut other = 1;
-            while other < parts {
-                let [max, sum] = shared.add(other * num_qo_heads + thread).load().0;
-                merged = merged.merge(Stats { max, sum });
-                other += 1;
-            }
-            let at = work.params.stats.cast::<V2<f32>>().add((work.row * num_qo_heads + head) as u64);
-            at.store(V2([merged.max, merged.sum]));
-        }
-        thread::sync_threads();
-        head += THREADS;
-        round += 1;
-    }
-}
-
-/// Statistics of a head over the chunks `part`, `part + parts`, ... Many loads are under way at a time, and their sums
-/// wait for the largest of their maxima alone, not for each other.
-#[inline(always)]
-unsafe fn fold_part<T: Element>(work: &Work<'_, T>, head: u32, part: u32, parts: u32) -> Stats {
-    const BATCH: usize = 34;
-    let mut stats = Stats::EMPTY;
-    let mut chunk = part;
-    while chunk < work.num_chunks {
-        let mut batch = [Stats::EMPTY; BATCH];
-        let mut i = 0;
-        while i < BATCH {
-            let at = chunk + i as u32 * parts;
-            if at < work.num_chunks {
-                let [max, sum] = partial(work, at, head).load().0;
-                batch[i] = Stats { max, sum };
-            }
-            i += 1;
-        }
-        let mut max = stats.max;
-        let mut i = 0;
-        while i < BATCH {
-            max = max.max(batch[i].max);
-            i += 1;
-        }
-        let mut sum = stats.sum * Stats::term(stats.max, max);
-        let mut i = 0;
-        while i < BATCH {
-            sum += batch[i].sum * Stats::term(batch[i].max, max);
-            i += 1;
-        }
-        stats = Stats { max, sum };
-        chunk += BATCH as u32 * parts;
-    }
-    stats
+    let chunks = work.chunks();
+    let of_row = work.params.stats.cast::<V2<f32>>().add((work.row * chunks.num_qo_heads) as u64);
+    chunks.fold(place, || true, |head, stats| of_row.add(head as u64).store(V2([stats.max, stats.sum])));
 }

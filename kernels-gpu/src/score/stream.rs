@@ -85,6 +85,12 @@ impl<T> ScoreParams<T> {
         has_instance && self.pages().can_stream()
     }
 
+    /// Whether [`score_stream`] may append `tokens` tokens to each row at the same time: no copy of a tile, of which
+    /// candidates may be a part, reaches into them.
+    pub const fn may_append(&self, tokens: u32) -> bool {
+        tokens == 0 || self.n_local + 1 >= TILE
+    }
+
     /// The launch of [`score_stream`]: a grid that fills the device, shared evenly by the rows.
     pub const fn stream_dims(&self, gpu: &GpuInfo) -> Dims {
         let columns = match columns(self.group) {
@@ -110,6 +116,7 @@ pub use kernel::score_stream;
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::append_pool::AppendPoolParams;
     use crate::layout::{BatchTables, PageStrides, absent, absent_mut};
 
     /// Heads adjacent to one another, or tokens.
@@ -143,6 +150,9 @@ mod tests {
             n_local: 0,
             score_scale: 1.0,
             head_dim,
+            pooled: AppendPoolParams::none(batch),
+            pools: 0,
+            folds: 1,
         }
     }
 
@@ -192,7 +202,9 @@ mod tests {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
-    use super::super::steps::{Stats, Tile, Work, fold, load_queries, multiply, store_stats, write_products};
+    use super::super::pooled::Pooled;
+    use super::super::statistics::Stats;
+    use super::super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
     use crate::element::Element;
     use crate::simt::bulk::{self, MBarrier};
@@ -252,13 +264,13 @@ mod kernel {
     /// - The buffers and tables are as [`ScoreParams`] says, and 16-byte aligned; every page number lies in the pool.
     /// - [`ScoreParams::can_stream`]; the device has bulk copies.
     /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed.
+    /// - If `pools`, the rules of [`append_pool`](fn@crate::append_pool::append_pool) hold, but for its launch.
     /// - Launched with [`ScoreParams::stream_dims`].
     #[inline(always)]
     pub unsafe fn score_stream<T: Element, const C: usize, const N: usize, const PACKED: bool>(
         params: ScoreParams<T>,
     ) {
         thread::launch_bounds::<STREAM_THREADS, STREAM_BLOCKS_PER_SM>();
-        grid::launch_dependents();
         if !bulk::AVAILABLE {
             return bulk::publish(); // stops the launch
         }
@@ -269,24 +281,37 @@ mod kernel {
         if is_producer && warp::lane_id() == 0 {
             make_barriers(layout, num_streams * params.num_kv_heads);
         }
-        grid::wait_for_previous();
         let row = thread::block_idx_y();
-        let action = params.actions.add(row as u64).load();
         let step = thread::grid_dim_x() * num_streams;
         let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
+        let pooled = Pooled::look_up(&params, row);
+        let mut producer = Producer::NONE;
+        if is_producer {
+            bulk::publish();
+            producer = Producer::look_up(&work);
+        }
+        grid::wait_for_previous();
+        grid::launch_dependents();
+        let action = if params.pools != 0 {
+            if is_producer {
+                let first = thread::block_idx_x() * warp::SIZE + warp::lane_id();
+                pooled.append(&params, first, thread::grid_dim_x() * warp::SIZE);
+            }
+            pooled.pool(&params, row, &layout.base, 0)
+        } else {
+            let action = params.actions.add(row as u64).load();
+            thread::sync_threads();
+            action
+        };
         if work.is_idle(action) {
             return;
         }
         if is_producer {
-            bulk::publish();
-        }
-        thread::sync_threads();
-        if is_producer {
-            produce(&work, layout);
+            produce(&work, layout, producer);
         } else if warp / params.num_kv_heads < num_streams {
             consume::<T, C, N, PACKED>(&work, layout, warp / params.num_kv_heads);
         }
-        if grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
+        if params.folds != 0 && grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
             fold(&work, layout.base.stats);
         }
     }
@@ -303,6 +328,7 @@ mod kernel {
     }
 
     /// What one lane of the producer copies: `copy_tokens` tokens of the stages that are its turn.
+    #[derive(Clone, Copy)]
     struct Part {
         /// The lane's stages are those with this number in each batch.
         turn: u32,
@@ -311,37 +337,61 @@ mod kernel {
         token: u32,
     }
 
+    /// The lane's own tile in this batch of stages, and its page.
+    #[derive(Clone, Copy)]
+    struct Producer {
+        part: Part,
+        /// Stages for which the lanes look up pages together.
+        batch: u32,
+        tile: Tile,
+        page: u32,
+    }
+
+    impl Producer {
+        const NONE: Producer = Producer {
+            part: Part { turn: 0, stream: 0, token: 0 },
+            batch: 1,
+            tile: Tile { chunk: 0, index: 0 },
+            page: 0,
+        };
+
+        /// Looks up the pages of the first batch.
+        #[inline(always)]
+        unsafe fn look_up<T: Element>(work: &Work<'_, T>) -> Self {
+            let copy_tokens = work.params.pages().copy_tokens();
+            core::hint::assert_unchecked(copy_tokens != 0);
+            let parts_of_tile = TILE / copy_tokens;
+            let parts = streams(work.params.num_kv_heads) * parts_of_tile;
+            core::hint::assert_unchecked(parts_of_tile != 0 && parts != 0);
+            let lane = warp::lane_id();
+            let part = Part {
+                turn: lane / parts,
+                stream: lane % parts / parts_of_tile,
+                token: lane % parts_of_tile * copy_tokens,
+            };
+            let tile = skip(work, work.lead(), part.turn);
+            Producer { part, batch: warp::SIZE / parts, tile, page: look_up(work, tile, &part) }
+        }
+    }
+
     /// The producer warp: fills stage after stage.
     #[inline(always)]
-    unsafe fn produce<T: Element>(work: &Work<'_, T>, layout: &StreamLayout) {
+    unsafe fn produce<T: Element>(work: &Work<'_, T>, layout: &StreamLayout, producer: Producer) {
+        let Producer { part, batch, mut tile, mut page } = producer;
         let params = work.params;
-        core::hint::assert_unchecked(params.pages().copy_tokens() != 0);
         let num_streams = streams(params.num_kv_heads);
-        let parts_of_tile = TILE / params.pages().copy_tokens();
-        let parts = num_streams * parts_of_tile;
-        core::hint::assert_unchecked(parts_of_tile != 0 && parts != 0);
-        // Stages for which the lanes look up pages together.
-        let batch = warp::SIZE / parts;
-        let lane = warp::lane_id();
-        let part = Part {
-            turn: lane / parts,
-            stream: lane % parts / parts_of_tile,
-            token: lane % parts_of_tile * params.pages().copy_tokens(),
-        };
         let tile_bytes = params.num_kv_heads * TILE * params.head_dim * 2;
-        // The lane's own tile in this batch and the next, and their pages.
-        let mut lead = work.lead();
-        let mut tile = skip(work, lead, part.turn);
-        let mut page = look_up(work, tile, &part);
+        // The pages of the batch after this one are on their way.
         let mut next_tile = skip(work, tile, batch);
         let mut next_page = look_up(work, next_tile, &part);
+        let mut lead = work.lead();
         let mut place = Place::FIRST;
         let mut turn = 0;
         while lead.chunk < work.num_chunks {
             layout.empty(place.stage).wait(place.parity ^ 1);
             // A lane with nothing to copy must not fall behind: two phases later the parity is the same again.
             warp::sync_warp(warp::FULL);
-            if lane == 0 {
+            if warp::lane_id() == 0 {
                 let tiles = (work.num_chunks - lead.chunk).min(work.num_tiles - lead.index);
                 layout.full(place.stage).arrive_expecting(tiles.min(num_streams) * tile_bytes);
             }

@@ -50,6 +50,11 @@ impl Carve {
         Carve { bytes: 0 }
     }
 
+    /// The first `bytes` are somebody else's.
+    pub const fn after(bytes: u32) -> Carve {
+        Carve { bytes }
+    }
+
     /// The next `len` elements, starting at a multiple of `align` bytes.
     ///
     /// # Panics

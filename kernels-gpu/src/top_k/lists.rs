@@ -16,18 +16,20 @@ use crate::simt::{thread, warp};
 pub(super) unsafe fn row_of_block(params: &TopKParams) -> Row<'_> {
     let row = thread::block_idx_y();
     let action = params.actions.add(row as u64).load();
-    let kv_len = params.batch.kv_len(row);
+    let tables = params.batch.row(row);
+    let candidates = params.batch.candidates_of(row, &tables, params.n_init, params.n_local);
+    let caches = params.cached_queries.addr() != 0;
+    let sequence = if caches { params.sequence_indices.add(row as u64).load() } else { 0 };
     // The list is too short only where a caller has changed the actions.
-    let whole = kv_len.min(params.max_selected);
+    let whole = tables.kv_len.min(params.max_selected);
     let (candidates, kv_len) = match action {
         SKIP => (Tokens { begin: 0, end: 0 }, 0),
         COMPLETE => (Tokens { begin: whole, end: whole }, whole),
-        _ => (params.batch.candidates(row, params.n_init, params.n_local), kv_len),
+        _ => (candidates, tables.kv_len),
     };
-    let caches = params.cached_queries.addr() != 0;
-    let sequence = if caches { params.sequence_indices.add(row as u64).load_cached() } else { 0 };
     let chosen = params.k.min(candidates.len());
-    Row { params, row, action, candidates, kv_len, chosen, caches, sequence: sequence as u64 }
+    let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
+    Row { params, row, action, candidates, kv_len, before_block, chosen, caches, sequence: sequence as u64 }
 }
 
 /// A row, its cached selection, and where its lists lie.
@@ -37,6 +39,8 @@ pub(super) struct Row<'a> {
     action: u32,
     pub candidates: Tokens,
     kv_len: u32,
+    /// Tokens before its block.
+    before_block: u32,
     /// Candidates to be chosen.
     pub chosen: u32,
     caches: bool,
@@ -65,10 +69,10 @@ impl Row<'_> {
             let len = self.candidates.begin + self.chosen + self.kv_len - self.candidates.end;
             self.params.selected_len.add(self.row as u64).store(len);
         }
-        windows(self, self.chosen, self.kv_len);
+        windows(self);
         match self.action {
             REUSE => reuse(self),
-            SCORE if self.caches => keep_query(self, self.kv_len),
+            SCORE if self.caches => keep_query(self),
             _ => {}
         }
     }
@@ -143,10 +147,10 @@ impl Row<'_> {
 
 /// The tokens before the candidates, and those behind them.
 #[inline(always)]
-unsafe fn windows(row: &Row<'_>, chosen: u32, kv_len: u32) {
+unsafe fn windows(row: &Row<'_>) {
     let Tokens { begin, end } = row.candidates;
     row.each(begin, |i| row.list(i).store(i));
-    row.each(kv_len - end, |i| row.list(begin + chosen + i).store(end + i));
+    row.each(row.kv_len - end, |i| row.list(begin + row.chosen + i).store(end + i));
 }
 
 /// Takes the cached tokens again.
@@ -168,7 +172,7 @@ unsafe fn reuse(row: &Row<'_>) {
 
 /// Keeps the query of a selection that was made anew, and when that was.
 #[inline(always)]
-unsafe fn keep_query(row: &Row<'_>, kv_len: u32) {
+unsafe fn keep_query(row: &Row<'_>) {
     let len = row.params.query_len as u64;
     row.each(row.params.query_len, |i| {
         let value = row.params.queries.add(row.row as u64 * len + i as u64).load_cached();
@@ -176,8 +180,7 @@ unsafe fn keep_query(row: &Row<'_>, kv_len: u32) {
     });
     if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
         row.params.cached_ages.add(row.sequence).store(0);
-        let before_block = kv_len - row.params.batch.queries(row.row).len();
-        row.params.cached_made_at.add(row.sequence).store(before_block);
+        row.params.cached_made_at.add(row.sequence).store(row.before_block);
     }
 }
 

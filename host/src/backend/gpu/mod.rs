@@ -14,25 +14,27 @@ mod scratch;
 
 use std::sync::Arc;
 
-use half::{bf16, f16};
+use half::f16;
 use kernels_gpu::append::AppendParams;
 use kernels_gpu::append_pool::AppendPoolParams;
 use kernels_gpu::attention::AttendParams;
 use kernels_gpu::entries::{ENTRIES, Entry};
 use kernels_gpu::forget::ForgetParams;
 use kernels_gpu::launch::Dims;
-use kernels_gpu::layout::{BatchTables, PageStrides};
+use kernels_gpu::layout::{BatchTables, LOGIT_TILE, PageStrides};
 use kernels_gpu::merge::MergeParams;
 use kernels_gpu::pool::PoolParams;
 use kernels_gpu::rope::{HALF_SPLIT, RopeTables};
-use kernels_gpu::score::{ScoreParams, columns};
+use kernels_gpu::score::{ScoreParams, columns, tile_tokens};
+use kernels_gpu::top_k::TopKParams;
+use kernels_gpu::vote::{MAX_HEADS, VoteParams};
 
 use self::driver::Driver;
 use self::params::Pointers;
 use self::scratch::Scratch;
 use super::{
     AppendArgs, AttendArgs, Backend, CopyPagesArgs, CopySequenceArgs, ForgetArgs, MergeArgs, PoolArgs,
-    ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
+    ScoreArgs, SelectArgs, SmoothArgs, TopKArgs, VoteArgs,
 };
 use crate::batch::Batch;
 use crate::cache::KvStorageMut;
@@ -49,6 +51,16 @@ const FEW_QUERY_ROWS: u32 = 64;
 #[derive(Debug)]
 pub(crate) struct GpuBackend {
     driver: Arc<dyn Driver>,
+}
+
+/// How keys are scored.
+struct ScoreKernel {
+    entry: &'static Entry,
+    dims: Dims,
+    /// Tokens of its tiles.
+    tile_tokens: u32,
+    /// Whether it is `score_stream`.
+    streams: bool,
 }
 
 impl GpuBackend {
@@ -82,11 +94,77 @@ impl GpuBackend {
         unsafe { self.launch(self.entry("append", "append")?, params.dims(), params) }
     }
 
-    /// The two element types have the same parameters.
-    fn launch_pool(&self, dtype: &str, params: &PoolParams<f16>) -> Result<()> {
-        let entry = self.entry("pool", &format!("pool_{dtype}"))?;
-        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
-        unsafe { self.launch(entry, params.dims(), params) }
+    /// One launch where blocks are short, else one for each of the two. All element types have the same parameters.
+    fn launch_append_pool(
+        &self,
+        op: &'static str,
+        dtype: &str,
+        params: &AppendPoolParams<f16>,
+    ) -> Result<()> {
+        if params.fits() {
+            let entry = self.entry(op, &format!("append_pool_{dtype}"))?;
+            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths, the plan's angles cover `n_local` and the
+            // block; no block is longer than the longest.
+            return unsafe { self.launch(entry, params.dims(), params) };
+        }
+        let entry = self.entry(op, &format!("pool_{dtype}"))?;
+        self.launch_append(&params.append)?;
+        let follows_append = u32::from(params.append.num_tokens > 0);
+        let pool = PoolParams { follows_append, ..params.pool };
+        // SAFETY: as above.
+        unsafe { self.launch(entry, pool.dims(), &pool) }
+    }
+
+    /// The kernel that scores these pages.
+    fn score_kernel(&self, dtype: &str, params: &ScoreParams<f16>) -> Result<ScoreKernel> {
+        let (gpu, head_dim) = (self.driver.gpu(), params.head_dim);
+        let Some(columns) = columns(params.group) else {
+            return Err(self.unsupported("score", format!("groups of {} heads, only up to 16", params.group)));
+        };
+        let streams = gpu.bulk_copies && params.can_stream();
+        let (kernel, dims, tile_tokens) = if streams {
+            ("score_stream", params.stream_dims(gpu), LOGIT_TILE)
+        } else {
+            ("score", params.dims(gpu), tile_tokens(head_dim, columns))
+        };
+        let entry = self.entry("score", &format!("{kernel}_{dtype}_d{head_dim}_g{columns}"))?;
+        Ok(ScoreKernel { entry, dims, tile_tokens, streams })
+    }
+
+    fn launch_score(&self, kernel: &ScoreKernel, params: &ScoreParams<f16>) -> Result<()> {
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places; the plan's
+        // angles cover `n_local` and the block.
+        unsafe { self.launch(kernel.entry, kernel.dims, params) }
+    }
+
+    fn vote_kernel(&self, config: &SelectConfig) -> Result<&'static Entry> {
+        let heads = config.heads;
+        if heads.num_qo_heads > MAX_HEADS as usize {
+            let what = format!("{} query heads, only up to {MAX_HEADS}", heads.num_qo_heads);
+            return Err(self.unsupported("vote", what));
+        }
+        self.entry("vote", if heads.group().is_multiple_of(4) { "vote_by_four" } else { "vote" })
+    }
+
+    fn launch_vote(&self, entry: &'static Entry, params: &VoteParams) -> Result<()> {
+        // SAFETY: `TokenSelect` has checked shapes and lengths.
+        unsafe { self.launch(entry, params.dims(self.driver.gpu()), params) }
+    }
+
+    /// If the votes are counted, directly after the `vote` that has done so.
+    fn launch_top_k(&self, params: &TopKParams, votes_are_counted: bool) -> Result<()> {
+        let gpu = self.driver.gpu();
+        let params = TopKParams { follows_vote: u32::from(votes_are_counted), ..*params };
+        // SAFETY: `TokenSelect` has checked shapes and lengths.
+        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, &params) };
+        if !votes_are_counted {
+            launch("top_k_count", params.count_dims(gpu))?;
+        }
+        if let Some(dims) = params.cluster_dims(gpu) {
+            return launch("top_k_choose_in_cluster", dims);
+        }
+        launch("top_k_refine", params.count_dims(gpu))?;
+        launch("top_k_choose", params.choose_dims())
     }
 
     fn tables(&self, batch: &Batch) -> Result<BatchTables> {
@@ -207,66 +285,25 @@ impl Backend for GpuBackend {
             max_block_len: args.batch.max_block_len() as u32,
             reserved: 0,
         };
-        if !params.fits() {
-            return self.launch_pool(dtype, &params.pool);
-        }
-        let entry = self.entry("pool", &format!("append_pool_{dtype}"))?;
-        // SAFETY: `TokenSelect` has checked shapes and lengths, the plan's angles cover `n_local` and the block.
-        unsafe { self.launch(entry, params.dims(), &params) }
-    }
-
-    fn append_pool(&self, append: AppendArgs<'_>, pool: PoolArgs<'_>) -> Result<()> {
-        if append.batch.num_rows() == 0 {
-            return Ok(());
-        }
-        let dtype = self.dtype_name("append", append.kv.dtype())?;
-        let mut params = AppendPoolParams {
-            append: self.append_params(&append)?,
-            pool: self.pool_params(&pool)?,
-            max_block_len: append.batch.max_block_len() as u32,
-            reserved: 0,
-        };
-        if !params.fits() {
-            self.launch_append(&params.append)?;
-            params.pool.follows_append = u32::from(params.append.num_tokens > 0);
-            return self.launch_pool(dtype, &params.pool);
-        }
-        let entry = self.entry("append", &format!("append_pool_{dtype}"))?;
-        // SAFETY: as for `append` and `pool`; no block is longer than the longest.
-        unsafe { self.launch(entry, params.dims(), &params) }
+        self.launch_append_pool("pool", dtype, &params)
     }
 
     fn score(&self, args: ScoreArgs<'_>) -> Result<()> {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let heads = args.config.heads;
         let dtype = self.dtype_name("score", args.kv.dtype())?;
-        let Some(columns) = columns(heads.group() as u32) else {
-            return Err(
-                self.unsupported("score", format!("groups of {} heads, only up to 16", heads.group()))
-            );
-        };
-        let (params, gpu): (ScoreParams<bf16>, _) = (self.score_params(&args)?, self.driver.gpu());
-        let (kernel, dims) = if gpu.bulk_copies && params.can_stream() {
-            ("score_stream", params.stream_dims(gpu))
-        } else {
-            ("score", params.dims(gpu))
-        };
-        let entry = self.entry("score", &format!("{kernel}_{dtype}_d{}_g{columns}", heads.head_dim))?;
-        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
-        unsafe { self.launch(entry, dims, &params) }
+        let params = self.score_params(&args)?;
+        let kernel = self.score_kernel(dtype, &params)?;
+        self.launch_score(&kernel, &params)
     }
 
     fn vote(&self, args: VoteArgs<'_>) -> Result<()> {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let by_four = args.config.heads.group().is_multiple_of(4);
-        let entry = self.entry("vote", if by_four { "vote_by_four" } else { "vote" })?;
         let params = self.vote_params(&args)?;
-        // SAFETY: `TokenSelect` has checked shapes and lengths.
-        unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
+        self.launch_vote(self.vote_kernel(args.config)?, &params)
     }
 
     fn smooth(&self, args: SmoothArgs<'_>) -> Result<()> {
@@ -282,18 +319,47 @@ impl Backend for GpuBackend {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let params = self.top_k_params(&args)?;
-        let gpu = self.driver.gpu();
-        // SAFETY: `TokenSelect` has checked shapes and lengths.
-        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, &params) };
-        if !args.votes_are_counted {
-            launch("top_k_count", params.count_dims(gpu))?;
+        self.launch_top_k(&self.top_k_params(&args)?, args.votes_are_counted)
+    }
+
+    /// A launch for each of `score`, `vote` and `top_k`: the first also pools and appends short blocks, the second folds
+    /// the first's statistics.
+    fn select(&self, mut args: SelectArgs<'_>) -> Result<()> {
+        let batch = args.batch;
+        if batch.num_rows() == 0 {
+            return Ok(());
         }
-        if let Some(dims) = params.cluster_dims(gpu) {
-            return launch("top_k_choose_in_cluster", dims);
+        // Kernels first, so that nothing is half done where one is missing.
+        let first = if args.append().is_some() { "append" } else { "pool" };
+        let dtype = self.dtype_name(first, args.q.dtype())?;
+        let vote = self.vote_kernel(args.plan.config())?;
+        let mut score_params = self.score_params(&args.score()?)?;
+        let score = self.score_kernel(dtype, &score_params)?;
+        let pooled = AppendPoolParams {
+            append: match args.append() {
+                Some(append) => self.append_params(&append)?,
+                None => AppendParams::none(self.tables(batch)?),
+            },
+            pool: self.pool_params(&args.pool())?,
+            max_block_len: batch.max_block_len() as u32,
+            reserved: 0,
+        };
+        let may_append = !score.streams || score_params.may_append(pooled.append.num_tokens);
+        if pooled.is_short() && may_append {
+            (score_params.pooled, score_params.pools) = (pooled, 1);
+        } else {
+            self.launch_append_pool(first, dtype, &pooled)?;
         }
-        launch("top_k_refine", params.count_dims(gpu))?;
-        launch("top_k_choose", params.choose_dims())
+        score_params.folds = 0;
+        self.launch_score(&score, &score_params)?;
+        let mut vote_params = self.vote_params(&args.vote())?;
+        (vote_params.partial, vote_params.tile_tokens) = (score_params.partial, score.tile_tokens);
+        self.launch_vote(vote, &vote_params)?;
+        if let Some(smooth) = args.smooth() {
+            self.smooth(smooth)?;
+        }
+        let args = args.top_k();
+        self.launch_top_k(&self.top_k_params(&args)?, args.votes_are_counted)
     }
 
     fn attend(&self, args: AttendArgs<'_>) -> Result<()> {

@@ -1,6 +1,7 @@
 //! From checked arguments to kernel parameters.
 
 use kernels_gpu::append::{AppendParams, PIECE};
+use kernels_gpu::append_pool::AppendPoolParams;
 use kernels_gpu::attention::AttendParams;
 use kernels_gpu::gather::GatherParams;
 use kernels_gpu::layout::{PageStrides, absent, absent_mut};
@@ -165,6 +166,9 @@ impl GpuBackend {
             n_local: config.n_local as u32,
             score_scale: config.score_scale(),
             head_dim: config.heads.head_dim as u32,
+            pooled: AppendPoolParams::none(self.tables(args.batch)?),
+            pools: 0,
+            folds: 1,
         })
     }
 
@@ -176,7 +180,8 @@ impl GpuBackend {
         Ok(VoteParams {
             actions: self.pointer("actions", &args.actions)?,
             logits: self.pointer("logits", &args.logits)?,
-            stats: self.pointer("stats", &args.stats)?,
+            stats: GlobalMut::from_addr(self.addr("stats", &args.stats)?),
+            partial: absent_mut(),
             votes: self.pointer_mut("votes", &args.votes)?,
             radix: scratch.radix(),
             batch: self.tables(args.batch)?,
@@ -187,7 +192,7 @@ impl GpuBackend {
             top_k: config.top_k as u32,
             max_tokens,
             wanted: if args.counts { wanted_counts(gpu, num_rows, max_tokens) } else { NO_COUNTS },
-            reserved: 0,
+            tile_tokens: 0,
         })
     }
 
@@ -239,7 +244,7 @@ impl GpuBackend {
             query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
             max_tokens,
             wanted: wanted_counts(gpu, num_rows, max_tokens),
-            reserved: 0,
+            follows_vote: 0,
         })
     }
 
