@@ -81,8 +81,9 @@ fn check_queries(devices: &[Device], problem: &Problem, seed: u64) {
     }
 }
 
-/// A selection appends and pools short blocks where it scores, or in a launch of their own: either leaves what `append` and
-/// `pool` leave, and what the processor leaves. What has no kernel is refused before anything is written.
+/// A selection appends and pools short blocks in one launch, which leaves what `append` and
+/// `pool` leave, and what the processor leaves, while keys are asked for. What has no kernel is refused before anything is
+/// written.
 #[test]
 fn append_and_pool_in_one() {
     let rope = |pairing, rotary_dim| Positions::Reassigned(Rope { pairing, rotary_dim, ..Rope::default() });
@@ -113,7 +114,7 @@ fn append_and_pool_in_one() {
     {
         let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
         let dtype = [DType::Bf16, DType::F16][i % 2];
-        // Copies of whole tiles may reach into a block that no local tokens part from the candidates.
+        // Keys are asked for early in pages of 16, unless copies may reach into a block for want of local tokens.
         for (page_size, n_local, caches) in
             [(7, 4, false), (7, 4, true), (16, 4, true), (16, 15, true), (16, 14, false)]
         {

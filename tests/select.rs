@@ -6,9 +6,7 @@ use common::paged::{Pool, Storage};
 use common::problem::{Content, Problem, small_config};
 use common::run::{Inputs, token_select};
 use common::{bits, gpus};
-use tokenselect::{
-    Batch, DType, Device, Error, HeadShape, Positions, Rope, RowAction, SelectConfig, TokenSelect, Workspace,
-};
+use tokenselect::{DType, Device, Error, HeadShape, Positions, Rope, RowAction, SelectConfig, Workspace};
 
 /// Everything that a selection leaves in a workspace.
 fn left(workspace: &Workspace) -> Vec<(&'static str, Vec<u64>)> {
@@ -41,8 +39,8 @@ fn config(heads: [usize; 3], window: usize, positions: Positions) -> SelectConfi
     }
 }
 
-/// The statistics of the chunks are folded by another kernel then, and short blocks are pooled by another: the bits are the
-/// same, whoever does it. Groups, chunks and heads of each kernel; rows of every action but `Reuse`.
+/// The statistics of the chunks are folded by another kernel then, and keys are asked for ahead: the bits are the same.
+/// Groups, chunks and heads of each kernel that scores; rows of every action but `Reuse`.
 #[test]
 fn a_selection_leaves_what_its_operations_leave() {
     let rope = || Positions::Reassigned(Rope::default());
@@ -85,15 +83,14 @@ fn a_selection_leaves_what_its_operations_leave() {
 #[test]
 fn too_many_heads_are_refused() {
     let problem = Problem::new(&config([33, 16, 64], 1, Positions::Native), &[(60, 1)], Content::Peaked, 1);
-    for device in [Device::emulated()] {
-        let pool = Pool::full(&problem, 16, Storage::Nhd, 4).to(&device);
-        let batch: Batch = pool.batch(&problem);
-        let q = Inputs::new(&problem).to(&device).q;
-        let mut ts: TokenSelect = token_select(&device, &problem, &batch);
-        let before = left(ts.workspace());
-        let error = ts.select(&batch, pool.view(), q.view(), None).unwrap_err();
-        assert!(matches!(error, Error::Unsupported { op: "vote", .. }), "{error}");
-        assert!(error.to_string().contains("528 query heads, only up to 512"), "{error}");
-        assert_eq!(left(ts.workspace()), before);
-    }
+    let device = Device::emulated();
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 4).to(&device);
+    let batch = pool.batch(&problem);
+    let q = Inputs::new(&problem).to(&device).q;
+    let mut ts = token_select(&device, &problem, &batch);
+    let before = left(ts.workspace());
+    let error = ts.select(&batch, pool.view(), q.view(), None).unwrap_err();
+    assert!(matches!(error, Error::Unsupported { op: "vote", .. }), "{error}");
+    assert!(error.to_string().contains("528 query heads, only up to 512"), "{error}");
+    assert_eq!(left(ts.workspace()), before);
 }

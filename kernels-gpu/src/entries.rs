@@ -2,11 +2,15 @@
 //!
 //! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
 //!
-//! Each waits for the launches before it ([`grid::wait_for_previous`](crate::simt)) before it reads what a launch may have
-//! written, or writes anything, and then lets the launch after it begin: a host may launch them so that they overlap. So a
-//! kernel that begins knows that all launches but the last before it have ended. [`pool`](mod@crate::pool), [`top_k`](mod@crate::top_k) and
-//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that. The tables of a batch, and those of angles, are written by
+//! A host may launch them so that they overlap. Each waits for the launches before it
+//! ([`grid::wait_for_previous`](crate::simt)) before it reads what a launch may have written, and before it writes or ends;
+//! so when a kernel has waited, all launches before it have ended. The tables of a batch, and those of angles, are written by
 //! copies alone, which end before launches after them begin: they may be read at once.
+//!
+//! [`score_stream`](crate::score::score_stream) and a `pool` behind `append` let the launch after them begin at once, the others when they
+//! have waited: the one that follows these knows, when it begins, that all launches before them have ended.
+//! [`pool`](mod@crate::pool), [`score_stream`](crate::score::score_stream) and
+//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that.
 
 use half::{bf16, f16};
 

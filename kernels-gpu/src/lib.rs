@@ -40,7 +40,6 @@ pub mod radix;
 pub mod read_all;
 pub mod rope;
 pub mod score;
-mod short_block;
 pub mod simt;
 pub mod smooth;
 mod stream;

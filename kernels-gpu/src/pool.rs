@@ -17,9 +17,9 @@
 //! **Bytes.** `q` once: `num_tokens * num_qo_heads * head_dim * 2`; the cached query where there is one.
 
 use crate::launch::Dims;
+use crate::layout::BatchTables;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 use crate::layout::Row;
-use crate::layout::{BatchTables, absent, absent_mut};
 use crate::rope::RopeTables;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
@@ -100,32 +100,6 @@ const LAYOUT: Layout = {
 };
 
 impl<T> PoolParams<T> {
-    /// Nothing to pool.
-    pub const fn none(batch: BatchTables) -> Self {
-        PoolParams {
-            q: absent(),
-            cached_queries: absent(),
-            cached_ages: absent(),
-            cached_made_at: absent(),
-            sequence_indices: absent(),
-            queries: absent_mut(),
-            similarities: absent_mut(),
-            actions: absent_mut(),
-            partial: absent_mut(),
-            counters: absent_mut(),
-            batch,
-            rope: RopeTables::none(),
-            num_qo_heads: 0,
-            head_dim: 0,
-            n_init: 0,
-            n_local: 0,
-            top_k: 0,
-            max_reuse: 0,
-            similarity_threshold: 0.0,
-            follows_append: 0,
-        }
-    }
-
     /// A block per row and query head.
     pub const fn dims(&self) -> Dims {
         Dims {
@@ -140,7 +114,7 @@ impl<T> PoolParams<T> {
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub use kernel::pool;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-pub(crate) use kernel::{Cached, cached_place, conclude, cosine, judge};
+pub(crate) use kernel::{Cached, cached_place, conclude, cosine};
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
@@ -339,24 +313,12 @@ mod kernel {
         cached: &Cached,
         cosine: f32,
     ) {
-        let (similarity, action) = judge(params, row, tables, cached, cosine);
-        params.similarities.add(row as u64).store(similarity);
-        params.actions.add(row as u64).store(action);
-    }
-
-    /// The similarity, and the action that follows.
-    #[inline(always)]
-    pub(crate) unsafe fn judge<T: Element>(
-        params: &PoolParams<T>,
-        row: u32,
-        tables: &Row,
-        cached: &Cached,
-        cosine: f32,
-    ) -> (f32, u32) {
         let has_cached = cached.place != EMPTY && cached.made_at <= tables.kv_len - tables.queries.len();
         let similarity = if has_cached { cosine } else { -1.0 };
         let is_similar = has_cached && similarity >= params.similarity_threshold;
-        (similarity, decide(params, row, tables, is_similar && cached.age < params.max_reuse))
+        let action = decide(params, row, tables, is_similar && cached.age < params.max_reuse);
+        params.similarities.add(row as u64).store(similarity);
+        params.actions.add(row as u64).store(action);
     }
 
     #[inline(always)]

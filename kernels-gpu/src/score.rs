@@ -28,20 +28,17 @@
 //!
 //! On Hopper, where the layout of the pages allows it, [`score_stream`] does the same with bulk copies.
 //!
-//! Within a step either kernel also pools short blocks and appends their keys and values (`pools`), and leaves the
-//! chunks' statistics to [`vote`](mod@crate::vote), where every block folds them for itself (`folds`).
+//! Within a selection either kernel leaves the chunks' statistics to [`vote`](mod@crate::vote), where every block folds
+//! them for itself.
 //!
 //! **Bytes.** Keys once, `n * num_kv_heads * head_dim * 2`; logits `n * num_qo_heads * 4` written.
 
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-mod pooled;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 pub(crate) mod statistics;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod steps;
 mod stream;
 
-use crate::append_pool::AppendPoolParams;
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::{BatchTables, PageStrides};
 use crate::simt::data::{V2, V4};
@@ -93,15 +90,17 @@ pub struct ScoreParams<T> {
     pub score_scale: f32,
     /// Elements of a head.
     pub head_dim: u32,
-    /// What is pooled and appended by this launch; anything unless `pools`.
-    pub pooled: AppendPoolParams<T>,
-    /// 1: rows are pooled by this launch, their keys and values appended; then `queries` and `actions` are not read, and
-    /// those of `pooled` are written. Blocks are short ([`AppendPoolParams::is_short`]).
-    pub pools: u32,
     /// 1: the last block of each row folds the statistics of its chunks, to `stats`. 0: they stay in `partial`.
     pub folds: u32,
+    /// How many stages of keys [`score_stream`] asks for before it waits for the launch before it, in rows that may be
+    /// scored. More than 0 only where that launch writes no candidate's key, and one before it has written the last.
+    pub stages_ahead: u32,
+    /// Rows with no more candidates are not scored; for `stages_ahead`.
+    pub top_k: u32,
+    /// 0.
+    pub reserved: u32,
 }
-const _: () = assert!(size_of::<ScoreParams<u16>>() == 496);
+const _: () = assert!(size_of::<ScoreParams<u16>>() == 176);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]
@@ -182,7 +181,6 @@ pub use self::stream::score_stream;
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
-    use super::pooled::Pooled;
     use super::statistics::Stats;
     use super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
@@ -195,7 +193,6 @@ mod kernel {
     /// # Safety
     /// - The buffers and tables are as [`ScoreParams`] says, and 16-byte aligned; every page number lies in the pool.
     /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed; `16 U` is [`tile_tokens`].
-    /// - If `pools`, the rules of [`append_pool`](fn@crate::append_pool::append_pool) hold, but for its launch.
     /// - Launched with [`ScoreParams::dims`].
     #[inline(always)]
     pub unsafe fn score<T: Element, const C: usize, const N: usize, const U: usize, const PACKED: bool>(
@@ -208,17 +205,10 @@ mod kernel {
         let kv_head = warp_of_row % params.num_kv_heads;
         let step = thread::grid_dim_x() * WARPS / params.num_kv_heads;
         let work = Work::new(&params, row, 16 * U as u32, kv_head, step);
-        let pooled = Pooled::look_up(&params, row);
         grid::wait_for_previous();
         grid::launch_dependents();
         let layout = const { &Layout::new(32 * C as u32, if PACKED { 4 } else { 8 * N as u32 }) };
-        let action = if params.pools != 0 {
-            let first = thread::block_idx_x() * THREADS + thread::thread_idx_x();
-            pooled.append(&params, first, thread::grid_dim_x() * THREADS);
-            pooled.pool(&params, row, layout, thread::block_idx_x() * WARPS % params.num_kv_heads)
-        } else {
-            params.actions.add(row as u64).load()
-        };
+        let action = params.actions.add(row as u64).load();
         if work.is_idle(action) {
             return;
         }

@@ -87,9 +87,8 @@ pub struct TopKParams {
     pub max_tokens: u32,
     /// How far [`count`] goes: [`COUNTS`](radix::COUNTS) or [`BIN`](radix::BIN).
     pub wanted: u32,
-    /// 1: the launch before this one is [`vote`](mod@crate::vote), which writes nothing but votes and what counts them; so rows
-    /// that are not scored need not wait for it.
-    pub follows_vote: u32,
+    /// 0.
+    pub reserved: u32,
 }
 const _: () = assert!(size_of::<TopKParams>() == 224);
 

@@ -28,11 +28,17 @@ impl Stats {
         if x == max { 1.0 } else { number }
     }
 
+    /// [`term`](Self::term) of a maximum, which is a number.
+    #[inline(always)]
+    fn ratio(x: f32, max: f32) -> f32 {
+        if x == max { 1.0 } else { math::ex2((x - max) * core::f32::consts::LOG2_E) }
+    }
+
     /// Counts one logit.
     #[inline(always)]
     pub fn push(&mut self, logit: f32) {
         if logit > self.max {
-            self.sum *= Stats::term(self.max, logit);
+            self.sum *= Stats::ratio(self.max, logit);
             self.max = logit;
         }
         self.sum += Stats::term(logit, self.max);
@@ -42,7 +48,7 @@ impl Stats {
     #[inline(always)]
     pub fn merge(self, other: Stats) -> Stats {
         let max = self.max.max(other.max);
-        Stats { max, sum: self.sum * Stats::term(self.max, max) + other.sum * Stats::term(other.max, max) }
+        Stats { max, sum: self.sum * Stats::ratio(self.max, max) + other.sum * Stats::ratio(other.max, max) }
     }
 
     /// Merged with those of the lane at `distance`.
@@ -66,7 +72,7 @@ pub(crate) struct Chunks {
 #[inline(always)]
 pub(crate) fn num_chunks(candidates: Tokens, tokens: u32, num_kv_heads: u32) -> u32 {
     let first = candidates.begin / LOGIT_TILE * LOGIT_TILE;
-    (candidates.end - first).div_ceil(tokens).min(max_chunks(num_kv_heads))
+    (candidates.end - first).div_ceil(tokens).min(max_chunks(num_kv_heads.max(1)))
 }
 
 impl Chunks {
@@ -74,13 +80,8 @@ impl Chunks {
     #[inline(always)]
     pub fn new(partial: GlobalMut<f32>, row: u32, num_kv_heads: u32, group: u32, count: u32) -> Chunks {
         let num_qo_heads = num_kv_heads * group;
-        let before = row as u64 * max_chunks(num_kv_heads) as u64 * num_qo_heads as u64;
+        let before = row as u64 * max_chunks(num_kv_heads.max(1)) as u64 * num_qo_heads as u64;
         Chunks { of_row: partial.cast::<V2<f32>>().add(before), count, num_qo_heads }
-    }
-
-    #[inline(always)]
-    fn at(&self, chunk: u32, head: u32) -> GlobalMut<V2<f32>> {
-        self.of_row.add(chunk as u64 * self.num_qo_heads as u64 + head as u64)
     }
 
     /// Writes those of a head over one chunk.
@@ -89,7 +90,7 @@ impl Chunks {
     /// - The chunk is one of the row's, the head one of the query heads.
     #[inline(always)]
     pub unsafe fn store(&self, chunk: u32, head: u32, stats: Stats) {
-        self.at(chunk, head).store(V2([stats.max, stats.sum]));
+        self.of_row.add((chunk * self.num_qo_heads + head) as u64).store(V2([stats.max, stats.sum]));
     }
 
     /// Gives `store` each head and its statistics over all chunks, once, and returns true; or does nothing and returns
@@ -109,15 +110,15 @@ impl Chunks {
         is_wanted: impl Fn() -> bool,
         mut store: impl FnMut(u32, Stats),
     ) -> bool {
-        core::hint::assert_unchecked(self.num_qo_heads != 0);
+        let num_qo_heads = self.num_qo_heads.max(1);
         let thread = thread::thread_idx_x();
-        let parts = (THREADS / self.num_qo_heads).max(1);
+        let parts = (THREADS / num_qo_heads).max(1);
         let shared = place.get();
-        let (part, mut head) = (thread / self.num_qo_heads, thread % self.num_qo_heads);
-        let rounds = self.num_qo_heads.div_ceil(THREADS);
+        let (part, mut head) = (thread / num_qo_heads, thread % num_qo_heads);
+        let rounds = num_qo_heads.div_ceil(THREADS);
         let mut round = 0;
         while round < rounds {
-            let works = thread < THREADS && part < parts && head < self.num_qo_heads;
+            let works = thread < THREADS && part < parts && head < num_qo_heads;
             let Some(stats) = self.fold_part(head, part, parts, works, &is_wanted) else { return false };
             if thread < THREADS {
                 shared.add(thread).store(V2([stats.max, stats.sum]));
@@ -127,7 +128,7 @@ impl Chunks {
                 let mut merged = stats;
                 let mut other = 1;
                 while other < parts {
-                    let [max, sum] = shared.add(other * self.num_qo_heads + thread).load().0;
+                    let [max, sum] = shared.add(other * num_qo_heads + thread).load().0;
                     merged = merged.merge(Stats { max, sum });
                     other += 1;
                 }
@@ -153,17 +154,20 @@ impl Chunks {
         is_wanted: &impl Fn() -> bool,
     ) -> Option<Stats> {
         const BATCH: usize = 34;
+        // Places in the table, and not chunks, are counted: one sum serves the address and the test for the end.
+        let (step, end) = (parts * self.num_qo_heads, if works { self.count * self.num_qo_heads } else { 0 });
+        let mut place = part * self.num_qo_heads + head;
+        let mut at = self.of_row.add(place as u64);
         let mut stats = Stats::EMPTY;
-        let mut chunk = part;
         loop {
             let mut batch = [Stats::EMPTY; BATCH];
             let mut i = 0;
             while i < BATCH {
-                let at = chunk + i as u32 * parts;
-                if works && at < self.count {
-                    let [max, sum] = self.at(at, head).load().0;
+                if place < end {
+                    let [max, sum] = at.load().0;
                     batch[i] = Stats { max, sum };
                 }
+                (place, at) = (place + step, at.add(step as u64));
                 i += 1;
             }
             if !is_wanted() {
@@ -175,15 +179,14 @@ impl Chunks {
                 max = max.max(batch[i].max);
                 i += 1;
             }
-            let mut sum = stats.sum * Stats::term(stats.max, max);
+            let mut sum = stats.sum * Stats::ratio(stats.max, max);
             let mut i = 0;
             while i < BATCH {
-                sum += batch[i].sum * Stats::term(batch[i].max, max);
+                sum += batch[i].sum * Stats::ratio(batch[i].max, max);
                 i += 1;
             }
             stats = Stats { max, sum };
-            chunk += BATCH as u32 * parts;
-            if chunk >= self.count {
+            if place >= end {
                 return Some(stats);
             }
         }

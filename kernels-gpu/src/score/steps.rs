@@ -98,48 +98,33 @@ impl<T> Work<'_, T> {
 
 /// Splits and packs the queries of a KV head's group as B fragments in shared memory: the lane's words of column
 /// tile `n`, part `p` (0 high, 1 low), chunk `c` are 32 * ((2 n + p) C + c) further, or 32 c packed. Columns
-/// beyond the group are zero. Each lane reads back only what it wrote itself. If the launch pools, the queries lie in the
-/// same place.
+/// beyond the group are zero. Each lane reads back only what it wrote itself.
 #[inline(always)]
 pub(super) unsafe fn load_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
     work: &Work<'_, T>,
     place: Region<V4<u32>>,
 ) -> Shared<V4<u32>> {
-    let of_warp = place.get().add(warp::warp_id() * (place.len() / WARPS));
-    let fragments = of_warp.add(warp::lane_id());
+    let of_warp = place.len() / WARPS;
+    let fragments = place.get().add(warp::warp_id() * of_warp + warp::lane_id());
     let params = work.params;
     let (column, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
-    let mut queries = [[[[0.0; 4]; 2]; C]; N];
     let mut n = 0;
     while n < N {
         let member = if PACKED { column % 4 } else { n as u32 * 8 + column };
-        let mut c = 0;
-        while c < C && member < params.group {
-            let element = 32 * c as u32 + 8 * t;
-            if params.pools != 0 {
-                let at = of_warp.cast::<V4<f32>>().add((member * (32 * C) as u32 + element) / 4);
-                queries[n][c] = [at.load().0, at.add(1).load().0];
-            } else {
-                let head = work.kv_head * params.group + member;
-                let head = work.row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
-                let at = params.queries.add(head * (32 * C) as u64 + element as u64).cast::<V4<f32>>();
-                queries[n][c] = [at.load_cached().0, at.add(1).load_cached().0];
-            }
-            c += 1;
-        }
-        n += 1;
-    }
-    warp::sync_warp(warp::FULL);
-    let mut n = 0;
-    while n < N {
+        let head = work.kv_head * params.group + member;
+        let head = work.row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
+        let at = params.queries.add(head * (32 * C) as u64 + 8 * t as u64).cast::<V4<f32>>();
         let mut c = 0;
         while c < C {
-            let [x, y] = queries[n][c];
             let (mut high, mut low) = ([0; 4], [0; 4]);
-            (high[0], low[0]) = split::<T>(x[0], x[1]);
-            (high[1], low[1]) = split::<T>(x[2], x[3]);
-            (high[2], low[2]) = split::<T>(y[0], y[1]);
-            (high[3], low[3]) = split::<T>(y[2], y[3]);
+            if member < params.group {
+                let x = at.add(8 * c as u64).load_cached().0;
+                let y = at.add(8 * c as u64 + 1).load_cached().0;
+                (high[0], low[0]) = split::<T>(x[0], x[1]);
+                (high[1], low[1]) = split::<T>(x[2], x[3]);
+                (high[2], low[2]) = split::<T>(y[0], y[1]);
+                (high[3], low[3]) = split::<T>(y[2], y[3]);
+            }
             if PACKED {
                 fragments.add(32 * c as u32).store(V4(if column >= 4 { low } else { high }));
             } else {

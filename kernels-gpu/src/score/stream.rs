@@ -13,6 +13,9 @@
 //! 3. The lanes of the producer warp look up a page each, for up to 32 stages, and the pages of the 32 after those are loaded
 //!    meanwhile.
 //!
+//! 4. Keys are asked for while the launch before this one, which pools the queries, is still at work
+//!    ([`stages_ahead`](ScoreParams::stages_ahead)).
+//!
 //! Tiles are of 16 tokens; chunks, their statistics and the logits are those of the other kernel with such tiles, bit for
 //! bit.
 
@@ -85,10 +88,10 @@ impl<T> ScoreParams<T> {
         has_instance && self.pages().can_stream()
     }
 
-    /// Whether [`score_stream`] may append `tokens` tokens to each row at the same time: no copy of a tile, of which
-    /// candidates may be a part, reaches into them.
-    pub const fn may_append(&self, tokens: u32) -> bool {
-        tokens == 0 || self.n_local + 1 >= TILE
+    /// Whether no copy of [`score_stream`] reaches beyond a row's candidates and local tokens: keys may then be asked for
+    /// while a block is appended.
+    pub const fn spares_block(&self) -> bool {
+        self.n_local + 1 >= TILE
     }
 
     /// The launch of [`score_stream`]: a grid that fills the device, shared evenly by the rows.
@@ -116,7 +119,6 @@ pub use kernel::score_stream;
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::append_pool::AppendPoolParams;
     use crate::layout::{BatchTables, PageStrides, absent, absent_mut};
 
     /// Heads adjacent to one another, or tokens.
@@ -150,9 +152,10 @@ mod tests {
             n_local: 0,
             score_scale: 1.0,
             head_dim,
-            pooled: AppendPoolParams::none(batch),
-            pools: 0,
             folds: 1,
+            stages_ahead: 0,
+            top_k: 0,
+            reserved: 0,
         }
     }
 
@@ -202,7 +205,6 @@ mod tests {
 
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
-    use super::super::pooled::Pooled;
     use super::super::statistics::Stats;
     use super::super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
     use super::*;
@@ -264,13 +266,13 @@ mod kernel {
     /// - The buffers and tables are as [`ScoreParams`] says, and 16-byte aligned; every page number lies in the pool.
     /// - [`ScoreParams::can_stream`]; the device has bulk copies.
     /// - `head_dim = 32 C`; the group has at most `8 N` heads, 4 if packed.
-    /// - If `pools`, the rules of [`append_pool`](fn@crate::append_pool::append_pool) hold, but for its launch.
     /// - Launched with [`ScoreParams::stream_dims`].
     #[inline(always)]
     pub unsafe fn score_stream<T: Element, const C: usize, const N: usize, const PACKED: bool>(
         params: ScoreParams<T>,
     ) {
         thread::launch_bounds::<STREAM_THREADS, STREAM_BLOCKS_PER_SM>();
+        grid::launch_dependents();
         if !bulk::AVAILABLE {
             return bulk::publish(); // stops the launch
         }
@@ -284,35 +286,39 @@ mod kernel {
         let row = thread::block_idx_y();
         let step = thread::grid_dim_x() * num_streams;
         let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
-        let pooled = Pooled::look_up(&params, row);
         let mut producer = Producer::NONE;
         if is_producer {
-            bulk::publish();
-            producer = Producer::look_up(&work);
+            producer = begin(&work, layout);
         }
         grid::wait_for_previous();
-        grid::launch_dependents();
-        let action = if params.pools != 0 {
-            if is_producer {
-                let first = thread::block_idx_x() * warp::SIZE + warp::lane_id();
-                pooled.append(&params, first, thread::grid_dim_x() * warp::SIZE);
-            }
-            pooled.pool(&params, row, &layout.base, 0)
-        } else {
-            let action = params.actions.add(row as u64).load();
-            thread::sync_threads();
-            action
-        };
+        let action = params.actions.add(row as u64).load();
+        thread::sync_threads();
         if work.is_idle(action) {
+            if is_producer {
+                await_stages(layout, producer.place);
+            }
             return;
         }
         if is_producer {
-            produce(&work, layout, producer);
+            while producer.has_next(&work) {
+                producer.fill(&work, layout);
+            }
         } else if warp / params.num_kv_heads < num_streams {
             consume::<T, C, N, PACKED>(&work, layout, warp / params.num_kv_heads);
         }
         if params.folds != 0 && grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
             fold(&work, layout.base.stats);
+        }
+    }
+
+    /// Waits for the stages before `place` of the first round: a block must not end before its copies have arrived.
+    #[inline(always)]
+    unsafe fn await_stages(layout: &StreamLayout, end: Place) {
+        let filled = if end.parity == 0 { end.stage } else { layout.num_stages };
+        let mut stage = 0;
+        while stage < filled {
+            layout.full(stage).wait(0);
+            stage += 1;
         }
     }
 
@@ -337,27 +343,42 @@ mod kernel {
         token: u32,
     }
 
-    /// The lane's own tile in this batch of stages, and its page.
+    /// The producer warp's way through its stages: what a lane is to copy next.
     #[derive(Clone, Copy)]
     struct Producer {
         part: Part,
-        /// Stages for which the lanes look up pages together.
+        /// Stages for which the lanes look up pages together, and how many of these are filled.
         batch: u32,
+        turn: u32,
+        /// The lane's own tile in this batch and in the next, and their pages.
         tile: Tile,
         page: u32,
+        next_tile: Tile,
+        next_page: u32,
+        /// Tile of stream 0 in the next stage, and that stage.
+        lead: Tile,
+        place: Place,
     }
 
     impl Producer {
-        const NONE: Producer = Producer {
-            part: Part { turn: 0, stream: 0, token: 0 },
-            batch: 1,
-            tile: Tile { chunk: 0, index: 0 },
-            page: 0,
+        const NONE: Producer = {
+            let tile = Tile { chunk: 0, index: 0 };
+            Producer {
+                part: Part { turn: 0, stream: 0, token: 0 },
+                batch: 1,
+                turn: 0,
+                tile,
+                page: 0,
+                next_tile: tile,
+                next_page: 0,
+                lead: tile,
+                place: Place::FIRST,
+            }
         };
 
-        /// Looks up the pages of the first batch.
+        /// Before the first stage. Looks up the first pages.
         #[inline(always)]
-        unsafe fn look_up<T: Element>(work: &Work<'_, T>) -> Self {
+        unsafe fn new<T: Element>(work: &Work<'_, T>) -> Self {
             let copy_tokens = work.params.pages().copy_tokens();
             core::hint::assert_unchecked(copy_tokens != 0);
             let parts_of_tile = TILE / copy_tokens;
@@ -369,46 +390,63 @@ mod kernel {
                 stream: lane % parts / parts_of_tile,
                 token: lane % parts_of_tile * copy_tokens,
             };
-            let tile = skip(work, work.lead(), part.turn);
-            Producer { part, batch: warp::SIZE / parts, tile, page: look_up(work, tile, &part) }
+            let (lead, batch) = (work.lead(), warp::SIZE / parts);
+            let tile = skip(work, lead, part.turn);
+            let next_tile = skip(work, tile, batch);
+            let page = look_up(work, tile, &part);
+            let next_page = look_up(work, next_tile, &part);
+            Producer { part, batch, turn: 0, tile, page, next_tile, next_page, lead, place: Place::FIRST }
         }
-    }
 
-    /// The producer warp: fills stage after stage.
-    #[inline(always)]
-    unsafe fn produce<T: Element>(work: &Work<'_, T>, layout: &StreamLayout, producer: Producer) {
-        let Producer { part, batch, mut tile, mut page } = producer;
-        let params = work.params;
-        let num_streams = streams(params.num_kv_heads);
-        let tile_bytes = params.num_kv_heads * TILE * params.head_dim * 2;
-        // The pages of the batch after this one are on their way.
-        let mut next_tile = skip(work, tile, batch);
-        let mut next_page = look_up(work, next_tile, &part);
-        let mut lead = work.lead();
-        let mut place = Place::FIRST;
-        let mut turn = 0;
-        while lead.chunk < work.num_chunks {
+        /// Whether there is a stage left to fill.
+        #[inline(always)]
+        fn has_next<T>(&self, work: &Work<'_, T>) -> bool {
+            self.lead.chunk < work.num_chunks
+        }
+
+        /// Fills the next stage, when it is empty. Bytes on their way belong to those who wait for them.
+        #[inline(always)]
+        unsafe fn fill<T: Element>(&mut self, work: &Work<'_, T>, layout: &StreamLayout) {
+            let num_streams = streams(work.params.num_kv_heads);
+            let (place, lead) = (self.place, self.lead);
             layout.empty(place.stage).wait(place.parity ^ 1);
             // A lane with nothing to copy must not fall behind: two phases later the parity is the same again.
             warp::sync_warp(warp::FULL);
             if warp::lane_id() == 0 {
+                let tile_bytes = work.params.num_kv_heads * TILE * work.params.head_dim * 2;
                 let tiles = (work.num_chunks - lead.chunk).min(work.num_tiles - lead.index);
                 layout.full(place.stage).arrive_expecting(tiles.min(num_streams) * tile_bytes);
             }
-            if turn == part.turn {
-                copy_part(work, layout, tile, &part, page, place.stage);
+            if self.turn == self.part.turn {
+                copy_part(work, layout, self.tile, &self.part, self.page, place.stage);
             }
-            turn += 1;
-            if turn == batch {
-                turn = 0;
-                (tile, page) = (next_tile, next_page);
-                next_tile = skip(work, tile, batch);
-                next_page = look_up(work, next_tile, &part);
+            self.turn += 1;
+            if self.turn == self.batch {
+                self.turn = 0;
+                (self.tile, self.page) = (self.next_tile, self.next_page);
+                self.next_tile = skip(work, self.tile, self.batch);
+                self.next_page = look_up(work, self.next_tile, &self.part);
             }
-            lead = work.after(lead);
-            place = place.next(layout.num_stages);
+            self.lead = work.after(lead);
+            self.place = place.next(layout.num_stages);
         }
-        // Bytes still on their way belong to the consumers, who wait for them.
+    }
+
+    /// What the producer warp does before it waits for the launch before this one: makes the barriers known, looks up pages,
+    /// and fills the first stages, if they may be wanted.
+    #[inline(always)]
+    unsafe fn begin<T: Element>(work: &Work<'_, T>, layout: &StreamLayout) -> Producer {
+        bulk::publish();
+        warp::sync_warp(warp::FULL);
+        let mut producer = Producer::new(work);
+        let may_be_scored = work.candidates.len() > work.params.top_k;
+        let stages = if may_be_scored { work.params.stages_ahead.min(layout.num_stages) } else { 0 };
+        let mut filled = 0;
+        while filled < stages && producer.has_next(work) {
+            producer.fill(work, layout);
+            filled += 1;
+        }
+        producer
     }
 
     /// The lead tile `count` stages after `lead`.

@@ -132,22 +132,14 @@ mod kernel {
     /// - Launched with [`TopKParams::cluster_dims`].
     pub unsafe fn choose_in_cluster(params: TopKParams) {
         thread::launch_bounds::<THREADS, 1>();
-        let follows_vote = params.follows_vote != 0;
-        if !follows_vote {
-            grid::wait_for_previous();
-        }
-        let row = lists::row_of_block(&params);
-        if follows_vote && row.is_scored() {
-            grid::wait_for_previous();
-        }
+        grid::wait_for_previous();
         grid::launch_dependents();
+        let counts = load_counts(&params);
+        let row = lists::row_of_block(&params);
         if row.is_scored() {
-            choose(&row, load_counts(&params));
+            choose(&row, counts);
         }
         row.write_rest(LAYOUT.warps.get());
-        if follows_vote && !row.is_scored() {
-            grid::wait_for_previous(); // so that the end of this launch tells of the end of those before it
-        }
     }
 
     #[inline(always)]

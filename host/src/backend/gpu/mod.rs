@@ -47,6 +47,10 @@ use crate::tensor::DType;
 /// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128.
 const FEW_QUERY_ROWS: u32 = 64;
 
+/// Stages of keys that `score_stream` asks for while queries are pooled: about as many as arrive meanwhile. More of them
+/// keep the queries waiting; and where a row may use its selection again, they are asked for in vain.
+const STAGES_AHEAD: u32 = 2;
+
 /// A GPU behind a driver.
 #[derive(Debug)]
 pub(crate) struct GpuBackend {
@@ -151,12 +155,10 @@ impl GpuBackend {
         unsafe { self.launch(entry, params.dims(self.driver.gpu()), params) }
     }
 
-    /// If the votes are counted, directly after the `vote` that has done so.
     fn launch_top_k(&self, params: &TopKParams, votes_are_counted: bool) -> Result<()> {
         let gpu = self.driver.gpu();
-        let params = TopKParams { follows_vote: u32::from(votes_are_counted), ..*params };
         // SAFETY: `TokenSelect` has checked shapes and lengths.
-        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, &params) };
+        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, params) };
         if !votes_are_counted {
             launch("top_k_count", params.count_dims(gpu))?;
         }
@@ -322,8 +324,8 @@ impl Backend for GpuBackend {
         self.launch_top_k(&self.top_k_params(&args)?, args.votes_are_counted)
     }
 
-    /// A launch for each of `score`, `vote` and `top_k`: the first also pools and appends short blocks, the second folds
-    /// the first's statistics.
+    /// A launch for appending and pooling, where blocks are short, and one for each of `score`, `vote` and `top_k`. The
+    /// second asks for keys while the first is at work; the third folds its statistics.
     fn select(&self, mut args: SelectArgs<'_>) -> Result<()> {
         let batch = args.batch;
         if batch.num_rows() == 0 {
@@ -344,11 +346,10 @@ impl Backend for GpuBackend {
             max_block_len: batch.max_block_len() as u32,
             reserved: 0,
         };
-        let may_append = !score.streams || score_params.may_append(pooled.append.num_tokens);
-        if pooled.is_short() && may_append {
-            (score_params.pooled, score_params.pools) = (pooled, 1);
-        } else {
-            self.launch_append_pool(first, dtype, &pooled)?;
+        self.launch_append_pool(first, dtype, &pooled)?;
+        // No candidate's key is written by that launch, and it has waited for those before it (see `entries`).
+        if score.streams && score_params.spares_block() && args.cached.is_none() {
+            score_params.stages_ahead = STAGES_AHEAD;
         }
         score_params.folds = 0;
         self.launch_score(&score, &score_params)?;

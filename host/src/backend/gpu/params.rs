@@ -1,7 +1,6 @@
 //! From checked arguments to kernel parameters.
 
 use kernels_gpu::append::{AppendParams, PIECE};
-use kernels_gpu::append_pool::AppendPoolParams;
 use kernels_gpu::attention::AttendParams;
 use kernels_gpu::gather::GatherParams;
 use kernels_gpu::layout::{PageStrides, absent, absent_mut};
@@ -166,9 +165,10 @@ impl GpuBackend {
             n_local: config.n_local as u32,
             score_scale: config.score_scale(),
             head_dim: config.heads.head_dim as u32,
-            pooled: AppendPoolParams::none(self.tables(args.batch)?),
-            pools: 0,
             folds: 1,
+            stages_ahead: 0,
+            top_k: config.top_k as u32,
+            reserved: 0,
         })
     }
 
@@ -244,7 +244,7 @@ impl GpuBackend {
             query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
             max_tokens,
             wanted: wanted_counts(gpu, num_rows, max_tokens),
-            follows_vote: 0,
+            reserved: 0,
         })
     }
 
