@@ -136,8 +136,7 @@ impl GpuBackend {
     }
 
     fn launch_score(&self, kernel: &ScoreKernel, params: &ScoreParams<f16>) -> Result<()> {
-        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places; the plan's
-        // angles cover `n_local` and the block.
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
         unsafe { self.launch(kernel.entry, kernel.dims, params) }
     }
 
@@ -331,12 +330,9 @@ impl Backend for GpuBackend {
         if batch.num_rows() == 0 {
             return Ok(());
         }
-        // Kernels first, so that nothing is half done where one is missing.
+        // Kernels and parameters first, so that nothing is half done where one is missing.
         let first = if args.append().is_some() { "append" } else { "pool" };
         let dtype = self.dtype_name(first, args.q.dtype())?;
-        let vote = self.vote_kernel(args.plan.config())?;
-        let mut score_params = self.score_params(&args.score()?)?;
-        let score = self.score_kernel(dtype, &score_params)?;
         let pooled = AppendPoolParams {
             append: match args.append() {
                 Some(append) => self.append_params(&append)?,
@@ -346,21 +342,25 @@ impl Backend for GpuBackend {
             max_block_len: batch.max_block_len() as u32,
             reserved: 0,
         };
-        self.launch_append_pool(first, dtype, &pooled)?;
-        // No candidate's key is written by that launch, and it has waited for those before it (see `entries`).
-        if score.streams && score_params.spares_block() && args.cached.is_none() {
-            score_params.stages_ahead = STAGES_AHEAD;
+        let mut score = self.score_params(&args.score()?)?;
+        let score_kernel = self.score_kernel(dtype, &score)?;
+        // `append_pool` writes no candidate's key, and has waited for the launches before it (see `entries`).
+        if score_kernel.streams && score.spares_block() && args.cached.is_none() {
+            score.stages_ahead = STAGES_AHEAD;
         }
-        score_params.folds = 0;
-        self.launch_score(&score, &score_params)?;
-        let mut vote_params = self.vote_params(&args.vote())?;
-        (vote_params.partial, vote_params.tile_tokens) = (score_params.partial, score.tile_tokens);
-        self.launch_vote(vote, &vote_params)?;
+        score.folds = 0;
+        let mut vote = self.vote_params(&args.vote())?;
+        let vote_kernel = self.vote_kernel(args.plan.config())?;
+        (vote.partial, vote.tile_tokens) = (score.partial, score_kernel.tile_tokens);
+        let top_k = self.top_k_params(&args.top_k())?;
+
+        self.launch_append_pool(first, dtype, &pooled)?;
+        self.launch_score(&score_kernel, &score)?;
+        self.launch_vote(vote_kernel, &vote)?;
         if let Some(smooth) = args.smooth() {
             self.smooth(smooth)?;
         }
-        let args = args.top_k();
-        self.launch_top_k(&self.top_k_params(&args)?, args.votes_are_counted)
+        self.launch_top_k(&top_k, args.plan.votes_are_chosen_from())
     }
 
     fn attend(&self, args: AttendArgs<'_>) -> Result<()> {
