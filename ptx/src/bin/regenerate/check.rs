@@ -1,6 +1,7 @@
 //! `cargo ptx --check`: the checked-in files are what the sources give, and what they cost.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 
 use tokenselect_ptx::inspect::{self, Entry, Header};
 use tokenselect_ptx::source;
@@ -8,7 +9,7 @@ use tokenselect_ptx::source;
 use crate::compiler::Compiler;
 use crate::error::{Error, Result};
 use crate::ptxas::{self, Usage};
-use crate::{ARCHITECTURES, Architecture, Options, compile};
+use crate::{ARCHITECTURES, Architecture, Options, compile, each_architecture};
 
 /// One thing that is wrong with the checked-in files.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
@@ -45,36 +46,45 @@ pub(crate) fn run(options: &Options) -> Result<()> {
     let compiler = Compiler::find(options, Some(&recorded))?;
     eprintln!("compiler: {} ({})", compiler.version, compiler.origin);
     let sources = source::hash(&options.kernels)?;
-    let mut problems = Vec::new();
-    let mut usages = Vec::new();
-    for architecture in ARCHITECTURES {
-        let path = architecture.file(&options.out);
-        let text = compile::read(&path)?;
-        let header = Header::parse(&text)?;
-        problems.extend(header_problems(architecture, &header, &sources));
-        let regenerated = compile::compile(&compiler, architecture, options)?;
-        if header.compiler == compiler.version {
-            problems.extend(differences(architecture.name, &text, &regenerated)?);
-        } else {
-            let (recorded, here) = (header.compiler, compiler.version.clone());
-            let other = Problem::OtherCompiler { architecture: architecture.name, recorded, here };
-            if options.require_same_compiler {
-                problems.push(other);
-            } else {
-                eprintln!("NOTICE {other}: instructions are NOT compared, only entry points and parameters");
-            }
-            problems.extend(interface_differences(architecture.name, &text, &regenerated)?);
-        }
-        let used = ptxas::assemble(&ptxas, architecture, &path)?;
-        problems.extend(used.iter().filter_map(|usage| local_memory(architecture.name, usage)));
-        usages.push(used);
-        if let Some(lower) = ptxas::lower_isa(&ptxas, architecture, &text)? {
-            eprintln!("NOTICE {}: PTX {lower} would do, {} is written", architecture.name, architecture.isa);
-        }
-    }
+    let found = each_architecture(|architecture| check(architecture, options, &compiler, &ptxas, &sources))?;
     println!("{}", ptxas::version(&ptxas)?);
+    let (problems, usages): (Vec<_>, Vec<_>) = found.into_iter().unzip();
     print!("{}", table(&usages));
+    let problems: Vec<Problem> = problems.into_iter().flatten().collect();
     if problems.is_empty() { Ok(()) } else { Err(Error::Check(problems)) }
+}
+
+/// What is wrong with the file of an architecture, and what its entries use.
+fn check(
+    architecture: Architecture,
+    options: &Options,
+    compiler: &Compiler,
+    ptxas: &Path,
+    sources: &str,
+) -> Result<(Vec<Problem>, Vec<Usage>)> {
+    let path = architecture.file(&options.out);
+    let text = compile::read(&path)?;
+    let header = Header::parse(&text)?;
+    let mut problems = header_problems(architecture, &header, sources);
+    let regenerated = compile::compile(compiler, architecture, options)?;
+    if header.compiler == compiler.version {
+        problems.extend(differences(architecture.name, &text, &regenerated)?);
+    } else {
+        let (recorded, here) = (header.compiler, compiler.version.clone());
+        let other = Problem::OtherCompiler { architecture: architecture.name, recorded, here };
+        if options.require_same_compiler {
+            problems.push(other);
+        } else {
+            eprintln!("NOTICE {other}: instructions are NOT compared, only entry points and parameters");
+        }
+        problems.extend(interface_differences(architecture.name, &text, &regenerated)?);
+    }
+    let used = ptxas::assemble(ptxas, architecture, &path)?;
+    problems.extend(used.iter().filter_map(|usage| local_memory(architecture.name, usage)));
+    if let Some(lower) = ptxas::lower_isa(ptxas, architecture, &text)? {
+        eprintln!("NOTICE {}: PTX {lower} would do, {} is written", architecture.name, architecture.isa);
+    }
+    Ok((problems, used))
 }
 
 fn header_problems(architecture: Architecture, header: &Header, sources: &str) -> Vec<Problem> {

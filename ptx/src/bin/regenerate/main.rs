@@ -81,8 +81,8 @@ fn main() -> ExitCode {
 fn regenerate(options: &Options) -> Result<()> {
     let compiler = Compiler::find(options, None)?;
     eprintln!("compiler: {} ({})", compiler.version, compiler.origin);
-    for architecture in ARCHITECTURES {
-        let text = compile::compile(&compiler, architecture, options)?;
+    let texts = each_architecture(|architecture| compile::compile(&compiler, architecture, options))?;
+    for (architecture, text) in ARCHITECTURES.into_iter().zip(texts) {
         let path = architecture.file(&options.out);
         let unchanged = std::fs::read_to_string(&path).is_ok_and(|old| old == text);
         if !unchanged {
@@ -93,4 +93,18 @@ fn regenerate(options: &Options) -> Result<()> {
         println!("{}: {entries} entries, {} bytes, {state}", path.display(), text.len());
     }
     Ok(())
+}
+
+/// What `f` returns for each architecture, in their order; they are worked on at the same time.
+fn each_architecture<T: Send>(f: impl Fn(Architecture) -> Result<T> + Sync) -> Result<Vec<T>> {
+    std::thread::scope(|scope| {
+        let threads = ARCHITECTURES.map(|architecture| {
+            let f = &f;
+            scope.spawn(move || f(architecture))
+        });
+        let join = |thread: std::thread::ScopedJoinHandle<'_, _>| {
+            thread.join().unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.map(join).into_iter().collect()
+    })
 }
