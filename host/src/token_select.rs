@@ -104,7 +104,7 @@ impl TokenSelect {
         self.check_step(cache, layer, batch, &input, &output)?;
         let (kv, selections) = cache.layer_mut(layer)?;
         let cached = selections.map(|selections| selections.layer_mut(layer)).transpose()?;
-        self.append_select(batch, kv, input, cached)?;
+        self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)?;
         self.attend(batch, cache.layer(layer)?, input.q, output)
     }
 
@@ -343,7 +343,7 @@ impl TokenSelect {
         votes_are_counted: bool,
     ) -> Result<()> {
         let cached = cached.filter(|_| self.caches(batch));
-        if self.config().vote_pool_window > 1 {
+        if !self.plan.votes_are_chosen_from() {
             self.device.backend().smooth(self.workspace.smooth_args(&self.plan, batch))?;
         }
         let args = self.workspace.top_k_args(&self.plan, batch, cached, votes_are_counted);
