@@ -24,7 +24,7 @@ pub(crate) const BIN_SHIFT: u32 = 18;
 const LOWEST: u32 = 1 << 31 | (127 - 56) << 23;
 /// Candidates that are a block's share at least, and a divisor of every share: what the warps of [`vote`](mod@crate::vote)
 /// have under way.
-const SHARE: u32 = 512;
+const SHARE: u32 = 256;
 /// Blocks of an SM.
 const BLOCKS_PER_SM: u32 = 2;
 
@@ -93,6 +93,16 @@ mod machine {
         }
         let bits = (vote + 0.0).to_bits(); // -0 becomes 0
         if bits >> 31 == 1 { !bits } else { bits | 1 << 31 }
+    }
+
+    /// The votes that reach a key other than 0, that of NaN, are those of at least this.
+    #[inline(always)]
+    pub fn least_vote(key: u32) -> f32 {
+        /// That of the smallest number.
+        const SMALLEST: u32 = !f32::NEG_INFINITY.to_bits();
+        let key = key.max(SMALLEST);
+        // Beyond the key of infinity this is NaN, which no vote reaches.
+        f32::from_bits(if key >> 31 == 1 { key & !(1 << 31) } else { !key })
     }
 
     /// The bin of a key; ascends as keys do.

@@ -4,7 +4,7 @@
 //! for each scored row, candidate token j:
 //!     vote[j] = sum over heads h of exp(logit[j, h] - max[h]) / sum[h]        NaN and inf: docs/definitions.md
 //! ```
-//! **Thread mapping.** Logits lie in tiles of 16 tokens. A warp takes four tiles at a time: a lane a token of each, and
+//! **Thread mapping.** Logits lie in tiles of 16 tokens. A warp takes two tiles at a time: a lane a token of each, and
 //! every other piece of its heads (4 adjacent ones, or 1 where the group is no multiple of 4); the two lanes of a token are
 //! added at the end, in the same order for every launch.
 //!
@@ -107,9 +107,9 @@ mod kernel {
     use crate::simt::{grid, math, thread, warp};
 
     /// Tiles that a warp has under way.
-    const TILES: usize = 4;
+    const TILES: usize = 2;
     /// Pieces of each that a lane has under way.
-    const PIECES: usize = 2;
+    const PIECES: usize = 4;
 
     /// See the module. `V` logits are read at a time.
     ///

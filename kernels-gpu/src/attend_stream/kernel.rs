@@ -111,12 +111,11 @@ pub unsafe fn attend_stream<T: Element, const W: usize, const C: usize, const V:
     if is_producer && warp::lane_id() == 0 {
         make_barriers(layout, streams(params.num_kv_heads) * params.num_kv_heads);
     }
-    grid::wait_for_previous();
-    grid::launch_dependents();
+    // Without lists these are tables alone, which need not be waited for.
     let list = params.list(thread::block_idx_y());
     let num_rows = params.num_query_rows(&list).min(QUERY_ROWS);
     if num_rows == 0 || list.len == 0 {
-        return;
+        return grid::wait_for_previous();
     }
     if is_producer {
         bulk::publish();
@@ -126,7 +125,11 @@ pub unsafe fn attend_stream<T: Element, const W: usize, const C: usize, const V:
     let (stream, kv_head) = (warp / params.num_kv_heads, warp % params.num_kv_heads);
     if is_producer {
         produce(&share, layout);
-    } else if stream < share.num_streams {
+        return;
+    }
+    grid::wait_for_previous();
+    grid::launch_dependents();
+    if stream < share.num_streams {
         let work = Work::new(&params, list, kv_head, 0, num_rows);
         let (out, softmax) = consume::<T, W, C, V>(&share, &work, layout, stream);
         store::<T, W, V>(&share, &work, stream, &out, softmax);
@@ -153,7 +156,7 @@ struct Piece {
     token: u32,
 }
 
-/// The producer warp: fills stage after stage.
+/// The producer warp: looks up the first pages, waits for the launch before this one, and fills stage after stage.
 #[inline(always)]
 unsafe fn produce<T: Element>(share: &Share<'_, T>, layout: &Layout) {
     let (params, places) = (share.params, &share.places);
@@ -174,6 +177,8 @@ unsafe fn produce<T: Element>(share: &Share<'_, T>, layout: &Layout) {
     let mut own = share.begin + piece.turn;
     let mut at = look_up(share, own, &piece);
     let mut next_at = look_up(share, own + batch, &piece);
+    grid::wait_for_previous();
+    grid::launch_dependents();
     let mut place = Place::FIRST;
     let mut turn = 0;
     let mut stage = share.begin;

@@ -12,9 +12,9 @@
 //!    `s` takes the chunk and the tile `s` after the ones of stream 0.
 //! 3. The lanes of the producer warp look up a page each, for up to 32 stages, and the pages of the 32 after those are loaded
 //!    meanwhile.
-//!
 //! 4. Keys are asked for while the launch before this one, which pools the queries, is still at work
-//!    ([`stages_ahead`](ScoreParams::stages_ahead)).
+//!    ([`stages_ahead`](ScoreParams::stages_ahead)); but no more stages before the queries are there, which would have to
+//!    wait for all of these.
 //!
 //! Tiles are of 16 tokens; chunks, their statistics and the logits are those of the other kernel with such tiles, bit for
 //! bit.
@@ -240,6 +240,22 @@ mod kernel {
             Tile { chunk, index: chunk }
         }
 
+        /// That of stage `stage`, as [`after`](Self::after) would come to it. The first chunks have a tile more than the others.
+        #[inline(always)]
+        fn lead_of(&self, stage: u32) -> Tile {
+            let (count, first) = (self.num_chunks.max(1), self.lead().chunk);
+            let (tiles, longer) = ((self.num_tiles / count).max(1), self.num_tiles % count);
+            let of_block = longer.saturating_sub(first).div_ceil(self.step.max(1));
+            let (chunk, tile) = if stage < of_block * (tiles + 1) {
+                (stage / (tiles + 1), stage % (tiles + 1))
+            } else {
+                let stage = stage - of_block * (tiles + 1);
+                (of_block + stage / tiles, stage % tiles)
+            };
+            let chunk = first + chunk * self.step;
+            Tile { chunk, index: chunk + tile * self.num_chunks }
+        }
+
         /// That of the stage after the one of `lead`; its chunk does not exist if that was the last.
         #[inline(always)]
         fn after(&self, lead: Tile) -> Tile {
@@ -291,20 +307,24 @@ mod kernel {
             producer = begin(&work, layout);
         }
         grid::wait_for_previous();
-        let action = params.actions.add(row as u64).load();
-        thread::sync_threads();
-        if work.is_idle(action) {
+        if work.is_idle(params.actions.add(row as u64).load()) {
             if is_producer {
                 await_stages(layout, producer.place);
             }
             return;
         }
+        let (stream, mut queries) = (warp / params.num_kv_heads, layout.base.queries.get());
+        let consumes = !is_producer && stream < num_streams;
+        if consumes {
+            queries = load_queries::<T, C, N, PACKED>(&work, layout.base.queries);
+        }
+        thread::sync_threads(); // the producer fills no more stages before the queries are there
         if is_producer {
             while producer.has_next(&work) {
                 producer.fill(&work, layout);
             }
-        } else if warp / params.num_kv_heads < num_streams {
-            consume::<T, C, N, PACKED>(&work, layout, warp / params.num_kv_heads);
+        } else if consumes {
+            consume::<T, C, N, PACKED>(&work, layout, stream, queries);
         }
         if params.folds != 0 && grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
             fold(&work, layout.base.stats);
@@ -355,6 +375,8 @@ mod kernel {
         page: u32,
         next_tile: Tile,
         next_page: u32,
+        /// The lane's stage in the next batch.
+        next_stage: u32,
         /// Tile of stream 0 in the next stage, and that stage.
         lead: Tile,
         place: Place,
@@ -371,6 +393,7 @@ mod kernel {
                 page: 0,
                 next_tile: tile,
                 next_page: 0,
+                next_stage: 0,
                 lead: tile,
                 place: Place::FIRST,
             }
@@ -390,12 +413,13 @@ mod kernel {
                 stream: lane % parts / parts_of_tile,
                 token: lane % parts_of_tile * copy_tokens,
             };
-            let (lead, batch) = (work.lead(), warp::SIZE / parts);
-            let tile = skip(work, lead, part.turn);
-            let next_tile = skip(work, tile, batch);
+            let batch = warp::SIZE / parts;
+            let next_stage = part.turn + batch;
+            let (tile, next_tile) = (work.lead_of(part.turn), work.lead_of(next_stage));
             let page = look_up(work, tile, &part);
             let next_page = look_up(work, next_tile, &part);
-            Producer { part, batch, turn: 0, tile, page, next_tile, next_page, lead, place: Place::FIRST }
+            let (lead, place) = (work.lead(), Place::FIRST);
+            Producer { part, batch, turn: 0, tile, page, next_tile, next_page, next_stage, lead, place }
         }
 
         /// Whether there is a stage left to fill.
@@ -424,7 +448,8 @@ mod kernel {
             if self.turn == self.batch {
                 self.turn = 0;
                 (self.tile, self.page) = (self.next_tile, self.next_page);
-                self.next_tile = skip(work, self.tile, self.batch);
+                self.next_stage += self.batch;
+                self.next_tile = work.lead_of(self.next_stage);
                 self.next_page = look_up(work, self.next_tile, &self.part);
             }
             self.lead = work.after(lead);
@@ -447,18 +472,6 @@ mod kernel {
             filled += 1;
         }
         producer
-    }
-
-    /// The lead tile `count` stages after `lead`.
-    #[inline(always)]
-    fn skip<T>(work: &Work<'_, T>, lead: Tile, count: u32) -> Tile {
-        let mut lead = lead;
-        let mut i = 0;
-        while i < count && lead.chunk < work.num_chunks {
-            lead = work.after(lead);
-            i += 1;
-        }
-        lead
     }
 
     /// The token of the row that a lane's part begins with. Parts beyond the candidates become the last with one.
@@ -513,14 +526,14 @@ mod kernel {
         }
     }
 
-    /// A consumer warp: one KV head of one stream.
+    /// A consumer warp: one KV head of one stream. `queries`: where [`load_queries`] has put those of its group.
     #[inline(always)]
     unsafe fn consume<T: Element, const C: usize, const N: usize, const PACKED: bool>(
         work: &Work<'_, T>,
         layout: &StreamLayout,
         stream: u32,
+        queries: Shared<V4<u32>>,
     ) {
-        let queries = load_queries::<T, C, N, PACKED>(work, layout.base.queries);
         let heads = work.params.num_kv_heads;
         // 16-byte places from a token to the next and from a head to the next.
         let row = 4 * C as u32;

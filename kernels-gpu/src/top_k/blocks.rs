@@ -89,10 +89,11 @@ pub unsafe fn refine(params: TopKParams) {
 /// - As for [`refine`], which has run.
 /// - Launched with [`TopKParams::choose_dims`].
 pub unsafe fn choose(params: TopKParams) {
+    let row = lists::row_of_block(&params);
+    let asked = row.ask();
     grid::wait_for_previous();
     grid::launch_dependents();
-    let row = lists::row_of_block(&params);
-    row.write_rest(LAYOUT.warps.get());
+    row.write_rest(&asked);
     if row.is_scored() {
         contend(&row);
     }

@@ -113,7 +113,14 @@ mod kernel {
         /// First token, a multiple of 32, and one past the last. Those before the candidates are none.
         begin: u32,
         end: u32,
+        /// The thread's first votes.
+        first_votes: Votes,
     }
+
+    /// Votes that a thread has under way: four at each of [`BATCH`] places, NaN where there are none.
+    type Votes = [[f32; 4]; BATCH];
+    /// From one of the places to the next.
+    const STEP: u32 = 4 * THREADS;
 
     /// Where the threshold lies.
     #[derive(Clone, Copy)]
@@ -132,31 +139,39 @@ mod kernel {
     /// - Launched with [`TopKParams::cluster_dims`].
     pub unsafe fn choose_in_cluster(params: TopKParams) {
         thread::launch_bounds::<THREADS, 1>();
+        let row = lists::row_of_block(&params);
+        let asked = row.ask();
+        let mut share = Share::of(&row);
+        forget_marks(&share);
         grid::wait_for_previous();
         grid::launch_dependents();
-        let counts = load_counts(&params);
-        let row = lists::row_of_block(&params);
+        let mut counts = [0; OWN_BINS];
         if row.is_scored() {
-            choose(&row, counts);
+            counts = load_counts(&params);
+            share.first_votes = share.load(share.first_of_thread());
         }
-        row.write_rest(LAYOUT.warps.get());
+        row.write_rest(&asked);
+        if row.is_scored() {
+            choose(&share, counts);
+        }
     }
 
     #[inline(always)]
-    unsafe fn choose(row: &Row<'_>, counts: [u32; OWN_BINS]) {
-        let share = Share::of(row);
-        let (bin, rank, many) = find(counts, row.chosen);
+    unsafe fn choose(share: &Share<'_>, counts: [u32; OWN_BINS]) {
+        let (bin, rank, many) = find(counts, share.row.chosen);
         let mut range = Range { keys: Keys::of_bin(bin), rank, many };
-        mark(&share, &range);
+        mark(share, &range);
         while range.keys.smallest < range.keys.largest && range.many > FEW {
-            range = narrow(&share, &range);
-            mark(&share, &range);
+            range = narrow(share, &range);
+            forget_marks(share);
+            thread::sync_threads();
+            mark(share, &range);
         }
         if range.keys.smallest < range.keys.largest {
-            rank_few(&share, &range);
-            place(&share, 0);
+            rank_few(share, &range);
+            place(share, 0);
         } else {
-            place(&share, range.rank);
+            place(share, range.rank);
         }
     }
 
@@ -168,7 +183,39 @@ mod kernel {
             let len = all.div_ceil(cluster::num_blocks().max(1)).div_ceil(32) * 32;
             let begin = first + (cluster::block_rank() * len).min(all.div_ceil(32) * 32);
             let votes = row.params.votes.add(row.params.batch.token_base(row.row));
-            Share { row, votes, begin, end: (begin + len).min(row.candidates.end) }
+            let end = (begin + len).min(row.candidates.end);
+            Share { row, votes, begin, end, first_votes: [[f32::NAN; 4]; BATCH] }
+        }
+
+        /// The first token that the thread looks at.
+        #[inline(always)]
+        fn first_of_thread(&self) -> u32 {
+            self.begin + 4 * thread::thread_idx_x()
+        }
+
+        /// Votes of the thread from token `first` on.
+        #[inline(always)]
+        unsafe fn load(&self, first: u32) -> Votes {
+            let aligned = self.votes.addr().is_multiple_of(16);
+            let mut votes = [[f32::NAN; 4]; BATCH];
+            let mut b = 0;
+            while b < BATCH {
+                let token = first + b as u32 * STEP;
+                let whole = token >= self.row.candidates.begin && token + 3 < self.end;
+                if whole && aligned {
+                    votes[b] = self.votes.add(token as u64).cast::<V4<f32>>().load_cached().0;
+                } else if token < self.end {
+                    let mut i = 0;
+                    while i < 4 {
+                        if self.is_candidate(token + i as u32) {
+                            votes[b][i] = self.votes.add((token + i as u32) as u64).load_cached();
+                        }
+                        i += 1;
+                    }
+                }
+                b += 1;
+            }
+            votes
         }
 
         /// Words of the share's masks.
@@ -181,35 +228,17 @@ mod kernel {
         /// `smallest`.
         #[inline(always)]
         unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
-            const STEP: u32 = 4 * THREADS;
-            let aligned = self.votes.addr().is_multiple_of(16);
-            let mut first = self.begin + 4 * thread::thread_idx_x();
+            let (least, all) = (radix::least_vote(smallest), smallest == 0);
+            let mut votes = self.first_votes;
+            let mut first = self.first_of_thread();
             while first < self.end {
-                let mut votes = [[f32::NAN; 4]; BATCH];
-                let mut b = 0;
-                while b < BATCH {
-                    let token = first + b as u32 * STEP;
-                    let whole = token >= self.row.candidates.begin && token + 3 < self.end;
-                    if whole && aligned {
-                        votes[b] = self.votes.add(token as u64).cast::<V4<f32>>().load_cached().0;
-                    } else {
-                        let mut i = 0;
-                        while i < 4 {
-                            if self.is_candidate(token + i as u32) {
-                                votes[b][i] = self.votes.add((token + i as u32) as u64).load_cached();
-                            }
-                            i += 1;
-                        }
-                    }
-                    b += 1;
-                }
-                // What is not there has the smallest key, as NaN has. Few keys are large enough, and are loaded again.
+                // What is not there is NaN, which has the smallest key. Few keys are large enough, and are loaded again.
                 let mut found = 0u32;
                 let mut b = 0;
                 while b < BATCH {
                     let mut i = 0;
                     while i < 4 {
-                        found |= ((radix::key(votes[b][i]) >= smallest) as u32) << (4 * b + i);
+                        found |= ((all | (votes[b][i] >= least)) as u32) << (4 * b + i);
                         i += 1;
                     }
                     b += 1;
@@ -223,6 +252,9 @@ mod kernel {
                     found &= found - 1;
                 }
                 first += BATCH as u32 * STEP;
+                if first < self.end {
+                    votes = self.load(first);
+                }
             }
         }
 
@@ -285,26 +317,28 @@ mod kernel {
             i += 1;
         }
         thread::sync_threads();
-        let all = (found.load(), found.add(1).load(), found.add(2).load());
-        thread::sync_threads();
-        all
+        (found.load(), found.add(1).load(), found.add(2).load())
     }
 
-    /// Marks the tokens above the range and in it, and writes down those in it if they are few.
+    /// Sets all marks back, before the block meets and marks others.
+    #[inline(always)]
+    unsafe fn forget_marks(share: &Share<'_>) {
+        let mut word = thread::thread_idx_x();
+        while word < share.words() {
+            LAYOUT.above.get().add(word).store(0);
+            LAYOUT.within.get().add(word).store(0);
+            word += THREADS;
+        }
+        if thread::thread_idx_x() == 0 {
+            LAYOUT.counts.get().store(0);
+        }
+    }
+
+    /// Marks the tokens above the range and in it, and writes down those in it if they are few. There are no marks yet.
     #[inline(always)]
     unsafe fn mark(share: &Share<'_>, range: &Range) {
         let (above, within, count) = (LAYOUT.above.get(), LAYOUT.within.get(), LAYOUT.counts.get());
         let (own, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
-        let mut word = thread::thread_idx_x();
-        while word < share.words() {
-            above.add(word).store(0);
-            within.add(word).store(0);
-            word += THREADS;
-        }
-        if thread::thread_idx_x() == 0 {
-            count.store(0);
-        }
-        thread::sync_threads();
         let (keys, few) = (range.keys, range.many <= FEW);
         share.each(keys.smallest, |token, key| {
             let (word, bit) = ((token - share.begin) / 32, 1 << (token % 32));
@@ -353,8 +387,8 @@ mod kernel {
         Range { keys: keys.part(part), rank, many }
     }
 
-    /// Moves the marks of those chosen among few tokens in the range to the tokens above it, and forgets the others: every
-    /// block brings the keys of all together, and ranks its own.
+    /// Marks those chosen among few tokens in the range as if they were above it: every block brings the keys of all
+    /// together, and ranks its own.
     #[inline(always)]
     unsafe fn rank_few(share: &Share<'_>, range: &Range) {
         let (own, tokens, all) = (LAYOUT.own.get(), LAYOUT.tokens.get(), LAYOUT.all.get());
@@ -394,11 +428,6 @@ mod kernel {
             }
             i += THREADS / warp::SIZE;
         }
-        let mut word = thread::thread_idx_x();
-        while word < share.words() {
-            LAYOUT.within.get().add(word).store(0);
-            word += THREADS;
-        }
         thread::sync_threads();
     }
 
@@ -411,12 +440,12 @@ mod kernel {
         let mut word = begin;
         while word < end {
             higher += above.add(word).load().count_ones();
-            equal += within.add(word).load().count_ones();
+            equal += if ties > 0 { within.add(word).load().count_ones() } else { 0 };
             word += 1;
         }
         let warps = LAYOUT.warps.get();
         let (higher_before, all_higher) = sums_before(warps, higher);
-        let (equal_before, all_equal) = sums_before(warps, equal);
+        let (equal_before, all_equal) = if ties > 0 { sums_before(warps, equal) } else { (0, 0) };
         let counts = LAYOUT.counts.get();
         if thread::thread_idx_x() == 0 {
             counts.add(1).store(all_higher);
@@ -434,7 +463,7 @@ mod kernel {
         let mut word = begin;
         while word < end {
             let bits = above.add(word).load();
-            let mut left = bits | within.add(word).load();
+            let mut left = bits | if ties > 0 { within.add(word).load() } else { 0 };
             while left != 0 {
                 let bit = left.trailing_zeros();
                 let is_higher = bits >> bit & 1 == 1;

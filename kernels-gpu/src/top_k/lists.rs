@@ -8,7 +8,7 @@ use crate::simt::global::GlobalMut;
 use crate::simt::shared::Shared;
 use crate::simt::{thread, warp};
 
-/// The block's row.
+/// The block's row. All that it reads was written by copies or by launches before the last one, so that it need not wait.
 ///
 /// # Safety
 /// - The buffers and tables are as [`TopKParams`] says; rows lie along the grid's second axis.
@@ -54,66 +54,124 @@ impl Row<'_> {
         self.action == SCORE
     }
 
-    /// Writes all but the tokens chosen by vote. `warps`: a word of shared memory for each warp.
-    ///
-    /// *Convergence:* aligned; every thread of the block.
+    /// Asks for what [`write_rest`](Self::write_rest) takes from the tables of cached selections. None of it waits for the
+    /// launch before this one.
     ///
     /// # Safety
     /// - Every thread of every block of the row calls it.
     #[inline(always)]
-    pub unsafe fn write_rest(&self, warps: Shared<u32>) {
-        if self.caches && self.row == 0 && thread::block_idx_x() == 0 {
-            count_actions(self.params, warps);
+    pub unsafe fn ask(&self) -> Asked {
+        let mut asked = Asked { token: 0, query: 0.0, age: 0, count: 0 };
+        if !self.caches {
+            return asked;
         }
-        if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+        let place = first_place();
+        if self.action == REUSE && place < self.params.k {
+            asked.token = self.cached(place).load();
+        }
+        if self.action == REUSE && place == 0 {
+            asked.age = self.params.cached_ages.add(self.sequence).load() + 1;
+        }
+        if self.action == SCORE && place < self.params.query_len {
+            asked.query = self.query(place);
+        }
+        if self.counts_actions() {
+            asked.count = count_actions(self.params);
+        }
+        asked
+    }
+
+    /// Whether the thread's warp counts the actions of all rows.
+    #[inline(always)]
+    fn counts_actions(&self) -> bool {
+        self.caches && self.row == 0 && thread::block_idx_x() == 0 && warp::warp_id() == 0
+    }
+
+    /// Writes all but the tokens chosen by vote.
+    ///
+    /// # Safety
+    /// - Every thread of every block of the row calls it, with what [`ask`](Self::ask) has given it.
+    #[inline(always)]
+    pub unsafe fn write_rest(&self, asked: &Asked) {
+        if first_place() == 0 {
             let len = self.candidates.begin + self.chosen + self.kv_len - self.candidates.end;
             self.params.selected_len.add(self.row as u64).store(len);
         }
         windows(self);
+        if self.counts_actions() && warp::lane_id() < NUM_COUNTERS {
+            self.params.cached_counters.add(warp::lane_id() as u64).store(asked.count);
+        }
         match self.action {
-            REUSE => reuse(self),
-            SCORE if self.caches => keep_query(self),
+            REUSE if self.caches => reuse(self, asked), // else `pool` was given cached selections and `top_k` was not
+            SCORE if self.caches => keep_query(self, asked),
             _ => {}
         }
     }
 }
 
-/// Adds what is done for all rows to the counters; run by one block. `warps`: a word for each of its warps.
+/// What a thread has read of the tables of cached selections.
+#[derive(Clone, Copy)]
+pub(super) struct Asked {
+    /// The cached token, or the element of the scoring query, at the thread's first place.
+    token: u32,
+    query: f32,
+    /// How old the selection is, once it has been used again; the row's first thread has it.
+    age: u32,
+    /// See [`count_actions`].
+    count: u64,
+}
+
+/// Counters of a table of cached selections: rows reused, scored, complete.
+const NUM_COUNTERS: u32 = 3;
+
+/// The counters as they are to be once what is done for all rows has been added; lane `i` has the `i`-th.
+///
+/// # Safety
+/// - The lanes of one warp call it.
 #[inline(always)]
-unsafe fn count_actions(params: &TopKParams, warps: Shared<u32>) {
+unsafe fn count_actions(params: &TopKParams) -> u64 {
+    let lane = warp::lane_id();
     let (mut reused, mut scored, mut complete) = (0, 0, 0);
-    let mut row = thread::thread_idx_x();
+    let mut row = lane;
     while row < params.batch.num_rows {
         let action = params.actions.add(row as u64).load();
         reused += (action == REUSE) as u32;
         scored += (action == SCORE) as u32;
         complete += (action == COMPLETE) as u32;
-        row += thread::block_dim_x();
+        row += warp::SIZE;
     }
-    let (_, reused) = sums_before(warps, reused);
-    let (_, scored) = sums_before(warps, scored);
-    let (_, complete) = sums_before(warps, complete);
-    if thread::thread_idx_x() == 0 {
-        add_to(params.cached_counters, reused);
-        add_to(params.cached_counters.add(1), scored);
-        add_to(params.cached_counters.add(2), complete);
-    }
+    let [reused, scored, complete] =
+        [reused, scored, complete].map(|count| warp::reduce_add(warp::FULL, count) as u64);
+    let before = if lane < NUM_COUNTERS { params.cached_counters.add(lane as u64).load() } else { 0 };
+    before
+        + match lane {
+            0 => reused,
+            1 => scored,
+            _ => complete,
+        }
 }
 
+/// The thread's first place in what all threads of a row share.
 #[inline(always)]
-unsafe fn add_to(counter: GlobalMut<u64>, count: u32) {
-    counter.store(counter.load() + count as u64);
+fn first_place() -> u32 {
+    thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x()
 }
 
 impl Row<'_> {
     /// Calls `f` with this thread's part of `0..len`, shared by all threads of the row.
     #[inline(always)]
     unsafe fn each(&self, len: u32, mut f: impl FnMut(u32)) {
-        let mut i = thread::block_idx_x() * thread::block_dim_x() + thread::thread_idx_x();
+        let mut i = first_place();
         while i < len {
             f(i);
             i += thread::grid_dim_x() * thread::block_dim_x();
         }
+    }
+
+    /// Element `i` of the scoring query.
+    #[inline(always)]
+    unsafe fn query(&self, i: u32) -> f32 {
+        self.params.queries.add(self.row as u64 * self.params.query_len as u64 + i as u64).load_cached()
     }
 
     /// Gives candidate `token` place `place` among those chosen.
@@ -155,30 +213,26 @@ unsafe fn windows(row: &Row<'_>) {
 
 /// Takes the cached tokens again.
 #[inline(always)]
-unsafe fn reuse(row: &Row<'_>) {
-    if !row.caches {
-        return; // `pool` was given cached selections and `top_k` was not
-    }
+unsafe fn reuse(row: &Row<'_>, asked: &Asked) {
     row.each(row.params.k, |i| {
-        let token = row.cached(i).load();
+        let token = if i == first_place() { asked.token } else { row.cached(i).load() };
         row.chosen_at(i).store(token);
         row.list(row.candidates.begin + i).store(token);
     });
-    if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
-        let age = row.params.cached_ages.add(row.sequence);
-        age.store(age.load() + 1);
+    if first_place() == 0 {
+        row.params.cached_ages.add(row.sequence).store(asked.age);
     }
 }
 
 /// Keeps the query of a selection that was made anew, and when that was.
 #[inline(always)]
-unsafe fn keep_query(row: &Row<'_>) {
+unsafe fn keep_query(row: &Row<'_>, asked: &Asked) {
     let len = row.params.query_len as u64;
     row.each(row.params.query_len, |i| {
-        let value = row.params.queries.add(row.row as u64 * len + i as u64).load_cached();
+        let value = if i == first_place() { asked.query } else { row.query(i) };
         row.params.cached_queries.add(row.sequence * len + i as u64).store(value);
     });
-    if thread::block_idx_x() == 0 && thread::thread_idx_x() == 0 {
+    if first_place() == 0 {
         row.params.cached_ages.add(row.sequence).store(0);
         row.params.cached_made_at.add(row.sequence).store(row.before_block);
     }
