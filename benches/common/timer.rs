@@ -6,29 +6,32 @@ use kernels_gpu::read_all::ReadAllParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use tokenselect::{DType, Device, Event, Result, Tensor};
 
-/// Larger than any L2.
+/// Many times larger than any L2.
 const FLUSH_BYTES: usize = 512 << 20;
 
-/// Times work on a device between two events of its stream, the L2 flushed before.
+/// Times work on a device between two events of its stream, the L2 flushed before: by reading, since lines that a flush has
+/// written would be written back while the work is timed.
 pub struct Timer {
     device: Device,
     /// Leave the L2 as it is: what a kernel costs whose code, tables and lists are there.
     pub warm: bool,
-    flush: (Tensor, Tensor),
+    /// What is read to flush the L2, and a word. The emulator has no L2.
+    flush: Option<(Tensor, Tensor)>,
 }
 
 impl Timer {
-    /// For a GPU, or for the emulated one, whose L2 is not flushed.
+    /// For a GPU, or for the emulated one.
     pub fn new(device: &Device) -> Result<Self> {
-        let bytes = if device.name().starts_with("cuda") { FLUSH_BYTES } else { 64 };
-        let half = || Tensor::zeros_on(device, DType::U32, [bytes / 8]);
-        Ok(Timer { device: device.clone(), warm: false, flush: (half()?, half()?) })
+        let words = |bytes: usize| Tensor::zeros_on(device, DType::U32, [bytes / 4]);
+        let has_l2 = device.name().starts_with("cuda");
+        let flush = if has_l2 { Some((words(FLUSH_BYTES)?, words(4)?)) } else { None };
+        Ok(Timer { device: device.clone(), warm: false, flush })
     }
 
     /// The time of one run of `work`.
     pub fn once(&mut self, work: &mut dyn FnMut() -> Result<()>) -> Result<Duration> {
-        if !self.warm {
-            self.flush.0.copy_from(self.flush.1.view())?;
+        if let (false, Some((flush, out))) = (self.warm, &self.flush) {
+            read_all(&self.device, flush, out)?;
         }
         let begin: Event = self.device.record()?;
         work()?;
@@ -51,15 +54,8 @@ impl Timer {
     pub fn read_bandwidth(&mut self, from: &Tensor) -> Result<f64> {
         let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
         let out = Tensor::zeros_on(&self.device, DType::U32, [1])?;
-        let params = ReadAllParams {
-            from: GlobalPtr::from_addr(from.view().device_addr()?),
-            out: GlobalMut::from_addr(out.view().device_addr()?),
-            num_quads: (bytes / 16) as u64,
-        };
         let device = self.device.clone();
-        // SAFETY: the kernel's parameters, over two tensors that live until the work is timed.
-        let mut read = || unsafe { device.launch("read_all", params.dims(), &params) };
-        let time = self.median(11, |timer| timer.once(&mut read))?;
+        let time = self.median(11, |timer| timer.once(&mut || read_all(&device, from, &out)))?;
         Ok(bytes as f64 / time.as_secs_f64())
     }
 
@@ -70,4 +66,16 @@ impl Timer {
         let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
         Ok(2.0 * bytes as f64 / time.as_secs_f64())
     }
+}
+
+/// Reads all of a tensor; `out` is a word.
+fn read_all(device: &Device, from: &Tensor, out: &Tensor) -> Result<()> {
+    let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
+    let params = ReadAllParams {
+        from: GlobalPtr::from_addr(from.view().device_addr()?),
+        out: GlobalMut::from_addr(out.view().device_addr()?),
+        num_quads: (bytes / 16) as u64,
+    };
+    // SAFETY: the kernel's parameters, over two tensors that callers keep until the work is timed.
+    unsafe { device.launch("read_all", params.dims(), &params) }
 }

@@ -1,7 +1,7 @@
 //! Where the `k`-th largest vote of a row lies: one pass over the votes, with a histogram.
 //!
 //! A vote becomes a 32-bit key that ascends as votes do, with NaN below everything. Votes are sums of probabilities, so
-//! keys are counted in bins of a 32nd of an octave from 2^-56 to 2^8, and whatever is smaller or larger in the bins at the
+//! keys are counted in bins of a 64th of an octave from 2^-31 to 2, and whatever is smaller or larger in the bins at the
 //! ends. The last block of a row finds the bin in which the `k`-th key lies. [`top_k`](mod@crate::top_k) looks closer, with
 //! another such pass where a bin has many keys.
 //! Counts are integers, so the result has no order of additions in it, and no table limits how many keys share a bin.
@@ -18,10 +18,10 @@ pub const BINS: u32 = 1 << BINS_LOG2;
 const BINS_LOG2: u32 = 11;
 /// Bits of a key below those that tell its bin.
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-pub(crate) const BIN_SHIFT: u32 = 18;
-/// The key of 2^-56, the smallest of bin 1 less one bin.
+pub(crate) const BIN_SHIFT: u32 = 17;
+/// The key of 2^-31, the smallest of bin 1 less one bin.
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-const LOWEST: u32 = 1 << 31 | (127 - 56) << 23;
+const LOWEST: u32 = 1 << 31 | (127 - 31) << 23;
 /// Candidates that are a block's share at least, and a divisor of every share: what the warps of [`vote`](mod@crate::vote)
 /// have under way.
 const SHARE: u32 = 256;

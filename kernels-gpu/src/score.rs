@@ -182,7 +182,9 @@ pub use self::stream::score_stream;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::statistics::Stats;
-    use super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
+    use super::steps::{
+        Tile, Work, ask_for_queries, fold, multiply, put_queries, store_stats, write_products,
+    };
     use super::*;
     use crate::element::Element;
     use crate::simt::{grid, thread, warp};
@@ -228,7 +230,7 @@ mod kernel {
         queries: Region<V4<u32>>,
         chunk: u32,
     ) {
-        let queries = load_queries::<T, C, N, PACKED>(work, queries);
+        let queries = put_queries::<T, C, N, PACKED>(&ask_for_queries::<T, C, N, PACKED>(work), queries);
         let mut tile = Tile { chunk, index: chunk };
         let pages = load_pages::<T, U>(work, tile);
         let mut keys = [[[[0; 4]; C]; 2]; U];

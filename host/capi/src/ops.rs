@@ -102,6 +102,26 @@ impl NewKv {
     }
 }
 
+/// What a selection works with, borrowed from its handles.
+type Selecting<'a> = (&'a mut ts_context, &'a Batch, &'a ts_kv_view, Option<SelectionCacheLayer<'a>>);
+
+/// # Safety
+/// - Handles are null or live through `'a`; nothing else uses `context` and `selection_cache` meanwhile.
+unsafe fn selection_handles<'a>(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    kv: *const ts_kv_view,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> Result<Selecting<'a>> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let context = reference_mut("context", context)?;
+        let batch = &reference("batch", batch)?.batch;
+        Ok((context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?))
+    }
+}
+
 /// Where attention is written.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Output {
@@ -194,11 +214,8 @@ pub unsafe extern "C" fn ts_select(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv, cached) = unsafe {
-            let context = reference_mut("context", context)?;
-            let batch = &reference("batch", batch)?.batch;
-            (context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?)
-        };
+        let (context, batch, kv, cached) =
+            unsafe { selection_handles(context, batch, kv, selection_cache, layer)? };
         let (device, dtype) = (&context.device, context.select.config().dtype);
         let queries = Queries::of(context, batch, q);
         // SAFETY: as above.
@@ -230,11 +247,8 @@ pub unsafe extern "C" fn ts_append_select(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv, cached) = unsafe {
-            let context = reference_mut("context", context)?;
-            let batch = &reference("batch", batch)?.batch;
-            (context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?)
-        };
+        let (context, batch, kv, cached) =
+            unsafe { selection_handles(context, batch, kv, selection_cache, layer)? };
         let (new, queries) = (NewKv::of(context, batch, k, v), Queries::of(context, batch, q));
         let (device, dtype) = (&context.device, context.select.config().dtype);
         for pages in kv.arguments(dtype)? {

@@ -96,18 +96,18 @@ impl<T> Work<'_, T> {
     }
 }
 
-/// Splits and packs the queries of a KV head's group as B fragments in shared memory: the lane's words of column
-/// tile `n`, part `p` (0 high, 1 low), chunk `c` are 32 * ((2 n + p) C + c) further, or 32 c packed. Columns
-/// beyond the group are zero. Each lane reads back only what it wrote itself.
+/// A lane's part of the queries of a KV head's group: eight elements of each column tile and chunk.
+pub(super) type Queries<const C: usize, const N: usize> = [[[[f32; 4]; 2]; C]; N];
+
+/// Asks for the lane's part of the queries. Columns beyond the group are zero. (The loads are plain ones: the assembler would
+/// move `ld.global.nc` to where they are used.)
 #[inline(always)]
-pub(super) unsafe fn load_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
+pub(super) unsafe fn ask_for_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
     work: &Work<'_, T>,
-    place: Region<V4<u32>>,
-) -> Shared<V4<u32>> {
-    let of_warp = place.len() / WARPS;
-    let fragments = place.get().add(warp::warp_id() * of_warp + warp::lane_id());
+) -> Queries<C, N> {
     let params = work.params;
     let (column, t) = (warp::lane_id() / 4, warp::lane_id() % 4);
+    let mut queries = [[[[0.0; 4]; 2]; C]; N];
     let mut n = 0;
     while n < N {
         let member = if PACKED { column % 4 } else { n as u32 * 8 + column };
@@ -115,16 +115,36 @@ pub(super) unsafe fn load_queries<T: Element, const C: usize, const N: usize, co
         let head = work.row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
         let at = params.queries.add(head * (32 * C) as u64 + 8 * t as u64).cast::<V4<f32>>();
         let mut c = 0;
+        while c < C && member < params.group {
+            queries[n][c] = [at.add(8 * c as u64).load().0, at.add(8 * c as u64 + 1).load().0];
+            c += 1;
+        }
+        n += 1;
+    }
+    queries
+}
+
+/// Splits and packs the queries of a KV head's group as B fragments in shared memory: the lane's words of column
+/// tile `n`, part `p` (0 high, 1 low), chunk `c` are 32 * ((2 n + p) C + c) further, or 32 c packed. Each lane reads back only
+/// what it wrote itself.
+#[inline(always)]
+pub(super) unsafe fn put_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
+    queries: &Queries<C, N>,
+    place: Region<V4<u32>>,
+) -> Shared<V4<u32>> {
+    let of_warp = place.len() / WARPS;
+    let fragments = place.get().add(warp::warp_id() * of_warp + warp::lane_id());
+    let column = warp::lane_id() / 4;
+    let mut n = 0;
+    while n < N {
+        let mut c = 0;
         while c < C {
             let (mut high, mut low) = ([0; 4], [0; 4]);
-            if member < params.group {
-                let x = at.add(8 * c as u64).load_cached().0;
-                let y = at.add(8 * c as u64 + 1).load_cached().0;
-                (high[0], low[0]) = split::<T>(x[0], x[1]);
-                (high[1], low[1]) = split::<T>(x[2], x[3]);
-                (high[2], low[2]) = split::<T>(y[0], y[1]);
-                (high[3], low[3]) = split::<T>(y[2], y[3]);
-            }
+            let [x, y] = queries[n][c];
+            (high[0], low[0]) = split::<T>(x[0], x[1]);
+            (high[1], low[1]) = split::<T>(x[2], x[3]);
+            (high[2], low[2]) = split::<T>(y[0], y[1]);
+            (high[3], low[3]) = split::<T>(y[2], y[3]);
             if PACKED {
                 fragments.add(32 * c as u32).store(V4(if column >= 4 { low } else { high }));
             } else {
@@ -154,20 +174,19 @@ pub(super) unsafe fn multiply<T: Element, const C: usize, const PACKED: bool>(
         let place = if PACKED { c as u32 } else { 2 * n * C as u32 + c as u32 };
         let high = queries.add(32 * place).load().0;
         T::mma(&mut d, a0, [high[0], high[1]]);
-        T::mma(&mut d, a1, [high[2], high[3]]);
-        if !PACKED {
+        if PACKED {
+            T::mma(&mut low_d, a1, [high[2], high[3]]);
+        } else {
+            T::mma(&mut d, a1, [high[2], high[3]]);
             let low = queries.add(32 * (place + C as u32)).load().0;
             T::mma(&mut low_d, a0, [low[0], low[1]]);
             T::mma(&mut low_d, a1, [low[2], low[3]]);
         }
         c += 1;
     }
-    if PACKED {
-        return d;
-    }
     let mut i = 0;
     while i < 4 {
-        d[i] = add_low(d[i], low_d[i]);
+        d[i] = if PACKED { d[i] + low_d[i] } else { add_low(d[i], low_d[i]) };
         i += 1;
     }
     d

@@ -13,8 +13,7 @@
 //! 3. The lanes of the producer warp look up a page each, for up to 32 stages, and the pages of the 32 after those are loaded
 //!    meanwhile.
 //! 4. Keys are asked for while the launch before this one, which pools the queries, is still at work
-//!    ([`stages_ahead`](ScoreParams::stages_ahead)); but no more stages before the queries are there, which would have to
-//!    wait for all of these.
+//!    ([`stages_ahead`](ScoreParams::stages_ahead)); the other stages not before the queries, which would arrive behind them.
 //!
 //! Tiles are of 16 tokens; chunks, their statistics and the logits are those of the other kernel with such tiles, bit for
 //! bit.
@@ -206,7 +205,9 @@ mod tests {
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod kernel {
     use super::super::statistics::Stats;
-    use super::super::steps::{Tile, Work, fold, load_queries, multiply, store_stats, write_products};
+    use super::super::steps::{
+        Queries, Tile, Work, ask_for_queries, fold, multiply, put_queries, store_stats, write_products,
+    };
     use super::*;
     use crate::element::Element;
     use crate::simt::bulk::{self, MBarrier};
@@ -302,33 +303,45 @@ mod kernel {
         let row = thread::block_idx_y();
         let step = thread::grid_dim_x() * num_streams;
         let work = Work::new(&params, row, TILE, warp % params.num_kv_heads, step);
+        // Rows that may have nothing to do find out before anything is looked up for them.
+        let asks_ahead = params.stages_ahead != 0;
+        if !asks_ahead && is_idle_when_known(&work) {
+            return;
+        }
         let mut producer = Producer::NONE;
         if is_producer {
             producer = begin(&work, layout);
         }
-        grid::wait_for_previous();
-        if work.is_idle(params.actions.add(row as u64).load()) {
+        if asks_ahead && is_idle_when_known(&work) {
             if is_producer {
                 await_stages(layout, producer.place);
             }
             return;
         }
-        let (stream, mut queries) = (warp / params.num_kv_heads, layout.base.queries.get());
+        let stream = warp / params.num_kv_heads;
         let consumes = !is_producer && stream < num_streams;
+        let mut queries = [[[[0.0; 4]; 2]; C]; N];
         if consumes {
-            queries = load_queries::<T, C, N, PACKED>(&work, layout.base.queries);
+            queries = ask_for_queries::<T, C, N, PACKED>(&work);
         }
-        thread::sync_threads(); // the producer fills no more stages before the queries are there
+        thread::sync_threads(); // so the other stages are asked for behind the queries
         if is_producer {
             while producer.has_next(&work) {
                 producer.fill(&work, layout);
             }
         } else if consumes {
-            consume::<T, C, N, PACKED>(&work, layout, stream, queries);
+            consume::<T, C, N, PACKED>(&work, layout, stream, &queries);
         }
         if params.folds != 0 && grid::is_last_block(params.counters.add(row as u64), thread::grid_dim_x()) {
             fold(&work, layout.base.stats);
         }
+    }
+
+    /// [`Work::is_idle`], once the launch before this one has ended.
+    #[inline(always)]
+    unsafe fn is_idle_when_known<T>(work: &Work<'_, T>) -> bool {
+        grid::wait_for_previous();
+        work.is_idle(work.params.actions.add(work.row as u64).load())
     }
 
     /// Waits for the stages before `place` of the first round: a block must not end before its copies have arrived.
@@ -526,14 +539,15 @@ mod kernel {
         }
     }
 
-    /// A consumer warp: one KV head of one stream. `queries`: where [`load_queries`] has put those of its group.
+    /// A consumer warp: one KV head of one stream.
     #[inline(always)]
     unsafe fn consume<T: Element, const C: usize, const N: usize, const PACKED: bool>(
         work: &Work<'_, T>,
         layout: &StreamLayout,
         stream: u32,
-        queries: Shared<V4<u32>>,
+        queries: &Queries<C, N>,
     ) {
+        let queries = put_queries::<T, C, N, PACKED>(queries, layout.base.queries);
         let heads = work.params.num_kv_heads;
         // 16-byte places from a token to the next and from a head to the next.
         let row = 4 * C as u32;

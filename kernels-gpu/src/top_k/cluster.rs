@@ -11,7 +11,7 @@ use crate::radix::BINS;
 use crate::simt::shared::{Carve, Region};
 
 /// Threads of a block.
-const THREADS: u32 = 1024;
+const THREADS: u32 = 512;
 /// Words of a mask: a block has marks for 32 times as many tokens.
 const WORDS: u32 = 8192;
 /// Tokens of a block from which on a cluster of 16 is faster than one of 8.
@@ -71,7 +71,7 @@ pub(crate) const fn cluster_dims(gpu: &GpuInfo, num_rows: u32, max_tokens: u32) 
     }
     // As many blocks as run at a time; more than 8, which meet more slowly, where each has many tokens.
     let fair = gpu.num_sms / num_rows;
-    let useful = max_tokens.div_ceil(if max_tokens > 8 * FULL { FULL } else { 2 * THREADS });
+    let useful = max_tokens.div_ceil(if max_tokens > 8 * FULL { FULL } else { 4 * THREADS });
     let most = if max_tokens > 8 * FULL { 16 } else { 8 };
     let mut blocks = 1;
     while 2 * blocks <= limit
@@ -394,15 +394,20 @@ mod kernel {
         let (own, tokens, all) = (LAYOUT.own.get(), LAYOUT.tokens.get(), LAYOUT.all.get());
         let count = LAYOUT.counts.get();
         cluster::sync();
-        // A warp copies the keys of a block, to behind those of the blocks before it.
-        let (warp, lane) = (warp::warp_id(), warp::lane_id());
-        let of_lane = if lane < cluster::num_blocks() { count.of_block(lane).load() } else { 0 };
+        // Some warps copy the keys of a block, to behind those of the blocks before it.
+        let (warp, lane, num_blocks) = (warp::warp_id(), warp::lane_id(), cluster::num_blocks().max(1));
+        let of_lane = if lane < num_blocks { count.of_block(lane).load() } else { 0 };
         let before = |block: u32| warp::reduce_add(warp::FULL, if lane < block { of_lane } else { 0 });
-        let (to, many) = (before(warp), warp::shuffle_idx(warp::FULL, of_lane, warp));
-        let mut i = lane;
+        let (block, part) = (warp % num_blocks, warp / num_blocks);
+        let (to, many) = (before(block), warp::shuffle_idx(warp::FULL, of_lane, block));
+        let mut i = part * warp::SIZE + lane;
         while i < many {
-            all.add(to + i).store(own.add(i).of_block(warp).load());
-            i += warp::SIZE;
+            all.add(to + i).store(own.add(i).of_block(block).load());
+            i += THREADS / num_blocks;
+        }
+        // Behind the last come keys below all others, up to a multiple of what a lane compares at a time.
+        if thread::thread_idx_x() < FEW.min(range.many.next_multiple_of(4)) - range.many {
+            all.add(range.many + thread::thread_idx_x()).store(0);
         }
         // Equal keys of blocks before this one come first.
         let (earlier, mine) = (before(cluster::block_rank()), count.load());
@@ -411,11 +416,15 @@ mod kernel {
         while i < mine {
             let (key, token) = (own.add(i).load(), tokens.add(i).load());
             let mut before = 0;
-            let mut other = lane;
+            let mut other = 4 * lane;
             while other < range.many {
-                let another = all.add(other).load();
-                before += (another > key || (another == key && other < earlier)) as u32;
-                other += warp::SIZE;
+                let others = all.add(other).cast::<V4<u32>>().load().0;
+                let mut j = 0;
+                while j < 4 {
+                    before += (others[j] > key || (others[j] == key && other + (j as u32) < earlier)) as u32;
+                    j += 1;
+                }
+                other += 4 * warp::SIZE;
             }
             let mut other = lane;
             while other < mine {
