@@ -410,7 +410,7 @@ fn main() -> Result<(), Error> {
 
     let repeats = if options.smoke { 1 } else { 21 };
     let mut csv = options.csv.as_ref().map(File::create).transpose()?;
-    let l2 = if options.warm { "left as it was" } else { "flushed" };
+    let l2 = if options.warm { "left as it was" } else { "flushed by reading" };
     if let Some(csv) = &mut csv {
         writeln!(csv, "# {device_line}; {bandwidths}; medians of {repeats}, L2 {l2} before each run")?;
         writeln!(csv, "what,tokens,page_size,rows,us,bytes,floor_us")?;
