@@ -9,8 +9,9 @@
 //!
 //! [`score_stream`](crate::score::score_stream) and a `pool` behind `append` let the launch after them begin at once, the others when they
 //! have waited: the one that follows these knows, when it begins, that all launches before them have ended.
-//! [`pool`](mod@crate::pool), [`score_stream`](crate::score::score_stream) and
-//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) make use of that.
+//! [`pool`](mod@crate::pool), [`score_stream`](crate::score::score_stream),
+//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) and the last launch of [`top_k`](mod@crate::top_k), which
+//! reads actions and cached selections ahead, make use of that.
 
 use half::{bf16, f16};
 

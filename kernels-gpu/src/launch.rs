@@ -53,6 +53,8 @@ pub struct GpuInfo {
     pub limits: Limits,
     /// Whether it has bulk copies to shared memory, and its PTX uses them.
     pub bulk_copies: bool,
+    /// Bytes of keys, of all rows of a batch, from which on [`score`](mod@crate::score) streams them by such copies.
+    pub score_stream_bytes: u64,
 }
 
 /// Why a launch cannot be: the kernel, the rule and both numbers.

@@ -26,7 +26,7 @@
 //! 6. Tiles begin at multiples of 16 tokens, as those of the logits do, so that a warp writes whole lines: pieces of 16
 //!    bytes, in lines that eight warps share, cost the memory as much as a fifth of the keys.
 //!
-//! On Hopper, where the layout of the pages allows it, [`score_stream`] does the same with bulk copies.
+//! On Hopper, where contexts are long and the layout of the pages allows it, [`score_stream`] does the same with bulk copies.
 //!
 //! Within a selection either kernel leaves the chunks' statistics to [`vote`](mod@crate::vote), where every block folds
 //! them for itself.
@@ -38,6 +38,7 @@ pub(crate) mod statistics;
 #[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
 mod steps;
 mod stream;
+pub use stream::STREAM_BYTES_OF_SM;
 
 use crate::launch::{Dims, GpuInfo};
 use crate::layout::{BatchTables, PageStrides};

@@ -4,7 +4,8 @@ use crate::layout::{BatchTables, PageStrides, absent, absent_mut};
 use crate::rope::RopeTables;
 use crate::simt::global::GlobalPtr;
 
-const GPU: GpuInfo = GpuInfo { num_sms: 132, limits: Limits::SM_90, bulk_copies: true };
+const GPU: GpuInfo =
+    GpuInfo { num_sms: 132, limits: Limits::SM_90, bulk_copies: true, score_stream_bytes: 0 };
 
 /// A decode row of 1000 tokens; heads adjacent to one another, or tokens.
 fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> AttendParams<u16> {

@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use cust::sys::{self, CUresult};
 use kernels_gpu::entries::Entry;
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
+use kernels_gpu::score::STREAM_BYTES_OF_SM;
 use rayon::prelude::*;
 use tokenselect_ptx::Ptx;
 
@@ -481,7 +482,8 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         cluster: 1, // until the kernels are loaded
     };
     let num_sms = get(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)?;
-    Ok((GpuInfo { num_sms, limits, bulk_copies: has_clusters }, ptx))
+    let score_stream_bytes = num_sms as u64 * STREAM_BYTES_OF_SM;
+    Ok((GpuInfo { num_sms, limits, bulk_copies: has_clusters, score_stream_bytes }, ptx))
 }
 
 impl Driver for CudaDriver {

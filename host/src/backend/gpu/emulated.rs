@@ -43,7 +43,9 @@ impl std::fmt::Debug for DebugMemory {
 impl EmulatedDriver {
     /// A device with empty memory; `options` say what is checked and in which order lanes run.
     pub fn new(options: Options) -> Self {
-        let gpu = GpuInfo { num_sms: NUM_SMS, limits: Limits::SM_90, bulk_copies: true };
+        // Whatever can be streamed is: what the emulator runs is short.
+        let gpu =
+            GpuInfo { num_sms: NUM_SMS, limits: Limits::SM_90, bulk_copies: true, score_stream_bytes: 0 };
         EmulatedDriver {
             gpu,
             options,

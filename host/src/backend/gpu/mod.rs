@@ -120,12 +120,12 @@ impl GpuBackend {
     }
 
     /// The kernel that scores these pages.
-    fn score_kernel(&self, dtype: &str, params: &ScoreParams<f16>) -> Result<ScoreKernel> {
+    fn score_kernel(&self, dtype: &str, params: &ScoreParams<f16>, batch: &Batch) -> Result<ScoreKernel> {
         let (gpu, head_dim) = (self.driver.gpu(), params.head_dim);
         let Some(columns) = columns(params.group) else {
             return Err(self.unsupported("score", format!("groups of {} heads, only up to 16", params.group)));
         };
-        let streams = gpu.bulk_copies && params.can_stream();
+        let streams = params.streams(gpu, batch.num_token_places() as u64);
         let (kernel, dims, tile_tokens) = if streams {
             ("score_stream", params.stream_dims(gpu), LOGIT_TILE)
         } else {
@@ -295,7 +295,7 @@ impl Backend for GpuBackend {
         }
         let dtype = self.dtype_name("score", args.kv.dtype())?;
         let params = self.score_params(&args)?;
-        let kernel = self.score_kernel(dtype, &params)?;
+        let kernel = self.score_kernel(dtype, &params, args.batch)?;
         self.launch_score(&kernel, &params)
     }
 
@@ -343,7 +343,7 @@ impl Backend for GpuBackend {
             reserved: 0,
         };
         let mut score = self.score_params(&args.score()?)?;
-        let score_kernel = self.score_kernel(dtype, &score)?;
+        let score_kernel = self.score_kernel(dtype, &score, batch)?;
         // `append_pool` writes no candidate's key, and has waited for the launches before it (see `entries`).
         if score_kernel.streams && score.spares_block() && args.cached.is_none() {
             score.stages_ahead = STAGES_AHEAD;
