@@ -52,7 +52,7 @@ impl Timer {
 
     /// Bytes per second at which a tensor, many times the size of the L2, is read. Zeros would be read faster than noise.
     pub fn read_bandwidth(&mut self, from: &Tensor) -> Result<f64> {
-        let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
+        let bytes = num_bytes(from);
         let out = Tensor::zeros_on(&self.device, DType::U32, [1])?;
         let device = self.device.clone();
         let time = self.median(11, |timer| timer.once(&mut || read_all(&device, from, &out)))?;
@@ -63,18 +63,21 @@ impl Timer {
     pub fn copy_bandwidth(&mut self, from: &Tensor) -> Result<f64> {
         let mut to = Tensor::zeros_on(&self.device, from.dtype(), from.shape())?;
         let time = self.median(11, |timer| timer.once(&mut || to.copy_from(from.view())))?;
-        let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
+        let bytes = num_bytes(from);
         Ok(2.0 * bytes as f64 / time.as_secs_f64())
     }
 }
 
+fn num_bytes(tensor: &Tensor) -> usize {
+    tensor.shape().checked_len().unwrap_or(0) * tensor.dtype().size()
+}
+
 /// Reads all of a tensor; `out` is a word.
 fn read_all(device: &Device, from: &Tensor, out: &Tensor) -> Result<()> {
-    let bytes = from.shape().checked_len().unwrap_or(0) * from.dtype().size();
     let params = ReadAllParams {
         from: GlobalPtr::from_addr(from.view().device_addr()?),
         out: GlobalMut::from_addr(out.view().device_addr()?),
-        num_quads: (bytes / 16) as u64,
+        num_quads: (num_bytes(from) / 16) as u64,
     };
     // SAFETY: the kernel's parameters, over two tensors that callers keep until the work is timed.
     unsafe { device.launch("read_all", params.dims(), &params) }
