@@ -6,7 +6,7 @@
 pub mod group;
 pub mod timer;
 
-use half::bf16;
+use half::{bf16, f16};
 use tokenselect::{
     Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits,
     PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
@@ -78,14 +78,33 @@ impl Pools {
         Ok(Pools { k: random(device, num_elements, 1)?, v: random(device, num_elements, 2)? })
     }
 
-    fn view(&self, shape: KvShape) -> Result<KvView<'_>> {
-        KvView::strided(self.k.view(), self.v.view(), shape, KvStrides::dense(shape, KvLayout::Nhd))
+    fn view<'v>(&'v self, device: &'v Device, dtype: DType, shape: KvShape) -> Result<KvView<'v>> {
+        let read = |tensor| reinterpret(device, tensor, dtype);
+        KvView::strided(read(&self.k)?, read(&self.v)?, shape, KvStrides::dense(shape, KvLayout::Nhd))
     }
 
-    fn view_mut(&mut self, shape: KvShape) -> Result<KvViewMut<'_>> {
+    fn view_mut<'v>(&'v mut self, device: &'v Device, dtype: DType, shape: KvShape) -> Result<KvViewMut<'v>> {
         let strides = KvStrides::dense(shape, KvLayout::Nhd);
-        KvViewMut::strided(self.k.view_mut(), self.v.view_mut(), shape, strides)
+        if dtype == DType::Bf16 {
+            return KvViewMut::strided(self.k.view_mut(), self.v.view_mut(), shape, strides);
+        }
+        let write = |tensor: &mut Tensor| {
+            let view = tensor.view();
+            // SAFETY: the same memory, borrowed for as long, with as many elements of the same size.
+            unsafe { TensorViewMut::from_device_addr(device, view.device_addr()?, dtype, view.shape()) }
+        };
+        KvViewMut::strided(write(&mut self.k)?, write(&mut self.v)?, shape, strides)
     }
+}
+
+/// bf16 read as another type of 2 bytes, which a device can: noise below 1 is noise below 2 as f16.
+fn reinterpret<'t>(device: &'t Device, tensor: &'t Tensor, dtype: DType) -> Result<TensorView<'t>> {
+    let view = tensor.view();
+    if dtype == DType::Bf16 {
+        return Ok(view);
+    }
+    // SAFETY: the same memory, borrowed for as long, with as many elements of the same size.
+    unsafe { TensorView::from_device_addr(device, view.device_addr()?, dtype, view.shape()) }
 }
 
 /// What is measured: rows of equal length over shuffled pages.
@@ -217,6 +236,7 @@ pub struct Layer<'a> {
     new_k: Tensor,
     new_v: Tensor,
     out: Tensor,
+    lse: Tensor,
 }
 
 impl<'a> Layer<'a> {
@@ -239,9 +259,11 @@ impl<'a> Layer<'a> {
         let queries = spec.rows * spec.block_len;
         let draw = |shape: [usize; 3], scale: f32, seed: u64| {
             let mut next = noise(seed);
-            let numbers: Vec<bf16> =
-                (0..shape.iter().product()).map(|_| bf16::from_f32(next().to_f32() * scale)).collect();
-            Tensor::from_slice_on(device, &numbers, shape)
+            let mut numbers = (0..shape.iter().product()).map(|_| next().to_f32() * scale);
+            if spec.config.dtype == DType::F16 {
+                return Tensor::from_slice_on(device, &numbers.map(f16::from_f32).collect::<Vec<_>>(), shape);
+            }
+            Tensor::from_slice_on(device, &numbers.by_ref().map(bf16::from_f32).collect::<Vec<_>>(), shape)
         };
         let q_shape = [queries, heads.num_qo_heads, heads.head_dim];
         let kv_shape = [queries, heads.num_kv_heads, heads.head_dim];
@@ -277,13 +299,15 @@ impl<'a> Layer<'a> {
             q: draw(q_shape, 3.0, 3)?, // logits of standard deviation 1
             new_k: draw(kv_shape, 1.0, 4)?,
             new_v: draw(kv_shape, 1.0, 5)?,
-            out: Tensor::zeros_on(device, DType::Bf16, q_shape)?,
+            out: Tensor::zeros_on(device, spec.config.dtype, q_shape)?,
+            lse: Tensor::zeros_on(device, DType::F32, [queries, heads.num_qo_heads])?,
             spec,
         })
     }
 
     pub fn append(&mut self) -> Result<()> {
-        let kv = self.pools.view_mut(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view_mut(&device, self.spec.config.dtype, self.shape)?;
         self.select.append(&self.batch, kv, self.new_k.view(), self.new_v.view())
     }
 
@@ -292,7 +316,8 @@ impl<'a> Layer<'a> {
     }
 
     pub fn score(&mut self) -> Result<()> {
-        let kv = self.pools.view(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         self.select.score(&self.batch, kv)
     }
 
@@ -310,14 +335,16 @@ impl<'a> Layer<'a> {
 
     /// Selects anew, or with `reuse` through the cached selections.
     pub fn select(&mut self, reuse: bool) -> Result<()> {
-        let kv = self.pools.view(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         let cached = if reuse { Some(self.cache.layer_mut(0)?) } else { None };
         self.select.select(&self.batch, kv, self.q.view(), cached)
     }
 
     /// Appends, and selects as [`select`](Self::select) does.
     pub fn append_select(&mut self, reuse: bool) -> Result<()> {
-        let kv = self.pools.view_mut(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view_mut(&device, self.spec.config.dtype, self.shape)?;
         let cached = if reuse { Some(self.cache.layer_mut(0)?) } else { None };
         let input = StepInput { q: self.q.view(), k: self.new_k.view(), v: self.new_v.view() };
         self.select.append_select(&self.batch, kv, input, cached)
@@ -325,14 +352,16 @@ impl<'a> Layer<'a> {
 
     /// Attention over the selected lists.
     pub fn attend(&mut self) -> Result<()> {
-        let kv = self.pools.view(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         let output = StepOutput { out: self.out.view_mut(), lse: None };
         self.select.attend(&self.batch, kv, self.q.view(), output)
     }
 
     /// Attention over all tokens.
     pub fn attend_dense(&mut self) -> Result<()> {
-        let kv = self.pools.view(self.shape)?;
+        let device = self.select.device().clone();
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         let output = StepOutput { out: self.out.view_mut(), lse: None };
         self.select.attend_dense(&self.batch, kv, self.q.view(), output)
     }
@@ -351,9 +380,56 @@ impl<'a> Layer<'a> {
         self.out.to_vec()
     }
 
+    /// The output, where the device works.
+    pub fn out(&self) -> &Tensor {
+        &self.out
+    }
+
+    /// The log-sum-exps of the output that [`merge`](Self::merge) has written.
+    pub fn lse(&self) -> &Tensor {
+        &self.lse
+    }
+
     /// Forgets the output, so that the next one is known to have been written.
     pub fn clear_output(&mut self) -> Result<()> {
-        self.out.copy_from(Tensor::zeros(DType::Bf16, self.out.shape())?.view())
+        self.lse.copy_from(Tensor::zeros(DType::F32, self.lse.shape())?.view())?;
+        self.out.copy_from(Tensor::zeros(self.out.dtype(), self.out.shape())?.view())
+    }
+
+    /// Attention over the selected lists in f32, and over all tokens; both merged as if they were parts of one list.
+    pub fn merge(&mut self) -> Result<()> {
+        let [queries, heads, head_dim] =
+            [self.out.shape().dims()[0], self.out.shape().dims()[1], self.out.shape().dims()[2]];
+        let device = self.select.device().clone();
+        let parts = Tensor::zeros_on(&device, DType::F32, [2, queries, heads, head_dim])?;
+        let lses = Tensor::zeros_on(&device, DType::F32, [2, queries, heads])?;
+        let len = queries * heads;
+        let part = |i: usize| {
+            let (out, lse) = (parts.view().device_addr()?, lses.view().device_addr()?);
+            // SAFETY: the parts lie within the two tensors, which live until they are merged, and do not overlap.
+            unsafe {
+                Ok(StepOutput {
+                    out: TensorViewMut::from_device_addr(
+                        &device,
+                        out + (4 * i * len * head_dim) as u64,
+                        DType::F32,
+                        [queries, heads, head_dim],
+                    )?,
+                    lse: Some(TensorViewMut::from_device_addr(
+                        &device,
+                        lse + (4 * i * len) as u64,
+                        DType::F32,
+                        [queries, heads],
+                    )?),
+                })
+            }
+        };
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
+        self.select.attend(&self.batch, kv, self.q.view(), part(0)?)?;
+        let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
+        self.select.attend_dense(&self.batch, kv, self.q.view(), part(1)?)?;
+        let output = StepOutput { out: self.out.view_mut(), lse: Some(self.lse.view_mut()) };
+        self.select.merge(parts.view(), lses.view(), output)
     }
 
     /// How often selections were reused and made through the cache. Waits for the device.
