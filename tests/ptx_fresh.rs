@@ -3,7 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use kernels_gpu::entries::ENTRIES;
+use kernels_gpu::conformance;
+use kernels_gpu::entries::{ENTRIES, Entry};
 use tokenselect_ptx::{ALL, inspect, source};
 
 #[test]
@@ -11,21 +12,28 @@ fn made_from_these_sources() {
     let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels-gpu");
     let current = source::hash(&kernels).expect("kernel sources");
     for ptx in ALL {
-        let header = inspect::Header::parse(ptx.text).expect("header");
-        assert_eq!(header.architecture, ptx.name);
-        assert_eq!(header.sources, current, "{} is out of date: run `cargo ptx`", ptx.name);
+        for text in [ptx.text(), ptx.conformance_text()] {
+            let header = inspect::Header::parse(text).expect("header");
+            assert_eq!(header.architecture, ptx.name);
+            assert_eq!(header.sources, current, "{} is out of date: run `cargo ptx`", ptx.name);
+        }
     }
 }
 
 #[test]
 fn entries_and_parameters_are_those_of_the_table() {
-    let expected: BTreeMap<&str, Vec<usize>> =
-        ENTRIES.iter().map(|entry| (entry.name, vec![entry.param_bytes])).collect();
+    let parameters = |table: &'static [Entry]| -> BTreeMap<&str, Vec<usize>> {
+        table.iter().map(|entry| (entry.name, vec![entry.param_bytes])).collect()
+    };
     for ptx in ALL {
-        let entries = inspect::entries(ptx.text).expect("entries");
-        let found: BTreeMap<&str, Vec<usize>> =
-            entries.iter().map(|entry| (entry.name, entry.param_bytes.clone())).collect();
-        assert_eq!(found, expected, "{}", ptx.name);
+        for (table, text) in
+            [(&ENTRIES[..], ptx.text()), (&conformance::entries::ENTRIES[..], ptx.conformance_text())]
+        {
+            let entries = inspect::entries(text).expect("entries");
+            let found: BTreeMap<&str, Vec<usize>> =
+                entries.iter().map(|entry| (entry.name, entry.param_bytes.clone())).collect();
+            assert_eq!(found, parameters(table), "{}", ptx.name);
+        }
     }
 }
 
@@ -34,7 +42,7 @@ fn entries_and_parameters_are_those_of_the_table() {
 #[test]
 fn barriers_are_not_duplicated() {
     for ptx in ALL {
-        let entries = inspect::entries(ptx.text).expect("entries");
+        let entries = inspect::entries(ptx.text()).expect("entries");
         // `pool`: two in the mean, one behind it, two in the products, one at the start of `is_last_block`.
         for (op, expected) in [("pool", (6, 1)), ("append_pool", (1, 0))] {
             for name in [format!("{op}_f16"), format!("{op}_bf16")] {

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use kernels_gpu::read_all::ReadAllParams;
+use kernels_gpu::ops::read_all::ReadAllParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use tokenselect::{DType, Device, Event, Result, Tensor};
 

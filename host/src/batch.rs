@@ -6,7 +6,7 @@ mod slot;
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels_gpu::layout::{BatchTables, page_division};
+use kernels_gpu::common::layout::{BatchTables, page_division};
 use kernels_gpu::simt::global::GlobalPtr;
 
 use self::device_tables::DeviceTables;

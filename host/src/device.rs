@@ -50,7 +50,10 @@ impl Device {
     /// Uses the caller's current context if it belongs to that device, else the primary context.
     ///
     /// # Safety
-    /// - `stream` is null or a stream of that context, and lives as long as the device and all its clones and memory.
+    /// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives as long as the device and all its
+    ///   clones and memory.
+    /// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
+    ///   written all that this device reads: queries, keys, values, pages, lists.
     ///
     /// # Errors
     /// As [`cuda`](Self::cuda).

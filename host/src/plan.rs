@@ -1,6 +1,6 @@
 //! How large a step may be, and what that makes of its buffers: a pure function of configuration and limits.
 
-use kernels_gpu::layout::{LOGIT_TILE, max_logit_tiles};
+use kernels_gpu::common::layout::{LOGIT_TILE, max_logit_tiles};
 
 use crate::batch::Batch;
 use crate::config::{MAX_SEQUENCE_LEN, Positions, SelectConfig};

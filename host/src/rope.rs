@@ -4,7 +4,7 @@ use std::f64::consts::TAU;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use kernels_gpu::rope::RopeTables;
+use kernels_gpu::common::rope::RopeTables;
 use kernels_gpu::simt::global::GlobalPtr;
 
 use crate::backend::gpu::driver::Driver;
@@ -197,7 +197,7 @@ pub struct RopeTable {
 }
 
 /// Positions covered by the fine level of a [`RopeTable`].
-const FINE: usize = kernels_gpu::rope::FINE as usize;
+const FINE: usize = kernels_gpu::common::rope::FINE as usize;
 
 impl RopeTable {
     /// Tables for heads of `head_dim` elements and positions below `max_positions`.
@@ -281,8 +281,8 @@ impl RopeTable {
             fine: GlobalPtr::from_addr(coarse + 8 * self.coarse.len() as u64),
             pairs: self.pairs as u32,
             pairing: match self.pairing {
-                RopePairing::HalfSplit => kernels_gpu::rope::HALF_SPLIT,
-                RopePairing::Interleaved => kernels_gpu::rope::INTERLEAVED,
+                RopePairing::HalfSplit => kernels_gpu::common::rope::HALF_SPLIT,
+                RopePairing::Interleaved => kernels_gpu::common::rope::INTERLEAVED,
             },
         })
     }

@@ -1,6 +1,6 @@
 //! The object that runs steps: configuration, device and workspace in one.
 
-use kernels_gpu::layout::{LOGIT_TILE, logit_tile};
+use kernels_gpu::common::layout::{LOGIT_TILE, logit_tile};
 
 use crate::backend::{AppendArgs, AttendArgs, MergeArgs, SelectArgs, SelectedKv, Selection};
 use crate::batch::Batch;

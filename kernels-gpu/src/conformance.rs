@@ -1,16 +1,18 @@
 //! Kernels that exercise every primitive of [`simt`](crate::simt) and write down what came out.
 //!
 //! `tests/primitives` compares them with plain Rust, in the emulator and on a GPU: the same bits, but for the
-//! approximations of [`simt::math`](crate::simt), whose bounds are documented there.
+//! approximations of [`simt::math`](crate::simt), whose bounds are documented there. No user's build has them: they are
+//! behind the feature `conformance`, and in PTX files of their own.
 
 use crate::launch::Dims;
 use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
 
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+pub mod entries;
+#[cfg(feature = "kernels")]
 mod kernels;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub use kernels::*;
 
 /// Parameters of [`indices`].

@@ -1,45 +1,192 @@
-//! The table of PTX entry points, one line per instance: name, parameters, kernel.
+//! Entry points of the PTX: what the instances of the kernels are, and how a host finds one.
 //!
-//! Hosts look entries up here and nowhere else. Each takes its parameter struct by value, as its only argument.
+//! An instance is data: an operation, and the values that its kernel was compiled for. [`ENTRIES`] has a line for each
+//! operation and head dimension; hosts ask [`Entry::find`] and look nowhere else. Each entry takes its parameter struct by
+//! value, as its only argument.
 //!
-//! A host may launch them so that they overlap. Each waits for the launches before it
-//! ([`grid::wait_for_previous`](crate::simt)) before it reads what a launch may have written, and before it writes or ends;
-//! so when a kernel has waited, all launches before it have ended. The tables of a batch, and those of angles, are written by
-//! copies alone, which end before launches after them begin: they may be read at once.
+//! | operations | head dimensions | heads of a group |
+//! |---|---|---|
+//! | `score`, `score_stream` | 64, 96, 128 | up to 4, 8, 16 |
+//! | | 256 | up to 4, 8 |
+//! | `attend_decode`, `attend_prefill`, `attend_stream` | 64, 96, 128 | any |
+//! | all others | any | any |
 //!
-//! [`score_stream`](crate::score::score_stream) and a `pool` behind `append` let the launch after them begin at once, the others when they
-//! have waited: the one that follows these knows, when it begins, that all launches before them have ended.
-//! [`pool`](mod@crate::pool), [`score_stream`](crate::score::score_stream),
-//! [`attend_stream_merge`](crate::attend_stream::attend_stream_merge) and the last launch of [`top_k`](mod@crate::top_k), which
-//! reads actions and cached selections ahead, make use of that.
+//! A host may launch them so that they overlap: [`overlap`](crate::common::overlap) has the rules.
 
-use half::{bf16, f16};
+// A GPU's build of the kernels for tests has the table without its kernels.
+#[cfg_attr(all(target_arch = "nvptx64", feature = "conformance"), allow(dead_code, unused_imports))]
+mod table;
+#[cfg(test)]
+mod tests;
 
-use crate::append::AppendParams;
-use crate::append_pool::AppendPoolParams;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-use crate::attend_decode::{HALVES, NATIVE, NEIGHBOURS, attend_decode};
-use crate::attention::AttendParams;
-use crate::conformance::{
-    AsyncCopyParams, AtomicsParams, BarriersParams, BulkCopyParams, ClusterParams, GlobalParams,
-    IndicesParams, LastBlockParams, LdMatrixParams, MaskedParams, MathParams, MmaParams, SharedParams,
-    ShufflesParams,
-};
-use crate::forget::ForgetParams;
-use crate::gather::GatherParams;
-use crate::merge::MergeParams;
-use crate::pool::PoolParams;
-use crate::read_all::ReadAllParams;
-use crate::score::ScoreParams;
-use crate::smooth::SmoothParams;
-use crate::top_k::TopKParams;
-use crate::vote::VoteParams;
+use core::fmt;
+
+pub use table::{COUNT, ENTRIES};
+#[cfg(feature = "conformance")]
+pub(crate) use table::{List, entries};
+
+/// What a kernel does. Names in the PTX begin with it, in lower case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Op {
+    /// Writes keys and values to the cache: [`append`](mod@crate::ops::append).
+    Append,
+    /// Drops cached selections: [`forget`](mod@crate::ops::forget).
+    Forget,
+    /// [`Append`](Op::Append) and [`Pool`](Op::Pool) in one launch, for short blocks:
+    /// [`append_pool`](mod@crate::ops::append_pool).
+    AppendPool,
+    /// Mean query of a block, and what its row is to do: [`pool`](mod@crate::ops::pool).
+    Pool,
+    /// Logits of the candidates: [`score`](mod@crate::ops::score).
+    Score,
+    /// The same, with keys that bulk copies bring: [`score_stream`](crate::ops::score_stream::kernel::score_stream).
+    ScoreStream,
+    /// Softmax of the logits, summed over the heads: [`vote`](mod@crate::ops::vote).
+    Vote,
+    /// The same, four heads at a time, for groups of a multiple of four.
+    VoteByFour,
+    /// Maximum of the votes over a window: [`smooth`](mod@crate::ops::smooth).
+    Smooth,
+    /// First launch of [`top_k`](mod@crate::ops::top_k), where `vote` has not counted.
+    TopKCount,
+    /// Second launch of [`top_k`](mod@crate::ops::top_k), before [`TopKChoose`](Op::TopKChoose).
+    TopKRefine,
+    /// Last launch of [`top_k`](mod@crate::ops::top_k).
+    TopKChoose,
+    /// The same in clusters, where the device has them; nothing is refined before.
+    TopKChooseInCluster,
+    /// Copies selected keys together, rotated: [`gather`](mod@crate::ops::gather).
+    Gather,
+    /// Attention of few query rows: [`attend_decode`](mod@crate::ops::attend_decode).
+    AttendDecode,
+    /// Attention of many query rows: [`attend_prefill`](mod@crate::ops::attend_prefill).
+    AttendPrefill,
+    /// Attention over all tokens, with keys that bulk copies bring: [`attend_stream`](mod@crate::ops::attend_stream).
+    AttendStream,
+    /// Merges the splits of [`AttendStream`](Op::AttendStream).
+    AttendStreamMerge,
+    /// Merges attention over parts of a sequence: [`merge`](mod@crate::ops::merge).
+    Merge,
+    /// None that a host calls for: kernels of tests and benchmarks, found by their names.
+    Test,
+}
+
+impl Op {
+    /// How it is ordered among launches that overlap.
+    pub const fn ordering(self) -> Ordering {
+        let nothing = Ordering { writes_pages: false, reads_constant_pages: false, begins_next_early: false };
+        match self {
+            Op::Append | Op::AppendPool => Ordering { writes_pages: true, ..nothing },
+            Op::Score | Op::AttendDecode | Op::Gather => Ordering { reads_constant_pages: true, ..nothing },
+            Op::Pool | Op::ScoreStream => Ordering { begins_next_early: true, ..nothing },
+            Op::Forget
+            | Op::Vote
+            | Op::VoteByFour
+            | Op::Smooth
+            | Op::TopKCount
+            | Op::TopKRefine
+            | Op::TopKChoose
+            | Op::TopKChooseInCluster
+            | Op::AttendPrefill
+            | Op::AttendStream
+            | Op::AttendStreamMerge
+            | Op::Merge
+            | Op::Test => nothing,
+        }
+    }
+}
+
+/// What a kernel does that matters for launches that overlap: the rules are in [`overlap`](crate::common::overlap).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Ordering {
+    /// It writes pages of keys and values.
+    pub writes_pages: bool,
+    /// It reads pages through the non-coherent path: it must not begin before a launch that writes what it reads has ended.
+    pub reads_constant_pages: bool,
+    /// It may let the next launch begin before it has waited for those before it.
+    pub begins_next_early: bool,
+}
+
+/// The storage type of keys, values and queries: see [`Element`](crate::common::element::Element).
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ElementType {
+    /// `half::f16`.
+    F16,
+    /// `half::bf16`.
+    Bf16,
+}
+
+impl ElementType {
+    /// As in the names of entries.
+    pub const fn name(self) -> &'static str {
+        match self {
+            ElementType::F16 => "f16",
+            ElementType::Bf16 => "bf16",
+        }
+    }
+}
+
+/// How attention rotates keys.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Rotation {
+    /// Not at all: the model has, before they entered the cache.
+    Native = crate::common::rope::NATIVE,
+    /// In pairs of one half of the head with the other.
+    HalfSplit = crate::common::rope::HALF_SPLIT,
+    /// In pairs of neighbours.
+    Interleaved = crate::common::rope::INTERLEAVED,
+}
+
+/// The values that a kernel is compiled for; `None` for those that it does not depend on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Key {
+    /// Storage type of what it reads or writes.
+    pub dtype: Option<ElementType>,
+    /// Elements of a head.
+    pub head_dim: Option<u32>,
+    /// Heads of a group that it has room for, one of [`limits::COLUMNS`](crate::limits::COLUMNS).
+    pub columns: Option<u32>,
+    /// What it does to keys.
+    pub rotation: Option<Rotation>,
+}
+
+impl Key {
+    /// Of a kernel that depends on nothing.
+    pub const NONE: Key = Key { dtype: None, head_dim: None, columns: None, rotation: None };
+
+    /// Of a kernel that depends on the storage type.
+    pub const fn of(dtype: ElementType) -> Key {
+        Key { dtype: Some(dtype), ..Key::NONE }
+    }
+
+    /// The same, and on the head dimension.
+    pub const fn with_head_dim(self, head_dim: u32) -> Key {
+        Key { head_dim: Some(head_dim), ..self }
+    }
+
+    /// The same, and on the heads of a group.
+    pub const fn with_columns(self, columns: u32) -> Key {
+        Key { columns: Some(columns), ..self }
+    }
+
+    /// The same, and on what is done to keys.
+    pub const fn with_rotation(self, rotation: Rotation) -> Key {
+        Key { rotation: Some(rotation), ..self }
+    }
+}
 
 /// One entry point.
 #[derive(Clone, Copy, Debug)]
 pub struct Entry {
-    /// Name in the PTX, `<op>_<dtype>_d<head_dim>[_g<group>]`.
+    /// What the kernel does.
+    pub op: Op,
+    /// What it is compiled for.
+    pub key: Key,
+    /// Name in the PTX, `<op>_<dtype>_d<head_dim>[_g<columns>]`.
     pub name: &'static str,
+    /// Its place among all entries, below [`COUNT`].
+    pub index: usize,
     /// Size of the parameter struct.
     pub param_bytes: usize,
     /// The kernel, for the emulator.
@@ -52,182 +199,94 @@ pub struct Entry {
 }
 
 impl Entry {
-    /// The entry called `name`.
-    pub fn find(name: &str) -> Option<&'static Entry> {
-        ENTRIES.iter().find(|entry| entry.name == name)
+    /// The entry for an operation and exactly these values.
+    ///
+    /// # Errors
+    /// [`Missing`] says which of the values has no entry, and which ones have.
+    pub fn find(op: Op, key: Key) -> Result<&'static Entry, Missing> {
+        ENTRIES.iter().find(|entry| entry.op == op && entry.key == key).ok_or(Missing { op, key })
     }
 
-    /// Whether operations on this type, this head dimension and so many heads a KV head (`columns`, of
-    /// [`score`](mod@crate::score)) may use the entry: whether no part of its name says otherwise.
-    pub fn serves(&self, dtype: &str, head_dim: u32, columns: Option<u32>) -> bool {
-        let differs = |part: &str, letter, value: Option<u32>| {
-            part.strip_prefix(letter)
-                .and_then(|digits| digits.parse().ok())
-                .is_some_and(|it| Some(it) != value)
-        };
-        let mut parts = self.name.split('_');
-        !matches!(parts.next(), Some("conformance" | "read"))
-            && parts.all(|part| {
-                let other_type = matches!(part, "f16" | "bf16") && part != dtype;
-                !other_type && !differs(part, 'd', Some(head_dim)) && !differs(part, 'g', columns)
-            })
+    /// The entry called `name`, kernels of tests among them: for tests and measurements, not for a step.
+    pub fn named(name: &str) -> Option<&'static Entry> {
+        #[cfg(feature = "conformance")]
+        let of_tests = crate::conformance::entries::ENTRIES.iter();
+        #[cfg(not(feature = "conformance"))]
+        let of_tests = [].iter();
+        ENTRIES.iter().chain(of_tests).find(|entry| entry.name == name)
+    }
+
+    /// The head dimensions that an operation has entries for with this storage type, each once, in the order of the table.
+    pub fn head_dims(op: Op, dtype: ElementType) -> impl Iterator<Item = u32> {
+        let of_op =
+            move || ENTRIES.iter().filter(move |entry| entry.op == op && entry.key.dtype == Some(dtype));
+        distinct(move || of_op().filter_map(|entry| entry.key.head_dim))
+    }
+
+    /// Whether an operation has entries for a head dimension, with some storage type.
+    pub fn has_head_dim(op: Op, head_dim: u32) -> bool {
+        ENTRIES.iter().any(|entry| entry.op == op && entry.key.head_dim == Some(head_dim))
+    }
+
+    /// Whether operations on this type, this head dimension and so many heads of a group (`columns`) may use the entry:
+    /// none of its own values is another one. It may rotate keys or not: both may be wanted.
+    pub fn serves(&self, dtype: ElementType, head_dim: u32, columns: Option<u32>) -> bool {
+        let key = &self.key;
+        self.op != Op::Test
+            && key.dtype.is_none_or(|own| own == dtype)
+            && key.head_dim.is_none_or(|own| own == head_dim)
+            && key.columns.is_none_or(|own| Some(own) == columns)
     }
 }
 
-macro_rules! entries {
-    ($($name:ident($params:ty) = $kernel:expr;)*) => {
-        /// All entry points.
-        pub const ENTRIES: &[Entry] = &[$(Entry {
-            name: stringify!($name),
-            param_bytes: size_of::<$params>(),
-            #[cfg(feature = "emulator")]
-            run: |params| {
-                let kernel: unsafe fn($params) = $kernel;
-                // SAFETY: the rules of `Entry::run`.
-                unsafe { kernel(params.cast::<$params>().read()) }
-            },
-        }),*];
-
-        #[cfg(target_arch = "nvptx64")]
-        mod ptx {
-            use super::*;
-            $(
-                #[unsafe(no_mangle)]
-                unsafe extern "ptx-kernel" fn $name(params: $params) {
-                    $kernel(params)
-                }
-            )*
-        }
-    };
+/// The values, each once.
+fn distinct<I: Iterator<Item = u32>>(values: impl Fn() -> I) -> impl Iterator<Item = u32> {
+    let all = values();
+    all.enumerate()
+        .filter(move |(i, value)| !values().take(*i).any(|earlier| earlier == *value))
+        .map(|(_, it)| it)
 }
 
-entries! {
-    append(AppendParams) = crate::append::append;
-    forget(ForgetParams) = crate::forget::forget;
-    append_pool_f16(AppendPoolParams<f16>) = crate::append_pool::append_pool::<f16>;
-    append_pool_bf16(AppendPoolParams<bf16>) = crate::append_pool::append_pool::<bf16>;
-    pool_f16(PoolParams<f16>) = crate::pool::pool::<f16>;
-    pool_bf16(PoolParams<bf16>) = crate::pool::pool::<bf16>;
-    score_f16_d64_g4(ScoreParams<f16>) = crate::score::score::<f16, 2, 1, 2, true>;
-    score_f16_d64_g8(ScoreParams<f16>) = crate::score::score::<f16, 2, 1, 2, false>;
-    score_f16_d64_g16(ScoreParams<f16>) = crate::score::score::<f16, 2, 2, 1, false>;
-    score_f16_d96_g4(ScoreParams<f16>) = crate::score::score::<f16, 3, 1, 1, true>;
-    score_f16_d96_g8(ScoreParams<f16>) = crate::score::score::<f16, 3, 1, 1, false>;
-    score_f16_d96_g16(ScoreParams<f16>) = crate::score::score::<f16, 3, 2, 1, false>;
-    score_f16_d128_g4(ScoreParams<f16>) = crate::score::score::<f16, 4, 1, 2, true>;
-    score_f16_d128_g8(ScoreParams<f16>) = crate::score::score::<f16, 4, 1, 1, false>;
-    score_f16_d128_g16(ScoreParams<f16>) = crate::score::score::<f16, 4, 2, 1, false>;
-    score_f16_d256_g4(ScoreParams<f16>) = crate::score::score::<f16, 8, 1, 1, true>;
-    score_f16_d256_g8(ScoreParams<f16>) = crate::score::score::<f16, 8, 1, 1, false>;
-    score_bf16_d64_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 1, 2, true>;
-    score_bf16_d64_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 1, 2, false>;
-    score_bf16_d64_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 2, 2, 1, false>;
-    score_bf16_d96_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 1, 1, true>;
-    score_bf16_d96_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 1, 1, false>;
-    score_bf16_d96_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 3, 2, 1, false>;
-    score_bf16_d128_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 1, 2, true>;
-    score_bf16_d128_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 1, 1, false>;
-    score_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score::<bf16, 4, 2, 1, false>;
-    score_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, true>;
-    score_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score::<bf16, 8, 1, 1, false>;
-    score_stream_f16_d64_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 1, true>;
-    score_stream_f16_d64_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 1, false>;
-    score_stream_f16_d64_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 2, 2, false>;
-    score_stream_f16_d96_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 1, true>;
-    score_stream_f16_d96_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 1, false>;
-    score_stream_f16_d96_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 3, 2, false>;
-    score_stream_f16_d128_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 1, true>;
-    score_stream_f16_d128_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 1, false>;
-    score_stream_f16_d128_g16(ScoreParams<f16>) = crate::score::score_stream::<f16, 4, 2, false>;
-    score_stream_f16_d256_g4(ScoreParams<f16>) = crate::score::score_stream::<f16, 8, 1, true>;
-    score_stream_f16_d256_g8(ScoreParams<f16>) = crate::score::score_stream::<f16, 8, 1, false>;
-    score_stream_bf16_d64_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 1, true>;
-    score_stream_bf16_d64_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 1, false>;
-    score_stream_bf16_d64_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 2, 2, false>;
-    score_stream_bf16_d96_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 1, true>;
-    score_stream_bf16_d96_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 1, false>;
-    score_stream_bf16_d96_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 3, 2, false>;
-    score_stream_bf16_d128_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 1, true>;
-    score_stream_bf16_d128_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 1, false>;
-    score_stream_bf16_d128_g16(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 4, 2, false>;
-    score_stream_bf16_d256_g4(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 8, 1, true>;
-    score_stream_bf16_d256_g8(ScoreParams<bf16>) = crate::score::score_stream::<bf16, 8, 1, false>;
-    vote(VoteParams) = crate::vote::vote::<1>;
-    vote_by_four(VoteParams) = crate::vote::vote::<4>;
-    smooth(SmoothParams) = crate::smooth::smooth;
-    top_k_count(TopKParams) = crate::top_k::count;
-    top_k_refine(TopKParams) = crate::top_k::refine;
-    top_k_choose(TopKParams) = crate::top_k::choose;
-    top_k_choose_in_cluster(TopKParams) = crate::top_k::choose_in_cluster;
-    gather_f16(GatherParams<f16>) = crate::gather::gather::<f16>;
-    attend_decode_f16_d64(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NATIVE>;
-    attend_decode_f16_d64_halves(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, HALVES>;
-    attend_decode_f16_d64_neighbours(AttendParams<f16>) = attend_decode::<f16, 4, 2, 1, NEIGHBOURS>;
-    attend_decode_f16_d96(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, NATIVE>;
-    attend_decode_f16_d96_halves(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, HALVES>;
-    attend_decode_f16_d96_neighbours(AttendParams<f16>) = attend_decode::<f16, 2, 6, 3, NEIGHBOURS>;
-    attend_decode_f16_d128(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, NATIVE>;
-    attend_decode_f16_d128_halves(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, HALVES>;
-    attend_decode_f16_d128_neighbours(AttendParams<f16>) = attend_decode::<f16, 4, 4, 2, NEIGHBOURS>;
-    attend_decode_bf16_d64(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, NATIVE>;
-    attend_decode_bf16_d64_halves(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, HALVES>;
-    attend_decode_bf16_d64_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 4, 2, 1, NEIGHBOURS>;
-    attend_decode_bf16_d96(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, NATIVE>;
-    attend_decode_bf16_d96_halves(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, HALVES>;
-    attend_decode_bf16_d96_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 2, 6, 3, NEIGHBOURS>;
-    attend_decode_bf16_d128(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, NATIVE>;
-    attend_decode_bf16_d128_halves(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, HALVES>;
-    attend_decode_bf16_d128_neighbours(AttendParams<bf16>) = attend_decode::<bf16, 4, 4, 2, NEIGHBOURS>;
-    attend_prefill_f16_d64(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 4, 8>;
-    attend_prefill_f16_d96(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 6, 12>;
-    attend_prefill_f16_d128(AttendParams<f16>) = crate::attend_prefill::attend_prefill::<f16, 8, 16>;
-    attend_stream_f16_d64(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 4, 2, 1>;
-    attend_stream_f16_d96(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 2, 6, 3>;
-    attend_stream_f16_d128(AttendParams<f16>) = crate::attend_stream::attend_stream::<f16, 4, 4, 2>;
-    attend_stream_bf16_d64(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 4, 2, 1>;
-    attend_stream_bf16_d96(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 2, 6, 3>;
-    attend_stream_bf16_d128(AttendParams<bf16>) = crate::attend_stream::attend_stream::<bf16, 4, 4, 2>;
-    attend_stream_merge_f16(AttendParams<f16>) = crate::attend_stream::attend_stream_merge::<f16>;
-    attend_stream_merge_bf16(AttendParams<bf16>) = crate::attend_stream::attend_stream_merge::<bf16>;
-    merge_f16(MergeParams<f16>) = crate::merge::merge::<f16>;
-    gather_bf16(GatherParams<bf16>) = crate::gather::gather::<bf16>;
-    attend_prefill_bf16_d64(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 4, 8>;
-    attend_prefill_bf16_d96(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 6, 12>;
-    attend_prefill_bf16_d128(AttendParams<bf16>) = crate::attend_prefill::attend_prefill::<bf16, 8, 16>;
-    merge_bf16(MergeParams<bf16>) = crate::merge::merge::<bf16>;
-    read_all(ReadAllParams) = crate::read_all::read_all;
-    conformance_indices(IndicesParams) = crate::conformance::indices;
-    conformance_shuffles(ShufflesParams) = crate::conformance::shuffles;
-    conformance_masked(MaskedParams) = crate::conformance::masked;
-    conformance_barriers(BarriersParams) = crate::conformance::barriers;
-    conformance_shared(SharedParams) = crate::conformance::shared;
-    conformance_global(GlobalParams) = crate::conformance::global;
-    conformance_atomics(AtomicsParams) = crate::conformance::atomics;
-    conformance_last_block(LastBlockParams) = crate::conformance::last_block;
-    conformance_async_copy(AsyncCopyParams) = crate::conformance::async_copy;
-    conformance_bulk_copy(BulkCopyParams) = crate::conformance::bulk_copy;
-    conformance_cluster(ClusterParams) = crate::conformance::cluster;
-    conformance_ldmatrix(LdMatrixParams) = crate::conformance::ldmatrix;
-    conformance_mma_f16(MmaParams) = crate::conformance::mma::<half::f16>;
-    conformance_mma_bf16(MmaParams) = crate::conformance::mma::<half::bf16>;
-    conformance_math(MathParams) = crate::conformance::math;
+/// There is no such entry: what was asked for, and what there is instead. Written as what an operation lacks, `bf16, head
+/// dimension 80; there are 64, 96, 128`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Missing {
+    /// The operation.
+    pub op: Op,
+    /// The values asked for.
+    pub key: Key,
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn an_entry_serves_what_its_name_says() {
-        let serves = |name: &str, columns| Entry::find(name).expect("an entry").serves("bf16", 128, columns);
-        for name in ["append", "forget", "top_k_choose", "gather_bf16", "score_stream_bf16_d128_g4"] {
-            assert!(serves(name, Some(4)), "{name}");
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Key { dtype, head_dim, columns, rotation } = self.key;
+        let of_type =
+            move || ENTRIES.iter().filter(move |entry| entry.op == self.op && entry.key.dtype == dtype);
+        let of_head = move || of_type().filter(move |entry| entry.key.head_dim == head_dim);
+        f.write_str(dtype.map_or("any type", ElementType::name))?;
+        if let Some(head_dim) = head_dim {
+            write!(f, ", head dimension {head_dim}")?;
+            if of_head().next().is_none() {
+                return there_are(f, distinct(move || of_type().filter_map(|entry| entry.key.head_dim)));
+            }
         }
-        for name in
-            ["gather_f16", "score_bf16_d64_g4", "score_bf16_d128_g8", "conformance_mma_bf16", "read_all"]
-        {
-            assert!(!serves(name, Some(4)), "{name}");
+        if let Some(columns) = columns {
+            write!(f, ", groups of up to {columns} heads")?;
+            return there_are(f, distinct(move || of_head().filter_map(|entry| entry.key.columns)));
         }
-        assert!(!serves("score_bf16_d128_g16", None) && serves("attend_prefill_bf16_d128", None));
+        match rotation {
+            Some(rotation) => write!(f, ", rotation {rotation:?}"),
+            None => Ok(()),
+        }
     }
 }
+
+/// `; there are 64, 96, 128`, or nothing.
+fn there_are(f: &mut fmt::Formatter<'_>, values: impl Iterator<Item = u32>) -> fmt::Result {
+    for (i, value) in values.enumerate() {
+        write!(f, "{}{value}", if i == 0 { "; there are " } else { ", " })?;
+    }
+    Ok(())
+}
+
+impl core::error::Error for Missing {}

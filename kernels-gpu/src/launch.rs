@@ -2,6 +2,8 @@
 
 use core::fmt;
 
+use crate::limits::{MAX_CLUSTER, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90};
+
 /// Blocks, threads of a block and bytes of dynamic shared memory of one launch. Computed beside each kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Dims {
@@ -36,12 +38,13 @@ impl Limits {
         grid: [i32::MAX as u32, 65535, 65535],
         block: [1024, 1024, 64],
         threads: 1024,
-        shared_bytes: 163 << 10,
+        shared_bytes: SHARED_BYTES_SM_80,
         cluster: 1,
     };
     /// Compute capability 9.0 (H100, H200). Clusters of more than 8 blocks need the kernel's consent, and a device that
     /// has so many SMs side by side.
-    pub const SM_90: Limits = Limits { shared_bytes: 227 << 10, cluster: 16, ..Limits::SM_80 };
+    pub const SM_90: Limits =
+        Limits { shared_bytes: SHARED_BYTES_SM_90, cluster: MAX_CLUSTER, ..Limits::SM_80 };
 }
 
 /// What launch shapes depend on.
@@ -53,7 +56,7 @@ pub struct GpuInfo {
     pub limits: Limits,
     /// Whether it has bulk copies to shared memory, and its PTX uses them.
     pub bulk_copies: bool,
-    /// Bytes of keys, of all rows of a batch, from which on [`score`](mod@crate::score) streams them by such copies.
+    /// Bytes of keys, of all rows of a batch, from which on [`score`](mod@crate::ops::score) streams them by such copies.
     pub score_stream_bytes: u64,
 }
 

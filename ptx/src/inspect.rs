@@ -151,6 +151,20 @@ pub fn entries(text: &str) -> Result<Vec<Entry<'_>>, InspectError> {
     Ok(entries)
 }
 
+/// Names of the functions beside the entry points, declared or defined: what was not inlined, or what a check calls that can
+/// panic. A module of one entry would lack them.
+pub fn functions(text: &str) -> impl Iterator<Item = &str> {
+    let declaration =
+        |line: &'_ str| line.starts_with('.') && line.split_whitespace().any(|word| word == ".func");
+    text.lines().filter(move |line| declaration(line)).map(|line| {
+        let after = line.split(".func").nth(1).unwrap_or_default().trim_start();
+        // A returned value stands in parentheses before the name.
+        let name =
+            after.strip_prefix('(').and_then(|value| value.split_once(')')).map_or(after, |(_, name)| name);
+        name.trim_start().split(|c: char| c == '(' || c.is_whitespace()).next().unwrap_or_default()
+    })
+}
+
 /// Where the next entry starts: at the beginning of a line, so not in a comment.
 fn next_entry(text: &str) -> Option<usize> {
     if text.starts_with(ENTRY) {

@@ -1,6 +1,6 @@
 //! Reading PTX text.
 
-use tokenselect_ptx::inspect::{Header, InspectError, IsaVersion, entries};
+use tokenselect_ptx::inspect::{Header, InspectError, IsaVersion, entries, functions};
 
 const TEXT: &str = "\
 // The kernels.
@@ -61,6 +61,14 @@ fn an_entrys_text_ends_with_its_own_brace() {
     assert!(found[0].text.starts_with(".visible .entry score"));
     assert!(found[0].text.ends_with("ret;\n\n}"), "{}", found[0].text);
     assert_eq!(found[2].text, ".visible .entry empty()\n{\n\tret;\n}");
+}
+
+#[test]
+fn functions_are_listed() {
+    assert_eq!(functions(TEXT).collect::<Vec<_>>(), ["helper"]);
+    let others = ".extern .func  (.param .b32 func_retval0) vprintf\n(\n.visible .func plain()\n.func panics\n\tret; // .func\n";
+    assert_eq!(functions(others).collect::<Vec<_>>(), ["vprintf", "plain", "panics"]);
+    assert_eq!(functions(".visible .entry f()\n{\n\tret;\n}\n").next(), None);
 }
 
 #[test]

@@ -7,6 +7,7 @@ use std::process::{Command, Output};
 
 use tempfile::TempDir;
 use tokenselect_ptx::inspect::{Header, entries};
+use tokenselect_ptx::packed::{pack, unpack};
 
 const STAND_IN: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/kernels");
 
@@ -88,6 +89,19 @@ fn without_an_assembler_the_check_says_what_to_install() {
 }
 
 #[test]
+fn texts_are_written_to_be_read() {
+    let folder = folder();
+    let output = tool().arg("--text").arg(folder.path().join("texts")).output().expect("run");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    for ptx in tokenselect_ptx::ALL {
+        let read =
+            |name: String| fs::read_to_string(folder.path().join("texts").join(name)).expect("written");
+        assert_eq!(read(format!("{}.ptx", ptx.name)), ptx.text());
+        assert_eq!(read(format!("conformance_{}.ptx", ptx.name)), ptx.conformance_text());
+    }
+}
+
+#[test]
 fn options_of_the_check_need_the_check() {
     let text = failure(&tool().arg("--require-same-compiler").output().expect("run"));
     assert!(text.contains("--check"), "{text}");
@@ -105,6 +119,9 @@ fn copy(from: &Path, to: &Path) {
         }
     }
 }
+
+const FILES: [&str; 4] =
+    ["sm_80.ptx.lz", "conformance_sm_80.ptx.lz", "sm_90a.ptx.lz", "conformance_sm_90a.ptx.lz"];
 
 /// A copy of the stand-in crate at `place` in a folder of its own, which takes the PTX as well.
 struct Site {
@@ -130,21 +147,27 @@ impl Site {
         self.folder.path().join(name)
     }
 
-    fn regenerate(&self) -> [String; 2] {
+    /// The text of a packed file.
+    fn text(&self, name: &str) -> String {
+        unpack(&fs::read(self.file(name)).expect("written")).expect("intact")
+    }
+
+    fn regenerate(&self) -> [String; 4] {
         let output = self.run(&[]);
         assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-        ["sm_80.ptx", "sm_90a.ptx"].map(|name| fs::read_to_string(self.file(name)).expect("written"))
+        FILES.map(|name| self.text(name))
     }
 
     /// Replaces text in a file for the time of a check, and returns what the check says.
     fn check_with(&self, name: &str, from: &str, to: &str, arguments: &[&str]) -> Output {
         let path = self.file(name);
-        let before = fs::read_to_string(&path).expect("file");
+        let packed = fs::read(&path).expect("file");
+        let before = self.text(name);
         assert!(before.contains(from), "{name}: no {from:?}");
-        fs::write(&path, before.replace(from, to)).expect("file");
+        fs::write(&path, pack(&before.replace(from, to)).expect("packed")).expect("file");
         let ptxas = self.file("ptxas");
         let output = self.run(&[&["--check", "--ptxas", ptxas.to_str().expect("UTF-8")], arguments].concat());
-        fs::write(&path, before).expect("file");
+        fs::write(&path, packed).expect("file");
         output
     }
 }
@@ -154,7 +177,7 @@ const PTXAS: &str = r#"
 case "$*" in *--version*) echo "release 0.0"; exit;; esac
 for file; do :; done
 if grep -q '^.version 7.[38]' "$file"; then echo "requires PTX ISA"; exit 1; fi
-for entry in checked streamed; do
+for entry in $(sed -n 's/^.visible .entry \([a-z]*\)(.*/\1/p' "$file"); do
     echo "ptxas info    : Compiling entry function '$entry' for 'sm'"
     echo "ptxas info    : Function properties for $entry"
     echo "    $(cat "$(dirname "$0")/stack") bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"
@@ -172,7 +195,7 @@ fn regenerate_and_check() {
 
     script(site.folder.path(), "ptxas", PTXAS);
     fs::write(site.file("stack"), "0").expect("file");
-    let output = site.check_with("sm_80.ptx", "", "", &["--require-same-compiler"]);
+    let output = site.check_with("sm_80.ptx.lz", "", "", &["--require-same-compiler"]);
     let table = String::from_utf8_lossy(&output.stdout);
     assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
     assert!(table.contains("streamed |        21     16"), "{table}");
@@ -181,41 +204,52 @@ fn regenerate_and_check() {
         let text = failure(&output);
         assert!(text.contains(expected), "{expected:?} is not in\n{text}");
     };
-    let differs = site.check_with("sm_90a.ptx", "ld.global.nc.L1::no_allocate", "ld.global.nc", &[]);
+    let differs = site.check_with("sm_90a.ptx.lz", "ld.global.nc.L1::no_allocate", "ld.global.nc", &[]);
     says(differs, "  sm_90a: entry `streamed` differs in line ");
-    let renamed = site.check_with("sm_80.ptx", ".entry checked(", ".entry renamed(", &[]);
+    let renamed = site.check_with("sm_80.ptx.lz", ".entry checked(", ".entry renamed(", &[]);
     says(renamed, "  sm_80: entry `checked` is not in the checked-in file\n");
     says(
-        site.check_with("sm_80.ptx", "sha256:", "sha256:0", &[]),
+        site.check_with("sm_80.ptx.lz", "sha256:", "sha256:0", &[]),
         "  sm_80: out of date, made from sources ",
     );
 
-    let other = site.check_with("sm_80.ptx", "LLVM", "LLVM of tomorrow", &[]);
+    let other = site.check_with("sm_80.ptx.lz", "LLVM", "LLVM of tomorrow", &[]);
     assert!(other.status.success());
     let notice = String::from_utf8_lossy(&other.stderr).into_owned();
     assert!(notice.contains("NOTICE sm_80: made by rustc ") && notice.contains("NOT compared"), "{notice}");
-    let other = site.check_with("sm_80.ptx", "LLVM", "LLVM of tomorrow", &["--require-same-compiler"]);
+    let other = site.check_with("sm_80.ptx.lz", "LLVM", "LLVM of tomorrow", &["--require-same-compiler"]);
     says(other, "  sm_80: made by rustc ");
 
     fs::write(site.file("stack"), "8").expect("file");
     says(
-        site.check_with("sm_80.ptx", "", "", &[]),
+        site.check_with("sm_80.ptx.lz", "", "", &[]),
         "  sm_80: entry `checked` uses local memory: 8 bytes of stack",
     );
 
-    // The hash leaves this file out, so the compiler must not read it.
     let library = site.kernels.join("src/lib.rs");
     let source = fs::read_to_string(&library).expect("source");
+    let panics = source.replace("values.get(index).copied().unwrap_or(0.0)", "values[index]");
+    fs::write(&library, panics).expect("source");
+    let refused = failure(&site.run(&[]));
+    assert!(
+        refused.contains("sm_80: there is a function `") && refused.contains("panic_bounds_check"),
+        "{refused}"
+    );
+
+    // The hash leaves this file out, so the compiler must not read it.
     fs::write(&library, source.replace("#[cfg(not(target_arch = \"nvptx64\"))]\n", "")).expect("source");
     says(site.run(&[]), "the compiler read `src/emu/mod.rs`, which the source hash does not cover");
 }
 
-fn the_same_bytes_elsewhere(first: &[String; 2]) {
+fn the_same_bytes_elsewhere(first: &[String; 4]) {
     let second = Site::new("some/other/place/crate").regenerate();
-    for (first, second) in first.iter().zip(&second) {
-        assert_eq!(first, second);
+    for ((first, second), name) in first.iter().zip(&second).zip(FILES) {
+        assert_eq!(first, second, "{name}");
         let names: Vec<_> = entries(first).expect("readable").iter().map(|entry| entry.name).collect();
-        assert_eq!(names, ["checked", "streamed"]);
+        assert_eq!(
+            names,
+            if name.starts_with("conformance") { &["tested"][..] } else { &["checked", "streamed"] }
+        );
         let expected = tokenselect_ptx::source::hash(Path::new(STAND_IN)).expect("hash");
         assert_eq!(Header::parse(first).expect("header").sources, expected);
     }

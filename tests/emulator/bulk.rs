@@ -216,6 +216,132 @@ fn rules_of_the_barriers() {
     }
 }
 
+/// What is wrong with how barriers are made known.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Making {
+    Correct,
+    NotPublished,
+    PublishedByAnother,
+    PublishedBehindTheBarrier,
+    /// Published in time, but a second barrier is made behind that.
+    OneTooEarly,
+}
+
+#[test]
+fn barriers_are_published_before_they_are_used() {
+    let mut memory = Memory::new();
+    let input = input(&mut memory);
+    let kernel = |making: Making, by_maker: bool| {
+        move || unsafe {
+            if thread_idx_x() == 0 {
+                empty().init(1);
+                if making == Making::OneTooEarly {
+                    bulk::publish();
+                }
+                full().init(1);
+                if making == Making::Correct {
+                    bulk::publish();
+                }
+            }
+            if making == Making::PublishedByAnother && thread_idx_x() == 1 {
+                bulk::publish();
+            }
+            sync_threads();
+            if making == Making::PublishedBehindTheBarrier && thread_idx_x() == 0 {
+                bulk::publish();
+            }
+            if thread_idx_x() == if by_maker { 0 } else { 40 } {
+                full().arrive_expecting(64);
+                bulk::copy_to_shared(RING.tile.get(), input, 64, full());
+            }
+            full().wait(0);
+        }
+    };
+    for by_maker in [true, false] {
+        passes(DIMS, &memory, kernel(Making::Correct, by_maker));
+        for making in [Making::NotPublished, Making::PublishedByAnother, Making::OneTooEarly] {
+            for options in schedules() {
+                let report = run(DIMS, &memory, options, kernel(making, by_maker)).unwrap_err();
+                assert_eq!(report.kind, Kind::MBarrier, "{making:?}: {report}");
+                let words = "the mbarrier at shared byte 256, made at tests/emulator/bulk.rs";
+                assert!(report.message.contains(words), "{making:?}: {report}");
+            }
+        }
+        for options in schedules() {
+            let report = run(DIMS, &memory, options, kernel(Making::PublishedBehindTheBarrier, by_maker));
+            let report = report.unwrap_err();
+            assert!(matches!(report.kind, Kind::MBarrier | Kind::Race), "{report}");
+        }
+    }
+}
+
+/// Who waits for a phase knows what those did that arrived in it, and the bytes; not what the thread did that asked for them.
+#[test]
+fn arrivals_release_and_copies_do_not() {
+    let mut memory = Memory::new();
+    let input = input(&mut memory);
+    let kernel = |writer: u32| {
+        move || unsafe {
+            make();
+            if thread_idx_x() == writer {
+                RING.other.get().store(1);
+            }
+            match thread_idx_x() {
+                0 => full().arrive_expecting(64),
+                32 => bulk::copy_to_shared(RING.tile.get(), input, 64, full()),
+                _ => {}
+            }
+            full().wait(0);
+            if thread_idx_x() == 50 {
+                RING.tile.get().load();
+                RING.other.get().load();
+            }
+        }
+    };
+    passes(DIMS, &memory, kernel(0));
+    for options in races_alone() {
+        let report = run(DIMS, &memory, options, kernel(32)).unwrap_err();
+        assert_eq!(report.kind, Kind::Race, "{report}");
+    }
+}
+
+#[test]
+fn sources_of_copies_stay_as_they_are() {
+    let mut memory = Memory::new();
+    let x = memory.buffer("x", &[V4([1u32; 4]); 8]);
+    let kernel = |early: bool, writer: u32| {
+        move || unsafe {
+            make();
+            if thread_idx_x() == 0 {
+                full().arrive_expecting(64);
+                bulk::copy_to_shared(RING.tile.get(), x.add(2).as_const(), 64, full());
+            }
+            if !early {
+                full().wait(0);
+            }
+            sync_threads();
+            if thread_idx_x() == writer {
+                x.add(1).store(V4([2; 4]));
+                x.add(6).store(V4([2; 4]));
+                x.add(5).store(V4([2; 4]));
+            }
+            sync_threads();
+            full().wait(0);
+        }
+    };
+    for writer in [0, 33] {
+        passes(DIMS, &memory, kernel(false, writer));
+        for options in schedules() {
+            let report = run(DIMS, &memory, options, kernel(true, writer)).unwrap_err();
+            assert_eq!(report.kind, Kind::AsyncCopy, "{report}");
+            assert!(
+                report.message.contains("write of byte 80 of `x`, from where the copy started at"),
+                "{report}"
+            );
+        }
+    }
+}
+
 #[test]
 fn rules_of_the_copies() {
     let mut memory = Memory::new();

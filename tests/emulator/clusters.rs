@@ -121,6 +121,41 @@ fn words_are_brought() {
     }
 }
 
+/// Of one word in block 0: who reads it, and who writes it, in one phase.
+#[test]
+fn a_reader_and_a_writer_of_a_third_block() {
+    for options in races_alone() {
+        let report = |readers: &[u32], writer: u32, sync: bool| {
+            let memory = Memory::new();
+            let readers = readers.to_vec();
+            run(DIMS, &memory, options, move || unsafe {
+                LAYOUT.a.get().add(thread_idx_x()).store(0);
+                cluster::sync();
+                let rank = cluster::block_rank();
+                if thread_idx_x() == 7 && readers.contains(&rank) {
+                    there(0, 7).load();
+                }
+                if sync {
+                    cluster::sync();
+                }
+                if thread_idx_x() == 7 && rank == writer {
+                    there(0, 7).store(1);
+                }
+                cluster::sync();
+            })
+        };
+        for (readers, writer) in
+            [(&[1][..], 2), (&[2], 1), (&[1, 2], 1), (&[1, 2], 2), (&[1, 2], 0), (&[0], 1)]
+        {
+            report(readers, writer, true).unwrap();
+            let report = report(readers, writer, false).unwrap_err();
+            assert_eq!(report.kind, Kind::Race, "{report}");
+        }
+        // A thread may write what it alone reads.
+        report(&[1], 1, false).unwrap();
+    }
+}
+
 #[test]
 fn meetings_order_nothing() {
     for options in races_alone() {

@@ -84,7 +84,7 @@ fn inputs_are_not_written() {
         }
     });
     passes(block(32), &memory, || unsafe {
-        input.add(lane_id() as u64).load_stream();
+        input.add(lane_id() as u64).load_constant_once();
     });
 }
 
@@ -100,11 +100,22 @@ fn read_only_loads_of_what_the_launch_writes() {
         || unsafe {
             let mine = x.add((block_idx_x() * 32 + lane_id()) as u64);
             mine.store(1);
-            mine.as_const().load_cached();
+            mine.as_const().load_constant();
         },
     );
+    // Also where the write comes last, and other reads lie between.
+    for block in [0, 1] {
+        fails_in(Dims::linear(2, 32, 0), &memory, Kind::ReadOnly, &["write of byte", "of `x`"], || unsafe {
+            let mine = x.add((block_idx_x() * 32 + lane_id()) as u64);
+            mine.as_const().load_constant();
+            mine.load();
+            if block_idx_x() == block {
+                mine.store(1);
+            }
+        });
+    }
     passes(Dims::linear(2, 32, 0), &memory, || unsafe {
-        x.add((block_idx_x() * 32 + lane_id()) as u64).as_const().load_cached();
+        x.add((block_idx_x() * 32 + lane_id()) as u64).as_const().load_constant();
     });
 }
 

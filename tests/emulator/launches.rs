@@ -33,6 +33,47 @@ fn launches_after_a_fault_are_unharmed() {
 }
 
 #[test]
+fn loops_that_wait_for_plain_memory_end() {
+    let mut memory = Memory::new();
+    let x = memory.buffer("x", &[0u32; 2]);
+    // Nobody will write it.
+    for options in schedules() {
+        let options = Options { budget: 1_000_000, ..options };
+        let report =
+            run(block(64), &memory, options, || unsafe { while thread_idx_x() == 3 && x.load() == 0 {} });
+        let report = report.unwrap_err();
+        assert_eq!(report.kind, Kind::Deadlock, "{report}");
+        assert!(report.message.contains("still running after 1000000 switches and accesses"), "{report}");
+        let report = run(block(64), &memory, options, || unsafe {
+            LAYOUT.a.get().add(thread_idx_x()).store(0);
+            while thread_idx_x() == 3 && LAYOUT.a.get().add(3).load() == 0 {}
+        });
+        assert_eq!(report.unwrap_err().kind, Kind::Deadlock);
+    }
+    // Somebody will, who has its turn: nothing orders the two.
+    for options in schedules() {
+        let report = run(block(64), &memory, options, || unsafe {
+            match thread_idx_x() {
+                3 => while x.load() == 0 {},
+                40 => x.store(1),
+                _ => {}
+            }
+        });
+        assert_eq!(report.unwrap_err().kind, Kind::GlobalRace);
+        memory.write(x, &[0]);
+    }
+    // Many accesses are no fault.
+    passes(block(32), &memory, || unsafe {
+        let mut i = 0;
+        while i < 2000 * (lane_id() % 2) {
+            x.load();
+            LAYOUT.a.get().add(lane_id()).store(i);
+            i += 1;
+        }
+    });
+}
+
+#[test]
 fn dimensions_are_checked() {
     let fault = |dims| {
         let report = run(dims, &Memory::new(), Options::default(), || {}).unwrap_err();

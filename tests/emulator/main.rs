@@ -6,6 +6,7 @@ mod clusters;
 mod collectives;
 mod global;
 mod launches;
+mod overlap;
 mod shared;
 
 use kernels_gpu::emu::{Kind, Launch, Memory, Options, Order, Report, Stats};

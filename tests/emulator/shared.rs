@@ -321,6 +321,97 @@ fn async_copy_checks_its_source() {
             tensor::cp_async_16(a.get().cast(), input.add(3), 16);
             // With no byte to copy the source is not looked at.
             tensor::cp_async_16(a.get().add(4).cast(), input.add(1 << 30), 0);
+            tensor::cp_async_commit();
+            tensor::cp_async_wait::<0>();
+        }
+    });
+}
+
+#[test]
+fn async_copies_are_waited_for_before_the_end() {
+    let mut memory = Memory::new();
+    let input = memory.input("input", &[V4([1u32; 4]); 4]);
+    let copy = |commit: bool, pending: u32, bytes: u32| {
+        move || unsafe {
+            let a = LAYOUT.a.get().cast::<V4<u32>>();
+            if thread_idx_x() == 37 {
+                tensor::cp_async_16(a, input, 16);
+                tensor::cp_async_commit();
+                tensor::cp_async_16(a.add(1), input.add(1), bytes);
+                if commit {
+                    tensor::cp_async_commit();
+                }
+                if pending == 0 {
+                    tensor::cp_async_wait::<0>();
+                } else {
+                    tensor::cp_async_wait::<1>();
+                }
+            }
+        }
+    };
+    passes(block(64), &memory, copy(true, 0, 16));
+    let words = ["warp 1 lane 5 ", "ended with a cp.async under way"];
+    fails_in(block(64), &memory, Kind::AsyncCopy, &words, || unsafe {
+        let a = LAYOUT.a.get().cast::<V4<u32>>();
+        if thread_idx_x() == 37 {
+            tensor::cp_async_16(a, input, 16);
+            tensor::cp_async_commit();
+        }
+    });
+    for (commit, pending, bytes) in [(true, 1, 16), (false, 0, 16), (true, 1, 0)] {
+        for options in schedules() {
+            let report = run(block(64), &memory, options, copy(commit, pending, bytes)).unwrap_err();
+            assert_eq!(report.kind, Kind::AsyncCopy, "{report}");
+        }
+    }
+}
+
+#[test]
+fn sources_of_async_copies_stay_as_they_are() {
+    let mut memory = Memory::new();
+    let x = memory.buffer("x", &[V4([1u32; 4]); 4]);
+    // `writer` overwrites what thread 0 copies, as soon as the copy is issued or when it is there.
+    let copy = |early: bool, writer: u32, atomic: bool| {
+        move || unsafe {
+            if thread_idx_x() == 0 {
+                tensor::cp_async_16(LAYOUT.a.get().cast(), x.add(1).as_const(), 16);
+                tensor::cp_async_commit();
+                if !early {
+                    tensor::cp_async_wait::<0>();
+                }
+            }
+            sync_threads();
+            if thread_idx_x() == writer {
+                x.store(V4([2; 4]));
+                x.add(2).store(V4([2; 4]));
+                let word = x.add(1).cast::<u32>().add(3);
+                if atomic {
+                    _ = word.atomic_add(1);
+                } else {
+                    word.store(2);
+                }
+            }
+            sync_threads();
+            tensor::cp_async_wait::<0>();
+        }
+    };
+    for writer in [0, 1, 40] {
+        passes(block(64), &memory, copy(false, writer, false));
+        for (atomic, word) in [(false, "write"), (true, "atomic")] {
+            for options in schedules() {
+                let report = run(block(64), &memory, options, copy(true, writer, atomic)).unwrap_err();
+                assert_eq!(report.kind, Kind::AsyncCopy, "{report}");
+                assert!(
+                    report.message.contains(&format!("{word} of byte 28 of `x`, from where")),
+                    "{report}"
+                );
+            }
+        }
+    }
+    fails_in(block(32), &memory, Kind::AsyncCopy, &["lane 0 ", "write of byte 16 of `x`"], || unsafe {
+        if thread_idx_x() == 0 {
+            tensor::cp_async_16(LAYOUT.a.get().cast(), x.add(1).as_const(), 16);
+            x.add(1).store(V4([2; 4]));
         }
     });
 }

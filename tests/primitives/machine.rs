@@ -37,7 +37,8 @@ pub fn machines_with(options: Options) -> impl Iterator<Item = Machine> {
 
 impl Machine {
     fn emulated(options: Options) -> Machine {
-        Machine::Emulated { memory: Memory::new(), options }
+        // As on a GPU, where launches of a device may overlap.
+        Machine::Emulated { memory: Memory::new(), options: Options { overlap: true, ..options } }
     }
 
     /// The first CUDA device, where there is one.
@@ -115,7 +116,7 @@ impl Machine {
     pub fn launch<P: Copy + Sync>(&self, name: &str, dims: Dims, params: P) {
         match self {
             Machine::Emulated { memory, options } => {
-                let entry = Entry::find(name).unwrap();
+                let entry = Entry::named(name).unwrap();
                 assert_eq!(entry.param_bytes, size_of::<P>(), "the parameters of another entry");
                 let run = || unsafe { (entry.run)((&raw const params).cast()) };
                 let launch = Launch { kernel: name, dims, memory, options: *options };

@@ -1,7 +1,7 @@
 //! Every primitive, in the emulator and on a GPU, against plain Rust: bit for bit, but for approximations, whose
 //! documented bounds hold on both.
 //!
-//! The kernels are those of `kernels_gpu::conformance`, reached through the table of entries.
+//! The kernels are those of `kernels_gpu::conformance`, reached through their table of entries.
 
 mod collectives;
 #[path = "../common/mod.rs"]
@@ -12,10 +12,9 @@ mod memory;
 mod tensor;
 
 use half::{bf16, f16};
+use kernels_gpu::common::element::Element;
 use kernels_gpu::conformance::*;
-use kernels_gpu::element::Element;
 use kernels_gpu::emu::Options;
-use kernels_gpu::entries::{ENTRIES, Entry};
 use kernels_gpu::simt::data::{V2, V4};
 use kernels_gpu::simt::global::GlobalMut;
 use kernels_gpu::simt::shared::{Carve, Region};
@@ -37,12 +36,4 @@ fn numbers(seed: u64, below: u64) -> impl Iterator<Item = u32> {
 fn take<const N: usize>(seed: u64, below: u64) -> [u32; N] {
     let mut numbers = numbers(seed, below);
     std::array::from_fn(|_| numbers.next().unwrap())
-}
-
-#[test]
-fn entry_names_are_unique() {
-    for (i, entry) in ENTRIES.iter().enumerate() {
-        assert!(ENTRIES[..i].iter().all(|other| other.name != entry.name), "{}", entry.name);
-    }
-    assert!(Entry::find("nothing").is_none());
 }

@@ -589,7 +589,10 @@ ts_status ts_device_cuda(uint32_t ordinal,
 /// Errors: those of `ts_device_cuda`.
 ///
 /// Promised by the caller:
-/// - `stream` is null or a stream of that context, and lives until the device and all that was made on it are destroyed.
+/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that was
+///   made on it are destroyed.
+/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
+///   written all that this device reads: queries, keys, values, pages, lists.
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_device_cuda_on_stream(uint32_t ordinal,
                                    void *stream,

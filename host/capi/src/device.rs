@@ -54,7 +54,10 @@ pub unsafe extern "C" fn ts_device_cuda(ordinal: u32, device: *mut *mut ts_devic
 /// Errors: those of `ts_device_cuda`.
 ///
 /// # Safety
-/// - `stream` is null or a stream of that context, and lives until the device and all that was made on it are destroyed.
+/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that was
+///   made on it are destroyed.
+/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
+///   written all that this device reads: queries, keys, values, pages, lists.
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_device_cuda_on_stream(

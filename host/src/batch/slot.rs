@@ -12,8 +12,11 @@ use crate::error::{Error, Result};
 /// ([`Device::capture`]) reads lengths and pages of the batch that was put there last.
 ///
 /// What may change from batch to batch are lengths, pages and sequences; rows and blocks stay: captured launches
-/// have as many blocks as the first batch asked for. Rows that are gone are replaced by
-/// [`Batch::padded`].
+/// have as many blocks as the first batch asked for. Attention over all tokens ([`TokenSelect::step_dense`]) is then cut
+/// into as many splits as for that batch, so its last bits may be others than without a recording; selections, and
+/// attention over the selected tokens, are the same. Rows that are gone are replaced by [`Batch::padded`].
+///
+/// [`TokenSelect::step_dense`]: crate::TokenSelect::step_dense
 #[derive(Debug)]
 pub struct BatchSlot {
     qo_indptr: Vec<u32>,

@@ -1,7 +1,8 @@
 //! The kernels; their parameters and launches are in the parent module.
 
 use super::*;
-use crate::element::Element;
+use crate::common::element::Element;
+use crate::common::fragment::{A, Accumulator, B, lane};
 use crate::simt::bulk::{self, MBarrier};
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
@@ -199,27 +200,39 @@ pub unsafe fn global(p: GlobalParams) {
     begin();
     let mut i = (block_idx_x() * block_dim_x() + thread_idx_x()) as u64;
     while i < p.num_elements as u64 {
-        let (half, word, pair, quad) = match i % 4 {
+        let (half, word, pair, quad) = match i % 6 {
             0 => {
                 (p.halves.add(i).load(), p.words.add(i).load(), p.pairs.add(i).load(), p.quads.add(i).load())
             }
             1 => (
-                p.halves.add(i).load_cached(),
-                p.words.add(i).load_cached(),
-                p.pairs.add(i).load_cached(),
-                p.quads.add(i).load_cached(),
+                p.halves.add(i).load_once(),
+                p.words.add(i).load_once(),
+                p.pairs.add(i).load_once(),
+                p.quads.add(i).load_once(),
             ),
             2 => (
-                p.halves.add(i).load_stream(),
-                p.words.add(i).load_stream(),
-                p.pairs.add(i).load_stream(),
-                p.quads.add(i).load_stream(),
+                p.halves.add(i).load_settled(),
+                p.words.add(i).load_settled(),
+                p.pairs.add(i).load_settled(),
+                p.quads.add(i).load_settled(),
+            ),
+            3 => (
+                p.halves.add(i).load_constant(),
+                p.words.add(i).load_constant(),
+                p.pairs.add(i).load_constant(),
+                p.quads.add(i).load_constant(),
+            ),
+            4 => (
+                p.halves.add(i).load_constant_once(),
+                p.words.add(i).load_constant_once(),
+                p.pairs.add(i).load_constant_once(),
+                p.quads.add(i).load_constant_once(),
             ),
             _ => (
-                p.halves.add(i).load_stream_row(),
-                p.words.add(i).load_stream_row(),
-                p.pairs.add(i).load_stream_row(),
-                p.quads.add(i).load_stream_row(),
+                p.halves.add(i).load_constant_row(),
+                p.words.add(i).load_constant_row(),
+                p.pairs.add(i).load_constant_row(),
+                p.quads.add(i).load_constant_row(),
             ),
         };
         if i & 1 == 0 {
@@ -430,27 +443,24 @@ pub unsafe fn ldmatrix(p: LdMatrixParams) {
     p.out.add(32 + lane as u64).store(V4(tensor::ldmatrix_x4_trans(row)));
 }
 
-/// One product, fragments gathered by the layouts of [`tensor`].
+/// One product, with operands gathered by the maps of [`fragment`](crate::common::fragment).
 ///
 /// # Safety
 /// - The shapes in [`MmaParams`]; launched with [`WARP_DIMS`].
 pub unsafe fn mma<T: Element>(p: MmaParams) {
     begin();
-    let (g, t) = (lane_id() as u64 / 4, lane_id() as u64 % 4);
-    let a_row = |row: u64, column: u64| p.a.add(row * 16 + column).cast::<u32>().load();
-    let a = [a_row(g, 2 * t), a_row(g + 8, 2 * t), a_row(g, 2 * t + 8), a_row(g + 8, 2 * t + 8)];
-    let b_column = |row: u64| {
-        let at = |row: u64| p.b.add(row * 8 + g).load() as u32;
-        at(row) | at(row + 1) << 16
-    };
-    let b = [b_column(2 * t), b_column(2 * t + 8)];
-    let place = |i: u64| (g + i / 2 * 8) * 8 + 2 * t + i % 2;
-    let mut d = [0, 1, 2, 3].map(|i| p.c.add(place(i)).load());
-    T::mma(&mut d, a, b);
-    let mut i = 0;
-    while i < 4 {
-        p.d.add(place(i)).store(d[i as usize]);
-        i += 1;
+    let at = lane();
+    let a =
+        [0, 1, 2, 3].map(|i| p.a.add((A::row(at, i) * 16 + A::column(at, i)) as u64).cast::<u32>().load());
+    let b = [0, 1].map(|i| {
+        let value = |row: u32| p.b.add((row * 8 + B::column(at)) as u64).load() as u32;
+        value(B::row(at, i)) | value(B::row(at, i) + 1) << 16
+    });
+    let place = |i: usize| (Accumulator::row(at, i) * 8 + Accumulator::column(at, i)) as u64;
+    let mut d = Accumulator([0, 1, 2, 3].map(|i| p.c.add(place(i)).load()));
+    T::mma(&mut d, A(a), B(b));
+    for i in 0..4 {
+        p.d.add(place(i)).store(d.0[i]);
     }
 }
 

@@ -13,6 +13,8 @@ pub(crate) enum Access {
     Read,
     /// Through the read-only path: nothing may write there during the launch.
     ReadConstant,
+    /// By the copy engine, which does not see what the launch writes either.
+    EngineRead,
     Write,
     Atomic,
     /// A `cp.async` begins to write.
@@ -31,7 +33,12 @@ pub(crate) enum Access {
 impl Access {
     /// Whether its outcome depends on what is there.
     pub fn reads(self) -> bool {
-        matches!(self, Access::Read | Access::ReadConstant | Access::Atomic)
+        matches!(self, Access::Read | Access::Atomic) || self.is_constant()
+    }
+
+    /// Whether it is a read that does not see what the launch writes.
+    pub fn is_constant(self) -> bool {
+        matches!(self, Access::ReadConstant | Access::EngineRead)
     }
 
     /// Whether it is the begin of a copy.
@@ -50,6 +57,7 @@ impl fmt::Display for Access {
         f.write_str(match self {
             Access::Read => "read",
             Access::ReadConstant => "read-only load",
+            Access::EngineRead => "read by the copy engine",
             Access::Write => "write",
             Access::Atomic => "atomic",
             Access::AsyncStart => "cp.async",
@@ -60,10 +68,17 @@ impl fmt::Display for Access {
     }
 }
 
-/// Now and then, if the schedule asks for it, true: the running lane should suspend before its access.
+/// Now and then true: the running lane should suspend before its access to shared memory, since the schedule asks for it
+/// or since it has had many accesses.
 #[inline(always)]
 pub(crate) fn preempted() -> bool {
-    with(|block| block.options.preempt != 0 && block.preempt())
+    with(|block| block.options.preempt != 0 && block.preempt() || block.tires())
+}
+
+/// The same before an access to global memory, where the schedule does not ask.
+#[inline(always)]
+pub(crate) fn tires() -> bool {
+    with(|block| block.tires())
 }
 
 /// The host address of `bytes` bytes of shared memory at `addr`, of an array that occupies `bounds`.
@@ -172,6 +187,23 @@ impl Block {
         {
             let (name, offset) = (self.memory().name(place.named), place.offset);
             self.fail(kind, format!("{access} of byte {offset} of `{name}` {why}"), site);
+        }
+        if (!access.reads() || access == Access::Atomic)
+            && self.under_way.may_read(place.host.addr(), bytes)
+            && let Some(copy) = self.copy_from(place.host.addr(), bytes)
+        {
+            let (name, offset) = (self.memory().name(place.named), place.offset);
+            let what = format!(
+                "{access} of byte {offset} of `{name}`, from where the copy started at {copy} reads (no wait yet)"
+            );
+            self.fail(Kind::AsyncCopy, what, site);
+        }
+        if let (Some(launch), false) = (self.running(), place.constant)
+            && let Some(why) = self.overlap_fault(launch, &place, bytes, access)
+        {
+            let (name, offset) = (self.memory().name(place.named), place.offset);
+            let what = format!("{access} of byte {offset} of `{name}` (address {addr:#x}), {why}");
+            self.fail(Kind::Overlap, what, site);
         }
         place.host
     }

@@ -14,11 +14,12 @@ use super::atomics::BlockOrder;
 use super::barrier::Barrier;
 use super::bulk::MBarrier;
 use super::cluster::Member;
-use super::copies::Copies;
+use super::copies::{Copies, UnderWay};
 use super::global_race::GlobalRaces;
 use super::launch::Stats;
 use super::memory::Memory;
 use super::options::{Options, Order};
+use super::overlap::Running;
 use super::race::Shadow;
 use super::report::{Fault, Kind, Site, lanes};
 use super::stack::LaneStack;
@@ -50,21 +51,36 @@ pub(crate) struct Lane {
 #[repr(C, align(128))]
 pub(crate) struct Line([u8; 128]);
 
+/// Accesses to memory that a lane may make before it lets others go first.
+const ACCESSES_AT_A_TIME: u32 = 1 << 14;
+
 /// What fresh shared memory holds: NaN as f32, f16 and bf16.
 const POISON: Line = Line([0xff; 128]);
+
+/// What all blocks of a launch share.
+#[derive(Clone, Copy)]
+pub(crate) struct Launched {
+    pub memory: *const Memory,
+    /// The shadow of global memory; null: none.
+    pub global_races: *const GlobalRaces,
+    /// The place among launches that overlap; null: they do not.
+    pub running: *const Running,
+}
+
+const NOTHING: Launched = Launched { memory: ptr::null(), global_races: ptr::null(), running: ptr::null() };
 
 /// The state of the block that an OS thread runs; reused for block after block, launch after launch.
 pub(crate) struct Block {
     pub dims: Dims,
     pub options: Options,
     pub index: [u32; 3],
-    memory: *const Memory,
-    global_races: *const GlobalRaces,
+    launched: Launched,
     pub order: BlockOrder,
 
     pub current: usize,
     pub lanes: Vec<Lane>,
     pub copies: Vec<Copies>,
+    pub under_way: UnderWay,
     pub pending: Vec<Vec<Pending>>,
     pub barriers: [Barrier; 16],
     /// Barriers in shared memory, in the order they were made in.
@@ -78,7 +94,9 @@ pub(crate) struct Block {
     ready: Vec<u32>,
     leave_warp: bool,
     random_state: u64,
-    switches_left: u64,
+    /// Switches and accesses that are left of the budget, and accesses until the lane that runs lets others go first.
+    budget_left: u64,
+    accesses_left: u32,
 }
 
 thread_local! {
@@ -153,12 +171,12 @@ impl Block {
             dims: Dims::linear(1, 32, 0),
             options: Options::default(),
             index: [0; 3],
-            memory: ptr::null(),
-            global_races: ptr::null(),
+            launched: NOTHING,
             order: BlockOrder::default(),
             current: 0,
             lanes: Vec::new(),
             copies: Vec::new(),
+            under_way: UnderWay::default(),
             pending: Vec::new(),
             barriers: Default::default(),
             mbarriers: Vec::new(),
@@ -169,27 +187,27 @@ impl Block {
             ready: Vec::new(),
             leave_warp: false,
             random_state: 1,
-            switches_left: 0,
+            budget_left: 0,
+            accesses_left: 0,
         }
     }
 
     /// Prepares for block number `linear` of a launch, in a cluster of `blocks`.
     ///
     /// # Safety
-    /// `memory` and `races` outlive the following [`run`].
+    /// What `launched` points to outlives the following [`run`].
     pub unsafe fn begin(
         &mut self,
         dims: Dims,
         options: Options,
-        memory: *const Memory,
-        races: *const GlobalRaces,
+        launched: Launched,
         linear: u64,
         blocks: &[*mut Block],
     ) {
         let threads = dims.num_threads() as usize;
         let [x, y, _] = dims.grid.map(u64::from);
         self.index = [(linear % x) as u32, (linear / x % y) as u32, (linear / x / y) as u32];
-        (self.dims, self.options, self.memory, self.global_races) = (dims, options, memory, races);
+        (self.dims, self.options, self.launched) = (dims, options, launched);
         self.order = BlockOrder::new(linear as u32);
         self.current = 0;
         let here = Location::caller();
@@ -202,6 +220,7 @@ impl Block {
         }));
         self.copies.resize_with(threads, Copies::default);
         self.copies.iter_mut().for_each(Copies::clear);
+        self.under_way = UnderWay::default();
         self.pending.resize_with(threads / 32, Vec::new);
         self.pending.iter_mut().for_each(Vec::clear);
         self.barriers = Default::default();
@@ -215,18 +234,25 @@ impl Block {
         self.leave_warp = false;
         let seed = if let Order::Random(seed) = options.order { seed } else { 0 };
         self.random_state = (seed ^ linear.rotate_left(32)).wrapping_mul(0x9e37_79b9_7f4a_7c15) | 1;
-        self.switches_left = options.budget;
+        (self.budget_left, self.accesses_left) = (options.budget, ACCESSES_AT_A_TIME);
     }
 
     pub fn memory(&self) -> &Memory {
         // SAFETY: `begin`'s contract.
-        unsafe { &*self.memory }
+        unsafe { &*self.launched.memory }
     }
 
     /// The shadow of global memory, if this launch keeps one.
     pub fn global_races(&self) -> Option<&GlobalRaces> {
         // SAFETY: `begin`'s contract.
-        unsafe { self.global_races.as_ref() }
+        unsafe { self.launched.global_races.as_ref() }
+    }
+
+    /// The launch's place among those that overlap, if they do.
+    #[inline]
+    pub fn running(&self) -> Option<&Running> {
+        // SAFETY: `begin`'s contract.
+        unsafe { self.launched.running.as_ref() }
     }
 
     pub fn thread_idx(&self, axis: usize) -> u32 {
@@ -298,14 +324,33 @@ impl Block {
             }
         };
         self.ready[warp] &= !(1 << lane);
-        if self.switches_left == 0 {
-            let message = format!("still running after {} switches: a livelock", self.options.budget);
-            resume_unwind(Box::new(Fault { kind: Kind::Deadlock, message }));
-        }
-        self.switches_left -= 1;
+        self.spend(1 + (ACCESSES_AT_A_TIME - self.accesses_left) as u64);
+        self.accesses_left = ACCESSES_AT_A_TIME;
         self.stats.switches += 1;
         self.current = warp * 32 + lane as usize;
         Some(self.current)
+    }
+
+    /// Takes so much from the budget.
+    fn spend(&mut self, steps: u64) {
+        if self.budget_left < steps {
+            let text = "switches and accesses to memory: a livelock";
+            let message = format!("still running after {} {text}", self.options.budget);
+            resume_unwind(Box::new(Fault { kind: Kind::Deadlock, message }));
+        }
+        self.budget_left -= steps;
+    }
+
+    /// Counts an access of the running lane; true if it has had so many in a row that it should let others go first, who
+    /// may do what it waits for.
+    #[inline(always)]
+    pub fn tires(&mut self) -> bool {
+        self.accesses_left -= 1;
+        if self.accesses_left > 0 {
+            return false;
+        }
+        self.requeue();
+        true
     }
 
     /// Runs lanes until none can go on; false if none could. A random schedule leaves the block now and then.
@@ -330,16 +375,8 @@ impl Block {
             return Err(Fault { kind: Kind::Deadlock, message: self.describe_deadlock() });
         }
         self.check_copies()?;
+        self.check_waits()?;
         self.cluster.check_end()
-    }
-
-    /// A block must not end before its bulk copies have: somebody waits for each.
-    fn check_copies(&self) -> Result<(), Fault> {
-        if !self.mbarriers.iter().any(MBarrier::has_copies) {
-            return Ok(());
-        }
-        let message = "the block ended with a bulk copy under way that nobody has waited for".into();
-        Err(Fault { kind: Kind::AsyncCopy, message })
     }
 
     fn describe_panic(&self, payload: &(dyn std::any::Any + Send)) -> String {

@@ -1,5 +1,8 @@
 //! Barriers in shared memory and bulk copies.
 //!
+//! Nothing uses a barrier before its maker has published it: publishing counts as one more write to it, so that whoever is
+//! not ordered behind that races.
+//!
 //! At issue the target is poisoned and marked as under way. The bytes arrive when the first thread waits for the phase
 //! that counts them, and the source is read then. To the vector clocks ([`race`](super::race)) each barrier is one more
 //! thread, whose count is its phase: a copy is a write by it, ordered before those alone that know, by waiting or from
@@ -7,6 +10,7 @@
 
 use super::access::Access;
 use super::block::{Block, Wait, with};
+use super::copies::Source;
 use super::race::Clock;
 use super::report::{Kind, Site};
 
@@ -21,12 +25,16 @@ type Target = (u32, (u32, u32));
 
 struct Copy {
     dst: Target,
-    src: *const u8,
-    bytes: usize,
+    src: Source,
 }
 
 pub(crate) struct MBarrier {
     addr: u32,
+    bounds: (u32, u32),
+    /// The thread that made it, where, and whether that has published it.
+    maker: usize,
+    site: Site,
+    is_published: bool,
     /// Arrivals of a phase, and those that are missing in the one under way.
     arrivals: u32,
     missing: u32,
@@ -47,6 +55,11 @@ impl MBarrier {
     pub fn has_copies(&self) -> bool {
         !self.copies.is_empty() || !self.landed.is_empty()
     }
+
+    /// Where those read.
+    pub fn sources(&self) -> impl Iterator<Item = &Source> {
+        self.copies.iter().chain(&self.landed).map(|copy| &copy.src)
+    }
 }
 
 #[inline(never)]
@@ -64,6 +77,10 @@ pub(crate) fn init(addr: u32, bounds: (u32, u32), arrivals: u32, site: Site) {
         block.shared_access(block.current, addr, bounds, 8, Access::Write, site);
         block.mbarriers.push(MBarrier {
             addr,
+            bounds,
+            maker: block.current,
+            site,
+            is_published: false,
             arrivals,
             missing: arrivals,
             outstanding: 0,
@@ -74,6 +91,21 @@ pub(crate) fn init(addr: u32, bounds: (u32, u32), arrivals: u32, site: Site) {
             landed: Vec::new(),
             waiting: Vec::new(),
         });
+    })
+}
+
+/// The running thread publishes the barriers that it has made.
+#[inline(never)]
+pub(crate) fn publish() {
+    with(|block| {
+        for index in 0..block.mbarriers.len() {
+            let barrier = &mut block.mbarriers[index];
+            if barrier.maker == block.current && !barrier.is_published {
+                barrier.is_published = true;
+                let MBarrier { addr, bounds, site, .. } = *barrier;
+                block.shared_access(block.current, addr, bounds, 8, Access::Write, site);
+            }
+        }
     })
 }
 
@@ -113,9 +145,10 @@ pub(crate) fn must_wait(addr: u32, bounds: (u32, u32), parity: u32, site: Site) 
         }
         for copy in std::mem::take(&mut barrier.landed) {
             let (dst, bounds) = copy.dst;
-            let target = block.shared_access(thread, dst, bounds, copy.bytes, Access::BulkEnd, site);
+            let target = block.shared_access(thread, dst, bounds, copy.src.bytes, Access::BulkEnd, site);
             // SAFETY: both sides were checked when the copy started; allocations outlive the launch.
-            unsafe { target.copy_from_nonoverlapping(copy.src, copy.bytes) }
+            unsafe { target.copy_from_nonoverlapping(copy.src.start, copy.src.bytes) }
+            block.under_way.end();
         }
         false
     })
@@ -130,13 +163,14 @@ pub(crate) fn start(dst: Target, src: u64, bytes: u32, word: Target, site: Site)
             block.fail(Kind::Misaligned, what, site);
         }
         let index = block.mbarrier(word, site);
-        let src = block.global_access(src, bytes as usize, 16, Access::ReadConstant, site).cast_const();
+        let src = block.global_access(src, bytes as usize, 16, Access::EngineRead, site).cast_const();
         let begins = Access::BulkStart { barrier: index as u16, phase: block.mbarriers[index].phase };
         let target = block.shared_access(block.current, dst.0, dst.1, bytes as usize, begins, site);
         // SAFETY: `shared_access` returned the address of so many bytes.
         unsafe { target.write_bytes(0xff, bytes as usize) }
-        block.release_to(index);
-        block.mbarriers[index].copies.push(Copy { dst, src, bytes: bytes as usize });
+        let src = Source { start: src, bytes: bytes as usize, site };
+        block.under_way.start(&src);
+        block.mbarriers[index].copies.push(Copy { dst, src });
         block.count_bytes(index, -(bytes as i64), site);
     })
 }
@@ -149,6 +183,13 @@ impl Block {
             self.fail(Kind::MBarrier, what, site);
         };
         self.shared_access(self.current, addr, bounds, 8, Access::Atomic, site);
+        if !self.mbarriers[index].is_published {
+            let made = self.mbarriers[index].site;
+            let what = format!(
+                "the mbarrier at shared byte {addr}, made at {made}, is used before its maker has called bulk::publish"
+            );
+            self.fail(Kind::MBarrier, what, site);
+        }
         index
     }
 

@@ -6,6 +6,7 @@
 //! [`Cell`] remembers the phases of the last ones. A block whose memory is used before all have met may not have begun, and
 //! one whose memory is used when they meet no more may have ended.
 
+use std::ops::Range;
 use std::panic::Location;
 
 use super::access::Access;
@@ -20,22 +21,30 @@ const CELL: usize = 2;
 #[derive(Clone, Copy)]
 struct Stamp {
     phase: u32,
-    by: (u32, usize),
+    by: (u16, u16),
     site: Site,
 }
 
 const NEVER: Stamp = Stamp { phase: 0, by: (0, 0), site: Location::caller() };
 
-/// The last accesses to a piece of shared memory, by the block itself and by others.
+/// The last accesses to a piece of shared memory, by the block itself and by others. Of reads by others in one phase two by
+/// different threads are kept: whoever writes differs from one of them.
 #[derive(Clone, Copy)]
 struct Cell {
     read: Stamp,
     written: Stamp,
     read_by_other: Stamp,
+    read_by_another: Stamp,
     written_by_other: Stamp,
 }
 
-const UNTOUCHED: Cell = Cell { read: NEVER, written: NEVER, read_by_other: NEVER, written_by_other: NEVER };
+const UNTOUCHED: Cell = Cell {
+    read: NEVER,
+    written: NEVER,
+    read_by_other: NEVER,
+    read_by_another: NEVER,
+    written_by_other: NEVER,
+};
 
 impl Cell {
     /// What an access races with, if anything; remembers it.
@@ -45,6 +54,7 @@ impl Cell {
             (!own && writes, self.read, "the block's own read"),
             (!own, self.written, "the block's own write"),
             (writes, self.read_by_other, "a read by another block"),
+            (writes, self.read_by_another, "a read by another block"),
             (true, self.written_by_other, "a write by another block"),
         ];
         let races = |&&(relevant, other, _): &&(bool, Stamp, &str)| {
@@ -53,9 +63,12 @@ impl Cell {
         if let Some((_, other, what)) = candidates.iter().find(races) {
             return Some((*other, what));
         }
+        let first = &self.read_by_other;
+        let is_second = first.phase == stamp.phase && first.by != stamp.by;
         *match (own, writes) {
             (true, false) => &mut self.read,
             (true, true) => &mut self.written,
+            (false, false) if is_second => &mut self.read_by_another,
             (false, false) => &mut self.read_by_other,
             (false, true) => &mut self.written_by_other,
         } = stamp;
@@ -75,6 +88,8 @@ pub(crate) struct Member {
     /// Whether the barrier at which threads wait orders memory.
     orders: bool,
     cells: Vec<Cell>,
+    /// Cells that may differ from `UNTOUCHED`.
+    touched: Range<usize>,
     /// The last access by another block, its phase counted in meetings.
     used_by_other: Stamp,
 }
@@ -88,6 +103,7 @@ impl Default for Member {
             meetings: 0,
             orders: true,
             cells: Vec::new(),
+            touched: 0..0,
             used_by_other: NEVER,
         }
     }
@@ -97,7 +113,8 @@ impl Member {
     /// Prepares for a block with so much shared memory, alone or with others.
     pub fn reset(&mut self, shared_bytes: usize, blocks: &[*mut Block]) {
         self.blocks.clear();
-        self.cells.clear();
+        self.cells[self.touched.clone()].fill(UNTOUCHED);
+        self.touched = 0..0;
         if blocks.len() > 1 {
             self.blocks.extend_from_slice(blocks);
             self.cells.resize(shared_bytes.div_ceil(CELL), UNTOUCHED);
@@ -115,10 +132,10 @@ impl Member {
         access: Access,
         site: Site,
     ) -> Option<String> {
-        if self.cells.is_empty() {
+        if self.blocks.is_empty() {
             return None;
         }
-        let stamp = Stamp { phase: self.phase + 1, by, site };
+        let stamp = Stamp { phase: self.phase + 1, by: (by.0 as u16, by.1 as u16), site };
         if !own {
             self.used_by_other = Stamp { phase: self.meetings + 1, ..stamp };
             if self.meetings == 0 {
@@ -126,7 +143,12 @@ impl Member {
             }
         }
         let writes = !access.reads() || access == Access::Atomic;
-        let mut cells = self.cells[at / CELL..(at + bytes).div_ceil(CELL)].iter_mut();
+        let range = at / CELL..(at + bytes).div_ceil(CELL);
+        self.touched = match self.touched.is_empty() {
+            true => range.clone(),
+            false => self.touched.start.min(range.start)..self.touched.end.max(range.end),
+        };
+        let mut cells = self.cells[range].iter_mut();
         let (other, what) = cells.find_map(|cell| cell.access(own, writes, stamp))?;
         let whose = if own { "" } else { "another block's " };
         Some(format!("{access} of {whose}shared byte {at} races with {what} at {}", other.site))
@@ -187,6 +209,7 @@ unsafe fn complete(blocks: &[*mut Block]) {
     for &block in blocks {
         unsafe { (*block).order.give(&mut known) }
     }
+    let have_waited = blocks.iter().any(|&block| unsafe { (*block).shadow.clocks.any_waited() });
     for &block in blocks {
         let block = unsafe { &mut *block };
         block.cluster.arrived = 0;
@@ -196,6 +219,9 @@ unsafe fn complete(blocks: &[*mut Block]) {
         if orders {
             block.order.take(&known);
             block.cluster.phase += 1;
+            if have_waited {
+                block.shadow.clocks.all_wait_for_launches();
+            }
         }
         if orders && block.options.races {
             block.shadow.clocks.synchronise(0..block.lanes.len());

@@ -10,14 +10,15 @@
 //!
 //! So some races are missed; none is invented.
 //!
-//! Blocks run on several OS threads, so cells (2 bytes each) are atomic. An access first leaves its mark and then looks
-//! at the marks of others, all sequentially consistent: of two accesses that race in time, at least one sees the other.
+//! Blocks run on several OS threads, so cells (2 bytes each) are atomic. An access first leaves its marks and then looks
+//! at those of others, with a sequentially consistent fence or exchange between: of two accesses that race in time, at
+//! least one sees the other.
 //!
 //! [`atomics`]: super::atomics
 //! [`race`]: super::race
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering, fence};
 use std::sync::{Mutex, OnceLock};
 
 use super::access::Access;
@@ -32,7 +33,8 @@ const PAGE: usize = 2048;
 
 #[derive(Default)]
 struct Cell {
-    /// Marks: 0 for none, else block + 1 in the upper half, twice its count in the lower, plus 1 for an atomic.
+    /// Marks: 0 for none, else block + 1 in the upper half, twice its count in the lower, plus 1 for an atomic write, and
+    /// for reads once one of them was through the read-only path.
     write: AtomicU64,
     read: AtomicU64,
     /// The thread of the last write in the upper half, its clock's count in the lower. Only threads of the block that
@@ -92,36 +94,58 @@ impl GlobalRaces {
     /// One access; says what is wrong with it, if anything.
     pub fn access(
         &self,
-        place: &Place,
+        place: &Place<'_>,
         bytes: usize,
         access: Access,
         who: &Accessor<'_>,
     ) -> Option<(Kind, String)> {
         let mark = who.mark(access == Access::Atomic);
-        let first = place.root_offset / CELL;
-        for index in first..(place.root_offset + bytes).div_ceil(CELL) {
+        let (mut index, end) = (place.root_offset / CELL, (place.root_offset + bytes).div_ceil(CELL));
+        while index < end {
             let page = self.pages[place.root][index / PAGE]
                 .get_or_init(|| (0..PAGE).map(|_| Cell::default()).collect());
-            let cell = &page[index % PAGE];
+            let cells = &page[index % PAGE..PAGE.min(index % PAGE + end - index)];
             let fault = match access {
-                Access::Read | Access::ReadConstant => cell.read(access, mark, who),
-                _ => cell.write(access, mark, who),
+                Access::Read | Access::ReadConstant | Access::EngineRead => read(cells, access, mark, who),
+                _ => cells.iter().find_map(|cell| cell.write(access, mark, who)),
             };
             if fault.is_some() {
                 return fault;
             }
+            index += cells.len();
         }
         None
     }
 }
 
+/// A read of some cells: one fence for all is much cheaper than an exchange for each.
+fn read(cells: &[Cell], access: Access, mark: u64, who: &Accessor<'_>) -> Option<(Kind, String)> {
+    let mut is_new = false;
+    for cell in cells {
+        is_new |= cell.leave_read(mark | (access == Access::ReadConstant) as u64);
+    }
+    if is_new {
+        fence(Ordering::SeqCst);
+    }
+    cells.iter().find_map(|cell| cell.check_read(access, who))
+}
+
 impl Cell {
-    fn read(&self, access: Access, mark: u64, who: &Accessor<'_>) -> Option<(Kind, String)> {
-        if self.read.load(Ordering::Relaxed) != mark {
-            self.read.store(mark, Ordering::SeqCst);
+    /// Leaves the mark of a read; says whether it was not there.
+    #[inline]
+    fn leave_read(&self, mark: u64) -> bool {
+        let last = self.read.load(Ordering::Relaxed);
+        let mark = mark | last & 1;
+        if last != mark {
+            self.read.store(mark, Ordering::Relaxed);
         }
-        let write = self.write.load(Ordering::SeqCst);
-        if access == Access::ReadConstant && write != 0 {
+        last != mark
+    }
+
+    #[inline]
+    fn check_read(&self, access: Access, who: &Accessor<'_>) -> Option<(Kind, String)> {
+        let write = self.write.load(Ordering::Relaxed);
+        if access.is_constant() && write != 0 {
             let text = format!("that block {} of this launch has written", (write >> 32) - 1);
             return Some((Kind::ReadOnly, text));
         }
@@ -133,12 +157,18 @@ impl Cell {
 
     fn write(&self, access: Access, mark: u64, who: &Accessor<'_>) -> Option<(Kind, String)> {
         let write = self.write.swap(mark, Ordering::SeqCst);
-        let writer = self.writer.swap(who.writer(), Ordering::Relaxed);
+        // No exchange: it matters within a block alone, which is on one OS thread.
+        let writer = self.writer.load(Ordering::Relaxed);
+        self.writer.store(who.writer(), Ordering::Relaxed);
         let both_atomic = access == Access::Atomic && write & 1 == 1;
         if !both_atomic && !who.order.is_behind(write) {
             return Some(between_blocks(write, if write & 1 == 1 { "atomic" } else { "write" }));
         }
         let read = self.read.load(Ordering::SeqCst);
+        if read & 1 == 1 {
+            let text = "that this launch has read through the read-only path";
+            return Some((Kind::ReadOnly, text.into()));
+        }
         if !who.order.is_behind(read) {
             return Some(between_blocks(read, "read"));
         }

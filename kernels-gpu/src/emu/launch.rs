@@ -4,7 +4,7 @@ use std::num::NonZero;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 
-use super::block::{self, Block};
+use super::block::{self, Block, Launched};
 use super::global_race::GlobalRaces;
 use super::memory::Memory;
 use super::options::Options;
@@ -101,7 +101,20 @@ impl Launch<'_> {
         let races = self.options.global_races.then(|| GlobalRaces::new(self.memory));
         let progress =
             Progress { next: AtomicU64::new(0), stop: AtomicBool::new(false), outcome: Mutex::default() };
-        let work = || self.work(kernel, races.as_ref(), &progress);
+        let overlaps = self.options.overlap && self.options.races;
+        if !overlaps {
+            self.memory.synchronize();
+        }
+        let stream = &self.memory.stream;
+        let running = overlaps.then(|| stream.begin(self.kernel));
+        let work = || {
+            let launched = Launched {
+                memory: self.memory,
+                global_races: races.as_ref().map_or(std::ptr::null(), std::ptr::from_ref),
+                running: running.as_ref().map_or(std::ptr::null(), std::ptr::from_ref),
+            };
+            self.work(kernel, launched, &progress)
+        };
         let threads = match self.options.threads {
             0 => std::thread::available_parallelism().map_or(1, NonZero::get),
             threads => threads,
@@ -118,15 +131,22 @@ impl Launch<'_> {
             });
         }
         match progress.outcome.into_inner().unwrap_or_else(|poisoned| poisoned.into_inner()) {
-            (stats, None) => Ok(stats),
-            (_, Some((_, report))) => Err(report),
+            (stats, None) => {
+                if let Some(running) = &running {
+                    stream.end(running);
+                }
+                Ok(stats)
+            }
+            (_, Some((_, report))) => {
+                stream.synchronize();
+                Err(report)
+            }
         }
     }
 
     /// Takes clusters in index order until none is left or one has failed. Those already taken are finished, so all
     /// below a failed one have been seen, and which report is returned does not depend on the OS threads.
-    fn work(&self, kernel: &(dyn Fn() + Sync), races: Option<&GlobalRaces>, progress: &Progress) {
-        let races = races.map_or(std::ptr::null(), std::ptr::from_ref);
+    fn work(&self, kernel: &(dyn Fn() + Sync), launched: Launched, progress: &Progress) {
         let (cluster, threads) = (self.dims.cluster as usize, self.dims.num_threads() as usize);
         let mut worker = Worker::take(cluster, threads, self.options.stack_bytes);
         let blocks = &mut worker.blocks[..cluster];
@@ -138,8 +158,8 @@ impl Launch<'_> {
             let members: Vec<*mut Block> =
                 blocks.iter_mut().map(|block| std::ptr::from_mut(&mut **block)).collect();
             for (linear, block) in (first..).zip(blocks.iter_mut()) {
-                // SAFETY: the memory is borrowed by `self`, the shadow by our caller, for longer than the run.
-                unsafe { block.begin(self.dims, self.options, self.memory, races, linear, &members) };
+                // SAFETY: the memory is borrowed by `self`, the others by our caller, for longer than the run.
+                unsafe { block.begin(self.dims, self.options, launched, linear, &members) };
             }
             let Err((rank, fault)) = block::run(blocks, &mut worker.stacks, kernel) else {
                 continue;

@@ -6,7 +6,9 @@
 use std::cell::UnsafeCell;
 
 use super::access::Access;
+use super::overlap::{Marks, Stream};
 use super::report::Kind;
+use super::slots::Slots;
 use crate::simt::data::Pod;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 
@@ -26,10 +28,13 @@ struct Allocation {
 
 /// Where the bytes of an allocation are.
 enum Home {
-    Own(Box<[UnsafeCell<Line>]>),
-    /// In allocation `root`, from byte `start` on.
+    Own {
+        lines: Box<[UnsafeCell<Line>]>,
+        marks: Marks,
+    },
+    /// In the allocation with number `root`, from byte `start` on.
     View {
-        root: usize,
+        root: u32,
         start: usize,
     },
 }
@@ -39,8 +44,9 @@ enum Home {
 /// Contents of a fresh allocation are 0xff bytes, NaN in every float format.
 #[derive(Default)]
 pub struct Memory {
-    /// Freed ones stay as `None`: addresses are never used twice.
-    allocations: Vec<Option<Allocation>>,
+    allocations: Slots<Allocation>,
+    /// The launches so far.
+    pub(super) stream: Stream,
 }
 
 // SAFETY: blocks on several OS threads write through the cells, as blocks of a GPU do. Host-side methods that read take
@@ -50,13 +56,15 @@ pub struct Memory {
 unsafe impl Sync for Memory {}
 
 /// A resolved address.
-pub(crate) struct Place {
+pub(crate) struct Place<'a> {
     pub host: *mut u8,
-    /// The allocation or view that the address names, and the offset in it.
+    /// Slot of the allocation or view that the address names, and the offset in it.
     pub named: usize,
     pub offset: usize,
-    /// The allocation that holds the bytes, and the offset in that.
+    /// Number of the allocation that holds the bytes, its slot, its marks, and the offset in it.
+    number: u32,
     pub root: usize,
+    pub marks: &'a Marks,
     pub root_offset: usize,
     /// Whether the bytes cannot change during a launch.
     pub constant: bool,
@@ -75,9 +83,13 @@ impl Memory {
             "an emulated allocation is at most 512 GiB, asked for {bytes} bytes"
         );
         let lines = vec![Line([0xff; 256]); bytes.div_ceil(256)].into_iter().map(UnsafeCell::new);
-        let home = Home::Own(lines.collect());
-        self.allocations.push(Some(Allocation { name: name.into(), bytes, read_only: false, home }));
-        (self.allocations.len() as u64) << OFFSET_BITS
+        let home = Home::Own { lines: lines.collect(), marks: Marks::new(bytes) };
+        self.insert(Allocation { name: name.into(), bytes, read_only: false, home })
+    }
+
+    /// Takes an allocation in; returns its address.
+    fn insert(&mut self, allocation: Allocation) -> u64 {
+        (self.allocations.insert(allocation) as u64) << OFFSET_BITS
     }
 
     /// An uninitialised allocation of `len` elements.
@@ -95,7 +107,8 @@ impl Memory {
     /// An allocation that holds `values` and that kernels may not write.
     pub fn input<T: Pod>(&mut self, name: &str, values: &[T]) -> GlobalPtr<T> {
         let ptr = self.buffer(name, values);
-        self.allocations.last_mut().and_then(Option::as_mut).expect("just allocated").read_only = true;
+        let allocation = self.allocations.get_mut((ptr.addr() >> OFFSET_BITS) as u32);
+        allocation.expect("just allocated").read_only = true;
         ptr.as_const()
     }
 
@@ -109,10 +122,9 @@ impl Memory {
             Ok(place) => place,
             Err((_, why)) => panic!("view of {bytes} bytes: {why}"),
         };
-        let home = Home::View { root: place.root, start: place.root_offset };
+        let home = Home::View { root: place.number, start: place.root_offset };
         let read_only = place.constant;
-        self.allocations.push(Some(Allocation { name: name.into(), bytes, read_only, home }));
-        (self.allocations.len() as u64) << OFFSET_BITS
+        self.insert(Allocation { name: name.into(), bytes, read_only, home })
     }
 
     /// [`view_bytes`](Memory::view_bytes) of `len` elements.
@@ -128,9 +140,8 @@ impl Memory {
     /// # Panics
     /// If `addr` is not the start of a live allocation.
     pub fn free(&mut self, addr: u64) {
-        let slot = (addr >> OFFSET_BITS).checked_sub(1).and_then(|i| self.allocations.get_mut(i as usize));
         let starts = addr.is_multiple_of(1 << OFFSET_BITS);
-        let freed = slot.filter(|_| starts).and_then(Option::take);
+        let freed = starts.then(|| self.allocations.remove((addr >> OFFSET_BITS) as u32)).flatten();
         assert!(freed.is_some(), "{addr:#x} is not the start of a live allocation");
     }
 
@@ -175,22 +186,33 @@ impl Memory {
         unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), host, bytes.len()) }
     }
 
+    /// Waits until all launches so far have ended, so that the next overlaps with none ([`Options::overlap`]). Whatever the
+    /// host reads or writes is waited for too.
+    ///
+    /// [`Options::overlap`]: super::Options::overlap
+    pub fn synchronize(&self) {
+        self.stream.synchronize()
+    }
+
     fn host_range(&self, addr: u64, bytes: usize) -> *mut u8 {
+        self.synchronize();
         match self.resolve(addr, bytes, Access::Read) {
             Ok(place) => place.host,
             Err((_, why)) => panic!("copy of {bytes} bytes: {why}"),
         }
     }
 
-    fn get(&self, number: u64) -> Option<&Option<Allocation>> {
-        self.allocations.get(number.checked_sub(1)? as usize)
-    }
-
     /// Where an access goes, or what is wrong with it.
-    pub(super) fn resolve(&self, addr: u64, bytes: usize, access: Access) -> Result<Place, (Kind, String)> {
-        let number = addr >> OFFSET_BITS;
+    pub(super) fn resolve(
+        &self,
+        addr: u64,
+        bytes: usize,
+        access: Access,
+    ) -> Result<Place<'_>, (Kind, String)> {
+        let number = (addr >> OFFSET_BITS) as u32;
         let offset = (addr & ((1 << OFFSET_BITS) - 1)) as usize;
-        let Some(Some(to)) = self.get(number) else {
+        let found = self.allocations.find(number);
+        let Some((named, to)) = found.and_then(|slot| Some((slot, self.allocations.get(slot)?))) else {
             return Err((Kind::GlobalBounds, self.explain(addr, bytes)));
         };
         if offset + bytes > to.bytes {
@@ -200,12 +222,12 @@ impl Memory {
         if to.read_only && writes {
             return Err((Kind::ReadOnly, format!("`{}` is an input", to.name)));
         }
-        let named = number as usize - 1;
-        let (root, start) = match to.home {
-            Home::Own(_) => (named, 0),
-            Home::View { root, start } => (root, start),
+        let (number, root, start) = match to.home {
+            Home::Own { .. } => (number, Some(named), 0),
+            Home::View { root, start } => (root, self.allocations.find(root), start),
         };
-        let Some(Allocation { home: Home::Own(lines), read_only, .. }) = &self.allocations[root] else {
+        let found = root.and_then(|slot| Some((slot, self.allocations.get(slot)?)));
+        let Some((root, Allocation { home: Home::Own { lines, marks }, read_only, .. })) = found else {
             return Err((
                 Kind::GlobalBounds,
                 format!("the allocation that `{}` is a view of was freed", to.name),
@@ -213,35 +235,38 @@ impl Memory {
         };
         let root_offset = start + offset;
         let host = lines.as_ptr().cast::<u8>().cast_mut().wrapping_add(root_offset);
-        Ok(Place { host, named, offset, root, root_offset, constant: *read_only })
+        Ok(Place { host, named, offset, number, root, marks, root_offset, constant: *read_only })
     }
 
     fn explain(&self, addr: u64, bytes: usize) -> String {
         // An offset in the upper half is a step back from the next allocation.
-        let number = (addr + (1 << (OFFSET_BITS - 1))) >> OFFSET_BITS;
-        let start = number << OFFSET_BITS;
-        match self.get(number) {
-            Some(Some(to)) if addr < start => {
+        let number = ((addr as u128 + (1 << (OFFSET_BITS - 1))) >> OFFSET_BITS) as u32;
+        let start = (number as u64) << OFFSET_BITS;
+        match self.allocations.find(number).and_then(|slot| self.allocations.get(slot)) {
+            Some(to) if addr < start => {
                 format!("it begins {} bytes before the start of `{}`", start - addr, to.name)
             }
-            Some(Some(to)) => {
+            Some(to) => {
                 let end = addr - start + bytes as u64;
                 let past = end - to.bytes as u64;
                 format!("it ends {past} bytes past the end of `{}` ({} bytes)", to.name, to.bytes)
             }
-            Some(None) => format!("the allocation of address {addr:#x} was freed"),
+            None if self.allocations.is_gone(number) => {
+                format!("the allocation of address {addr:#x} was freed")
+            }
             None => format!("address {addr:#x} belongs to no allocation"),
         }
     }
 
+    /// Name of the allocation in a slot.
     pub(super) fn name(&self, allocation: usize) -> &str {
-        self.allocations[allocation].as_ref().map_or("(freed)", |a| &a.name)
+        self.allocations.get(allocation).map_or("(freed)", |a| &a.name)
     }
 
-    /// Size in bytes of each allocation that kernels may write; 0 for the others, views among them.
+    /// For each slot, the size in bytes of an allocation that kernels may write; 0 for the others, views among them.
     pub(super) fn writable_bytes(&self) -> impl Iterator<Item = usize> + '_ {
         self.allocations.iter().map(|allocation| match allocation {
-            Some(Allocation { home: Home::Own(_), read_only: false, bytes, .. }) => *bytes,
+            Some(Allocation { home: Home::Own { .. }, read_only: false, bytes, .. }) => *bytes,
             _ => 0,
         })
     }

@@ -29,19 +29,29 @@
 //! | [`Kind`] | found by |
 //! |---|---|
 //! | `Race` | vector clocks over shared memory (`race.rs`): no lucky schedule hides a missing barrier; between blocks of a cluster, the phase of its barrier (`cluster.rs`) |
-//! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by a copy |
+//! | `Uninitialised`, `AsyncCopy` | the same shadow: bytes never written, or under way by a copy; its source overwritten meanwhile, or its block at an end (`copies.rs`) |
 //! | `SharedBounds`, `Misaligned` | each pointer carries the bounds of its array (`access.rs`) |
-//! | `GlobalBounds`, `ReadOnly` | device addresses name their allocation (`memory.rs`) |
+//! | `GlobalBounds`, `ReadOnly` | device addresses name their allocation (`memory.rs`), whose numbers are not used again |
 //! | `GlobalRace` | last writer and reader of each element (`global_race.rs`) |
-//! | `MBarrier` | barriers in shared memory by address (`bulk.rs`): made once, before they are used |
-//! | `Divergence`, `Deadlock` | collectives that do not fit together, or never complete |
+//! | `Overlap` | launches as programmatic dependent launch lets them overlap (`overlap.rs`): the last launches that wrote and read each word, and the clocks; for launches with [`Options::overlap`], as those of a whole emulated device are |
+//! | `MBarrier` | barriers in shared memory by address (`bulk.rs`): made once, and published, before they are used |
+//! | `Divergence`, `Deadlock` | collectives that do not fit together, or never complete; loops that access memory without end |
 //! | `Panic` | a kernel's own assertion |
 //!
 //! # What is not modelled
 //! Timing, caches, the order of tensor-core additions, and the last bits of approximate functions: compare floats with
 //! a tolerance. Threads that have ended do not count as arrived at a barrier, though hardware is more lenient there. An
-//! endless loop without any primitive is not noticed. A kernel that needs more stack than
+//! endless loop that neither accesses memory nor meets other lanes is not noticed. A kernel that needs more stack than
 //! [`Options::stack_bytes`] hits a guard page and takes the process with it.
+//!
+//! Of launches that overlap only what the rules say is checked, with the launches themselves run in turn: nothing is stale
+//! here, and no block waits for room. A thread that learns through global memory that another has waited counts as one that
+//! has not; and a launch is as early as its earliest block. Of `bulk::publish` the other half, which makes what earlier
+//! launches wrote known to the copy engine, is not asked for.
+//!
+//! In global memory some races are missed, as `global_race.rs` says: within a block those of a write with a read that comes
+//! before it, between blocks those with any but the last of several reads. Which of them depends on the schedule, so it
+//! helps to run several.
 
 pub(crate) mod access;
 pub(crate) mod atomics;
@@ -55,8 +65,10 @@ mod launch;
 mod memory;
 pub(crate) mod numeric;
 mod options;
+pub(crate) mod overlap;
 mod race;
 mod report;
+mod slots;
 mod stack;
 mod tensor;
 pub(crate) mod warp;

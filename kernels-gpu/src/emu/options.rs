@@ -12,7 +12,7 @@ pub enum Order {
     Random(u64),
 }
 
-/// How a launch runs. The default has every check on.
+/// How a launch runs. The default has every check on but those of launches that overlap.
 #[derive(Clone, Copy, Debug)]
 pub struct Options {
     /// OS threads that run blocks; 0: as many as the machine has.
@@ -30,7 +30,14 @@ pub struct Options {
     /// Report unordered accesses to the same global memory, by two blocks or by two threads of one. Costs about 10 ns
     /// for every 2 bytes that move to or from writable allocations.
     pub global_races: bool,
-    /// Switches a block may use before it is called a livelock.
+    /// Launches on one [`Memory`](super::Memory) overlap, as programmatic dependent launch lets them, and keep the rules of
+    /// [`overlap`](crate::common::overlap): a thread touches nothing that a launch before may still use until it has called
+    /// [`wait_for_previous`](crate::simt::grid::wait_for_previous), nothing that one may write is read as a constant, and every
+    /// block waits. Needs `races`. If off, a launch
+    /// begins when those before it have ended, as one does behind [`Memory::synchronize`](super::Memory::synchronize). Keeps
+    /// 16 bytes for every 4 that kernels touch in writable allocations.
+    pub overlap: bool,
+    /// Switches of lanes and accesses to memory that a block may use before it is called a livelock.
     pub budget: u64,
 }
 
@@ -44,7 +51,8 @@ impl Default for Options {
             races: true,
             uninitialised: true,
             global_races: true,
-            budget: 1 << 32,
+            overlap: false,
+            budget: 1 << 30,
         }
     }
 }

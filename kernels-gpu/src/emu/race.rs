@@ -23,7 +23,8 @@ use super::report::{Kind, Site};
 /// Bytes of shared memory per cell.
 const CELL: usize = 2;
 
-/// What a synchronisation passes on: for each thread of the block, then for each barrier in shared memory, a count.
+/// What a synchronisation passes on: for each thread of the block, then for each barrier in shared memory, a count; and
+/// last, 1 if a thread it comes from is behind the wait for the launches before this one ([`overlap`](super::overlap)).
 pub(crate) type Clock = Vec<u32>;
 
 /// The clocks of a block's threads.
@@ -32,6 +33,8 @@ pub(crate) struct Clocks {
     /// Per thread: its own count, and the row of `rows` that holds what it knows of the others.
     own: Vec<u32>,
     row: Vec<usize>,
+    /// Per thread: whether it has waited for the launches before this one.
+    waited: Vec<bool>,
     rows: Vec<Clock>,
     users: Vec<usize>,
     spare_rows: Vec<usize>,
@@ -46,11 +49,34 @@ impl Clocks {
         self.own.clear();
         self.own.resize(threads, 1);
         let mut nothing = self.empty();
-        nothing.resize(threads + MAX_BARRIERS, 0);
+        nothing.resize(threads + MAX_BARRIERS + 1, 0);
         self.rows.push(nothing);
         self.users.push(threads);
         self.row.clear();
         self.row.resize(threads, 0);
+        self.waited.clear();
+        self.waited.resize(threads, false);
+    }
+
+    /// `thread` waits for the launches before this one.
+    pub fn wait_for_launches(&mut self, thread: usize) {
+        self.waited[thread] = true;
+    }
+
+    /// Every thread has waited for them, or is ordered behind one that has.
+    pub fn all_wait_for_launches(&mut self) {
+        self.waited.fill(true);
+    }
+
+    /// Whether some thread has.
+    pub fn any_waited(&self) -> bool {
+        self.waited.contains(&true)
+    }
+
+    /// Whether `thread` has, or is ordered behind one that has.
+    #[inline]
+    pub fn is_behind_wait(&self, thread: usize) -> bool {
+        self.waited[thread] || self.rows[self.row[thread]][self.own.len() + MAX_BARRIERS] != 0
     }
 
     /// How often `thread` has synchronised.
@@ -81,6 +107,9 @@ impl Clocks {
             clock.iter_mut().zip(row).for_each(|(known, new)| *known = (*known).max(*new));
         }
         clock[thread] = self.own[thread];
+        if self.waited[thread] {
+            clock[self.own.len() + MAX_BARRIERS] = 1;
+        }
     }
 
     /// Gives `threads` the knowledge in `clock`. What they do from now on is not part of it.

@@ -35,6 +35,8 @@ pub enum Kind {
     /// Two blocks, or two threads of one, touched the same global memory, one of them writing, with nothing that orders
     /// them.
     GlobalRace,
+    /// Launches overlap, and this one touched what an unfinished one before it uses, or ended without having waited.
+    Overlap,
     /// The kernel panicked.
     Panic,
 }

@@ -12,7 +12,7 @@ use crate::emu::access::Access;
 use crate::emu::barrier::{self, Arrival};
 use crate::emu::block::{suspend, with};
 use crate::emu::warp::{self, Op};
-use crate::emu::{access, atomics, bulk, cluster, copies, numeric};
+use crate::emu::{access, atomics, bulk, cluster, copies, numeric, overlap};
 
 #[inline(always)]
 fn wait_if(must_wait: bool) {
@@ -195,16 +195,37 @@ pub unsafe fn atomic_max_shared(p: Shared<u32>, value: u32) -> u32 {
 
 // Global memory.
 
+/// The host address of what `addr` points to, checked; now and then lets other lanes run first.
+#[inline(always)]
+#[track_caller]
+fn global<T: Pod>(addr: u64, access: Access) -> *mut T {
+    let site = Location::caller();
+    wait_if(access::tires());
+    access::global(addr, size_of::<T>(), access, site).cast()
+}
+
 #[inline(always)]
 #[track_caller]
 pub unsafe fn load_global<T: Pod>(addr: u64) -> T {
-    access::global(addr, size_of::<T>(), Access::Read, Location::caller()).cast::<T>().read()
+    global::<T>(addr, Access::Read).read()
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global_once<T: Pod>(addr: u64) -> T {
+    load_global(addr)
+}
+
+#[inline(always)]
+#[track_caller]
+pub unsafe fn load_global_settled<T: Pod>(addr: u64) -> T {
+    load_global(addr)
 }
 
 #[inline(always)]
 #[track_caller]
 pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
-    access::global(addr, size_of::<T>(), Access::ReadConstant, Location::caller()).cast::<T>().read()
+    global::<T>(addr, Access::ReadConstant).read()
 }
 
 #[inline(always)]
@@ -222,7 +243,7 @@ pub unsafe fn load_global_stream_row<T: Pod>(addr: u64) -> T {
 #[inline(always)]
 #[track_caller]
 pub unsafe fn store_global<T: Pod>(addr: u64, value: T) {
-    access::global(addr, size_of::<T>(), Access::Write, Location::caller()).cast::<T>().write(value)
+    global::<T>(addr, Access::Write).write(value)
 }
 
 #[inline(always)]
@@ -299,13 +320,15 @@ pub fn fence() {
     atomics::fence()
 }
 
-/// Launches run one after the other here.
 #[inline(always)]
-pub fn launch_dependents() {}
+pub fn launch_dependents() {
+    overlap::launch_dependents()
+}
 
-/// Launches run one after the other here.
 #[inline(always)]
-pub fn wait_for_previous() {}
+pub fn wait_for_previous() {
+    overlap::wait_for_previous()
+}
 
 // Clusters.
 
@@ -404,9 +427,11 @@ pub fn mbarrier_wait(word: Shared<u64>, parity: u32) {
     }
 }
 
-/// The emulator has one view of memory.
+/// Of memory the emulator has one view.
 #[inline(always)]
-pub fn publish_mbarriers() {}
+pub fn publish_mbarriers() {
+    bulk::publish()
+}
 
 #[inline(always)]
 #[track_caller]

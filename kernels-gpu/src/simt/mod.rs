@@ -26,19 +26,19 @@ pub mod data;
 pub mod global;
 pub mod shared;
 
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod bulk;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod cluster;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod grid;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod math;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod tensor;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod thread;
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
+#[cfg(feature = "kernels")]
 pub mod warp;
 
 #[cfg(all(feature = "emulator", not(target_arch = "nvptx64")))]

@@ -296,6 +296,16 @@ pub unsafe fn load_global<T: Pod>(addr: u64) -> T {
 }
 
 #[inline(always)]
+pub unsafe fn load_global_once<T: Pod>(addr: u64) -> T {
+    load!("ld.global.L1::no_allocate", T, reg64 addr, pure, readonly, nostack)
+}
+
+#[inline(always)]
+pub unsafe fn load_global_settled<T: Pod>(addr: u64) -> T {
+    load!("ld.global", T, reg64 addr, pure, nomem, nostack)
+}
+
+#[inline(always)]
 pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
     load!("ld.global.nc", T, reg64 addr, pure, nomem, nostack)
 }

@@ -31,8 +31,8 @@ use core::marker::PhantomData;
 
 use super::data::Pod;
 
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-use super::imp;
+#[cfg(feature = "kernels")]
+mod access;
 
 /// Alignment of the whole of shared memory, and the largest a [`Region`] can ask for (128-byte swizzled tiles of bulk
 /// copies need 1024).
@@ -140,97 +140,5 @@ impl<T> Copy for Shared<T> {}
 impl<T> fmt::Debug for Shared<T> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Shared({} in {}..{})", self.addr, self.begin, self.end)
-    }
-}
-
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-impl<T: Pod> Region<T> {
-    /// The array itself, for the block that runs.
-    #[inline(always)]
-    pub fn get(self) -> Shared<T> {
-        let base = imp::shared_base();
-        let addr = base + self.offset;
-        Shared { addr, begin: addr, end: addr + self.bytes(), element: PhantomData }
-    }
-}
-
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-impl<T: Pod> Shared<T> {
-    /// The address in the shared window, as instructions take it.
-    #[inline(always)]
-    pub fn addr(self) -> u32 {
-        self.addr
-    }
-
-    /// The array's first and last byte + 1, in the shared window.
-    #[cfg(feature = "emulator")]
-    #[inline(always)]
-    pub(super) fn bounds(self) -> (u32, u32) {
-        (self.begin, self.end)
-    }
-
-    /// `count` elements further.
-    #[inline(always)]
-    #[allow(clippy::should_implement_trait)] // as the raw pointers' `add`
-    pub fn add(self, count: u32) -> Shared<T> {
-        Shared { addr: self.addr.wrapping_add(count.wrapping_mul(size_of::<T>() as u32)), ..self }
-    }
-
-    /// `count` bytes further: for swizzled tiles, whose rows are counted in bytes.
-    #[inline(always)]
-    pub fn byte_add(self, count: u32) -> Shared<T> {
-        Shared { addr: self.addr.wrapping_add(count), ..self }
-    }
-
-    /// The same address, read as another type.
-    #[inline(always)]
-    pub fn cast<U: Pod>(self) -> Shared<U> {
-        Shared { addr: self.addr, begin: self.begin, end: self.end, element: PhantomData }
-    }
-
-    /// Loads one value (`ld.shared`, one instruction up to 16 bytes).
-    ///
-    /// # Safety
-    /// - The value lies inside the pointer's array, at a multiple of its size.
-    /// - It was written before, and a barrier or [`sync_warp`](super::warp::sync_warp) lies between that and this if
-    ///   another thread wrote it.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn load(self) -> T {
-        imp::load_shared(self)
-    }
-
-    /// Stores one value (`st.shared`, one instruction up to 16 bytes).
-    ///
-    /// # Safety
-    /// - The value lies inside the pointer's array, at a multiple of its size.
-    /// - A barrier or [`sync_warp`](super::warp::sync_warp) lies between this and any access by another thread.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn store(self, value: T) {
-        imp::store_shared(self, value)
-    }
-}
-
-#[cfg(any(target_arch = "nvptx64", feature = "emulator"))]
-impl Shared<u32> {
-    /// Adds `value`, wrapping, and returns what was there (`atom.shared.add.u32`).
-    ///
-    /// # Safety
-    /// - As for [`Shared::load`], but other threads' atomics need no barrier in between.
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn atomic_add(self, value: u32) -> u32 {
-        imp::atomic_add_shared(self, value)
-    }
-
-    /// Replaces the value by the larger of it and `value`; returns what was there (`atom.shared.max.u32`).
-    ///
-    /// # Safety
-    /// - As for [`Shared::atomic_add`].
-    #[inline(always)]
-    #[track_caller]
-    pub unsafe fn atomic_max(self, value: u32) -> u32 {
-        imp::atomic_max_shared(self, value)
     }
 }

@@ -4,20 +4,21 @@
 //! the caller's current context if that belongs to the device; no other context is ever made. Every call makes the
 //! context current for its own duration and leaves the thread as it was.
 
-use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_void};
 use std::ptr::null_mut;
-use std::sync::{Arc, Mutex, MutexGuard, RwLock, RwLockReadGuard, Weak};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use cust::sys::{self, CUresult};
-use kernels_gpu::entries::Entry;
+use kernels_gpu::entries::{self, Entry, Key, Op};
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
-use kernels_gpu::score::STREAM_BYTES_OF_SM;
+use kernels_gpu::limits::{MAX_CLUSTER, PORTABLE_CLUSTER};
+use kernels_gpu::ops::score_stream::STREAM_BYTES_OF_SM;
+use kernels_gpu::ops::top_k::cluster_dims;
 use rayon::prelude::*;
 use tokenselect_ptx::Ptx;
 
-use super::driver::{Captured, Driver, Event, check_launch, while_capturing};
+use super::driver::{Captured, Driver, Event, LaunchOrder, check_launch, while_capturing};
 use crate::error::{Error, Result};
 
 /// One GPU and one stream on it.
@@ -28,6 +29,8 @@ pub(crate) struct CudaDriver {
     kernels: Arc<Kernels>,
     context: Context,
     stream: Stream,
+    /// That of the stream.
+    order: Arc<LaunchOrder>,
     capturing: Mutex<Capturing>,
 }
 
@@ -132,8 +135,6 @@ struct Stream {
     owned: bool,
 }
 
-/// Blocks of a cluster that every device has that has clusters at all.
-const PORTABLE_CLUSTER: u32 = 8;
 /// `CU_FUNC_ATTRIBUTE_NON_PORTABLE_CLUSTER_SIZE_ALLOWED`, which `cust`'s bindings lack.
 const NON_PORTABLE_CLUSTER_SIZE_ALLOWED: u32 = 14;
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
@@ -195,19 +196,17 @@ type MaxActiveClusters = unsafe extern "C" fn(*mut i32, sys::CUfunction, *const 
 /// The kernels of a context, each loaded once, when it is first needed, however many devices share it.
 struct Kernels {
     context: sys::CUcontext,
-    ptx: Ptx,
+    ptx: &'static Ptx,
     /// Dynamic shared memory that each may use.
     shared_bytes: u32,
-    loaded: RwLock<Loaded>,
+    /// By [`Entry::index`].
+    loaded: [OnceLock<Kernel>; entries::COUNT],
+    /// What loading took.
+    load_time: Mutex<Duration>,
     /// The driver's function for launches that overlap; `None` where the driver or the device has none.
     overlapping: Option<LaunchKernelEx>,
-}
-
-#[derive(Default)]
-struct Loaded {
-    by_name: HashMap<&'static str, Kernel>,
-    /// What it took.
-    time: Duration,
+    /// What was launched last on each stream, which several devices may share.
+    orders: Mutex<Vec<(usize, Weak<LaunchOrder>)>>,
 }
 
 /// A kernel in a module of its own.
@@ -223,7 +222,7 @@ unsafe impl Send for Kernel {}
 unsafe impl Sync for Kernel {}
 // SAFETY: as above.
 unsafe impl Send for Kernels {}
-// SAFETY: as above; the map is behind a lock.
+// SAFETY: as above.
 unsafe impl Sync for Kernels {}
 
 /// Kernels by the address of their context. A context of the caller's may end when its devices are gone, and another
@@ -232,7 +231,7 @@ static LOADED: Mutex<Vec<(usize, Weak<Kernels>)>> = Mutex::new(Vec::new());
 
 impl Kernels {
     /// The kernels of a context.
-    fn of(name: &str, context: &Context, ptx: Ptx, shared_bytes: u32) -> Result<Arc<Self>> {
+    fn of(name: &str, context: &Context, ptx: &'static Ptx, shared_bytes: u32) -> Result<Arc<Self>> {
         let mut loaded = LOADED.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         loaded.retain(|(_, kernels)| kernels.strong_count() > 0);
         let key = context.raw as usize;
@@ -240,10 +239,15 @@ impl Kernels {
         if let Some(kernels) = found.and_then(|(_, kernels)| kernels.upgrade()) {
             return Ok(kernels);
         }
-        let overlapping = overlapping(&ptx);
-        let (raw, kernels) = (context.raw, RwLock::default());
-        let kernels = Kernels { context: raw, ptx, shared_bytes, loaded: kernels, overlapping };
-        let kernels = Arc::new(kernels);
+        let kernels = Arc::new(Kernels {
+            context: context.raw,
+            ptx,
+            shared_bytes,
+            loaded: [const { OnceLock::new() }; entries::COUNT],
+            load_time: Mutex::default(),
+            overlapping: overlapping(ptx),
+            orders: Mutex::default(),
+        });
         if let Some(device) = context.retained {
             // A primary context and its kernels are held for good: loading them again would take longer than a step.
             let mut primary = null_mut();
@@ -254,23 +258,39 @@ impl Kernels {
         Ok(kernels)
     }
 
+    /// What was launched last on a stream.
+    fn order(&self, stream: sys::CUstream) -> Arc<LaunchOrder> {
+        let mut orders = self.orders.lock().unwrap_or_else(PoisonError::into_inner);
+        orders.retain(|(_, order)| order.strong_count() > 0);
+        // The default stream has two handles: null and `CU_STREAM_LEGACY`.
+        let stream = if stream as usize == 1 { 0 } else { stream as usize };
+        let found = orders.iter().find(|(other, _)| *other == stream);
+        if let Some(order) = found.and_then(|(_, order)| order.upgrade()) {
+            return order;
+        }
+        let order = Arc::new(LaunchOrder::default());
+        orders.push((stream, Arc::downgrade(&order)));
+        order
+    }
+
     /// The function of an entry, if it is loaded.
     fn find(&self, entry: &Entry) -> Option<sys::CUfunction> {
-        self.read().by_name.get(entry.name).map(|kernel| kernel.function)
+        self.loaded.get(entry.index)?.get().map(|kernel| kernel.function)
     }
 
     /// Loads those of `entries` that are not loaded yet, several at a time. A kernel that another thread loads meanwhile
-    /// is loaded twice, and one of the two dropped: no lock is held while the driver compiles.
+    /// is loaded twice, and one of the two dropped: nobody waits for another thread's compiling.
     fn load(&self, name: &str, entries: &[&'static Entry]) -> Result<()> {
         let begin = Instant::now();
         let missing: Vec<_> = entries.iter().filter(|entry| self.find(entry).is_none()).collect();
-        let load = |entry: &&&'static Entry| Ok((entry.name, self.compile(name, entry)?));
-        let fresh = missing.par_iter().map(load).collect::<Result<Vec<_>>>()?;
-        let mut loaded = self.loaded.write().unwrap_or_else(|poisoned| poisoned.into_inner());
-        for (name, kernel) in fresh {
-            loaded.by_name.entry(name).or_insert(kernel);
-        }
-        loaded.time += begin.elapsed();
+        missing.par_iter().try_for_each(|entry| {
+            let kernel = self.compile(name, entry)?;
+            if let Some(place) = self.loaded.get(entry.index) {
+                let _ = place.set(kernel); // refused and dropped where another thread was faster
+            }
+            Ok(())
+        })?;
+        *self.load_time.lock().unwrap_or_else(PoisonError::into_inner) += begin.elapsed();
         Ok(())
     }
 
@@ -295,10 +315,6 @@ impl Kernels {
             allow_large_clusters(kernel.function); // `largest_cluster` asks whether it can be
         }
         Ok(kernel)
-    }
-
-    fn read(&self) -> RwLockReadGuard<'_, Loaded> {
-        self.loaded.read().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 }
 
@@ -334,25 +350,27 @@ fn allow_large_clusters(function: sys::CUfunction) -> bool {
 }
 
 impl Kernels {
-    /// Blocks of a cluster at most: those that every device with clusters has, or twice as many where blocks that take an
-    /// SM each find so many SMs side by side.
-    fn largest_cluster(&self, name: &str) -> Result<u32> {
+    /// Blocks of a cluster at most: those that every device with clusters has, or as many as `top_k`, whose launches they
+    /// are, finds side by side. Loads its kernel.
+    fn largest_cluster(&self, name: &str, gpu: &GpuInfo) -> Result<u32> {
         if self.overlapping.is_none() {
             return Ok(1);
         }
         // SAFETY: the driver's function of that name has this signature.
         let count = unsafe { driver_function::<MaxActiveClusters>(c"cuOccupancyMaxActiveClusters") };
-        let (Some(count), Some(entry)) = (count, Entry::find("conformance_cluster")) else {
+        let with_clusters = GpuInfo { limits: Limits { cluster: MAX_CLUSTER, ..gpu.limits }, ..*gpu };
+        let (Some(count), Ok(entry), Some(dims)) =
+            (count, Entry::find(Op::TopKChooseInCluster, Key::NONE), cluster_dims(&with_clusters, 1, 1))
+        else {
             return Ok(PORTABLE_CLUSTER);
         };
         self.load(name, &[entry])?;
         let Some(function) = self.find(entry) else { return Ok(PORTABLE_CLUSTER) };
-        let blocks = 2 * PORTABLE_CLUSTER;
-        let mut cluster = LaunchAttribute::cluster_of(blocks);
+        let mut cluster = LaunchAttribute::cluster_of(MAX_CLUSTER);
         let config = LaunchConfig {
-            grid: [blocks, 1, 1],
-            block: [1024, 1, 1],
-            shared_bytes: self.shared_bytes,
+            grid: [MAX_CLUSTER, 1, 1],
+            block: dims.block,
+            shared_bytes: dims.shared_bytes,
             stream: null_mut(),
             attributes: &mut cluster,
             num_attributes: 1,
@@ -360,7 +378,8 @@ impl Kernels {
         let mut clusters = 0;
         // SAFETY: `clusters` and `config` live through the call.
         let counted = unsafe { count(&mut clusters, function, &config) } == CUresult::CUDA_SUCCESS;
-        Ok(if allow_large_clusters(function) && counted && clusters > 0 { blocks } else { PORTABLE_CLUSTER })
+        let fits = allow_large_clusters(function) && counted && clusters > 0;
+        Ok(if fits { MAX_CLUSTER } else { PORTABLE_CLUSTER })
     }
 }
 
@@ -405,7 +424,7 @@ impl CudaDriver {
         let context = Context::of(&name, device)?;
         let entered = context.enter(&name)?;
         let kernels = Kernels::of(&name, &context, ptx, gpu.limits.shared_bytes)?;
-        gpu.limits.cluster = kernels.largest_cluster(&name)?;
+        gpu.limits.cluster = kernels.largest_cluster(&name, &gpu)?;
         let stream = match stream {
             Some(raw) => Stream { raw, owned: false },
             None => {
@@ -416,7 +435,8 @@ impl CudaDriver {
             }
         };
         drop(entered);
-        Ok(CudaDriver { name, gpu, kernels, context, stream, capturing: Mutex::default() })
+        let order = kernels.order(stream.raw);
+        Ok(CudaDriver { name, gpu, kernels, context, stream, order, capturing: Mutex::default() })
     }
 
     fn enter(&self) -> Result<Entered> {
@@ -451,7 +471,7 @@ fn model(name: &str, device: sys::CUdevice) -> Result<String> {
 }
 
 /// What the device can launch, and the kernels for it.
-fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
+fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, &'static Ptx)> {
     use sys::CUdevice_attribute as Attribute;
     let get = |attribute| {
         let mut value = 0;
@@ -465,7 +485,7 @@ fn capabilities(name: &str, device: sys::CUdevice) -> Result<(GpuInfo, Ptx)> {
         return Err(Error::Unsupported { device: name.to_owned(), op: "any operation", what });
     };
     // The other PTX has the entries that need clusters or bulk copies, but they stop the launch.
-    let has_clusters = ptx == tokenselect_ptx::SM_90A;
+    let has_clusters = ptx.name == tokenselect_ptx::SM_90A.name;
     let limits = Limits {
         grid: [
             get(Attribute::CU_DEVICE_ATTRIBUTE_MAX_GRID_DIM_X)?,
@@ -496,7 +516,7 @@ impl Driver for CudaDriver {
     }
 
     fn load_time(&self) -> Duration {
-        self.kernels.read().time
+        *self.kernels.load_time.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn prepare(&self, entries: &[&'static Entry]) -> Result<()> {
@@ -552,7 +572,11 @@ impl Driver for CudaDriver {
         cuda!(&self.name, cuMemcpyDtoDAsync_v2(to, from, bytes, self.stream.raw))
     }
 
-    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8]) -> Result<()> {
+    fn order(&self) -> &LaunchOrder {
+        &self.order
+    }
+
+    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8], overlaps: bool) -> Result<()> {
         check_launch(self, entry, &dims, params)?;
         let _entered = self.enter()?;
         let fail = |reason: String| Error::Launch { device: self.name.clone(), kernel: entry.name, reason };
@@ -562,16 +586,18 @@ impl Driver for CudaDriver {
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
         if let Some(launch) = self.kernels.overlapping {
             let mut attributes = [LaunchAttribute::overlapping(), LaunchAttribute::cluster_of(dims.cluster)];
+            // The first of the two, the second, both or none.
+            let attributes = &mut attributes[usize::from(!overlaps)..1 + usize::from(dims.cluster > 1)];
             let config = LaunchConfig {
                 grid: dims.grid,
                 block: dims.block,
                 shared_bytes: dims.shared_bytes,
                 stream: self.stream.raw,
                 attributes: attributes.as_mut_ptr(),
-                num_attributes: 1 + u32::from(dims.cluster > 1),
+                num_attributes: attributes.len() as u32,
             };
-            // SAFETY: as below; kernels wait for those before them, as `entries` demands, before they read or write what
-            // those have written.
+            // SAFETY: as below; kernels wait for those before them, as `overlap` of the kernels demands, before they read or write
+            // what those have written.
             let code = unsafe { launch(&config, function, arguments.as_mut_ptr(), null_mut()) };
             return check(&self.name, "cuLaunchKernelEx", code).map_err(|error| fail(error.to_string()));
         }
@@ -618,10 +644,12 @@ impl Driver for CudaDriver {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         cuda!(&self.name, cuStreamBeginCapture_v2(self.stream.raw, mode))?;
         self.capturing().active = true;
+        self.order.forget();
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Captured> {
+        self.order.forget();
         let _entered = self.enter()?;
         let mut graph = CudaGraph { graph: null_mut(), exec: null_mut() };
         let ended = cuda!(&self.name, cuStreamEndCapture(self.stream.raw, &mut graph.graph));
@@ -638,6 +666,7 @@ impl Driver for CudaDriver {
         };
         let _one_at_a_time = self.capturing();
         let _entered = self.enter()?;
+        self.order.forget();
         cuda!(&self.name, cuGraphLaunch(graph.exec, self.stream.raw))
     }
 }

@@ -1,9 +1,11 @@
 //! What the GPU backend asks of a driver: memory, copies, launches and events, all in the order of one stream.
 
 use std::fmt;
+use std::ops::Range;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use kernels_gpu::entries::Entry;
+use kernels_gpu::entries::{Entry, Op};
 use kernels_gpu::launch::{Dims, GpuInfo};
 
 use crate::error::{Error, Result};
@@ -58,12 +60,17 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// Copies within the device; the ranges do not overlap.
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()>;
 
-    /// Starts a kernel, which is loaded first if it must. `params` are the bytes of the entry's parameter struct.
+    /// What was launched last.
+    fn order(&self) -> &LaunchOrder;
+
+    /// Starts a kernel, which is loaded first if it must. `params` are the bytes of the entry's parameter struct. With
+    /// `overlaps` it may begin before the launch before it has ended (see [`kernels_gpu::common::overlap`]).
     ///
     /// # Safety
     /// - The entry's own rules hold for the parameters: its pointers name memory of this device with the stated
     ///   shapes, which lives until the launch has ended.
-    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8]) -> Result<()>;
+    /// - `overlaps` is what [`LaunchOrder`] says.
+    unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8], overlaps: bool) -> Result<()>;
 
     /// Waits until everything is done.
     fn synchronize(&self) -> Result<()>;
@@ -88,15 +95,77 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     unsafe fn replay(&self, captured: &Captured) -> Result<()>;
 }
 
+/// Which launches may overlap: all but those that read through the non-coherent path what a launch may write that is still
+/// at work. Such a one is the launch before, or one before that as long as each in between lets the next begin before it has
+/// waited. What is read so are pages, and the queries, keys and values of a block.
+#[derive(Debug, Default)]
+pub(crate) struct LaunchOrder(Mutex<InFlight>);
+
+/// What launches may write that are at work when the next begins.
+#[derive(Debug)]
+struct InFlight {
+    pages: bool,
+    /// Addresses of an output of attention.
+    output: Range<u64>,
+    /// The next launch reads it.
+    output_is_read: bool,
+}
+
+impl Default for InFlight {
+    /// Anything: nothing is known of the launches before.
+    fn default() -> Self {
+        InFlight { pages: true, output: 0..u64::MAX, output_is_read: false }
+    }
+}
+
+impl LaunchOrder {
+    fn in_flight(&self) -> MutexGuard<'_, InFlight> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// What is launched next follows other launches than those seen here: where a recording begins, where it ends, and
+    /// behind a replay.
+    pub(super) fn forget(&self) {
+        *self.in_flight() = InFlight::default();
+    }
+
+    /// The next launch reads these tensors, which are at no place that is written while it runs.
+    pub(super) fn reads(&self, tensors: &[Range<u64>]) {
+        let mut in_flight = self.in_flight();
+        let output = in_flight.output.clone();
+        in_flight.output_is_read |= tensors.iter().any(|it| it.start < output.end && output.start < it.end);
+    }
+
+    /// The last launch writes this tensor.
+    pub(super) fn writes(&self, output: Range<u64>) {
+        self.in_flight().output = output;
+    }
+
+    /// Calls `launch`, which is told whether a launch of `op` may overlap, while no other one is made. With `pages_are_older`
+    /// it reads no page's token that a launch at work may write.
+    fn launch(&self, op: Op, pages_are_older: bool, launch: impl FnOnce(bool) -> Result<()>) -> Result<()> {
+        let mut in_flight = self.in_flight();
+        let ordering = op.ordering();
+        let pages_are_read = ordering.reads_constant_pages && !pages_are_older;
+        let overlaps = !(in_flight.pages && pages_are_read || in_flight.output_is_read);
+        launch(overlaps)?;
+        if !(overlaps && ordering.begins_next_early) {
+            *in_flight = InFlight { pages: false, output: 0..0, output_is_read: false };
+        }
+        in_flight.pages |= ordering.writes_pages;
+        Ok(())
+    }
+}
+
 /// The error for what cannot be recorded.
 pub(crate) fn while_capturing(op: &'static str) -> Error {
     Error::Missing { op, needs: "to happen before the capture: run the work once first" }
 }
 
 impl dyn Driver {
-    /// The entry called `name`, or the error that the device has no such kernel.
+    /// The entry called `name`, or the error that the device has no such kernel. For launches by name, which no step makes.
     pub fn entry(&self, op: &'static str, name: &str) -> Result<&'static Entry> {
-        Entry::find(name).ok_or_else(|| {
+        Entry::named(name).ok_or_else(|| {
             let what = format!("an entry `{name}`");
             Error::Unsupported { device: self.name().to_owned(), op, what }
         })
@@ -107,10 +176,37 @@ impl dyn Driver {
     /// # Safety
     /// - `P` is the entry's parameter struct, without padding, and the entry's own rules hold for it.
     pub unsafe fn launch_with<P: Copy>(&self, entry: &'static Entry, dims: Dims, params: &P) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_ordered(entry, dims, params, false) }
+    }
+
+    /// The same for a kernel that reads no page's token that the launches before it write.
+    ///
+    /// # Safety
+    /// - As for [`launch_with`](Self::launch_with).
+    pub unsafe fn launch_on_older_pages<P: Copy>(
+        &self,
+        entry: &'static Entry,
+        dims: Dims,
+        params: &P,
+    ) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.launch_ordered(entry, dims, params, true) }
+    }
+
+    unsafe fn launch_ordered<P: Copy>(
+        &self,
+        entry: &'static Entry,
+        dims: Dims,
+        params: &P,
+        pages_are_older: bool,
+    ) -> Result<()> {
+        self.prepare(&[entry])?; // before others on this stream have to wait
         // SAFETY: no padding, so all bytes are initialised.
         let bytes = unsafe { std::slice::from_raw_parts(std::ptr::from_ref(params).cast(), size_of::<P>()) };
         // SAFETY: the caller's promise.
-        unsafe { self.launch(entry, dims, bytes) }
+        let launch = |overlaps| unsafe { self.launch(entry, dims, bytes, overlaps) };
+        self.order().launch(entry.op, pages_are_older, launch)
     }
 }
 
@@ -129,5 +225,85 @@ pub(crate) fn check_launch(
     match dims.check(entry.name, &driver.gpu().limits) {
         Ok(()) => Ok(()),
         Err(error) => fail(error.fault.to_string()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Whether the last of some operations may overlap, the first behind a launch that wrote no pages.
+    fn overlaps(ops: &[Op]) -> bool {
+        let order = LaunchOrder::default();
+        let mut last = true;
+        for &op in [Op::Vote].iter().chain(ops) {
+            let launch = |overlaps| {
+                last = overlaps;
+                Ok(())
+            };
+            order.launch(op, false, launch).unwrap();
+        }
+        last
+    }
+
+    #[test]
+    fn what_reads_pages_waits_for_what_writes_them() {
+        for reads in [Op::Score, Op::AttendDecode, Op::Gather] {
+            assert!(overlaps(&[reads]) && overlaps(&[Op::Append, Op::Vote, reads]));
+            for writes in [Op::Append, Op::AppendPool] {
+                assert!(!overlaps(&[writes, reads]), "{reads:?} behind {writes:?}");
+                // These let the next launch begin before they have waited.
+                assert!(!overlaps(&[writes, Op::ScoreStream, reads]));
+                assert!(!overlaps(&[writes, Op::Pool, Op::ScoreStream, reads]));
+                // What did not overlap has waited.
+                assert!(overlaps(&[writes, Op::Gather, reads]));
+            }
+        }
+        assert!(overlaps(&[Op::Append, Op::Pool]) && overlaps(&[Op::AppendPool, Op::AttendPrefill]));
+    }
+
+    #[test]
+    fn what_reads_an_output_waits_for_it() {
+        let launch = |order: &LaunchOrder, op| {
+            let mut overlaps = true;
+            let launch = |it| {
+                overlaps = it;
+                Ok(())
+            };
+            order.launch(op, false, launch).unwrap();
+            overlaps
+        };
+        for (read, may) in [(0..100, true), (90..101, false), (199..300, false), (200..300, true)] {
+            let order = LaunchOrder::default();
+            launch(&order, Op::Merge);
+            order.writes(100..200);
+            assert!(launch(&order, Op::Pool), "reads another tensor");
+            order.reads(&[0..1, read.clone()]);
+            assert_eq!(launch(&order, Op::Append), may, "{read:?}");
+            order.reads(&[read]);
+            assert!(launch(&order, Op::Append), "the output is there");
+        }
+    }
+
+    #[test]
+    fn what_is_not_known_may_have_written_pages() {
+        let order = LaunchOrder::default();
+        let mut may = Vec::new();
+        let mut launch = |op, older| {
+            let launch = |overlaps| {
+                may.push(overlaps);
+                Ok(())
+            };
+            order.launch(op, older, launch).unwrap();
+        };
+        launch(Op::Gather, false);
+        launch(Op::Gather, false);
+        order.forget();
+        launch(Op::Score, true);
+        order.forget();
+        launch(Op::Score, false);
+        order.launch(Op::Append, false, |_| Err(while_capturing("waiting"))).unwrap_err();
+        launch(Op::Gather, false);
+        assert_eq!(may, [false, true, true, false, true], "a launch that failed wrote nothing");
     }
 }

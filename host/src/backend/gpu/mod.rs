@@ -12,22 +12,25 @@ pub(crate) mod emulated;
 mod params;
 mod scratch;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use half::f16;
-use kernels_gpu::append::AppendParams;
-use kernels_gpu::append_pool::AppendPoolParams;
-use kernels_gpu::attention::AttendParams;
-use kernels_gpu::entries::{ENTRIES, Entry};
-use kernels_gpu::forget::ForgetParams;
+use kernels_gpu::common::layout::{BatchTables, LOGIT_TILE, PageStrides};
+use kernels_gpu::common::overlap::Overlap;
+use kernels_gpu::common::rope::{HALF_SPLIT, RopeTables};
+use kernels_gpu::entries::{ENTRIES, ElementType, Entry, Key, Op, Rotation};
 use kernels_gpu::launch::Dims;
-use kernels_gpu::layout::{BatchTables, LOGIT_TILE, PageStrides};
-use kernels_gpu::merge::MergeParams;
-use kernels_gpu::pool::PoolParams;
-use kernels_gpu::rope::{HALF_SPLIT, RopeTables};
-use kernels_gpu::score::{ScoreParams, columns, tile_tokens};
-use kernels_gpu::top_k::TopKParams;
-use kernels_gpu::vote::{MAX_HEADS, VoteParams};
+use kernels_gpu::limits::{MAX_COLUMNS, columns};
+use kernels_gpu::ops::append::AppendParams;
+use kernels_gpu::ops::append_pool::AppendPoolParams;
+use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::forget::ForgetParams;
+use kernels_gpu::ops::merge::MergeParams;
+use kernels_gpu::ops::pool::PoolParams;
+use kernels_gpu::ops::score::{ScoreParams, tile_tokens};
+use kernels_gpu::ops::top_k::TopKParams;
+use kernels_gpu::ops::vote::{MAX_HEADS, VoteParams};
 
 use self::driver::Driver;
 use self::params::Pointers;
@@ -42,14 +45,14 @@ use crate::config::SelectConfig;
 use crate::error::{Error, Result};
 use crate::plan::Limits;
 use crate::rope::RopeTable;
-use crate::tensor::DType;
+use crate::tensor::{DType, TensorView};
 
 /// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128.
 const FEW_QUERY_ROWS: u32 = 64;
 
-/// Stages of keys that `score_stream` asks for while queries are pooled: about as many as arrive meanwhile. More of them
-/// keep the queries waiting; and where a row may use its selection again, they are asked for in vain.
-const STAGES_AHEAD: u32 = 2;
+/// Stages of keys that `score_stream` prefetches while queries are pooled: about as many as arrive meanwhile. More of them
+/// keep the queries waiting; and where a row may use its selection again, they are prefetched in vain.
+const PREFETCHED_STAGES: u32 = 2;
 
 /// A GPU behind a driver.
 #[derive(Debug)]
@@ -77,8 +80,9 @@ impl GpuBackend {
         Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_string() }
     }
 
-    fn entry(&self, op: &'static str, name: &str) -> Result<&'static Entry> {
-        self.driver.entry(op, name)
+    /// The kernel for what `op` needs done, compiled for these values.
+    fn entry(&self, op: &'static str, kernel: Op, key: Key) -> Result<&'static Entry> {
+        Entry::find(kernel, key).map_err(|missing| self.unsupported(op, missing))
     }
 
     /// Launches an entry.
@@ -95,49 +99,103 @@ impl GpuBackend {
             return Ok(());
         }
         // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `append_params` strides and places.
-        unsafe { self.launch(self.entry("append", "append")?, params.dims(), params) }
+        unsafe { self.launch(self.entry("append", Op::Append, Key::NONE)?, params.dims(), params) }
     }
 
     /// One launch where blocks are short, else one for each of the two. All element types have the same parameters.
     fn launch_append_pool(
         &self,
         op: &'static str,
-        dtype: &str,
+        dtype: ElementType,
         params: &AppendPoolParams<f16>,
     ) -> Result<()> {
         if params.fits() {
-            let entry = self.entry(op, &format!("append_pool_{dtype}"))?;
+            let entry = self.entry(op, Op::AppendPool, Key::of(dtype))?;
             // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths, the plan's angles cover `n_local` and the
             // block; no block is longer than the longest.
             return unsafe { self.launch(entry, params.dims(), params) };
         }
-        let entry = self.entry(op, &format!("pool_{dtype}"))?;
+        let entry = self.entry(op, Op::Pool, Key::of(dtype))?;
         self.launch_append(&params.append)?;
-        let follows_append = u32::from(params.append.num_tokens > 0);
-        let pool = PoolParams { follows_append, ..params.pool };
+        let follows_append = params.append.num_tokens > 0;
+        let overlap = if follows_append { Overlap::NONE.waiting_last() } else { Overlap::NONE };
+        let pool = PoolParams { overlap, ..params.pool };
         // SAFETY: as above.
         unsafe { self.launch(entry, pool.dims(), &pool) }
     }
 
     /// The kernel that scores these pages.
-    fn score_kernel(&self, dtype: &str, params: &ScoreParams<f16>, batch: &Batch) -> Result<ScoreKernel> {
+    fn score_kernel(
+        &self,
+        dtype: ElementType,
+        params: &ScoreParams<f16>,
+        batch: &Batch,
+    ) -> Result<ScoreKernel> {
         let (gpu, head_dim) = (self.driver.gpu(), params.head_dim);
         let Some(columns) = columns(params.group) else {
-            return Err(self.unsupported("score", format!("groups of {} heads, only up to 16", params.group)));
+            let what = format!("groups of {} heads, only up to {MAX_COLUMNS}", params.group);
+            return Err(self.unsupported("score", what));
         };
         let streams = params.streams(gpu, batch.num_token_places() as u64);
         let (kernel, dims, tile_tokens) = if streams {
-            ("score_stream", params.stream_dims(gpu), LOGIT_TILE)
+            (Op::ScoreStream, params.stream_dims(gpu), LOGIT_TILE)
         } else {
-            ("score", params.dims(gpu), tile_tokens(head_dim, columns))
+            (Op::Score, params.dims(gpu), tile_tokens(head_dim, columns))
         };
-        let entry = self.entry("score", &format!("{kernel}_{dtype}_d{head_dim}_g{columns}"))?;
+        let key = Key::of(dtype).with_head_dim(head_dim).with_columns(columns);
+        let entry = self.entry("score", kernel, key)?;
         Ok(ScoreKernel { entry, dims, tile_tokens, streams })
     }
 
-    fn launch_score(&self, kernel: &ScoreKernel, params: &ScoreParams<f16>) -> Result<()> {
-        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
-        unsafe { self.launch(kernel.entry, kernel.dims, params) }
+    fn launch_attend(&self, args: AttendArgs<'_>) -> Result<()> {
+        let (dtype, head_dim) = (self.element_type("attend", args.q.dtype())?, args.config.heads.head_dim);
+        let key = Key::of(dtype).with_head_dim(head_dim as u32);
+        // The two element types have the same parameters.
+        let gpu = self.driver.gpu();
+        let scratch = Scratch::of(&args.scratch, gpu, args.config, args.limits)?;
+        let mut params: AttendParams<f16> = self.attend_params(&args, &scratch)?;
+        if params.can_stream(gpu, head_dim as u32) {
+            params.num_splits = params.stream_splits(gpu);
+            let entry = self.entry("attend", Op::AttendStream, key)?;
+            let merge = self.entry("attend", Op::AttendStreamMerge, Key::of(dtype))?;
+            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `attend_params` strides and places.
+            return unsafe {
+                self.launch(entry, params.stream_dims(gpu, head_dim as u32), &params)?;
+                self.launch(merge, params.stream_merge_dims(head_dim as u32), &params)
+            };
+        }
+        let in_lane = params.rope.pairs_in_lane(head_dim as u32);
+        let gathers = args.rope.and_then(|_| Self::gather_params(params, &scratch, head_dim));
+        let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
+        if in_lane && (few || (args.rope.is_some() && gathers.is_none())) {
+            let rotation = match args.rope.map(|_| params.rope.pairing) {
+                None => Rotation::Native,
+                Some(HALF_SPLIT) => Rotation::HalfSplit,
+                Some(_) => Rotation::Interleaved,
+            };
+            let entry = self.entry("attend", Op::AttendDecode, key.with_rotation(rotation))?;
+            let dims = params.decode_dims(gpu, head_dim as u32);
+            // SAFETY: as above.
+            return unsafe { self.launch(entry, dims, &params) };
+        }
+        let entry = self.entry("attend", Op::AttendPrefill, key)?;
+        if args.rope.is_some() {
+            let Some(gather) = gathers else {
+                let what =
+                    "half-split pairs over a part of the head, but over lists within the plan's limits";
+                return Err(self.unsupported("attend", what));
+            };
+            let entry = self.entry("attend", Op::Gather, Key::of(dtype))?;
+            // SAFETY: as above; the scratch memory has room for all places of all lists.
+            unsafe { self.launch(entry, gather.dims(), &gather)? };
+            let head = gather.max_places as u64 * head_dim as u64;
+            params.k_pages = gather.gathered.as_const();
+            params.k_stride =
+                PageStrides { page: head * params.num_kv_heads as u64, token: head_dim as u64, head };
+            params.k_is_gathered = 1;
+        }
+        // SAFETY: as above.
+        unsafe { self.launch(entry, params.prefill_dims(head_dim as u32), &params) }
     }
 
     fn vote_kernel(&self, config: &SelectConfig) -> Result<&'static Entry> {
@@ -146,7 +204,8 @@ impl GpuBackend {
             let what = format!("{} query heads, only up to {MAX_HEADS}", heads.num_qo_heads);
             return Err(self.unsupported("vote", what));
         }
-        self.entry("vote", if heads.group().is_multiple_of(4) { "vote_by_four" } else { "vote" })
+        let kernel = if heads.group().is_multiple_of(4) { Op::VoteByFour } else { Op::Vote };
+        self.entry("vote", kernel, Key::NONE)
     }
 
     fn launch_vote(&self, entry: &'static Entry, params: &VoteParams) -> Result<()> {
@@ -157,15 +216,16 @@ impl GpuBackend {
     fn launch_top_k(&self, params: &TopKParams, votes_are_counted: bool) -> Result<()> {
         let gpu = self.driver.gpu();
         // SAFETY: `TokenSelect` has checked shapes and lengths.
-        let launch = |name, dims| unsafe { self.launch(self.entry("top_k", name)?, dims, params) };
+        let launch =
+            |kernel, dims| unsafe { self.launch(self.entry("top_k", kernel, Key::NONE)?, dims, params) };
         if !votes_are_counted {
-            launch("top_k_count", params.count_dims(gpu))?;
+            launch(Op::TopKCount, params.count_dims(gpu))?;
         }
         if let Some(dims) = params.cluster_dims(gpu) {
-            return launch("top_k_choose_in_cluster", dims);
+            return launch(Op::TopKChooseInCluster, dims);
         }
-        launch("top_k_refine", params.count_dims(gpu))?;
-        launch("top_k_choose", params.choose_dims())
+        launch(Op::TopKRefine, params.count_dims(gpu))?;
+        launch(Op::TopKChoose, params.choose_dims())
     }
 
     fn tables(&self, batch: &Batch) -> Result<BatchTables> {
@@ -176,11 +236,11 @@ impl GpuBackend {
         rope.map_or(Ok(RopeTables::none()), |rope| rope.device_tables(&self.driver))
     }
 
-    /// The name of a 2-byte type in entries.
-    fn dtype_name(&self, op: &'static str, dtype: DType) -> Result<&'static str> {
+    /// A type that kernels are compiled for.
+    fn element_type(&self, op: &'static str, dtype: DType) -> Result<ElementType> {
         match dtype {
-            DType::F16 => Ok("f16"),
-            DType::Bf16 => Ok("bf16"),
+            DType::F16 => Ok(ElementType::F16),
+            DType::Bf16 => Ok(ElementType::Bf16),
             other => Err(self.unsupported(op, format!("{other}, only for f16 and bf16"))),
         }
     }
@@ -200,7 +260,7 @@ impl Backend for GpuBackend {
     }
 
     fn prepare(&self, config: &SelectConfig) -> Result<()> {
-        let Ok(dtype) = self.dtype_name("prepare", config.dtype) else { return Ok(()) };
+        let Ok(dtype) = self.element_type("prepare", config.dtype) else { return Ok(()) };
         let (head_dim, columns) = (config.heads.head_dim as u32, columns(config.heads.group() as u32));
         let serves = |entry: &&Entry| entry.serves(dtype, head_dim, columns);
         self.driver.prepare(&ENTRIES.iter().filter(serves).collect::<Vec<_>>())
@@ -208,7 +268,7 @@ impl Backend for GpuBackend {
 
     fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()> {
         let (shape, strides) = (args.kv.shape, args.kv.strides);
-        self.dtype_name("copy_pages", args.kv.dtype())?;
+        self.element_type("copy_pages", args.kv.dtype())?;
         let (k, v) = match &args.kv.storage {
             KvStorageMut::Separate { k, v } => (self.addr_mut("k", k)?, self.addr_mut("v", v)?),
             KvStorageMut::Combined { kv, v_offset } => {
@@ -267,25 +327,28 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         // SAFETY: `made_at` is `[num_layers, num_sequences]`, and the caller has checked `sequence`.
-        unsafe { self.launch(self.entry("forget", "forget")?, params.dims(), &params) }
+        unsafe { self.launch(self.entry("forget", Op::Forget, Key::NONE)?, params.dims(), &params) }
     }
 
     fn append(&self, args: AppendArgs<'_>) -> Result<()> {
-        self.dtype_name("append", args.kv.dtype())?;
-        self.launch_append(&self.append_params(&args)?)
+        self.element_type("append", args.kv.dtype())?;
+        let params = self.append_params(&args)?;
+        self.driver.order().reads(&[range(&args.k)?, range(&args.v)?]);
+        self.launch_append(&params)
     }
 
     fn pool(&self, args: PoolArgs<'_>) -> Result<()> {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let dtype = self.dtype_name("pool", args.q.dtype())?;
+        let dtype = self.element_type("pool", args.q.dtype())?;
         let params = AppendPoolParams {
             append: AppendParams::none(self.tables(args.batch)?),
             pool: self.pool_params(&args)?,
             max_block_len: args.batch.max_block_len() as u32,
             reserved: 0,
         };
+        self.driver.order().reads(&[range(&args.q)?]);
         self.launch_append_pool("pool", dtype, &params)
     }
 
@@ -293,10 +356,11 @@ impl Backend for GpuBackend {
         if args.batch.num_rows() == 0 {
             return Ok(());
         }
-        let dtype = self.dtype_name("score", args.kv.dtype())?;
+        let dtype = self.element_type("score", args.kv.dtype())?;
         let params = self.score_params(&args)?;
         let kernel = self.score_kernel(dtype, &params, args.batch)?;
-        self.launch_score(&kernel, &params)
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_params` strides and places.
+        unsafe { self.launch(kernel.entry, kernel.dims, &params) }
     }
 
     fn vote(&self, args: VoteArgs<'_>) -> Result<()> {
@@ -312,8 +376,9 @@ impl Backend for GpuBackend {
             return Ok(());
         }
         let params = self.smooth_params(&args)?;
+        let entry = self.entry("smooth", Op::Smooth, Key::NONE)?;
         // SAFETY: `TokenSelect` has checked shapes and lengths.
-        unsafe { self.launch(self.entry("smooth", "smooth")?, params.dims(self.driver.gpu()), &params) }
+        unsafe { self.launch(entry, params.dims(self.driver.gpu()), &params) }
     }
 
     fn top_k(&self, args: TopKArgs<'_>) -> Result<()> {
@@ -332,10 +397,14 @@ impl Backend for GpuBackend {
         }
         // Kernels and parameters first, so that nothing is half done where one is missing.
         let first = if args.append().is_some() { "append" } else { "pool" };
-        let dtype = self.dtype_name(first, args.q.dtype())?;
+        let dtype = self.element_type(first, args.q.dtype())?;
+        let mut read = [range(&args.q)?, 0..0, 0..0];
         let pooled = AppendPoolParams {
             append: match args.append() {
-                Some(append) => self.append_params(&append)?,
+                Some(append) => {
+                    (read[1], read[2]) = (range(&append.k)?, range(&append.v)?);
+                    self.append_params(&append)?
+                }
                 None => AppendParams::none(self.tables(batch)?),
             },
             pool: self.pool_params(&args.pool())?,
@@ -344,18 +413,19 @@ impl Backend for GpuBackend {
         };
         let mut score = self.score_params(&args.score()?)?;
         let score_kernel = self.score_kernel(dtype, &score, batch)?;
-        // `append_pool` writes no candidate's key, and has waited for the launches before it (see `entries`).
-        if score_kernel.streams && score.spares_block() && args.cached.is_none() {
-            score.stages_ahead = STAGES_AHEAD;
-        }
-        score.folds = 0;
+        let folding = Overlap::NONE.folding_in_vote(score_kernel.tile_tokens);
+        // `append_pool` writes no candidate's key, and has waited for the launches before it; so has `append` before `pool`.
+        let prefetches = score_kernel.streams && score.spares_block() && args.cached.is_none();
+        score.overlap = if prefetches { folding.prefetching(PREFETCHED_STAGES) } else { folding };
         let mut vote = self.vote_params(&args.vote())?;
         let vote_kernel = self.vote_kernel(args.plan.config())?;
-        (vote.partial, vote.tile_tokens) = (score.partial, score_kernel.tile_tokens);
+        (vote.partial, vote.overlap) = (score.partial, folding);
         let top_k = self.top_k_params(&args.top_k())?;
 
+        self.driver.order().reads(&read);
         self.launch_append_pool(first, dtype, &pooled)?;
-        self.launch_score(&score_kernel, &score)?;
+        // SAFETY: as for `score` alone. The tokens appended above are no candidates.
+        unsafe { self.driver.launch_on_older_pages(score_kernel.entry, score_kernel.dims, &score)? };
         self.launch_vote(vote_kernel, &vote)?;
         if let Some(smooth) = args.smooth() {
             self.smooth(smooth)?;
@@ -367,54 +437,11 @@ impl Backend for GpuBackend {
         if args.batch.num_query_tokens() == 0 {
             return Ok(());
         }
-        let (dtype, head_dim) = (self.dtype_name("attend", args.q.dtype())?, args.config.heads.head_dim);
-        // The two element types have the same parameters.
-        let gpu = self.driver.gpu();
-        let scratch = Scratch::of(&args.scratch, gpu, args.config, args.limits)?;
-        let mut params: AttendParams<f16> = self.attend_params(&args, &scratch)?;
-        if params.can_stream(gpu, head_dim as u32) {
-            params.num_shares = params.stream_shares(gpu);
-            let entry = self.entry("attend", &format!("attend_stream_{dtype}_d{head_dim}"))?;
-            let merge = self.entry("attend", &format!("attend_stream_merge_{dtype}"))?;
-            // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `attend_params` strides and places.
-            return unsafe {
-                self.launch(entry, params.stream_dims(gpu, head_dim as u32), &params)?;
-                self.launch(merge, params.stream_merge_dims(head_dim as u32), &params)
-            };
-        }
-        let in_lane = params.rope.pairs_in_lane(head_dim as u32);
-        let gathers = args.rope.and_then(|_| Self::gather_params(params, &scratch, head_dim));
-        let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
-        if in_lane && (few || (args.rope.is_some() && gathers.is_none())) {
-            let keys = match args.rope.map(|_| params.rope.pairing) {
-                None => "",
-                Some(HALF_SPLIT) => "_halves",
-                Some(_) => "_neighbours",
-            };
-            let entry = self.entry("attend", &format!("attend_decode_{dtype}_d{head_dim}{keys}"))?;
-            let dims = params.decode_dims(gpu, head_dim as u32);
-            // SAFETY: as above.
-            return unsafe { self.launch(entry, dims, &params) };
-        }
-        let entry = self.entry("attend", &format!("attend_prefill_{dtype}_d{head_dim}"))?;
-        if args.rope.is_some() {
-            let Some(gather) = gathers else {
-                let what =
-                    "half-split pairs over a part of the head, but over lists within the plan's limits";
-                return Err(self.unsupported("attend", what));
-            };
-            // SAFETY: as above; the scratch memory has room for all places of all lists.
-            unsafe {
-                self.launch(self.entry("attend", &format!("gather_{dtype}"))?, gather.dims(), &gather)?
-            };
-            let head = gather.max_places as u64 * head_dim as u64;
-            params.k_pages = gather.gathered.as_const();
-            params.k_stride =
-                PageStrides { page: head * params.num_kv_heads as u64, token: head_dim as u64, head };
-            params.k_is_gathered = 1;
-        }
-        // SAFETY: as above.
-        unsafe { self.launch(entry, params.prefill_dims(head_dim as u32), &params) }
+        let (read, written) = (range(&args.q)?, range(&args.out.as_view())?);
+        self.driver.order().reads(&[read]);
+        self.launch_attend(args)?;
+        self.driver.order().writes(written);
+        Ok(())
     }
 
     fn merge(&self, args: MergeArgs<'_>) -> Result<()> {
@@ -422,9 +449,22 @@ impl Backend for GpuBackend {
         if params.num_heads == 0 {
             return Ok(());
         }
-        let entry =
-            self.entry("merge", if args.out.dtype() == DType::F16 { "merge_f16" } else { "merge_bf16" })?;
+        let dtype = match args.out.dtype() {
+            DType::F32 => ElementType::Bf16, // `out_is_f32`, which every instance knows
+            dtype => self.element_type("merge", dtype)?,
+        };
+        let entry = self.entry("merge", Op::Merge, Key::of(dtype))?;
+        let written = range(&args.out.as_view())?;
         // SAFETY: `TokenSelect` has checked the shapes.
-        unsafe { self.launch(entry, params.dims(), &params) }
+        unsafe { self.launch(entry, params.dims(), &params)? };
+        self.driver.order().writes(written);
+        Ok(())
     }
+}
+
+/// Addresses of a tensor.
+fn range(tensor: &TensorView<'_>) -> Result<Range<u64>> {
+    let begin = tensor.device_addr()?;
+    let bytes = tensor.shape().checked_len().unwrap_or(usize::MAX).saturating_mul(tensor.dtype().size());
+    Ok(begin..begin.saturating_add(bytes as u64))
 }

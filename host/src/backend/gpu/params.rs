@@ -1,17 +1,18 @@
 //! From checked arguments to kernel parameters.
 
-use kernels_gpu::append::{AppendParams, PIECE};
-use kernels_gpu::attention::AttendParams;
-use kernels_gpu::gather::GatherParams;
-use kernels_gpu::layout::{PageStrides, absent, absent_mut};
-use kernels_gpu::merge::MergeParams;
-use kernels_gpu::pool::PoolParams;
-use kernels_gpu::radix::{NO_COUNTS, wanted_counts};
-use kernels_gpu::score::ScoreParams;
+use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
+use kernels_gpu::common::overlap::Overlap;
+use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
+use kernels_gpu::ops::append::{AppendParams, PIECE};
+use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::gather::GatherParams;
+use kernels_gpu::ops::merge::MergeParams;
+use kernels_gpu::ops::pool::PoolParams;
+use kernels_gpu::ops::score::ScoreParams;
+use kernels_gpu::ops::smooth::SmoothParams;
+use kernels_gpu::ops::top_k::TopKParams;
+use kernels_gpu::ops::vote::VoteParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
-use kernels_gpu::smooth::SmoothParams;
-use kernels_gpu::top_k::TopKParams;
-use kernels_gpu::vote::VoteParams;
 
 use super::GpuBackend;
 use super::scratch::Scratch;
@@ -142,7 +143,7 @@ impl GpuBackend {
             top_k: config.top_k as u32,
             max_reuse: config.max_reuse(),
             similarity_threshold: config.selection_cache.map_or(f32::INFINITY, |c| c.similarity_threshold),
-            follows_append: 0,
+            overlap: Overlap::NONE,
         })
     }
 
@@ -165,10 +166,8 @@ impl GpuBackend {
             n_local: config.n_local as u32,
             score_scale: config.score_scale(),
             head_dim: config.heads.head_dim as u32,
-            folds: 1,
-            stages_ahead: 0,
+            overlap: Overlap::NONE,
             top_k: config.top_k as u32,
-            reserved: 0,
         })
     }
 
@@ -192,7 +191,7 @@ impl GpuBackend {
             top_k: config.top_k as u32,
             max_tokens,
             wanted: if args.counts { wanted_counts(gpu, num_rows, max_tokens) } else { NO_COUNTS },
-            tile_tokens: 0,
+            overlap: Overlap::NONE,
         })
     }
 
@@ -286,11 +285,11 @@ impl GpuBackend {
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
             sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
             soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
-            num_shares: 0,
+            num_splits: 0,
         })
     }
 
-    /// What [`gather`](kernels_gpu::gather) needs for these lists; `None` where there are none, or the workspace has no
+    /// What [`gather`](kernels_gpu::ops::gather) needs for these lists; `None` where there are none, or the workspace has no
     /// room for lists so long.
     pub(super) fn gather_params<T>(
         attend: AttendParams<T>,

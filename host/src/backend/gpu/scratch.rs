@@ -1,12 +1,12 @@
 //! Device memory that kernels use among themselves: one tensor of words, counted and carved by the same code.
 
-use kernels_gpu::attend_decode::{QUERY_ROWS, max_parts};
-use kernels_gpu::attend_stream;
+use kernels_gpu::common::radix::{BINS, RadixTables};
 use kernels_gpu::launch::GpuInfo;
-use kernels_gpu::radix::{BINS, RadixTables};
-use kernels_gpu::score::max_chunks;
+use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
+use kernels_gpu::ops::attend_stream;
+use kernels_gpu::ops::score::max_chunks;
+use kernels_gpu::ops::top_k::max_shares;
 use kernels_gpu::simt::global::GlobalMut;
-use kernels_gpu::top_k::max_shares;
 
 use crate::config::{Positions, SelectConfig};
 use crate::error::Result;

@@ -9,100 +9,103 @@ use tokenselect_ptx::source;
 use crate::compiler::Compiler;
 use crate::error::{Error, Result};
 use crate::ptxas::{self, Usage};
-use crate::{ARCHITECTURES, Architecture, Options, compile, each_architecture};
+use crate::{ARCHITECTURES, Architecture, FILES, File, Options, compile, each_file};
 
 /// One thing that is wrong with the checked-in files.
 #[derive(Debug, PartialEq, Eq, thiserror::Error)]
 pub(crate) enum Problem {
-    #[error("{architecture}: out of date, made from sources {recorded}, they are {current} now")]
-    Stale { architecture: &'static str, recorded: String, current: String },
-    #[error("{architecture}: the header says it is for {got}")]
-    WrongArchitecture { architecture: &'static str, got: String },
-    #[error("{architecture}: made by {recorded}, but the compiler here is {here}")]
-    OtherCompiler { architecture: &'static str, recorded: String, here: String },
-    #[error("{architecture}: entry `{entry}` is not in the checked-in file")]
-    Missing { architecture: &'static str, entry: String },
-    #[error("{architecture}: entry `{entry}` is in the checked-in file alone")]
-    Extra { architecture: &'static str, entry: String },
-    #[error("{architecture}: the parameters of `{entry}` take {checked_in:?} bytes, now {regenerated:?}")]
-    Parameters { architecture: &'static str, entry: String, checked_in: Vec<usize>, regenerated: Vec<usize> },
-    #[error("{architecture}: {place} differs in line {line}: checked in `{checked_in}`, now `{regenerated}`")]
-    Differs {
-        architecture: &'static str,
-        place: String,
-        line: usize,
-        checked_in: String,
-        regenerated: String,
-    },
-    #[error("{architecture}: entry `{}` uses local memory: {} bytes of stack, {} stored and {} loaded by spills",
+    #[error("{file}: out of date, made from sources {recorded}, they are {current} now")]
+    Stale { file: &'static str, recorded: String, current: String },
+    #[error("{file}: the header says it is for {got}")]
+    WrongArchitecture { file: &'static str, got: String },
+    #[error("{file}: made by {recorded}, but the compiler here is {here}")]
+    OtherCompiler { file: &'static str, recorded: String, here: String },
+    #[error("{file}: entry `{entry}` is not in the checked-in file")]
+    Missing { file: &'static str, entry: String },
+    #[error("{file}: entry `{entry}` is in the checked-in file alone")]
+    Extra { file: &'static str, entry: String },
+    #[error("{file}: the parameters of `{entry}` take {checked_in:?} bytes, now {regenerated:?}")]
+    Parameters { file: &'static str, entry: String, checked_in: Vec<usize>, regenerated: Vec<usize> },
+    #[error("{file}: {place} differs in line {line}: checked in `{checked_in}`, now `{regenerated}`")]
+    Differs { file: &'static str, place: String, line: usize, checked_in: String, regenerated: String },
+    #[error("{file}: entry `{}` uses local memory: {} bytes of stack, {} stored and {} loaded by spills",
         .usage.entry, .usage.stack, .usage.spill_stores, .usage.spill_loads)]
-    LocalMemory { architecture: &'static str, usage: Usage },
+    LocalMemory { file: &'static str, usage: Usage },
 }
 
 pub(crate) fn run(options: &Options) -> Result<()> {
     // Before the minutes that the compiler takes.
     let ptxas = ptxas::find(options)?;
-    let recorded = Header::parse(&compile::read(&ARCHITECTURES[0].file(&options.out))?)?.compiler;
+    let recorded = Header::parse(&compile::read_packed(&FILES[0].path(&options.out))?)?.compiler;
     let compiler = Compiler::find(options, Some(&recorded))?;
     eprintln!("compiler: {} ({})", compiler.version, compiler.origin);
     let sources = source::hash(&options.kernels)?;
-    let found = each_architecture(|architecture| check(architecture, options, &compiler, &ptxas, &sources))?;
+    let found = each_file(|file| check(file, options, &compiler, &ptxas, &sources))?;
     println!("{}", ptxas::version(&ptxas)?);
     let (problems, usages): (Vec<_>, Vec<_>) = found.into_iter().unzip();
-    print!("{}", table(&usages));
+    print!("{}", table(&usages_of_architectures(&usages)));
     let problems: Vec<Problem> = problems.into_iter().flatten().collect();
     if problems.is_empty() { Ok(()) } else { Err(Error::Check(problems)) }
 }
 
-/// What is wrong with the file of an architecture, and what its entries use.
+/// What is wrong with a file, and what its entries use.
 fn check(
-    architecture: Architecture,
+    file: File,
     options: &Options,
     compiler: &Compiler,
     ptxas: &Path,
     sources: &str,
 ) -> Result<(Vec<Problem>, Vec<Usage>)> {
-    let path = architecture.file(&options.out);
-    let text = compile::read(&path)?;
+    let text = compile::read_packed(&file.path(&options.out))?;
     let header = Header::parse(&text)?;
-    let mut problems = header_problems(architecture, &header, sources);
-    let regenerated = compile::compile(compiler, architecture, options)?;
+    let mut problems = header_problems(file, &header, sources);
+    let regenerated = compile::compile(compiler, file, options)?;
     if header.compiler == compiler.version {
-        problems.extend(differences(architecture.name, &text, &regenerated)?);
+        problems.extend(differences(file.name, &text, &regenerated)?);
     } else {
         let (recorded, here) = (header.compiler, compiler.version.clone());
-        let other = Problem::OtherCompiler { architecture: architecture.name, recorded, here };
+        let other = Problem::OtherCompiler { file: file.name, recorded, here };
         if options.require_same_compiler {
             problems.push(other);
         } else {
             eprintln!("NOTICE {other}: instructions are NOT compared, only entry points and parameters");
         }
-        problems.extend(interface_differences(architecture.name, &text, &regenerated)?);
+        problems.extend(interface_differences(file.name, &text, &regenerated)?);
     }
-    let used = ptxas::assemble(ptxas, architecture, &path)?;
-    problems.extend(used.iter().filter_map(|usage| local_memory(architecture.name, usage)));
-    if let Some(lower) = ptxas::lower_isa(ptxas, architecture, &text)? {
-        eprintln!("NOTICE {}: PTX {lower} would do, {} is written", architecture.name, architecture.isa);
+    let used = ptxas::assemble(ptxas, file, &text)?;
+    problems.extend(used.iter().filter_map(|usage| local_memory(file.name, usage)));
+    if let Some(lower) = ptxas::lower_isa(ptxas, file, &text)? {
+        eprintln!("NOTICE {}: PTX {lower} would do, {} is written", file.name, file.architecture.isa);
     }
     Ok((problems, used))
 }
 
-fn header_problems(architecture: Architecture, header: &Header, sources: &str) -> Vec<Problem> {
+fn header_problems(file: File, header: &Header, sources: &str) -> Vec<Problem> {
     let mut problems = Vec::new();
-    let Architecture { name: architecture, .. } = architecture;
-    if header.architecture != architecture {
-        problems.push(Problem::WrongArchitecture { architecture, got: header.architecture.clone() });
+    let File { name, architecture, .. } = file;
+    if header.architecture != architecture.name {
+        problems.push(Problem::WrongArchitecture { file: name, got: header.architecture.clone() });
     }
     if header.sources != sources {
         let (recorded, current) = (header.sources.clone(), sources.to_owned());
-        problems.push(Problem::Stale { architecture, recorded, current });
+        problems.push(Problem::Stale { file: name, recorded, current });
     }
     problems
 }
 
-fn local_memory(architecture: &'static str, usage: &Usage) -> Option<Problem> {
+/// What entries use on each architecture, from what those of each file do.
+fn usages_of_architectures(of_files: &[Vec<Usage>]) -> Vec<Vec<Usage>> {
+    let of_architecture = |architecture: Architecture| {
+        let files =
+            FILES.iter().zip(of_files).filter(|(file, _)| file.architecture.name == architecture.name);
+        files.flat_map(|(_, usages)| usages.iter().cloned()).collect()
+    };
+    ARCHITECTURES.map(of_architecture).into()
+}
+
+fn local_memory(file: &'static str, usage: &Usage) -> Option<Problem> {
     let uses = usage.stack > 0 || usage.spill_stores > 0 || usage.spill_loads > 0;
-    uses.then(|| Problem::LocalMemory { architecture, usage: usage.clone() })
+    uses.then(|| Problem::LocalMemory { file, usage: usage.clone() })
 }
 
 fn by_name(text: &str) -> Result<BTreeMap<&str, Entry<'_>>> {
@@ -110,32 +113,27 @@ fn by_name(text: &str) -> Result<BTreeMap<&str, Entry<'_>>> {
 }
 
 /// Entry points and their parameters, which do not depend on the compiler.
-fn interface_differences(architecture: &'static str, checked_in: &str, now: &str) -> Result<Vec<Problem>> {
+fn interface_differences(file: &'static str, checked_in: &str, now: &str) -> Result<Vec<Problem>> {
     let (old, new) = (by_name(checked_in)?, by_name(now)?);
     let missing = new.keys().filter(|name| !old.contains_key(*name));
-    let missing = missing.map(|name| Problem::Missing { architecture, entry: (*name).to_owned() });
+    let missing = missing.map(|name| Problem::Missing { file, entry: (*name).to_owned() });
     let extra = old.keys().filter(|name| !new.contains_key(*name));
-    let extra = extra.map(|name| Problem::Extra { architecture, entry: (*name).to_owned() });
+    let extra = extra.map(|name| Problem::Extra { file, entry: (*name).to_owned() });
     let both = old.values().filter_map(|entry| Some((entry, new.get(entry.name)?)));
     let parameters = both.filter(|(old, new)| old.param_bytes != new.param_bytes).map(|(old, new)| {
         let (checked_in, regenerated) = (old.param_bytes.clone(), new.param_bytes.clone());
-        Problem::Parameters { architecture, entry: old.name.to_owned(), checked_in, regenerated }
+        Problem::Parameters { file, entry: old.name.to_owned(), checked_in, regenerated }
     });
     Ok(missing.chain(extra).chain(parameters).collect())
 }
 
 /// Every entry that differs, and the text around the entries.
-fn differences(architecture: &'static str, checked_in: &str, now: &str) -> Result<Vec<Problem>> {
-    let mut problems = interface_differences(architecture, checked_in, now)?;
+fn differences(file: &'static str, checked_in: &str, now: &str) -> Result<Vec<Problem>> {
+    let mut problems = interface_differences(file, checked_in, now)?;
     let (old, new) = (by_name(checked_in)?, by_name(now)?);
     for (name, entry) in &old {
         if let Some(other) = new.get(name) {
-            problems.extend(first_difference(
-                architecture,
-                format!("entry `{name}`"),
-                entry.text,
-                other.text,
-            ));
+            problems.extend(first_difference(file, format!("entry `{name}`"), entry.text, other.text));
         }
     }
     let around = |text: &str, entries: &BTreeMap<&str, Entry<'_>>| {
@@ -144,24 +142,18 @@ fn differences(architecture: &'static str, checked_in: &str, now: &str) -> Resul
     };
     if problems.is_empty() {
         let place = "the text outside of the entries".to_owned();
-        problems.extend(first_difference(architecture, place, &around(checked_in, &old), &around(now, &new)));
+        problems.extend(first_difference(file, place, &around(checked_in, &old), &around(now, &new)));
     }
     Ok(problems)
 }
 
-fn first_difference(architecture: &'static str, place: String, old: &str, new: &str) -> Option<Problem> {
+fn first_difference(file: &'static str, place: String, old: &str, new: &str) -> Option<Problem> {
     if old == new {
         return None;
     }
     let same = old.lines().zip(new.lines()).take_while(|(old, new)| old == new).count();
     let line = |text: &str| text.lines().nth(same).unwrap_or("end").trim().to_owned();
-    Some(Problem::Differs {
-        architecture,
-        place,
-        line: same + 1,
-        checked_in: line(old),
-        regenerated: line(new),
-    })
+    Some(Problem::Differs { file, place, line: same + 1, checked_in: line(old), regenerated: line(new) })
 }
 
 /// One line an entry: registers, static shared memory and spills for each architecture.

@@ -1,13 +1,13 @@
-//! From the kernel crate to one PTX text.
+//! From the kernel crate to one PTX text, and how that is kept in a file.
 
 use std::path::{Path, PathBuf};
 
-use tokenselect_ptx::inspect::{Header, IsaVersion};
-use tokenselect_ptx::source;
+use tokenselect_ptx::inspect::{self, Header, IsaVersion};
+use tokenselect_ptx::{packed, source};
 
 use crate::compiler::Compiler;
 use crate::error::{Error, Result};
-use crate::{Architecture, Options};
+use crate::{Architecture, File, Options};
 
 const TARGET: &str = "nvptx64-nvidia-cuda";
 
@@ -24,14 +24,14 @@ const PROFILE: [&str; 9] = [
     "profile.ptx.strip='none'",
 ];
 
-/// Builds the kernels and returns the file's text, header included. The same sources and compiler give the same text
+/// Builds the kernels of a file and returns its text, header included. The same sources and compiler give the same text
 /// wherever they are.
-pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: &Options) -> Result<String> {
-    let Architecture { name, isa } = architecture;
-    // One folder an architecture: the assembly file's name does not tell.
-    let target_dir = absolute(&options.target_dir)?.join(name);
+pub(crate) fn compile(compiler: &Compiler, file: File, options: &Options) -> Result<String> {
+    let File { name, architecture: Architecture { name: target, isa }, features } = file;
+    // One folder an architecture, whose files share `core`.
+    let target_dir = absolute(&options.target_dir)?.join(target);
     let flags = [
-        format!("-Ctarget-cpu={name}"),
+        format!("-Ctarget-cpu={target}"),
         format!("-Ctarget-feature=+ptx{}{}", isa.major, isa.minor),
         // There is nothing to link: the PTX is the assembly.
         "-Clinker=/bin/true".to_owned(),
@@ -41,6 +41,8 @@ pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: 
         "-Cllvm-args=-jump-threading-threshold=0".to_owned(),
         // Arrays of fragments stay in registers only if every loop over them is unrolled, whatever its size.
         "-Cllvm-args=-unroll-threshold=3000".to_owned(),
+        // A kernel is one function: the assembler knows nothing of what a call needs.
+        "-Cllvm-args=-inline-threshold=1000000".to_owned(),
         // Others are left as they are: a kernel of a few microseconds spends them on fetching its code.
         "-Cllvm-args=-unroll-runtime=false".to_owned(),
         "-Cllvm-args=-unroll-allow-partial=false".to_owned(),
@@ -50,7 +52,10 @@ pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: 
     let mut command = compiler.cargo();
     command.current_dir(&options.kernels);
     command.args(["rustc", "--lib", "--crate-type", "cdylib", "--target", TARGET, "-Zbuild-std=core"]);
-    command.args(["--profile", "ptx"]).arg("--target-dir").arg(&target_dir);
+    command
+        .args(["--profile", "ptx", "--features", &["kernels", features].join(",")])
+        .arg("--target-dir")
+        .arg(&target_dir);
     for setting in PROFILE {
         command.args(["--config", setting]);
     }
@@ -64,24 +69,23 @@ pub(crate) fn compile(compiler: &Compiler, architecture: Architecture, options: 
     let run = |source| Error::Run { program: compiler.cargo_path().to_path_buf(), source };
     let status = command.status().map_err(run)?;
     if !status.success() {
-        return Err(Error::Build { architecture: name, status, compiler: compiler.version.clone() });
+        return Err(Error::Build { file: name, status, compiler: compiler.version.clone() });
     }
     let found = assembly_files(&outputs)?;
     let [assembly] = found.as_slice() else {
-        return Err(Error::Output { architecture: name, folder: outputs, found: found.len() });
+        return Err(Error::Output { file: name, folder: outputs, found: found.len() });
     };
     check_inputs(&assembly.with_extension("d"), name, &options.kernels)?;
-    let body = tidy(&bound_launches(&read(assembly)?));
+    let body = local_labels(&tidy(&bound_launches(&read(assembly)?)));
     let got = IsaVersion::of(&body)?;
     if got != isa {
-        return Err(Error::IsaVersion {
-            architecture: name,
-            expected: isa.to_string(),
-            got: got.to_string(),
-        });
+        return Err(Error::IsaVersion { file: name, expected: isa.to_string(), got: got.to_string() });
+    }
+    if let Some(function) = inspect::functions(&body).next() {
+        return Err(Error::Function { file: name, function: function.to_owned() });
     }
     let header = Header {
-        architecture: name.to_owned(),
+        architecture: target.to_owned(),
         compiler: compiler.version.clone(),
         sources: source::hash(&options.kernels)?,
     };
@@ -92,7 +96,19 @@ fn absolute(path: &Path) -> Result<PathBuf> {
     std::path::absolute(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })
 }
 
-pub(crate) fn read(path: &Path) -> Result<String> {
+/// The text of a file as it is checked in.
+pub(crate) fn read_packed(path: &Path) -> Result<String> {
+    let bytes = std::fs::read(path).and_then(|bytes| packed::unpack(&bytes));
+    bytes.map_err(|source| Error::Read { path: path.to_path_buf(), source })
+}
+
+/// Packs a text into a file.
+pub(crate) fn write_packed(path: &Path, text: &str) -> Result<usize> {
+    let written = packed::pack(text).and_then(|bytes| std::fs::write(path, &bytes).map(|()| bytes.len()));
+    written.map_err(|source| Error::Write { path: path.to_path_buf(), source })
+}
+
+fn read(path: &Path) -> Result<String> {
     std::fs::read_to_string(path).map_err(|source| Error::Read { path: path.to_path_buf(), source })
 }
 
@@ -115,12 +131,12 @@ fn assembly_files(folder: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The source hash speaks for the PTX only if it covers every file that the compiler read.
-fn check_inputs(dep_info: &Path, architecture: &'static str, kernels: &Path) -> Result<()> {
+fn check_inputs(dep_info: &Path, file: &'static str, kernels: &Path) -> Result<()> {
     let hashed = source::files(kernels)?;
     match unhashed_input(&read(dep_info)?, &hashed) {
-        Some(file) => Err(Error::Input {
-            architecture,
+        Some(input) => Err(Error::Input {
             file,
+            input,
             why: "which the source hash does not cover: move it below src/, or take it off `source::HOST_ONLY`",
         }),
         None => Ok(()),
@@ -180,9 +196,31 @@ fn tidy(text: &str) -> String {
     tidied
 }
 
+/// Labels without the number of their function, outside of which they are not seen: an entry's text is then the same
+/// whatever other entries there are, and equal code looks equal to what packs it.
+fn local_labels(text: &str) -> String {
+    const LABEL: &str = "$L__BB";
+    let mut renamed = String::with_capacity(text.len());
+    let mut parts = text.split(LABEL);
+    renamed.push_str(parts.next().unwrap_or_default());
+    for part in parts {
+        let function = part.bytes().take_while(u8::is_ascii_digit).count();
+        renamed.push_str(LABEL);
+        renamed.push_str(if part[function..].starts_with('_') { &part[function..] } else { part });
+    }
+    renamed
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn labels_lose_the_number_of_their_function() {
+        let text = "$L__BB12_3:\n\t@%p1 bra \t$L__BB12_3;\n\tbra.uni $L__BB0_10;\n";
+        assert_eq!(local_labels(text), "$L__BB_3:\n\t@%p1 bra \t$L__BB_3;\n\tbra.uni $L__BB_10;\n");
+        assert_eq!(local_labels("ret;\n"), "ret;\n");
+    }
 
     #[test]
     fn tidy_drops_comments_and_runs_of_empty_lines() {

@@ -27,21 +27,25 @@ pub(crate) enum Error {
     NoPtxas { asked: Option<PathBuf>, tried: Vec<PathBuf> },
     #[error("cannot run {}: {source}", .program.display())]
     Run { program: PathBuf, source: io::Error },
-    #[error("{architecture}: building the kernels failed ({status}), compiler {compiler}")]
-    Build { architecture: &'static str, status: ExitStatus, compiler: String },
-    #[error("{architecture}: one assembly file expected below {}, found {found}; remove that folder and try again",
+    #[error("{file}: building the kernels failed ({status}), compiler {compiler}")]
+    Build { file: &'static str, status: ExitStatus, compiler: String },
+    #[error("{file}: one assembly file expected below {}, found {found}; remove that folder and try again",
         .folder.display())]
-    Output { architecture: &'static str, folder: PathBuf, found: usize },
-    #[error("{architecture}: the compiler read `{file}`, {why}")]
-    Input { architecture: &'static str, file: String, why: &'static str },
-    #[error("{architecture}: the compiler wrote PTX {got}, asked for {expected}")]
-    IsaVersion { architecture: &'static str, expected: String, got: String },
+    Output { file: &'static str, folder: PathBuf, found: usize },
+    #[error("{file}: the compiler read `{input}`, {why}")]
+    Input { file: &'static str, input: String, why: &'static str },
+    #[error("{file}: the compiler wrote PTX {got}, asked for {expected}")]
+    IsaVersion { file: &'static str, expected: String, got: String },
+    #[error(
+        "{file}: there is a function `{function}` beside the entry points: it was not inlined, or a check can panic"
+    )]
+    Function { file: &'static str, function: String },
     #[error("cannot read {}: {source}", .path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("cannot write {}: {source}", .path.display())]
     Write { path: PathBuf, source: io::Error },
-    #[error("{architecture}: ptxas refuses the PTX\n{output}")]
-    Assemble { architecture: &'static str, output: String },
+    #[error("{file}: ptxas refuses the PTX\n{output}")]
+    Assemble { file: &'static str, output: String },
     #[error("{} found by the check, `cargo ptx` regenerates the files:{}", count(.0.len()), lines(.0))]
     Check(Vec<Problem>),
     #[error(transparent)]

@@ -6,7 +6,7 @@ use std::process::Command;
 use tokenselect_ptx::inspect::IsaVersion;
 
 use crate::error::{Error, Result};
-use crate::{Architecture, Options};
+use crate::{File, Options};
 
 /// What one entry uses, in registers a thread and in bytes.
 #[derive(Debug, Clone, PartialEq, Eq, Default)]
@@ -50,26 +50,19 @@ pub(crate) fn version(ptxas: &Path) -> Result<String> {
     Ok(text.lines().find(|line| line.contains("release")).unwrap_or("unknown version").to_owned())
 }
 
-/// Assembles a PTX file and returns what each entry uses, in alphabetical order.
-pub(crate) fn assemble(ptxas: &Path, architecture: Architecture, file: &Path) -> Result<Vec<Usage>> {
-    let (accepted, output) = run(ptxas, architecture, file)?;
-    if !accepted {
-        return Err(Error::Assemble { architecture: architecture.name, output });
-    }
-    Ok(usages(&output))
+/// Assembles a text and returns what each entry uses, in alphabetical order.
+pub(crate) fn assemble(ptxas: &Path, file: File, text: &str) -> Result<Vec<Usage>> {
+    let (accepted, output) = run(ptxas, file, text)?;
+    if accepted { Ok(usages(&output)) } else { Err(Error::Assemble { file: file.name, output }) }
 }
 
 /// The next lower instruction set version, if `ptxas` accepts the text under it as well.
-pub(crate) fn lower_isa(ptxas: &Path, architecture: Architecture, text: &str) -> Result<Option<IsaVersion>> {
-    let Some(lower) = next_lower(architecture.isa) else { return Ok(None) };
+pub(crate) fn lower_isa(ptxas: &Path, file: File, text: &str) -> Result<Option<IsaVersion>> {
+    let isa = file.architecture.isa;
+    let Some(lower) = next_lower(isa) else { return Ok(None) };
     let directive = |isa: IsaVersion| format!(".version {isa}\n");
-    let lowered = text.replacen(&directive(architecture.isa), &directive(lower), 1);
-    let path = std::env::temp_dir();
-    let file = tempfile::Builder::new().suffix(".ptx").tempfile_in(&path);
-    let file = file.map_err(|source| Error::Write { path, source })?;
-    let unwritable = |source| Error::Write { path: file.path().to_path_buf(), source };
-    std::fs::write(file.path(), lowered).map_err(unwritable)?;
-    Ok(run(ptxas, architecture, file.path())?.0.then_some(lower))
+    let lowered = text.replacen(&directive(isa), &directive(lower), 1);
+    Ok(run(ptxas, file, &lowered)?.0.then_some(lower))
 }
 
 /// PTX 7 ended with 7.8.
@@ -81,10 +74,15 @@ fn next_lower(isa: IsaVersion) -> Option<IsaVersion> {
     }
 }
 
-/// Whether `ptxas` accepts the file, and what it says.
-fn run(ptxas: &Path, architecture: Architecture, file: &Path) -> Result<(bool, String)> {
+/// Whether `ptxas` accepts the text, and what it says.
+fn run(ptxas: &Path, file: File, text: &str) -> Result<(bool, String)> {
+    let folder = std::env::temp_dir();
+    let unpacked = tempfile::Builder::new().suffix(".ptx").tempfile_in(&folder);
+    let unpacked = unpacked.map_err(|source| Error::Write { path: folder, source })?;
+    let unwritable = |source| Error::Write { path: unpacked.path().to_path_buf(), source };
+    std::fs::write(unpacked.path(), text).map_err(unwritable)?;
     let mut command = Command::new(ptxas);
-    command.args(["-v", "-arch", architecture.name, "-o", "/dev/null"]).arg(file);
+    command.args(["-v", "-arch", file.architecture.name, "-o", "/dev/null"]).arg(unpacked.path());
     let output = command.output().map_err(|source| Error::Run { program: ptxas.to_path_buf(), source })?;
     let text = [output.stdout, output.stderr].concat();
     Ok((output.status.success(), String::from_utf8_lossy(&text).into_owned()))

@@ -1,0 +1,112 @@
+//! The storage types of keys, values and queries.
+
+use super::fragment::{A, Accumulator, B};
+use crate::simt::data::Pod;
+use crate::simt::{math, tensor};
+
+/// A 16-bit float that caches are kept in. Everything is computed in f32.
+pub trait Element: Pod + PartialEq + core::fmt::Debug {
+    /// The name in entry points: `f16`, `bf16`.
+    const NAME: &str;
+
+    /// The value, exactly.
+    fn to_f32(self) -> f32;
+
+    /// The nearest value, ties to even.
+    fn from_f32(value: f32) -> Self;
+
+    /// Two values as one word, `lo` in the low half; round to nearest even, NaN becomes 0x7fff.
+    fn pack(lo: f32, hi: f32) -> u32;
+
+    /// The two values of a word, low half first.
+    fn unpack(pair: u32) -> [f32; 2];
+
+    /// D += A·B on the tensor core; see [`fragment`](crate::common::fragment) for the layouts.
+    ///
+    /// *Convergence:* aligned; all 32 lanes.
+    ///
+    /// # Safety
+    /// - All lanes of the warp call it through the same instruction.
+    unsafe fn mma(d: &mut Accumulator, a: A, b: B);
+}
+
+impl Element for half::f16 {
+    const NAME: &str = "f16";
+
+    fn to_f32(self) -> f32 {
+        #[cfg(target_arch = "nvptx64")]
+        return math::unpack_f16(self.to_bits() as u32)[0];
+        #[cfg(not(target_arch = "nvptx64"))]
+        half::f16::to_f32(self)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        #[cfg(target_arch = "nvptx64")]
+        return half::f16::from_bits(math::pack_f16(value, 0.0) as u16);
+        #[cfg(not(target_arch = "nvptx64"))]
+        half::f16::from_f32(value)
+    }
+
+    fn pack(lo: f32, hi: f32) -> u32 {
+        math::pack_f16(lo, hi)
+    }
+
+    fn unpack(pair: u32) -> [f32; 2] {
+        math::unpack_f16(pair)
+    }
+
+    #[track_caller]
+    unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
+        tensor::mma_f16(&mut d.0, a.0, b.0)
+    }
+}
+
+impl Element for half::bf16 {
+    const NAME: &str = "bf16";
+
+    fn to_f32(self) -> f32 {
+        f32::from_bits((self.to_bits() as u32) << 16)
+    }
+
+    fn from_f32(value: f32) -> Self {
+        #[cfg(target_arch = "nvptx64")]
+        return half::bf16::from_bits(math::pack_bf16(value, 0.0) as u16);
+        #[cfg(not(target_arch = "nvptx64"))]
+        half::bf16::from_f32(value)
+    }
+
+    fn pack(lo: f32, hi: f32) -> u32 {
+        math::pack_bf16(lo, hi)
+    }
+
+    fn unpack(pair: u32) -> [f32; 2] {
+        math::unpack_bf16(pair)
+    }
+
+    #[track_caller]
+    unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
+        tensor::mma_bf16(&mut d.0, a.0, b.0)
+    }
+}
+
+/// Two values split in packed high halves and packed low halves, the remainders: together they keep 16 bits of mantissa (bf16) or
+/// 22 (f16).
+pub fn split<T: Element>(x: f32, y: f32) -> (u32, u32) {
+    let high = T::pack(x, y);
+    let [hx, hy] = T::unpack(high);
+    // Beyond the type's range the high half is infinite, and there is no remainder.
+    let rest = |x: f32, high: f32| if (x - high).is_finite() { x - high } else { 0.0 };
+    (high, T::pack(rest(x, hx), rest(y, hy)))
+}
+
+/// A product of high halves with that of low halves added. Where a key is infinite or NaN, the low halves (0, or of the
+/// other sign) would say something else than the high ones, which decide alone.
+pub fn add_low(high: f32, low: f32) -> f32 {
+    high + if low.is_finite() { low } else { 0.0 }
+}
+
+/// Whether one of two packed values is infinite or NaN.
+pub fn any_not_finite<T: Element>(pair: u32) -> bool {
+    let [x, y] = T::unpack(pair);
+    !(x.is_finite() && y.is_finite())
+}

@@ -1,0 +1,185 @@
+//! *Softmax states*: the largest logit `m` so far and the sum `s` of `exp(logit - m)`, from which a softmax is made in one pass.
+//!
+//! ```text
+//! push x:      if x > m: s *= exp(m - x), m = x;   s += exp(x - m)
+//! merge m', s': M = max(m, m');   s = s exp(m - M) + s' exp(m' - M);   m = M
+//! lse:         m + log(s)
+//! ```
+//! Nothing pushed yet is `m = -inf, s = 0`, and counts nothing in a merge.
+//!
+//! | state | logits | NaN | infinite `m` |
+//! |---|---|---|---|
+//! | [`VoteSoftmax`], of votes | base e, as they lie in memory | passed over | the limit of a large one: logits equal to it count 1 |
+//! | [`Running`], [`Partial`], of attention | base 2, scaled by log2(e) | stays NaN | +inf: NaN |
+
+use super::block::strided;
+use crate::simt::{math, warp};
+use core::f32::consts::{LN_2, LOG2_E};
+
+/// Statistics of a head's logits, for votes.
+#[derive(Clone, Copy)]
+pub struct VoteSoftmax {
+    /// The largest logit that is a number.
+    pub max: f32,
+    /// Sum of `exp(logit - max)`.
+    pub sum: f32,
+}
+
+impl VoteSoftmax {
+    /// Of no logit.
+    pub const EMPTY: VoteSoftmax = VoteSoftmax { max: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// `exp(x - max)` of a maximum, which is a number: 1 where they are equal, infinite or not.
+    pub fn ratio(x: f32, max: f32) -> f32 {
+        if x == max { 1.0 } else { math::ex2((x - max) * LOG2_E) }
+    }
+
+    /// Counts one logit.
+    pub fn push(&mut self, logit: f32) {
+        if logit > self.max {
+            self.sum *= VoteSoftmax::ratio(self.max, logit);
+            self.max = logit;
+        }
+        let term = math::ex2((logit - self.max) * LOG2_E);
+        let term = if logit.is_nan() { 0.0 } else { term };
+        self.sum += if logit == self.max { 1.0 } else { term };
+    }
+
+    /// Takes in others, in order; their sums wait for the largest of their maxima alone, not for each other.
+    pub fn merge<const N: usize>(&mut self, others: [VoteSoftmax; N]) {
+        let mut max = self.max;
+        for i in 0..N {
+            max = max.max(others[i].max);
+        }
+        self.sum *= VoteSoftmax::ratio(self.max, max);
+        for i in 0..N {
+            self.sum += others[i].sum * VoteSoftmax::ratio(others[i].max, max);
+        }
+        self.max = max;
+    }
+
+    /// Merged with those of the lane at `distance`.
+    ///
+    /// # Safety
+    /// - All lanes of the warp call it.
+    #[track_caller]
+    pub unsafe fn merge_lane(&mut self, distance: u32) {
+        let max = warp::shuffle_xor(warp::FULL, self.max, distance);
+        let sum = warp::shuffle_xor(warp::FULL, self.sum, distance);
+        self.merge([VoteSoftmax { max, sum }]);
+    }
+}
+
+/// `max` as it is subtracted from logits: 0 where there is no number yet, so that -inf stays -inf.
+fn subtracted(max: f32) -> f32 {
+    if max == f32::NEG_INFINITY { 0.0 } else { max }
+}
+
+/// The softmax of two query rows while attention goes through its tiles: the largest logit of each, the same in all lanes that
+/// hold the row, and the lane's own terms of the sum.
+#[derive(Clone, Copy)]
+pub struct Running {
+    /// Largest logits, base 2.
+    pub max: [f32; 2],
+    /// The lane's terms.
+    pub sum: [f32; 2],
+}
+
+impl Running {
+    /// Before the first tile.
+    pub const EMPTY: Running = Running { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
+
+    /// Raises the largest logit of a row to `max`, that of all lanes; what was summed up before is to be multiplied by what it
+    /// returns.
+    pub fn raise(&mut self, row: usize, max: f32) -> f32 {
+        let correction = math::ex2(self.max[row] - subtracted(max));
+        self.max[row] = max;
+        self.sum[row] *= correction;
+        correction
+    }
+
+    /// The weight of a logit that is no larger than the row's largest, and counts it.
+    pub fn weigh(&mut self, row: usize, logit: f32) -> f32 {
+        let weight = math::ex2(logit - subtracted(self.max[row]));
+        self.sum[row] += weight;
+        weight
+    }
+}
+
+/// Attention over some places of a list: four elements of an output that is not divided by its sum yet.
+#[derive(Clone, Copy)]
+pub struct Partial {
+    /// Largest logit, base 2.
+    pub max: f32,
+    /// Sum of exponentials.
+    pub sum: f32,
+    /// Sum of values times exponentials.
+    pub out: [f32; 4],
+}
+
+impl Partial {
+    /// Over nothing.
+    pub const EMPTY: Partial = Partial { max: f32::NEG_INFINITY, sum: 0.0, out: [0.0; 4] };
+
+    /// Takes in others, in order; their sums wait for the largest of their maxima alone, not for each other.
+    pub fn merge<const N: usize>(&mut self, others: [Partial; N]) {
+        let before = *self;
+        for i in 0..N {
+            self.max = self.max.max(others[i].max);
+        }
+        (self.sum, self.out) = (0.0, [0.0; 4]);
+        self.add(before);
+        for i in 0..N {
+            self.add(others[i]);
+        }
+    }
+
+    /// Adds one whose largest logit is at most `max`.
+    fn add(&mut self, other: Partial) {
+        // One that saw nothing counts nothing, whatever the maximum.
+        let factor = if other.sum == 0.0 { 0.0 } else { math::ex2(other.max - subtracted(self.max)) };
+        self.sum += factor * other.sum;
+        for i in 0..4 {
+            self.out[i] += factor * other.out[i];
+        }
+    }
+
+    /// Those that `load` gives for `first`, `first + step`, … below `end`, merged in order, `N` loads in flight at a time.
+    pub fn merged<const N: usize>(first: u32, end: u32, step: u32, load: impl Fn(u32) -> Partial) -> Partial {
+        let mut merged = Partial::EMPTY;
+        for first in strided(first, end, N as u32 * step) {
+            let mut batch = [Partial::EMPTY; N];
+            for i in 0..N {
+                let at = first + i as u32 * step;
+                if at < end {
+                    batch[i] = load(at);
+                }
+            }
+            merged.merge(batch);
+        }
+        merged
+    }
+
+    /// Merged with that of the lane at `distance`.
+    ///
+    /// # Safety
+    /// - All lanes of the warp call it.
+    #[track_caller]
+    pub unsafe fn merge_lane(&mut self, distance: u32) {
+        let get = |x: f32| warp::shuffle_xor(warp::FULL, x, distance);
+        let [a, b, c, d] = self.out;
+        let (max, sum) = (get(self.max), get(self.sum));
+        self.merge([Partial { max, sum, out: [get(a), get(b), get(c), get(d)] }]);
+    }
+
+    /// The output; 0 over nothing.
+    pub fn finish(&self) -> [f32; 4] {
+        let inverse = 1.0 / self.sum;
+        self.out.map(|x| if self.sum == 0.0 { 0.0 } else { x * inverse })
+    }
+}
+
+/// Natural log of the sum of exponentials, of a largest logit in base 2; -inf over nothing.
+pub fn log_sum_exp(max: f32, sum: f32) -> f32 {
+    if sum == 0.0 { f32::NEG_INFINITY } else { (max + math::lg2(sum)) * LN_2 }
+}

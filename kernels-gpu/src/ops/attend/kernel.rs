@@ -1,0 +1,7 @@
+//! What the kernels of attention share.
+
+mod list;
+pub(crate) mod splits;
+pub(crate) mod tile;
+
+pub(crate) use list::*;

@@ -1,0 +1,157 @@
+//! The list that a row attends to, its query rows, and how a product becomes a logit and an output.
+
+use crate::common::element::Element;
+use crate::common::fragment::Accumulator;
+use crate::common::layout::Tokens;
+use crate::ops::attend::AttendParams;
+use crate::simt::data::{V2, V4};
+use crate::simt::math;
+
+/// Rank of a place beyond the end of a list: no query sees it.
+pub const NOWHERE: u32 = u32::MAX;
+
+/// A row's list.
+#[derive(Clone, Copy)]
+pub struct List {
+    pub row: u32,
+    /// Queries of the row, as rows of `q` and `out`.
+    pub queries: Tokens,
+    /// Places.
+    pub len: u32,
+    /// The row's first page, as an index into the page tables.
+    pub first_page: u32,
+    /// Ranks that the first query sees, `m - T + 1`; each later one sees one more.
+    pub first_bound: u32,
+}
+
+/// One place: its token (or the last one's, beyond the end) and its rank.
+#[derive(Clone, Copy)]
+pub struct Place {
+    pub token: u32,
+    pub rank: u32,
+}
+
+impl<T> AttendParams<T> {
+    /// The list of a row.
+    ///
+    /// # Safety
+    /// - `row` is a row of the batch, and the tables are as [`AttendParams`] says.
+    #[track_caller]
+    pub unsafe fn list(&self, row: u32) -> List {
+        let queries = self.batch.queries(row);
+        let first_page = self.batch.first_page(row);
+        let listed = self.selected.addr() != 0;
+        let len = if listed {
+            self.selected_len.add(row as u64).load().min(self.max_selected)
+        } else {
+            self.batch.kv_len(row)
+        };
+        let total = if self.ranks.addr() != 0 { self.total_len.add(row as u64).load() } else { len };
+        let first_bound = (total + 1).saturating_sub(queries.len());
+        List { row, queries, len, first_page, first_bound }
+    }
+
+    /// Looks up place `place` of a list that is not empty.
+    ///
+    /// # Safety
+    /// - As for [`list`](Self::list); `list.len > 0`.
+    #[track_caller]
+    pub unsafe fn place(&self, list: &List, place: u32) -> Place {
+        let inside = place < list.len;
+        let place = place.min(list.len - 1);
+        let entry = list.row as u64 * self.max_selected as u64 + place as u64;
+        let token = if self.selected.addr() != 0 { self.selected.add(entry).load() } else { place };
+        let rank = if self.ranks.addr() != 0 { self.ranks.add(entry).load() } else { place };
+        Place { token, rank: if inside { rank } else { NOWHERE } }
+    }
+
+    /// The token of place `place` of a row's list, if it has so many; anything if not. It can be read before it is known
+    /// how many there are. 0 without lists.
+    ///
+    /// # Safety
+    /// - As for [`list`](Self::list).
+    #[track_caller]
+    pub unsafe fn early_token(&self, row: u32, place: u32) -> u32 {
+        if self.selected.addr() == 0 || place >= self.max_selected {
+            return 0;
+        }
+        self.selected.add(row as u64 * self.max_selected as u64 + place as u64).load()
+    }
+
+    /// Page of a row's token, and the token's index in it.
+    ///
+    /// # Safety
+    /// - As for [`list`](Self::list); the row has the token.
+    #[track_caller]
+    pub unsafe fn page(&self, list: &List, token: u32) -> (u32, u32) {
+        let (page, within) = self.batch.split_token(token);
+        let entry = list.first_page as u64 + page as u64;
+        (self.batch.kv_indices.add(entry).load(), within)
+    }
+
+    /// Query heads.
+    pub fn num_qo_heads(&self) -> u32 {
+        self.num_kv_heads * self.group
+    }
+
+    /// Where query row `i` of a KV head lies in `lse`, and times `head_dim` in `q` and `out`; and which query of the block it
+    /// belongs to.
+    pub fn query_row(&self, list: &List, kv_head: u32, i: u32) -> (u64, u32) {
+        let group = self.group.max(1);
+        let (t, member) = (i / group, i % group);
+        let token = (list.queries.begin + t) as u64;
+        (token * self.num_qo_heads() as u64 + (kv_head * self.group + member) as u64, t)
+    }
+
+    /// Query rows of a KV head.
+    pub fn num_query_rows(&self, list: &List) -> u32 {
+        list.queries.len() * self.group
+    }
+
+    /// Turns products into logits, base 2: scaled, with the soft cap. (One branch for all: with one for each, what is hardly ever
+    /// executed lies between what always is, and is fetched with it.)
+    pub fn logits<const N: usize>(&self, products: &mut [Accumulator; N]) {
+        for n in 0..N {
+            for i in 0..4 {
+                products[n].0[i] *= self.sm_scale_log2;
+            }
+        }
+        if self.soft_cap_log2 != 0.0 {
+            for n in 0..N {
+                for i in 0..4 {
+                    // tanh(y) = 1 - 2 / (1 + exp(2 y)), whose exponential may be 0 or infinite.
+                    let e =
+                        math::ex2(products[n].0[i] / self.soft_cap_log2 * (2.0 * core::f32::consts::LOG2_E));
+                    products[n].0[i] = self.soft_cap_log2 * (1.0 - 2.0 / (1.0 + e));
+                }
+            }
+        }
+    }
+
+    /// Writes four adjacent elements of an output.
+    ///
+    /// # Safety
+    /// - They lie inside `out`, at a multiple of 4.
+    #[track_caller]
+    pub unsafe fn store_out(&self, at: u64, x: [f32; 4])
+    where
+        T: Element,
+    {
+        if self.out_is_f32 != 0 {
+            self.out.cast::<f32>().add(at).cast::<V4<f32>>().store(V4(x));
+        } else {
+            self.out.add(at).cast::<V2<u32>>().store(V2([T::pack(x[0], x[1]), T::pack(x[2], x[3])]));
+        }
+    }
+
+    /// Writes the log-sum-exp of a query row, if it is wanted.
+    ///
+    /// # Safety
+    /// - `at` lies inside `lse`.
+    #[track_caller]
+    pub unsafe fn store_lse(&self, at: u64, lse: f32) {
+        if self.lse.addr() != 0 {
+            self.lse.add(at).store(lse);
+        }
+    }
+}

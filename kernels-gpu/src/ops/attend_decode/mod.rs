@@ -1,0 +1,35 @@
+//! `attend` for few queries: attention of each row's block over its list, keys and values straight to tensor cores.
+//!
+//! ```text
+//! for each row, KV head, 8 query rows, split of the list's tiles:                    (a block)
+//!     for each tile of 16 places:                                                    (a warp)
+//!         s = logit(rotate(k, rank) . q),  -inf where the rank is not seen
+//!         p = exp(s - max so far);  out = out * correction + v^T p
+//!     merge the warps
+//! merge the splits                                                                   (the last block to finish)
+//! ```
+//! Departures from the loops:
+//! 1. Everything is transposed, so that the 16 rows of `mma.m16n8k16` are tokens, then dimensions, and query rows, of
+//!    which there are few, its 8 columns. The head dimension is permuted alike in queries and keys, so that the piece a
+//!    lane loads from a key *is* its A fragment: chunk `c` of `8 W` dimensions gives lane `t` (of 4) the dimensions
+//!    `8 W c + 2 W t ..`, `W` words. Of values a lane loads the same piece of four tokens, and pairs them by byte
+//!    permutation: word `w` of chunk `v` holds rows `16 W v + 2 W g + 2 w` and the next. Nothing passes through shared
+//!    memory but the queries.
+//! 2. Keys are rotated in registers, where both elements of a pair lie in one lane: for half-split pairs of the whole
+//!    head, chunk `c` pairs with chunk `c + C / 2`. (For `D = 96` pieces are 8 bytes, since 48 is no multiple of 32.)
+//!    Rotated queries and keys are split in high and low halves, as in [`score`](mod@crate::ops::score), so that rotation
+//!    costs no precision. (Half-split pairs of a part of the head are left to [`gather`](mod@crate::ops::gather).)
+//! 3. A tile's keys are multiplied while its values are in flight; both are replaced by the next tile's as soon as they
+//!    are used, from pages that are looked up a tile ahead.
+//! 4. Tiles are dealt to splits and warps in turn, so that a warp can look up its first places before it knows how many
+//!    there are: every look-up is a trip to memory, and a short list takes as long as the chain of them.
+//! 5. Every warp keeps a softmax of its own over all 8 query rows. Warps and splits are merged in a fixed order: the bits
+//!    of the result depend on the launch shape, not on timing.
+//!
+//! **Bytes.** Keys and values of the list once: `len * num_kv_heads * head_dim * 4` for up to 8 query rows a KV head.
+
+mod params;
+pub use params::*;
+
+#[cfg(feature = "kernels")]
+pub mod kernel;

@@ -1,0 +1,358 @@
+//! The kernel: look-ups, copies and products of a tile, each a tile ahead of the next.
+
+use super::params::*;
+use crate::common::block::strided;
+use crate::common::element::{Element, any_not_finite};
+use crate::common::fragment::{A, Accumulator, B, Lane, lane, over_columns};
+use crate::common::softmax::{Running, log_sum_exp};
+use crate::ops::attend::AttendParams;
+use crate::ops::attend::kernel::List;
+use crate::simt::data::V2;
+use crate::simt::global::GlobalPtr;
+use crate::simt::shared::Shared;
+use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
+use crate::simt::{grid, thread, warp};
+
+/// Column tiles of eight places in a tile.
+const COLUMNS: usize = (TILE / 8) as usize;
+
+/// The lane's products, logits, then weights of a tile: rows are query rows, columns places.
+type Weights = [Accumulator; COLUMNS];
+
+/// What a block works on, and what is the warp's own.
+struct Work<'a, T> {
+    params: &'a AttendParams<T>,
+    list: List,
+    kv_head: u32,
+    /// First query row of the block, and of the warp.
+    block_row: u32,
+    first_row: u32,
+    /// Query rows of the KV head.
+    num_rows: u32,
+    /// Ranks that the lane's rows `g` and `g + 8` see.
+    bounds: [u32; 2],
+    /// Ranks that all rows of the warp see.
+    least_bound: u32,
+    /// Tiles that the block goes through.
+    num_tiles: u32,
+}
+
+/// See the module. `K` steps of 16 dimensions, `N = 2 K` column tiles of 8.
+///
+/// # Safety
+/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; tokens lie in their rows, page numbers
+///   are those of the cache.
+/// - `head_dim = 16 K`.
+/// - Keys are gathered, or no rope table is given.
+/// - Launched with [`AttendParams::prefill_dims`].
+pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
+    grid::wait_for_previous();
+    grid::launch_dependents();
+    let layout = const { &Layout::new((16 * K) as u32) };
+    let list = params.list(thread::block_idx_z());
+    let num_rows = params.num_query_rows(&list);
+    let block_row = thread::block_idx_x() * QUERY_ROWS;
+    if block_row >= num_rows {
+        return;
+    }
+    let work = plan(&params, list, block_row, num_rows);
+    let mut out = [Accumulator::ZERO; N];
+    let mut softmax = Running::EMPTY;
+    if work.num_tiles == 0 {
+        return write::<T, K, N>(&work, out, softmax);
+    }
+    look_up(&work, layout, 0);
+    load_queries::<T, K>(&work, layout);
+    thread::sync_threads();
+    copy::<T, K>(&work, layout, 0);
+    look_up(&work, layout, 1);
+    let queries = query_fragments::<K>(layout);
+    for tile in 0..work.num_tiles {
+        cp_async_wait::<0>();
+        // Behind this the copies of all threads to this tile have arrived, and nobody works on the one before.
+        thread::sync_threads();
+        copy::<T, K>(&work, layout, tile + 1);
+        look_up(&work, layout, tile + 2);
+        attend_tile::<T, K, N>(&work, layout, tile, &queries, &mut softmax, &mut out);
+    }
+    write::<T, K, N>(&work, out, softmax);
+}
+
+unsafe fn plan<T: Element>(
+    params: &AttendParams<T>,
+    list: List,
+    block_row: u32,
+    num_rows: u32,
+) -> Work<'_, T> {
+    let first_row = block_row + 16 * warp::warp_id();
+    let g = lane().g;
+    let bound = |row: u32| list.first_bound + row.min(num_rows - 1) / params.group.max(1);
+    let last_bound = bound(block_row + QUERY_ROWS - 1);
+    // Where ranks are the places, those beyond the last bound are seen by none.
+    let len = if params.ranks.addr() != 0 { list.len } else { list.len.min(last_bound) };
+    Work {
+        params,
+        list,
+        kv_head: thread::block_idx_y(),
+        block_row,
+        first_row,
+        num_rows,
+        bounds: [bound(first_row + g), bound(first_row + g + 8)],
+        least_bound: bound(first_row),
+        num_tiles: len.div_ceil(TILE),
+    }
+}
+
+/// Looks up where the keys and values of a tile lie. The first two warps look up keys, the next two values.
+unsafe fn look_up<T: Element>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
+    let (params, thread) = (work.params, thread::thread_idx_x());
+    if tile >= work.num_tiles || thread >= 2 * TILE {
+        return;
+    }
+    let place = thread % TILE;
+    let at = params.place(&work.list, tile * TILE + place);
+    let index = tile % 2 * TILE + place;
+    if thread < TILE {
+        let offset = if params.k_is_gathered != 0 {
+            let place = (tile * TILE + place).min(work.list.len - 1);
+            params.k_stride.offset(work.list.row, place, work.kv_head)
+        } else {
+            let (page, within) = params.page(&work.list, at.token);
+            params.k_stride.offset(page, within, work.kv_head)
+        };
+        layout.key_offsets.get().add(index).store(offset);
+    } else {
+        let (page, within) = params.page(&work.list, at.token);
+        layout.value_offsets.get().add(index).store(params.v_stride.offset(page, within, work.kv_head));
+        layout.ranks.get().add(tile % 4 * TILE + place).store(at.rank);
+    }
+}
+
+/// Starts copying a tile's keys and values; a group of copies in any case.
+unsafe fn copy<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
+    let pitch = (16 * K) as u32 + PAD;
+    let pieces = (2 * K) as u32;
+    if tile < work.num_tiles {
+        let base = tile % 2 * TILE;
+        for i in strided(thread::thread_idx_x(), TILE * pieces, THREADS) {
+            let (place, piece) = (i / pieces, i % pieces * 8);
+            let to = (base + place) * pitch + piece;
+            let from = layout.key_offsets.get().add(base + place).load() + piece as u64;
+            cp_async_16(layout.keys.get().add(to), work.params.k_pages.add(from).cast::<u16>(), 16);
+            let from = layout.value_offsets.get().add(base + place).load() + piece as u64;
+            cp_async_16(layout.values.get().add(to), work.params.v_pages.add(from).cast::<u16>(), 16);
+        }
+    }
+    cp_async_commit();
+}
+
+/// Puts the block's query rows in shared memory, rotated; rows that there are not are zero.
+unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout) {
+    let (params, head_dim) = (work.params, (16 * K) as u32);
+    let pairs = head_dim / 2;
+    for i in strided(thread::thread_idx_x(), QUERY_ROWS * pairs, THREADS) {
+        let (row, pair) = (i / pairs, i % pairs);
+        let to = layout.queries.get().cast::<T>().add(row * (head_dim + PAD));
+        let (x, y) = params.rope.elements(pair);
+        let mut values = (0.0, 0.0);
+        if work.block_row + row < work.num_rows {
+            let (at, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
+            let q: GlobalPtr<T> = params.q.add(at * head_dim as u64);
+            values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
+            values = params.rope.rotate(pair, (work.list.first_bound + t).saturating_sub(1), values);
+        }
+        to.add(x).store(T::from_f32(values.0));
+        to.add(y).store(T::from_f32(values.1));
+    }
+}
+
+/// The warp's A fragments.
+unsafe fn query_fragments<const K: usize>(layout: &Layout) -> [A; K] {
+    let pitch = (16 * K) as u32 + PAD;
+    let lane = warp::lane_id();
+    let row = 16 * warp::warp_id() + lane % 16;
+    let from = layout.queries.get().add(row * pitch + lane / 16 * 8);
+    let mut fragments = [A([0; 4]); K];
+    for k in 0..K {
+        fragments[k] = A(ldmatrix_x4(from.add(16 * k as u32)));
+    }
+    fragments
+}
+
+/// One tile: logits, weights, output.
+unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
+    work: &Work<'_, T>,
+    layout: &Layout,
+    tile: u32,
+    queries: &[A; K],
+    softmax: &mut Running,
+    out: &mut [Accumulator; N],
+) {
+    let pitch = (16 * K) as u32 + PAD;
+    let (lane, first) = (warp::lane_id(), tile % 2 * TILE);
+    let ranks = layout.ranks.get().add(tile % 4 * TILE);
+    // The ranks ascend, so the last tells whether all are seen.
+    let masked = ranks.add(TILE - 1).load() >= work.least_bound;
+
+    // Rows of two column tiles, upper and lower eight dimensions: lanes 0-7, 8-15 and 16-23, 24-31.
+    let keys = layout.keys.get().add((first + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
+    let mut weights = [Accumulator::ZERO; COLUMNS];
+    for n in (0..COLUMNS).step_by(2) {
+        for k in 0..K {
+            let b = ldmatrix_x4(keys.add(8 * n as u32 * pitch + 16 * k as u32));
+            T::mma(&mut weights[n], queries[k], B([b[0], b[1]]));
+            T::mma(&mut weights[n + 1], queries[k], B([b[2], b[3]]));
+        }
+    }
+    if masked {
+        weigh::<T, N, true>(work, ranks, &mut weights, softmax, out);
+    } else {
+        weigh::<T, N, false>(work, ranks, &mut weights, softmax, out);
+    }
+
+    let of_tile = layout.values.get().add(first * pitch);
+    if masked && any_value_not_finite::<T, K>(of_tile) {
+        let of_tile = of_tile.cast::<T>();
+        return accumulate_seen::<T, K, N>(work, layout, ranks, of_tile, &weights, out);
+    }
+    // Rows are places: lanes 0-15 give 16 of them for the first eight dimensions, 16-31 for the next.
+    let values = layout.values.get().add((first + lane % 16) * pitch + lane / 16 * 8);
+    for k in 0..COLUMNS / 2 {
+        let [upper, lower] = [weights[2 * k].0, weights[2 * k + 1].0];
+        let a = A([
+            T::pack(upper[0], upper[1]),
+            T::pack(upper[2], upper[3]),
+            T::pack(lower[0], lower[1]),
+            T::pack(lower[2], lower[3]),
+        ]);
+        for n in (0..N).step_by(2) {
+            let b = ldmatrix_x4_trans(values.add(16 * k as u32 * pitch + 8 * n as u32));
+            T::mma(&mut out[n], a, B([b[0], b[1]]));
+            T::mma(&mut out[n + 1], a, B([b[2], b[3]]));
+        }
+    }
+}
+
+/// Whether a value of the tile is infinite or NaN; the same in all lanes.
+unsafe fn any_value_not_finite<T: Element, const K: usize>(values: Shared<u16>) -> bool {
+    let (pitch, words) = ((16 * K) as u32 + PAD, (8 * K) as u32);
+    let mut found = false;
+    for i in strided(warp::lane_id(), TILE * words, warp::SIZE) {
+        found |= any_not_finite::<T>(values.add(i / words * pitch + i % words * 2).cast::<u32>().load());
+    }
+    warp::any(warp::FULL, found)
+}
+
+/// `out += weights * values`, one place at a time: a value that a query does not see, infinite or NaN, is not
+/// multiplied by its weight of 0 either. For the rare tile that has such a value among the block's own tokens. The
+/// weights go by the shared memory of the warp's queries, which are in registers.
+unsafe fn accumulate_seen<T: Element, const K: usize, const N: usize>(
+    work: &Work<'_, T>,
+    layout: &Layout,
+    ranks: Shared<u32>,
+    values: Shared<T>,
+    weights: &Weights,
+    out: &mut [Accumulator; N],
+) {
+    let pitch = (16 * K) as u32 + PAD;
+    let Lane { g, t } = lane();
+    let scratch = layout.queries.get().add(16 * warp::warp_id() * pitch).cast::<T>();
+    warp::sync_warp(warp::FULL);
+    for n in 0..COLUMNS {
+        for i in 0..4 {
+            let (row, place) = (g + 8 * (i as u32 / 2), 8 * n as u32 + 2 * t + i as u32 % 2);
+            scratch.add(TILE * row + place).store(T::from_f32(weights[n].0[i]));
+        }
+    }
+    warp::sync_warp(warp::FULL);
+    for place in 0..TILE {
+        let rank = ranks.add(place).load();
+        let weight = [
+            scratch.add(TILE * g + place).load().to_f32(),
+            scratch.add(TILE * (g + 8) + place).load().to_f32(),
+        ];
+        let from = values.add(place * pitch + 2 * t);
+        for n in 0..N {
+            for e in 0..2 {
+                let x = from.add((8 * n + e) as u32).load().to_f32();
+                for row in 0..2 {
+                    if rank < work.bounds[row] {
+                        out[n].0[2 * row + e] += weight[row] * x;
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// Turns products into weights, `exp(logit - max)`, with the softmax and the output so far brought up to date.
+unsafe fn weigh<T: Element, const N: usize, const MASKED: bool>(
+    work: &Work<'_, T>,
+    ranks: Shared<u32>,
+    weights: &mut Weights,
+    softmax: &mut Running,
+    out: &mut [Accumulator; N],
+) {
+    work.params.logits(weights);
+    let mut largest = softmax.max;
+    for n in 0..COLUMNS {
+        let ranks =
+            if MASKED { ranks.add(8 * n as u32 + 2 * lane().t).cast::<V2<u32>>().load().0 } else { [0; 2] };
+        for i in 0..4 {
+            let (row, weight) = (Accumulator::row_half(i), &mut weights[n].0[i]);
+            let seen = !MASKED || ranks[Accumulator::column_half(i)] < work.bounds[row];
+            *weight = if seen { *weight } else { f32::NEG_INFINITY };
+            largest[row] = largest[row].max(*weight);
+        }
+    }
+    for row in 0..2 {
+        let correction = softmax.raise(row, over_columns(largest[row], f32::max));
+        for n in 0..N {
+            out[n].0[2 * row] *= correction;
+            out[n].0[2 * row + 1] *= correction;
+        }
+    }
+    for n in 0..COLUMNS {
+        for i in 0..4 {
+            weights[n].0[i] = softmax.weigh(Accumulator::row_half(i), weights[n].0[i]);
+        }
+    }
+}
+
+/// Divides by the sums and writes the warp's rows.
+unsafe fn write<T: Element, const K: usize, const N: usize>(
+    work: &Work<'_, T>,
+    out: [Accumulator; N],
+    softmax: Running,
+) {
+    let (params, Lane { g, t }) = (work.params, lane());
+    for half in 0..2 {
+        let sum = over_columns(softmax.sum[half], |a, b| a + b);
+        let row = work.first_row + g + 8 * half as u32;
+        let exists = row < work.num_rows;
+        let (at, _) = params.query_row(&work.list, work.kv_head, row.min(work.num_rows - 1));
+        let inverse = 1.0 / sum;
+        for n in (0..N).step_by(2) {
+            // Adjacent lanes' pairs make four adjacent elements: even lanes write those of the first column tile.
+            let scaled = |x: f32| if sum == 0.0 { 0.0 } else { x * inverse };
+            let own = [
+                [scaled(out[n].0[2 * half]), scaled(out[n].0[2 * half + 1])],
+                [scaled(out[n + 1].0[2 * half]), scaled(out[n + 1].0[2 * half + 1])],
+            ];
+            let odd = t % 2 == 1;
+            let give = if odd { own[0] } else { own[1] };
+            let got = [warp::shuffle_xor(warp::FULL, give[0], 1), warp::shuffle_xor(warp::FULL, give[1], 1)];
+            let (quad, column) = if odd {
+                ([got[0], got[1], own[1][0], own[1][1]], 8 * (n as u32 + 1) + 2 * (t - 1))
+            } else {
+                ([own[0][0], own[0][1], got[0], got[1]], 8 * n as u32 + 2 * t)
+            };
+            if exists {
+                params.store_out(at * (16 * K) as u64 + column as u64, quad);
+            }
+        }
+        if exists && t == 0 {
+            params.store_lse(at, log_sum_exp(softmax.max[half], sum));
+        }
+    }
+}

@@ -1,0 +1,17 @@
+//! `gather`: the keys of each row's list, rotated at their ranks, one after the other.
+//!
+//! ```text
+//! for each row r, KV head h, place j of the row's list:
+//!     gathered[r, h, j] = rotate(key of the token at j, rank of j)
+//! ```
+//! Prefill reads each key once for every tile of queries; here it is looked up, rotated and rounded once.
+//!
+//! **Thread mapping.** A warp per place and KV head; a lane per pair of elements that RoPE may rotate together.
+//!
+//! **Bytes.** Keys once each way: `len * num_kv_heads * head_dim * 4`.
+
+mod params;
+pub use params::*;
+
+#[cfg(feature = "kernels")]
+pub mod kernel;

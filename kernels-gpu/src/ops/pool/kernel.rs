@@ -1,0 +1,206 @@
+//! The kernel, and its steps, which `append_pool` takes too.
+
+use super::params::*;
+use crate::common::block::strided;
+use crate::common::element::Element;
+use crate::common::layout::Row;
+use crate::simt::shared::Shared;
+use crate::simt::{grid, math, thread, warp};
+
+/// See the module.
+///
+/// # Safety
+/// - The buffers and tables are as [`PoolParams`] says.
+/// - The rope tables cover `n_local` plus the longest block.
+/// - Launched with [`PoolParams::dims`].
+pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
+    if !params.overlap.waits_last() {
+        grid::wait_for_previous();
+    }
+    grid::launch_dependents();
+    let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
+    let tables = params.batch.row(row);
+    let cached = Cached::load(&params, cached_entry(&params, row, tables.kv_len));
+    let sums = LAYOUT.sums.get();
+    mean_query(&params, head, row, sums);
+    thread::sync_threads();
+    let (dot, own, other) = products(&params, head, cached.entry, sums);
+    let partial = params.partial.add((row as u64 * params.num_qo_heads as u64 + head as u64) * 3);
+    if thread::thread_idx_x() == 0 {
+        partial.store(dot);
+        partial.add(1).store(own);
+        partial.add(2).store(other);
+    }
+    if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads)
+        && thread::thread_idx_x() == 0
+    {
+        let (dot, own, other) = sums_of_heads(&params, row);
+        conclude(&params, row, &tables, &cached, cosine(dot, own, other));
+    }
+    if params.overlap.waits_last() {
+        grid::wait_for_previous(); // the end of this launch says that the appended keys are there
+    }
+}
+
+/// The row's entry in the cached tables; [`EMPTY`] for none.
+pub(crate) unsafe fn cached_entry<T: Element>(params: &PoolParams<T>, row: u32, kv_len: u32) -> u32 {
+    if params.cached_queries.addr() == 0 {
+        return EMPTY;
+    }
+    let sequence = params.sequence_indices.add(row as u64).load();
+    if kv_len == 0 { EMPTY } else { sequence }
+}
+
+/// What is known of a row's cached selection.
+#[derive(Clone, Copy)]
+pub(crate) struct Cached {
+    /// Its entry in the cached tables; [`EMPTY`] for none.
+    pub entry: u32,
+    made_at: u32,
+    age: u32,
+}
+
+impl Cached {
+    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY };
+
+    pub unsafe fn load<T: Element>(params: &PoolParams<T>, entry: u32) -> Self {
+        if entry == EMPTY {
+            return Cached::NONE;
+        }
+        let made_at = params.cached_made_at.add(entry as u64).load();
+        let age = params.cached_ages.add(entry as u64).load();
+        Cached { entry, made_at, age }
+    }
+}
+
+/// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
+unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, sums: Shared<f32>) {
+    let queries = params.batch.queries(row);
+    let pairs = params.head_dim / 2;
+    core::hint::assert_unchecked(pairs != 0);
+    let turns = THREADS / pairs;
+    let (pair, turn) = (thread::thread_idx_x() % pairs, thread::thread_idx_x() / pairs);
+    let (i, j) = params.rope.elements(pair);
+    let (mut sum_x, mut sum_y) = (0.0, 0.0);
+    if turn < turns {
+        for t in strided(turn, queries.len(), turns) {
+            let token = (queries.begin + t) as u64;
+            let at =
+                params.q.add((token * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64);
+            let x = at.add(i as u64).load_constant_once().to_f32();
+            let y = at.add(j as u64).load_constant_once().to_f32();
+            let (x, y) = params.rope.rotate(pair, params.n_local + t, (x, y));
+            sum_x += x;
+            sum_y += y;
+        }
+    }
+    let scratch = sums.add(2 * thread::thread_idx_x());
+    scratch.store(sum_x);
+    scratch.add(1).store(sum_y);
+    thread::sync_threads();
+    let (mut x, mut y) = (0.0, 0.0);
+    if turn == 0 {
+        for other in 0..turns {
+            let scratch = sums.add(2 * (other * pairs + pair));
+            x += scratch.load();
+            y += scratch.add(1).load();
+        }
+    }
+    thread::sync_threads();
+    if turn == 0 {
+        let count = queries.len().max(1) as f32;
+        let (x, y) = (x / count, y / count);
+        sums.add(i).store(x);
+        sums.add(j).store(y);
+        let out = (row as u64 * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64;
+        params.queries.add(out + i as u64).store(x);
+        params.queries.add(out + j as u64).store(y);
+    }
+}
+
+/// Sums over the head of mean times cached, mean squared and cached squared; valid in thread 0.
+unsafe fn products<T: Element>(
+    params: &PoolParams<T>,
+    head: u32,
+    entry: u32,
+    sums: Shared<f32>,
+) -> (f32, f32, f32) {
+    let i = thread::thread_idx_x();
+    let (mut x, mut y) = (0.0, 0.0);
+    if i < params.head_dim {
+        x = sums.add(i).load();
+        if entry != EMPTY {
+            let width = params.num_qo_heads as u64 * params.head_dim as u64;
+            let at = entry as u64 * width + (head * params.head_dim + i) as u64;
+            y = params.cached_queries.add(at).load();
+        }
+    }
+    let (dot, own, other) =
+        (warp::reduce_add_f32(x * y), warp::reduce_add_f32(x * x), warp::reduce_add_f32(y * y));
+    thread::sync_threads();
+    if warp::lane_id() == 0 {
+        let scratch = sums.add(3 * warp::warp_id());
+        scratch.store(dot);
+        scratch.add(1).store(own);
+        scratch.add(2).store(other);
+    }
+    thread::sync_threads();
+    let mut total = (0.0, 0.0, 0.0);
+    if i == 0 {
+        for w in 0..THREADS / warp::SIZE {
+            let scratch = sums.add(3 * w);
+            total.0 += scratch.load();
+            total.1 += scratch.add(1).load();
+            total.2 += scratch.add(2).load();
+        }
+    }
+    total
+}
+
+/// The products of all heads, which are added in order.
+unsafe fn sums_of_heads<T: Element>(params: &PoolParams<T>, row: u32) -> (f32, f32, f32) {
+    let (mut dot, mut own, mut other) = (0.0, 0.0, 0.0);
+    for head in 0..params.num_qo_heads {
+        let partial = params.partial.add((row as u64 * params.num_qo_heads as u64 + head as u64) * 3);
+        dot += partial.load();
+        own += partial.add(1).load();
+        other += partial.add(2).load();
+    }
+    (dot, own, other)
+}
+
+/// NaN for a zero vector.
+pub(crate) fn cosine(dot: f32, own: f32, other: f32) -> f32 {
+    dot / (math::sqrt(own) * math::sqrt(other))
+}
+
+/// Writes the similarity, and the action that follows.
+pub(crate) unsafe fn conclude<T: Element>(
+    params: &PoolParams<T>,
+    row: u32,
+    tables: &Row,
+    cached: &Cached,
+    cosine: f32,
+) {
+    let has_cached = cached.entry != EMPTY && cached.made_at <= tables.kv_len - tables.queries.len();
+    let similarity = if has_cached { cosine } else { -1.0 };
+    let is_similar = has_cached && similarity >= params.similarity_threshold;
+    let action = decide(params, row, tables, is_similar && cached.age < params.max_reuse);
+    params.similarities.add(row as u64).store(similarity);
+    params.actions.add(row as u64).store(action);
+}
+
+unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, tables: &Row, can_reuse: bool) -> u32 {
+    let is_partial = params.batch.is_partial();
+    if tables.queries.is_empty() || (tables.kv_len == 0 && !is_partial) {
+        return SKIP;
+    }
+    let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
+    if candidates.is_empty() || (candidates.len() <= params.top_k && !is_partial) {
+        COMPLETE
+    } else if can_reuse {
+        REUSE
+    } else {
+        SCORE
+    }
+}

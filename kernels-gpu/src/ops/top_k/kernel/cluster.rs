@@ -1,0 +1,344 @@
+//! Choosing by a cluster of blocks, all of which see what the others have in shared memory.
+//!
+//! Each block has a share of the candidates, and two masks with a bit for each of them: which lie above a range of keys, and
+//! which in it. The range is the bin of the threshold at first; it is cut into bins, and narrowed to one, until few keys
+//! lie in it or only one value. Few keys are brought together in every block, which ranks its own among them; then the
+//! first mask says who is chosen, and the number of marks before a token's own is its index in the list.
+
+use super::lists::{self, Row};
+use crate::common::block::{Gathered, bin_from_top, search_from_top, strided, sums_before};
+use crate::common::radix::{self, BINS, Keys};
+use crate::ops::top_k::TopKParams;
+use crate::ops::top_k::cluster::*;
+use crate::simt::data::V4;
+use crate::simt::global::GlobalPtr;
+use crate::simt::{cluster, grid, thread, warp};
+
+/// Loads of four votes that a thread has in flight.
+const BATCH: usize = 4;
+
+/// The block's share of a row's candidates.
+struct Share<'a> {
+    row: &'a Row<'a>,
+    /// Votes of the row, by token.
+    votes: GlobalPtr<f32>,
+    /// First token, a multiple of 32, and one past the last. Those before the candidates are none.
+    begin: u32,
+    end: u32,
+    /// The thread's first votes.
+    first_votes: Votes,
+}
+
+/// Votes that a thread has in flight: four from each of [`BATCH`] tokens on, NaN where there are none.
+type Votes = [[f32; 4]; BATCH];
+/// From one of these tokens to the next.
+const STEP: u32 = 4 * THREADS;
+
+/// Where the threshold lies.
+#[derive(Clone, Copy)]
+struct Range {
+    keys: Keys,
+    /// Rank of the threshold among the keys in the range, from 1, from the top.
+    rank: u32,
+    /// How many they are.
+    many: u32,
+}
+
+/// Writes the lists.
+///
+/// # Safety
+/// - The buffers and tables are as [`TopKParams`] says; the votes have been counted.
+/// - Launched with [`TopKParams::cluster_dims`].
+pub unsafe fn choose_in_cluster(params: TopKParams) {
+    thread::launch_bounds::<THREADS, 1>();
+    let row = lists::row_of_block(&params);
+    let prefetched = row.prefetch();
+    let mut share = Share::of(&row);
+    clear_marks(&share);
+    grid::wait_for_previous();
+    grid::launch_dependents();
+    let mut counts = [0; OWN_BINS];
+    if row.is_scored() {
+        counts = load_counts(&params);
+        share.first_votes = share.load(share.first_of_thread());
+    }
+    row.write_rest(&prefetched);
+    if row.is_scored() {
+        choose(&share, counts);
+    }
+}
+
+unsafe fn choose(share: &Share<'_>, counts: [u32; OWN_BINS]) {
+    let (bin, rank, many) = find(counts, share.row.chosen);
+    let mut range = Range { keys: Keys::of_bin(bin), rank, many };
+    mark(share, &range);
+    while range.keys.smallest < range.keys.largest && range.many > FEW {
+        range = narrow(share, &range);
+        clear_marks(share);
+        thread::sync_threads();
+        mark(share, &range);
+    }
+    if range.keys.smallest < range.keys.largest {
+        rank_few(share, &range);
+        write_chosen(share, 0);
+    } else {
+        write_chosen(share, range.rank);
+    }
+}
+
+impl<'a> Share<'a> {
+    unsafe fn of(row: &'a Row<'a>) -> Share<'a> {
+        let first = row.candidates.begin / 32 * 32;
+        let all = row.candidates.end - first;
+        let len = all.div_ceil(cluster::num_blocks().max(1)).div_ceil(32) * 32;
+        let begin = first + (cluster::block_rank() * len).min(all.div_ceil(32) * 32);
+        let votes = row.params.votes.add(row.params.batch.token_base(row.row));
+        let end = (begin + len).min(row.candidates.end);
+        Share { row, votes, begin, end, first_votes: [[f32::NAN; 4]; BATCH] }
+    }
+
+    /// The first token that the thread looks at.
+    fn first_of_thread(&self) -> u32 {
+        self.begin + 4 * thread::thread_idx_x()
+    }
+
+    /// Votes of the thread from token `first` on.
+    unsafe fn load(&self, first: u32) -> Votes {
+        let aligned = self.votes.addr().is_multiple_of(16);
+        let mut votes = [[f32::NAN; 4]; BATCH];
+        for b in 0..BATCH {
+            let token = first + b as u32 * STEP;
+            let whole = token >= self.row.candidates.begin && token + 3 < self.end;
+            if whole && aligned {
+                votes[b] = self.votes.add(token as u64).cast::<V4<f32>>().load().0;
+            } else if token < self.end {
+                for i in 0..4 {
+                    if self.is_candidate(token + i as u32) {
+                        votes[b][i] = self.votes.add((token + i as u32) as u64).load();
+                    }
+                }
+            }
+        }
+        votes
+    }
+
+    /// Words of the share's masks.
+    fn words(&self) -> u32 {
+        self.end.saturating_sub(self.begin).div_ceil(32)
+    }
+
+    /// Calls `f` with each candidate of the share that is this thread's, and its key, if the key is no less than
+    /// `smallest`.
+    #[inline(always)]
+    unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
+        let (least, all) = (radix::least_vote(smallest), smallest == 0);
+        let mut votes = self.first_votes;
+        let mut first = self.first_of_thread();
+        while first < self.end {
+            // What is not there is NaN, which has the smallest key. Few keys are large enough, and are loaded again.
+            let mut found = 0u32;
+            for b in 0..BATCH {
+                for i in 0..4 {
+                    found |= ((all | (votes[b][i] >= least)) as u32) << (4 * b + i);
+                }
+            }
+            while found != 0 {
+                let bit = found.trailing_zeros();
+                let token = first + bit / 4 * STEP + bit % 4;
+                if self.is_candidate(token) {
+                    // Its address comes from the votes themselves.
+                    f(token, radix::key(self.votes.add(token as u64).load_settled()));
+                }
+                found &= found - 1;
+            }
+            first += BATCH as u32 * STEP;
+            if first < self.end {
+                votes = self.load(first);
+            }
+        }
+    }
+
+    fn is_candidate(&self, token: u32) -> bool {
+        token >= self.row.candidates.begin && token < self.end
+    }
+
+    /// The words of the masks that are this thread's: adjacent ones, in the order of the threads.
+    fn own_words(&self) -> (u32, u32) {
+        let words = self.words();
+        let run = words.div_ceil(THREADS);
+        let begin = (thread::thread_idx_x() * run).min(words);
+        (begin, (begin + run).min(words))
+    }
+}
+
+/// Bins of a thread.
+const OWN_BINS: usize = (BINS / THREADS) as usize;
+
+/// Counts of the row's votes in the thread's bins.
+unsafe fn load_counts(params: &TopKParams) -> [u32; OWN_BINS] {
+    let of_row = params.radix.histogram.add(thread::block_idx_y() as u64 * BINS as u64);
+    let mut counts = [0; OWN_BINS];
+    for i in 0..OWN_BINS {
+        counts[i] = of_row.add(bin_from_top::<OWN_BINS>(BINS, i) as u64).load();
+    }
+    counts
+}
+
+/// The bin at which the sum of the counts from the top reaches `rank`, the rank within it, and its count.
+unsafe fn find(counts: [u32; OWN_BINS], rank: u32) -> (u32, u32, u32) {
+    let found = LAYOUT.found.get();
+    search_from_top(LAYOUT.warps.get(), counts, rank, |i, rank, count| {
+        found.store(bin_from_top::<OWN_BINS>(BINS, i));
+        found.add(1).store(rank);
+        found.add(2).store(count);
+    });
+    thread::sync_threads();
+    (found.load(), found.add(1).load(), found.add(2).load())
+}
+
+/// Sets all marks back to 0, before the block meets and marks others.
+unsafe fn clear_marks(share: &Share<'_>) {
+    for word in strided(thread::thread_idx_x(), share.words(), THREADS) {
+        LAYOUT.above.get().add(word).store(0);
+        LAYOUT.within.get().add(word).store(0);
+    }
+    if thread::thread_idx_x() == 0 {
+        LAYOUT.counts.get().store(0);
+    }
+}
+
+/// Marks the tokens above the range and in it, and writes down those in it if they are few. There are no marks yet.
+unsafe fn mark(share: &Share<'_>, range: &Range) {
+    let (above, within, count) = (LAYOUT.above.get(), LAYOUT.within.get(), LAYOUT.counts.get());
+    let (own, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
+    let (keys, few) = (range.keys, range.many <= FEW);
+    share.each(keys.smallest, |token, key| {
+        let (word, bit) = ((token - share.begin) / 32, 1 << (token % 32));
+        if key > keys.largest {
+            above.add(word).atomic_add(bit);
+        } else {
+            within.add(word).atomic_add(bit);
+            if few {
+                let i = count.atomic_add(1);
+                own.add(i).store(key);
+                tokens.add(i).store(token);
+            }
+        }
+    });
+    thread::sync_threads();
+}
+
+/// The bin of the range that the threshold lies in. Its keys are counted by all blocks.
+unsafe fn narrow(share: &Share<'_>, range: &Range) -> Range {
+    let (histogram, keys) = (LAYOUT.histogram.get(), range.keys);
+    for bin in strided(thread::thread_idx_x(), BINS, THREADS) {
+        histogram.add(bin).store(0);
+    }
+    thread::sync_threads();
+    share.each(keys.smallest, |_, key| {
+        if key <= keys.largest {
+            histogram.add(keys.bin_of(key)).atomic_add(1);
+        }
+    });
+    cluster::sync();
+    let mut counts = [0; OWN_BINS];
+    for block in 0..cluster::num_blocks() {
+        for i in 0..OWN_BINS {
+            counts[i] += histogram.add(bin_from_top::<OWN_BINS>(BINS, i)).of_block(block).load();
+        }
+    }
+    cluster::sync();
+    let (bin, rank, many) = find(counts, range.rank);
+    Range { keys: keys.narrowed(bin), rank, many }
+}
+
+/// Marks those chosen among few tokens in the range as if they were above it: every block brings the keys of all
+/// together, and ranks its own.
+unsafe fn rank_few(share: &Share<'_>, range: &Range) {
+    let (own, tokens, all) = (LAYOUT.own.get(), LAYOUT.tokens.get(), LAYOUT.all.get());
+    let count = LAYOUT.counts.get();
+    cluster::sync();
+    // Some warps copy the keys of a block, to behind those of the blocks before it.
+    let (warp, lane, num_blocks) = (warp::warp_id(), warp::lane_id(), cluster::num_blocks().max(1));
+    let counts = Gathered::load(count, num_blocks);
+    let (block, turn) = (warp % num_blocks, warp / num_blocks);
+    let (to, many) = (counts.before(block), counts.of(block));
+    for i in strided(turn * warp::SIZE + lane, many, THREADS / num_blocks) {
+        all.add(to + i).store(own.add(i).of_block(block).load());
+    }
+    // Behind the last come keys below all others, up to a multiple of what a lane compares at a time.
+    if thread::thread_idx_x() < FEW.min(range.many.next_multiple_of(4)) - range.many {
+        all.add(range.many + thread::thread_idx_x()).store(0);
+    }
+    // Equal keys of blocks before this one come first.
+    let (earlier, mine) = (counts.before(cluster::block_rank()), count.load());
+    thread::sync_threads();
+    for i in strided(warp, mine, THREADS / warp::SIZE) {
+        let (key, token) = (own.add(i).load(), tokens.add(i).load());
+        let mut before = 0;
+        for other in strided(4 * lane, range.many, 4 * warp::SIZE) {
+            let others = all.add(other).cast::<V4<u32>>().load().0;
+            for j in 0..4 {
+                before += (others[j] > key || (others[j] == key && other + (j as u32) < earlier)) as u32;
+            }
+        }
+        for other in strided(lane, mine, warp::SIZE) {
+            before += (own.add(other).load() == key && tokens.add(other).load() < token) as u32;
+        }
+        let before = warp::reduce_add(warp::FULL, before);
+        if lane == 0 && before < range.rank {
+            LAYOUT.above.get().add((token - share.begin) / 32).atomic_add(1 << (token % 32));
+        }
+    }
+    thread::sync_threads();
+}
+
+/// Writes the marked tokens in order: all above the range, and the first `ties` in it.
+unsafe fn write_chosen(share: &Share<'_>, ties: u32) {
+    let (above, within) = (LAYOUT.above.get(), LAYOUT.within.get());
+    let (begin, end) = share.own_words();
+    let (mut higher, mut equal) = (0, 0);
+    for word in begin..end {
+        higher += above.add(word).load().count_ones();
+        equal += if ties > 0 { within.add(word).load().count_ones() } else { 0 };
+    }
+    let warps = LAYOUT.warps.get();
+    let (higher_before, all_higher) = sums_before(warps, higher);
+    let (equal_before, all_equal) = if ties > 0 { sums_before(warps, equal) } else { (0, 0) };
+    let counts = LAYOUT.counts.get();
+    if thread::thread_idx_x() == 0 {
+        counts.add(1).store(all_higher);
+        counts.add(2).store(all_equal);
+    }
+    cluster::sync();
+    let rank = cluster::block_rank();
+    let (higher, equal) = (Gathered::load(counts.add(1), rank), Gathered::load(counts.add(2), rank));
+    let (mut higher, mut equal) = (higher_before + higher.before(rank), equal_before + equal.before(rank));
+    if rank == 0 {
+        clear_counts(share.row);
+    }
+    for word in begin..end {
+        let bits = above.add(word).load();
+        let mut left = bits | if ties > 0 { within.add(word).load() } else { 0 };
+        while left != 0 {
+            let bit = left.trailing_zeros();
+            let is_higher = bits >> bit & 1 == 1;
+            if is_higher || equal < ties {
+                let index = higher + equal.min(ties);
+                share.row.choose(index, share.begin + word * 32 + bit);
+            }
+            higher += is_higher as u32;
+            equal += !is_higher as u32;
+            left &= left - 1;
+        }
+    }
+    cluster::meet(); // no block ends while others read from it
+}
+
+/// Sets the row's counts of votes back to 0, when every block has read them.
+unsafe fn clear_counts(row: &Row<'_>) {
+    let of_row = row.params.radix.histogram.add(row.row as u64 * BINS as u64);
+    for bin in strided(thread::thread_idx_x(), BINS, THREADS) {
+        of_row.add(bin as u64).store(0);
+    }
+}
