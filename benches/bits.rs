@@ -185,14 +185,7 @@ fn run(device: &Device, pools: &mut Pools, case: &Case) -> Result<(), Error> {
 
 fn main() -> Result<(), Error> {
     let options = Options::parse()?;
-    let device = if options.smoke { Ok(Device::emulated()) } else { Device::cuda(0) };
-    let device = match device {
-        Ok(device) => device,
-        Err(error) => {
-            println!("SKIPPED: {error}");
-            return Ok(());
-        }
-    };
+    let Some(device) = common::gpu(options.smoke) else { return Ok(()) };
     let cases = cases(options.smoke);
     let largest = cases.iter().map(|case| case.spec.num_elements()).max().ok_or("no cases")?;
     let mut pools = Pools::new(&device, largest)?;

@@ -385,14 +385,7 @@ fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Erro
 
 fn main() -> Result<(), Error> {
     let options = Options::parse()?;
-    let device = if options.smoke { Ok(Device::emulated()) } else { Device::cuda(0) };
-    let device = match device {
-        Ok(device) => device,
-        Err(error) => {
-            println!("SKIPPED: {error}");
-            return Ok(());
-        }
-    };
+    let Some(device) = common::gpu(options.smoke) else { return Ok(()) };
     let begin = std::time::Instant::now();
     let mut timer = Timer::new(&device)?;
     let (mut copy, mut read) = (1e12, 1e12);

@@ -463,14 +463,17 @@ impl<'a> Layer<'a> {
     }
 }
 
+/// The emulated GPU, or the first one; says so where there is none.
+pub fn gpu(emulated: bool) -> Option<Device> {
+    if emulated {
+        return Some(Device::emulated());
+    }
+    Device::cuda(0).inspect_err(|error| println!("SKIPPED on CUDA: {error}")).ok()
+}
+
 /// The processor, and the first GPU where there is one.
 pub fn devices() -> Vec<Device> {
-    let mut devices = vec![Device::cpu()];
-    match Device::cuda(0) {
-        Ok(device) => devices.push(device),
-        Err(error) => println!("SKIPPED on CUDA: {error}"),
-    }
-    devices
+    [Some(Device::cpu()), gpu(false)].into_iter().flatten().collect()
 }
 
 /// `cpu` or `cuda`, for names of measurements.

@@ -167,8 +167,10 @@ impl Device {
             return Err(Error::Unsupported { device, op: "capture", what: "any work".into() });
         };
         driver.begin_capture()?;
+        driver.order().forget();
         let done = work();
         let captured = driver.end_capture();
+        driver.order().forget();
         done?;
         Ok(Graph { driver: Arc::clone(driver), captured: captured? })
     }
@@ -209,6 +211,7 @@ impl Graph {
     /// # Errors
     /// [`Error::Driver`], or [`Error::Launch`] in the emulator.
     pub unsafe fn launch(&self) -> Result<()> {
+        self.driver.order().forget();
         // SAFETY: the arguments were checked when the work was recorded; the memory is there, by the caller's promise.
         unsafe { self.driver.replay(&self.captured) }
     }

@@ -114,6 +114,24 @@ pub const fn absent_mut<T>() -> GlobalMut<T> {
 }
 
 #[cfg(test)]
+impl BatchTables {
+    /// One row, and no tables: enough for what depends on shapes alone.
+    pub(crate) fn of_one_row(page_size: u32) -> BatchTables {
+        BatchTables {
+            qo_indptr: absent(),
+            kv_indptr: absent(),
+            kv_indices: absent(),
+            kv_last_page_len: absent(),
+            candidates: absent(),
+            num_rows: 1,
+            page_size,
+            page_magic: 0,
+            page_shift: 0,
+        }
+    }
+}
+
+#[cfg(test)]
 mod tests {
     use super::*;
 

@@ -224,20 +224,20 @@ pub unsafe fn load_global_settled<T: Pod>(addr: u64) -> T {
 
 #[inline(always)]
 #[track_caller]
-pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
+pub unsafe fn load_global_constant<T: Pod>(addr: u64) -> T {
     global::<T>(addr, Access::ReadConstant).read()
 }
 
 #[inline(always)]
 #[track_caller]
-pub unsafe fn load_global_stream<T: Pod>(addr: u64) -> T {
-    load_global_cached(addr)
+pub unsafe fn load_global_constant_once<T: Pod>(addr: u64) -> T {
+    load_global_constant(addr)
 }
 
 #[inline(always)]
 #[track_caller]
-pub unsafe fn load_global_stream_row<T: Pod>(addr: u64) -> T {
-    load_global_cached(addr)
+pub unsafe fn load_global_constant_row<T: Pod>(addr: u64) -> T {
+    load_global_constant(addr)
 }
 
 #[inline(always)]

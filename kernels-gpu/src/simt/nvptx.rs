@@ -306,17 +306,17 @@ pub unsafe fn load_global_settled<T: Pod>(addr: u64) -> T {
 }
 
 #[inline(always)]
-pub unsafe fn load_global_cached<T: Pod>(addr: u64) -> T {
+pub unsafe fn load_global_constant<T: Pod>(addr: u64) -> T {
     load!("ld.global.nc", T, reg64 addr, pure, nomem, nostack)
 }
 
 #[inline(always)]
-pub unsafe fn load_global_stream<T: Pod>(addr: u64) -> T {
+pub unsafe fn load_global_constant_once<T: Pod>(addr: u64) -> T {
     load!("ld.global.nc.L1::no_allocate", T, reg64 addr, pure, nomem, nostack)
 }
 
 #[inline(always)]
-pub unsafe fn load_global_stream_row<T: Pod>(addr: u64) -> T {
+pub unsafe fn load_global_constant_row<T: Pod>(addr: u64) -> T {
     load!("ld.global.nc.L1::no_allocate.L2::256B", T, reg64 addr, pure, nomem, nostack)
 }
 

@@ -580,7 +580,6 @@ impl Driver for CudaDriver {
         check_launch(self, entry, &dims, params)?;
         let _entered = self.enter()?;
         let fail = |reason: String| Error::Launch { device: self.name.clone(), kernel: entry.name, reason };
-        self.prepare(&[entry])?;
         let Some(function) = self.kernels.find(entry) else { return Err(fail("not loaded".into())) };
         let mut arguments = [params.as_ptr().cast_mut().cast::<c_void>()];
         let ([gx, gy, gz], [bx, by, bz]) = (dims.grid, dims.block);
@@ -644,12 +643,10 @@ impl Driver for CudaDriver {
         let mode = sys::CUstreamCaptureMode::CU_STREAM_CAPTURE_MODE_THREAD_LOCAL;
         cuda!(&self.name, cuStreamBeginCapture_v2(self.stream.raw, mode))?;
         self.capturing().active = true;
-        self.order.forget();
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Captured> {
-        self.order.forget();
         let _entered = self.enter()?;
         let mut graph = CudaGraph { graph: null_mut(), exec: null_mut() };
         let ended = cuda!(&self.name, cuStreamEndCapture(self.stream.raw, &mut graph.graph));
@@ -666,7 +663,6 @@ impl Driver for CudaDriver {
         };
         let _one_at_a_time = self.capturing();
         let _entered = self.enter()?;
-        self.order.forget();
         cuda!(&self.name, cuGraphLaunch(graph.exec, self.stream.raw))
     }
 }

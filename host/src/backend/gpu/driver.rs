@@ -36,7 +36,7 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
         Duration::ZERO
     }
 
-    /// Loads kernels, so that [`launch`](Self::launch) need not.
+    /// Loads kernels, so that [`launch`](Self::launch) can start them.
     fn prepare(&self, entries: &[&'static Entry]) -> Result<()> {
         let _ = entries;
         Ok(())
@@ -63,7 +63,7 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// What was launched last.
     fn order(&self) -> &LaunchOrder;
 
-    /// Starts a kernel, which is loaded first if it must. `params` are the bytes of the entry's parameter struct. With
+    /// Starts a kernel that was [prepared](Self::prepare). `params` are the bytes of the entry's parameter struct. With
     /// `overlaps` it may begin before the launch before it has ended (see [`kernels_gpu::common::overlap`]).
     ///
     /// # Safety
@@ -125,7 +125,7 @@ impl LaunchOrder {
 
     /// What is launched next follows other launches than those seen here: where a recording begins, where it ends, and
     /// behind a replay.
-    pub(super) fn forget(&self) {
+    pub(crate) fn forget(&self) {
         *self.in_flight() = InFlight::default();
     }
 
@@ -232,18 +232,22 @@ pub(crate) fn check_launch(
 mod tests {
     use super::*;
 
+    /// Launches an operation, and returns whether it may overlap.
+    fn launch(order: &LaunchOrder, op: Op, pages_are_older: bool) -> bool {
+        let mut may = true;
+        let launch = |overlaps| {
+            may = overlaps;
+            Ok(())
+        };
+        order.launch(op, pages_are_older, launch).unwrap();
+        may
+    }
+
     /// Whether the last of some operations may overlap, the first behind a launch that wrote no pages.
     fn overlaps(ops: &[Op]) -> bool {
         let order = LaunchOrder::default();
-        let mut last = true;
-        for &op in [Op::Vote].iter().chain(ops) {
-            let launch = |overlaps| {
-                last = overlaps;
-                Ok(())
-            };
-            order.launch(op, false, launch).unwrap();
-        }
-        last
+        launch(&order, Op::Vote, false);
+        ops.iter().fold(true, |_, &op| launch(&order, op, false))
     }
 
     #[test]
@@ -264,46 +268,28 @@ mod tests {
 
     #[test]
     fn what_reads_an_output_waits_for_it() {
-        let launch = |order: &LaunchOrder, op| {
-            let mut overlaps = true;
-            let launch = |it| {
-                overlaps = it;
-                Ok(())
-            };
-            order.launch(op, false, launch).unwrap();
-            overlaps
-        };
         for (read, may) in [(0..100, true), (90..101, false), (199..300, false), (200..300, true)] {
             let order = LaunchOrder::default();
-            launch(&order, Op::Merge);
+            launch(&order, Op::Merge, false);
             order.writes(100..200);
-            assert!(launch(&order, Op::Pool), "reads another tensor");
+            assert!(launch(&order, Op::Pool, false), "reads another tensor");
             order.reads(&[0..1, read.clone()]);
-            assert_eq!(launch(&order, Op::Append), may, "{read:?}");
+            assert_eq!(launch(&order, Op::Append, false), may, "{read:?}");
             order.reads(&[read]);
-            assert!(launch(&order, Op::Append), "the output is there");
+            assert!(launch(&order, Op::Append, false), "the output is there");
         }
     }
 
     #[test]
     fn what_is_not_known_may_have_written_pages() {
         let order = LaunchOrder::default();
-        let mut may = Vec::new();
-        let mut launch = |op, older| {
-            let launch = |overlaps| {
-                may.push(overlaps);
-                Ok(())
-            };
-            order.launch(op, older, launch).unwrap();
-        };
-        launch(Op::Gather, false);
-        launch(Op::Gather, false);
+        assert!(!launch(&order, Op::Gather, false));
+        assert!(launch(&order, Op::Gather, false));
         order.forget();
-        launch(Op::Score, true);
+        assert!(launch(&order, Op::Score, true));
         order.forget();
-        launch(Op::Score, false);
+        assert!(!launch(&order, Op::Score, false));
         order.launch(Op::Append, false, |_| Err(while_capturing("waiting"))).unwrap_err();
-        launch(Op::Gather, false);
-        assert_eq!(may, [false, true, true, false, true], "a launch that failed wrote nothing");
+        assert!(launch(&order, Op::Gather, false), "a launch that failed wrote nothing");
     }
 }

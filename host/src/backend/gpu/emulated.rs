@@ -179,12 +179,10 @@ impl Driver for EmulatedDriver {
     fn begin_capture(&self) -> Result<()> {
         self.expect_no_capture("capture")?;
         *self.recorded() = Some(Vec::new());
-        self.order().forget();
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Captured> {
-        self.order().forget();
         Ok(Captured(Box::new(self.recorded().take().unwrap_or_default())))
     }
 
@@ -192,7 +190,6 @@ impl Driver for EmulatedDriver {
         let Some(commands) = captured.0.downcast_ref::<Vec<Command>>() else {
             return Err(Error::Missing { op: "launch", needs: "a graph of this device" });
         };
-        self.order().forget();
         // A graph begins when the work before it has ended, and the work behind it begins when the graph has.
         self.memory().0.synchronize();
         for command in commands {

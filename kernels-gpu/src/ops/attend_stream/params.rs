@@ -88,14 +88,13 @@ impl<T> AttendParams<T> {
         let (k, v) = (&self.k_stride, &self.v_stride);
         let alike = k.page == v.page && k.token == v.token && k.head == v.head;
         let is_dense = self.selected.addr() == 0 && self.rope.coarse.addr() == 0 && self.k_is_gathered == 0;
-        let has_instance = Entry::has_head_dim(Op::AttendStream, head_dim);
         let few = self.max_block_len * self.group <= QUERY_ROWS;
-        if !(gpu.bulk_copies && alike && is_dense && has_instance && few) {
+        if !(gpu.bulk_copies && alike && is_dense && few) {
             return false;
         }
         let (rows, sms) = (self.batch.num_rows, gpu.num_sms);
         let is_busy = rows > 0 && rows <= sms && 8 * (sms % rows) <= sms;
-        is_busy && self.pages(head_dim).can_stream()
+        is_busy && self.pages(head_dim).can_stream() && Entry::has_head_dim(Op::AttendStream, head_dim)
     }
 
     /// Blocks of a row: as many as run at a time, and no more than there are steps.

@@ -15,17 +15,6 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
     let (dim, heads) = (head_dim as u64, num_kv_heads as u64);
     let [token, head] = if nhd { [heads * dim, dim] } else { [dim, page_size as u64 * dim] };
     let stride = PageStrides { page: page_size as u64 * heads * dim, token, head };
-    let batch = BatchTables {
-        qo_indptr: absent(),
-        kv_indptr: absent(),
-        kv_indices: absent(),
-        kv_last_page_len: absent(),
-        candidates: absent(),
-        num_rows: 1,
-        page_size,
-        page_magic: 0,
-        page_shift: 0,
-    };
     AttendParams {
         q: absent(),
         k_pages: absent(),
@@ -39,7 +28,7 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
         partial: absent_mut(),
         partial_stats: absent_mut(),
         counters: absent_mut(),
-        batch,
+        batch: BatchTables::of_one_row(page_size),
         k_stride: stride,
         v_stride: stride,
         rope: RopeTables::none(),

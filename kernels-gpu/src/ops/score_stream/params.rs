@@ -75,8 +75,7 @@ impl<T> ScoreParams<T> {
 
     /// Whether [`score_stream`](super::kernel::score_stream) can score these pages, and is worth it for long contexts.
     pub fn can_stream(&self) -> bool {
-        let has_instance = Entry::has_head_dim(Op::ScoreStream, self.head_dim);
-        has_instance && self.pages().can_stream()
+        self.pages().can_stream() && Entry::has_head_dim(Op::ScoreStream, self.head_dim)
     }
 
     /// Whether no copy of [`score_stream`](super::kernel::score_stream) reaches beyond a row's candidates and local tokens: keys may then be

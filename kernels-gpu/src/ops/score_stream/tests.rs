@@ -8,17 +8,6 @@ use crate::ops::score::ScoreParams;
 fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> ScoreParams<u16> {
     let (dim, heads) = (head_dim as u64, num_kv_heads as u64);
     let [token, head] = if nhd { [heads * dim, dim] } else { [dim, page_size as u64 * dim] };
-    let batch = BatchTables {
-        qo_indptr: absent(),
-        kv_indptr: absent(),
-        kv_indices: absent(),
-        kv_last_page_len: absent(),
-        candidates: absent(),
-        num_rows: 1,
-        page_size,
-        page_magic: 0,
-        page_shift: 0,
-    };
     ScoreParams {
         k_pages: absent(),
         queries: absent(),
@@ -27,7 +16,7 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> ScoreP
         stats: absent_mut(),
         partial: absent_mut(),
         counters: absent_mut(),
-        batch,
+        batch: BatchTables::of_one_row(page_size),
         stride: PageStrides { page: 2 * page_size as u64 * heads * dim, token, head },
         num_kv_heads,
         group: 4,

@@ -49,7 +49,7 @@ impl<T: Pod> GlobalPtr<T> {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn load_constant(self) -> T {
-        imp::load_global_cached(self.addr)
+        imp::load_global_constant(self.addr)
     }
 
     /// [`load_constant`](Self::load_constant) without a place in L1 (`ld.global.nc.L1::no_allocate`): data that is read once.
@@ -59,7 +59,7 @@ impl<T: Pod> GlobalPtr<T> {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn load_constant_once(self) -> T {
-        imp::load_global_stream(self.addr)
+        imp::load_global_constant_once(self.addr)
     }
 
     /// [`load_constant_once`](Self::load_constant_once) that also has the 256 bytes around it brought to L2 (`.L2::256B`).
@@ -69,7 +69,7 @@ impl<T: Pod> GlobalPtr<T> {
     #[inline(always)]
     #[track_caller]
     pub unsafe fn load_constant_row(self) -> T {
-        imp::load_global_stream_row(self.addr)
+        imp::load_global_constant_row(self.addr)
     }
 }
 
