@@ -11,7 +11,7 @@ mod common;
 
 use common::{HEADS, Layer, Pools, Spec, Step};
 use half::{bf16, f16};
-use tokenselect::{DType, Device, HeadShape, Positions, Rope, RopePairing, Tensor};
+use tokenselect::{Buffer, DType, Device, HeadShape, Positions, Rope, RopePairing, Tensor};
 
 type Error = Box<dyn std::error::Error>;
 
@@ -137,14 +137,14 @@ fn print(case: &str, layer: &mut Layer<'_>, op: &str, done: tokenselect::Result<
     let space = layer.select.workspace();
     let buffers: &[(&str, &Tensor)] = match op {
         "append" => &[],
-        "pool" => &[("queries", &space.queries), ("actions", &space.actions)],
-        "score" => &[("logits", &space.logits), ("stats", &space.stats)],
-        "vote" => &[("votes", &space.votes)],
+        "pool" => &[("queries", space.buffer(Buffer::Queries)), ("actions", space.buffer(Buffer::Actions))],
+        "score" => &[("logits", space.buffer(Buffer::Logits)), ("stats", space.buffer(Buffer::Stats))],
+        "vote" => &[("votes", space.buffer(Buffer::Votes))],
         "top_k" | "select" | "append_select" | "reuse" => &[
-            ("selected", &space.selected),
-            ("selected_len", &space.selected_len),
-            ("votes", &space.votes),
-            ("similarities", &space.similarities),
+            ("selected", space.buffer(Buffer::Selected)),
+            ("selected_len", space.buffer(Buffer::SelectedLen)),
+            ("votes", space.buffer(Buffer::Votes)),
+            ("similarities", space.buffer(Buffer::Similarities)),
         ],
         _ => &[("out", layer.out()), ("lse", layer.lse())],
     };

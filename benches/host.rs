@@ -8,8 +8,9 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use tokenselect::{
-    Batch, BatchSlot, CacheConfig, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, Limits, PageTables,
-    PagedKvCache, Result, SelectConfig, SelectionCache, StepInput, StepOutput, Tensor, TokenSelect,
+    Batch, BatchSlot, CacheConfig, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, Limits, Over,
+    PageTables, PagedKvCache, Result, SelectConfig, SelectionCache, StepInput, StepOutput, Tensor,
+    TokenSelect,
 };
 
 const HEADS: HeadShape = HeadShape { num_qo_heads: 32, num_kv_heads: 8, head_dim: 128 };
@@ -64,7 +65,7 @@ fn host(c: &mut Criterion) {
             recorded(&device, iterations, || {
                 let kv = KvView::new(k_pages.view(), v_pages.view(), KvLayout::Nhd)?;
                 ts.select(&batch, kv, q.view(), Some(selections.layer_mut(0)?))?;
-                ts.attend(&batch, kv, q.view(), StepOutput { out: out.view_mut(), lse: None })
+                ts.attend(&batch, kv, q.view(), Over::Selected, StepOutput { out: out.view_mut(), lse: None })
             })
         });
     });
@@ -74,7 +75,7 @@ fn host(c: &mut Criterion) {
                 let pages = KvViewMut::new(k_pages.view_mut(), v_pages.view_mut(), KvLayout::Nhd)?;
                 ts.append_select(&batch, pages, input, Some(selections.layer_mut(0)?))?;
                 let kv = KvView::new(k_pages.view(), v_pages.view(), KvLayout::Nhd)?;
-                ts.attend(&batch, kv, q.view(), StepOutput { out: out.view_mut(), lse: None })
+                ts.attend(&batch, kv, q.view(), Over::Selected, StepOutput { out: out.view_mut(), lse: None })
             })
         });
     });

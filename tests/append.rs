@@ -2,12 +2,12 @@
 
 mod common;
 
-use common::paged::{Pool, STORAGES, Storage};
+use common::paged::{Pool, STORAGES, Storage, limits};
 use common::problem::{self, Content, Problem, around, heads};
-use common::run::{Inputs, token_select};
+use common::run::{Inputs, only};
 use common::{bits, cases, devices, gpus};
 use proptest::prelude::*;
-use tokenselect::{DType, Device, HeadShape, SelectConfig};
+use tokenselect::{DType, Device, HeadShape, Operations, SelectConfig};
 
 proptest! {
     #![proptest_config(cases(128))]
@@ -46,7 +46,8 @@ fn check(devices: &[Device], problem: &Problem, page_size: usize, storage: Stora
     for device in devices {
         let mut pool = Pool::before_block(problem, page_size, storage, seed).to(device);
         let batch = pool.batch(problem);
-        let ts = token_select(device, problem, &batch);
+        let append = Operations { append: true, ..Operations::NONE };
+        let ts = only(device, &problem.config, limits(&batch), append);
         let inputs = Inputs::new(problem).to(device);
         ts.append(&batch, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
         // The same seed shuffles the same pages; slots without a token hold NaN in both.

@@ -11,7 +11,8 @@ use common::{
 };
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, DType, Device, HeadShape, Positions, Ranks, Rope, SelectConfig, Selection, StepOutput, Tensor,
+    Batch, DType, Device, HeadShape, Over, Positions, Ranks, Rope, SelectConfig, Selection, StepOutput,
+    Tensor,
 };
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
@@ -65,7 +66,7 @@ fn attend_to(
     let ranks = with_ranks.then(|| Ranks { ranks: ranks.view(), total_len: total_len.view() });
     let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend_to(&batch, pool.view(), inputs.q.view(), selection, output).unwrap();
+    ts.attend(&batch, pool.view(), inputs.q.view(), Over::Lists(&selection), output).unwrap();
     (values(&out), values(&lse))
 }
 
@@ -204,7 +205,7 @@ fn attend_dense(
     let ts = token_select(device, problem, batch);
     let (mut out, mut lse) = outputs_on(device, problem, out_dtype);
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend_dense(batch, pool.view(), q.view(), output).unwrap();
+    ts.attend(batch, pool.view(), q.view(), Over::All, output).unwrap();
     (values(&out), values(&lse))
 }
 
@@ -278,7 +279,7 @@ proptest! {
             let ts = token_select(&device, &problem, &batch);
             let (mut out, mut lse) = outputs(&problem, DType::F32);
             let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+            ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
             assert_same(&device, "attention", &problem, &(values(&out), values(&lse)), &want, DType::F32);
         }
     }
@@ -401,8 +402,14 @@ fn lse_may_be_left_out_and_padding_has_no_rows() {
         let [with, without] = [true, false].map(|with_lse| {
             let (mut out, mut lse) = outputs(&problem, DType::F32);
             let lse = with_lse.then(|| lse.view_mut());
-            ts.attend_dense(&batch, pool.view(), inputs.q.view(), StepOutput { out: out.view_mut(), lse })
-                .unwrap();
+            ts.attend(
+                &batch,
+                pool.view(),
+                inputs.q.view(),
+                Over::All,
+                StepOutput { out: out.view_mut(), lse },
+            )
+            .unwrap();
             values(&out)
         });
         assert_eq!(with, without);

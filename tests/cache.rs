@@ -218,7 +218,7 @@ impl Machine {
             let shape = [new.len(), KV_HEADS, 8];
             let k = tensor(DType::F32, &contents(&new, layer, false), shape);
             let v = tensor(DType::F32, &contents(&new, layer, true), shape);
-            let kv = self.cache.layer_mut(layer).unwrap().0;
+            let kv = self.cache.layer_mut(layer).unwrap().kv;
             self.writer.append(batch, kv, k.view(), v.view()).unwrap();
         }
     }
@@ -285,7 +285,10 @@ impl Machine {
                     let same = now(id).is_some_and(|now| now.starts_with(tokens));
                     assert!(same, "a batch passed for fresh whose row {row} has changed");
                     let pages = self.cache.pages().pages(*id).unwrap();
-                    assert!(pages.starts_with(held.batch.pages(row)), "row {row} has moved to other pages");
+                    assert!(
+                        pages.starts_with(held.batch.row(row).unwrap().pages),
+                        "row {row} has moved to other pages"
+                    );
                 }
             }
         }
@@ -395,8 +398,8 @@ fn tables_describe_sequences() {
     assert_eq!(tables.indices, [own(2), own(0)].concat());
     assert_eq!(tables.last_page_len, [4, 0, 1]);
     let batch = Batch::new(4, vec![0, 8, 8, 10], tables).unwrap();
-    assert_eq!((0..3).map(|row| batch.kv_len(row)).collect::<Vec<_>>(), [8, 0, 5]);
-    assert_eq!((0..3).map(|row| batch.block_len(row)).collect::<Vec<_>>(), [8, 0, 2]);
+    assert_eq!((0..3).map(|row| batch.row(row).unwrap().kv_len).collect::<Vec<_>>(), [8, 0, 5]);
+    assert_eq!((0..3).map(|row| batch.row(row).unwrap().block_len()).collect::<Vec<_>>(), [8, 0, 2]);
     assert_eq!((batch.max_kv_len(), batch.max_block_len(), batch.num_token_places()), (8, 8, 16));
 }
 

@@ -13,10 +13,10 @@ use common::run::{Inputs, outputs, queries};
 use common::{bits, devices, tensor};
 use half::bf16;
 use tokenselect::{
-    Batch, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut,
-    Limits, MAX_SEQUENCE_LEN, PageAllocator, PageTables, PagedKvCache, Plan, Positions, Ranks, Rope,
-    RopeTable, SelectConfig, Selection, SelectionCache, SequenceId, StepOutput, Tensor, TensorView,
-    TensorViewMut, TokenSelect,
+    Batch, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvShape, KvStrides, KvView,
+    KvViewMut, Limits, MAX_SEQUENCE_LEN, Operations, Over, PageAllocator, PageTables, PagedKvCache, Plan,
+    Positions, Ranks, Rope, RopeTable, SelectConfig, Selection, SelectionCache, SequenceId, StepOutput,
+    Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
 /// Asserts the whole text: argument, rule and numbers stand in it.
@@ -67,25 +67,28 @@ fn tensors_and_views() {
     let shape = KvShape { num_pages: 3, page_size: 4, num_kv_heads: 2, head_dim: 8 };
     let strides = KvStrides { page: 128, token: 16, head: 8 }; // reaches to 2 * 128 + 3 * 16 + 8 + 8 = 320
     let (enough, short) = (f32s(&[320]), f32s(&[319]));
-    KvView::strided(enough.view(), enough.view(), shape, strides).unwrap();
+    KvView::strided(enough.view(), enough.view(), shape, [strides; 2]).unwrap();
     let text = |what: &str| format!("`{what}` of shape [319] needs 320 elements, the slice has 319");
-    says(KvView::strided(short.view(), enough.view(), shape, strides), &text("k"));
-    says(KvView::strided(enough.view(), short.view(), shape, strides), &text("v"));
+    says(KvView::strided(short.view(), enough.view(), shape, [strides; 2]), &text("k"));
+    says(KvView::strided(enough.view(), short.view(), shape, [strides; 2]), &text("v"));
     let half = tensor(DType::F16, &[0.0; 320], [320]);
-    says(KvView::strided(enough.view(), half.view(), shape, strides), "`v` must be f32, got f16");
+    says(KvView::strided(enough.view(), half.view(), shape, [strides; 2]), "`v` must be f32, got f16");
     let (mut k, mut v) = (f32s(&[320]), f32s(&[319]));
-    says(KvViewMut::strided(k.view_mut(), v.view_mut(), shape, strides), &text("v"));
-    says(KvViewMut::strided(v.view_mut(), k.view_mut(), shape, strides), &text("k"));
+    says(KvViewMut::strided(k.view_mut(), v.view_mut(), shape, [strides; 2]), &text("v"));
+    says(KvViewMut::strided(v.view_mut(), k.view_mut(), shape, [strides; 2]), &text("k"));
     let mut half = half;
-    says(KvViewMut::strided(k.view_mut(), half.view_mut(), shape, strides), "`v` must be f32, got f16");
-    KvViewMut::combined(f32s(&[384]).view_mut(), 64, shape, strides).unwrap();
+    says(KvViewMut::strided(k.view_mut(), half.view_mut(), shape, [strides; 2]), "`v` must be f32, got f16");
+    KvViewMut::combined(f32s(&[384]).view_mut(), [0, 64], shape, [strides; 2]).unwrap();
     let text = "`kv` of shape [383] needs 384 elements, the slice has 383";
-    says(KvViewMut::combined(f32s(&[383]).view_mut(), 64, shape, strides), text);
+    says(KvViewMut::combined(f32s(&[383]).view_mut(), [0, 64], shape, [strides; 2]), text);
     let far = KvStrides { page: usize::MAX / 2, ..strides };
     let text = format!("`k` of shape [320] needs {} elements, the slice has 320", usize::MAX);
-    says(KvView::strided(enough.view(), enough.view(), shape, KvStrides { page: usize::MAX, ..far }), &text);
+    says(
+        KvView::strided(enough.view(), enough.view(), shape, [KvStrides { page: usize::MAX, ..far }; 2]),
+        &text,
+    );
 
-    let table = RopeTable::new(&Rope::default(), 8, 100);
+    let table = RopeTable::new(&Rope::default(), 8, 100).unwrap();
     says(table.rotate(&mut [0.0; 8], 100), "`position` must be below 100, got 100");
     says(table.rotate(&mut [0.0; 7], 99), "`head` of shape [8] needs 8 elements, the slice has 7");
 }
@@ -206,16 +209,27 @@ impl Fixture {
                 let (k, v) = self.reader.read(&self.cache, layer, id);
                 state.extend([k, v].map(|x| x.iter().map(|x| x.to_bits()).collect()));
             }
-            let mut cached = self.cache.layer_mut(layer).unwrap().1.unwrap().layer_mut(layer).unwrap();
+            let mut cached = self.cache.layer_mut(layer).unwrap().selections.unwrap();
             for view in [cached.selections.reborrow(), cached.ages.reborrow(), cached.made_at.reborrow()] {
                 state.push(view.as_view().as_slice::<u32>().unwrap().iter().map(|&x| u64::from(x)).collect());
             }
             state.push(cached.counters.as_view().as_slice::<u64>().unwrap().to_vec());
         }
         let w = self.ts.workspace();
-        let buffers = [&w.queries, &w.similarities, &w.actions, &w.logits, &w.stats, &w.votes, &w.top_k];
+        let buffers = [
+            w.buffer(Buffer::Queries),
+            w.buffer(Buffer::Similarities),
+            w.buffer(Buffer::Actions),
+            w.buffer(Buffer::Logits),
+            w.buffer(Buffer::Stats),
+            w.buffer(Buffer::Votes),
+            w.buffer(Buffer::TopK),
+        ];
         state.extend(
-            buffers.into_iter().chain([&w.selected, &w.selected_len, &self.out, &self.lse]).map(bits),
+            buffers
+                .into_iter()
+                .chain([w.buffer(Buffer::Selected), w.buffer(Buffer::SelectedLen), &self.out, &self.lse])
+                .map(bits),
         );
         state
     }
@@ -238,6 +252,15 @@ impl Fixture {
             (args.out.as_mut().unwrap_or(&mut self.out), args.lse.as_mut().unwrap_or(&mut self.lse));
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
         self.ts.step(&mut self.cache, args.layer, &args.batch, args.inputs.step(), output)
+    }
+}
+
+impl Fixture {
+    /// Writes zeros as the block of a batch.
+    fn fill(&mut self, layer: usize, batch: &Batch) -> Result<(), Error> {
+        let heads = self.problem.config.heads;
+        let zeros = f32s(&[batch.num_query_tokens(), heads.num_kv_heads, heads.head_dim]);
+        self.ts.fill(&mut self.cache, layer, batch, zeros.view(), zeros.view())
     }
 }
 
@@ -287,7 +310,8 @@ fn batches_that_do_not_fit_a_step() {
     for mut f in fixtures() {
         let text = "`step` needs a batch made by this cache's `extend`";
         f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), text);
-        let small = |limits: Limits| Plan::new(small_config(), limits).unwrap();
+        let small =
+            |limits: Limits| Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL).unwrap();
         let text = "`max_rows` is limited to 1 by the plan, the batch needs 2";
         says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), text);
         let text = "`max_block_len` is limited to 1 by the plan, the batch needs 2";
@@ -385,7 +409,7 @@ fn lists_that_contradict_themselves() {
                         ranks.map(|(ranks, total)| Ranks { ranks: ranks.view(), total_len: total.view() });
                     let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
                     let output = StepOutput { out: f.out.view_mut(), lse: Some(f.lse.view_mut()) };
-                    f.ts.attend_to(&f.batch, f.cache.layer(0)?, q.view(), selection, output)
+                    f.ts.attend(&f.batch, f.cache.layer(0)?, q.view(), Over::Lists(&selection), output)
                 },
                 text,
             );
@@ -436,8 +460,13 @@ fn lists_that_contradict_themselves() {
         let ranks = Some(Ranks { ranks: tokens.view(), total_len: total.view() });
         let selection = Selection { tokens: tokens.view(), len: one.view(), ranks };
         let output = StepOutput { out: out.view_mut(), lse: None };
-        let attempt =
-            ts.attend_to(&pool.batch(&problem), pool.view(), queries(&problem).view(), selection, output);
+        let attempt = ts.attend(
+            &pool.batch(&problem),
+            pool.view(),
+            queries(&problem).view(),
+            Over::Lists(&selection),
+            output,
+        );
         says(attempt, "`positions` is limited to 100 by the plan, the batch needs 101");
     }
 }
@@ -473,26 +502,28 @@ fn operations_that_lack_something() {
         let part = Batch::partial(8, b.qo_indptr().to_vec(), b.tables().clone(), candidates).unwrap();
         let inputs = Inputs::new(&f.problem);
         f.refuses(
-            |f| f.ts.append(&part, f.cache.layer_mut(0)?.0, inputs.k.view(), inputs.v.view()),
+            |f| f.ts.append(&part, f.cache.layer_mut(0)?.kv, inputs.k.view(), inputs.v.view()),
             "`append` needs a batch of whole sequences",
         );
         let dense = |f: &mut Fixture| {
             let output = StepOutput { out: f.out.view_mut(), lse: None };
-            f.ts.attend_dense(&part, f.cache.layer(0)?, q.view(), output)
+            f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)
         };
-        f.refuses(dense, "`attend_dense` needs a batch of whole sequences");
+        f.refuses(dense, "`attend` needs a batch of whole sequences");
+        f.ts.workspace_mut().provide(Buffer::Selected, &part).unwrap();
         let attend = |f: &mut Fixture| {
             let output = StepOutput { out: f.out.view_mut(), lse: None };
-            f.ts.attend(&part, f.cache.layer(0)?, q.view(), output)
+            f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::Selected, output)
         };
         f.refuses(attend, "`attend` needs ranks for a batch of parts of sequences");
         // `pool` decided to reuse (the fixture has made the same step before); `top_k` must know what.
-        let cached = f.cache.layer_mut(0).unwrap().1.unwrap().layer_mut(0).unwrap();
+        let cached = f.cache.layer_mut(0).unwrap().selections.unwrap();
         f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
+        f.ts.workspace_mut().provide(Buffer::Votes, &f.batch).unwrap();
         let text = "`top_k` needs the cached selections that `pool` was given";
         f.refuses(|f| f.ts.top_k(&f.batch, None), text);
         let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);
-        let len = f.batch.kv_len(0);
+        let len = f.batch.row(0).unwrap().kv_len;
         for ((row, token, head), what) in
             [((rows, 0, 0), "row"), ((0, len, 0), "token"), ((0, 0, heads), "query head")]
         {
@@ -570,7 +601,8 @@ fn emulated_pool(dtype: DType) -> tokenselect::Result<()> {
     let config = SelectConfig { dtype, ..small_config() };
     let heads = config.heads;
     let batch = Batch::new(8, vec![0, 1], tables(&[0, 1], &[0], &[1]))?;
-    let mut ts = TokenSelect::new(&device, config, Limits::default())?;
+    let operations = Operations { pool: true, ..Operations::NONE };
+    let mut ts = TokenSelect::with_plan(Plan::new(&device, config, Limits::default(), operations)?)?;
     let shape = [1, heads.num_qo_heads, heads.head_dim];
     // SAFETY: none: the emulator refuses the access, which is the point.
     let q = unsafe { TensorView::from_device_addr(&device, 4096, dtype, shape)? };
@@ -584,6 +616,7 @@ fn every_variant_is_provoked() {
     let [a, b] = f.ids;
     let mut pages = PageAllocator::new(1, 1, 1).unwrap();
     let only = pages.create().unwrap();
+    let batch = Batch::new(8, vec![0, 1], tables(&[0, 1], &[0], &[1])).unwrap();
     let provoked = [
         SelectConfig { top_k: 0, ..small_config() }.validate().err(),
         f.step(|args| args.inputs.q = f32s(&[1, 16, 8])).err(),
@@ -609,6 +642,19 @@ fn every_variant_is_provoked() {
         Tensor::zeros_on(&Device::emulated(), DType::F32, [1]).unwrap().as_slice::<f32>().err(),
         emulated_pool(DType::F32).err(),
         Device::cuda(99).err(),
+        f.ts.score(&batch, f.cache.layer(0).unwrap()).err(),
+        {
+            let batch = f.cache.extend(&[(a, 1)]).unwrap();
+            f.cache
+                .extend(&[(a, 1)])
+                .and_then(|next| f.cache.layer(0).map(|_| next))
+                .and_then(|next| {
+                    drop(batch);
+                    f.fill(1, &next)
+                })
+                .err()
+        },
+        Tensor::zeros(DType::F32, [1 << 60]).err(),
         emulated_pool(DType::Bf16).err(),
     ];
     let text = provoked.last().unwrap().as_ref().unwrap().to_string();

@@ -12,7 +12,7 @@ use common::run::{Inputs, Outcome, outputs_on, select_and_attend, step, token_se
 use common::{
     all_devices, announce, assert_close, assert_lse, gpu_tolerance, naive, naive_config, round, values,
 };
-use tokenselect::{Device, KvLayout, Limits, RowAction, StepOutput, TokenSelect};
+use tokenselect::{Buffer, Device, KvLayout, Limits, Over, RowAction, StepOutput, TokenSelect};
 
 /// The promise: `out` and `lse` within this of float64, `out` relative to the largest element of its head.
 const GOLDEN_TOLERANCE: f64 = 1e-3;
@@ -179,7 +179,7 @@ fn check_steps(case: &Case, problems: &[Problem], device: &Device, page_size: us
         let want = if case.array("reused")[s] == 1.0 { RowAction::Reuse } else { RowAction::Score };
         assert_eq!(ts.workspace().actions().unwrap()[0], want, "{what}");
         reused += u64::from(want == RowAction::Reuse);
-        let similarity = values(&ts.workspace().similarities)[0];
+        let similarity = values(ts.workspace().buffer(Buffer::Similarities))[0];
         assert!((similarity - case.array("similarity")[s]).abs() < 1e-4, "{what}: similarity {similarity}");
         let width = heads.num_qo_heads * heads.head_dim;
         let out = &case.array("out")[s * width..][..width];
@@ -204,7 +204,7 @@ fn outputs_in_the_storage_type_are_rounded_once() {
             let (mut out, _) = outputs_on(&device, &problem, case.config.dtype);
             let inputs = Inputs::new(&problem).to(&device);
             let output = StepOutput { out: out.view_mut(), lse: None };
-            ts.attend(&batch, pool.view(), inputs.q.view(), output).unwrap();
+            ts.attend(&batch, pool.view(), inputs.q.view(), Over::Selected, output).unwrap();
             let rounded: Vec<f64> = values(&exact.out).iter().map(|&x| round(case.config.dtype, x)).collect();
             let wrong = values(&out).iter().zip(&rounded).position(|(got, want)| got != want);
             assert_eq!(wrong, None, "{}: first element rounded otherwise", case.name);

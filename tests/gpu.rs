@@ -14,8 +14,8 @@ use half::bf16;
 use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
-    CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, PagedKvCache, Positions, Rope,
-    SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
+    Buffer, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, Operations, Over, PagedKvCache,
+    Plan, Positions, Rope, SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
 };
 
 fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
@@ -98,7 +98,7 @@ fn forks_are_copied_on_write() {
                 let data = vec![bf16::from_f32(value); tokens * 2 * 64];
                 let new = Tensor::from_slice_on(&device, &data, [tokens, 2, 64]).unwrap();
                 for layer in 0..2 {
-                    ts.append(&batch, cache.layer_mut(layer).unwrap().0, new.view(), new.view()).unwrap();
+                    ts.append(&batch, cache.layer_mut(layer).unwrap().kv, new.view(), new.view()).unwrap();
                 }
             };
             let parent = cache.create().unwrap();
@@ -155,35 +155,26 @@ fn every_layer_caches_selections() {
     }
 }
 
-fn score_error(device: &Device, config: SelectConfig) -> String {
-    let heads = config.heads;
-    let cache_config = CacheConfig { num_pages: 8, ..CacheConfig::default() };
-    let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
-    let mut ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
-    let id = cache.create().unwrap();
-    let batch = cache.extend(&[(id, 40)]).unwrap();
-    let q = Tensor::zeros_on(device, config.dtype, [40, heads.num_qo_heads, heads.head_dim]).unwrap();
-    match ts.pool(&batch, q.view(), None).and_then(|()| ts.score(&batch, cache.layer(0).unwrap())) {
-        Ok(()) => "none".into(),
-        Err(error) => error.to_string(),
-    }
-}
-
 #[test]
 fn what_has_no_kernel_is_refused() {
     for device in gpus() {
         let name = device.name();
-        assert_eq!(score_error(&device, config(128, 4, DType::F16)), "none");
-        let text = score_error(&device, config(128, 17, DType::F16));
+        let score_error = |config: SelectConfig| refused(&device, config, Operations::SELECTION);
+        let error = |config: SelectConfig| refused(&device, config, Operations::ALL);
+        assert_eq!(device.supports(&config(128, 4, DType::F16)), Ok(()));
+        let selects =
+            Plan::new(&device, config(256, 2, DType::Bf16), Limits::default(), Operations::SELECTION);
+        assert!(selects.is_ok(), "the processor may attend");
+        let text = score_error(config(128, 17, DType::F16));
         assert_eq!(text, format!("{name} has no `score` for groups of 17 heads, only up to 16"));
-        let text = score_error(&device, config(80, 4, DType::Bf16));
+        let text = score_error(config(80, 4, DType::Bf16));
         assert_eq!(
             text,
             format!("{name} has no `score` for bf16, head dimension 80; there are 64, 96, 128, 256")
         );
-        let text = score_error(&device, config(128, 4, DType::F32));
-        assert_eq!(text, format!("{name} has no `pool` for f32, only for f16 and bf16"));
-        let text = attend_error(&device, config(256, 2, DType::Bf16));
+        let text = score_error(config(128, 4, DType::F32));
+        assert_eq!(text, format!("{name} has no `append` for f32, only for f16 and bf16"));
+        let text = error(config(256, 2, DType::Bf16));
         assert_eq!(
             text,
             format!("{name} has no `attend` for bf16, head dimension 256; there are 64, 96, 128")
@@ -194,6 +185,14 @@ fn what_has_no_kernel_is_refused() {
         let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
         assert_eq!(text, format!("{name} has no `attend` for {rest}"));
     }
+}
+
+/// The error of a plan, before anything is allocated.
+fn refused(device: &Device, config: SelectConfig, operations: Operations) -> String {
+    if operations == Operations::ALL {
+        assert!(device.supports(&config).is_err());
+    }
+    Plan::new(device, config, Limits::default(), operations).unwrap_err().to_string()
 }
 
 /// The error of dense attention.
@@ -207,7 +206,7 @@ fn attend_error(device: &Device, config: SelectConfig) -> String {
     let q = Tensor::zeros_on(device, config.dtype, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
     let mut out = Tensor::zeros_on(device, config.dtype, q.shape()).unwrap();
     let output = StepOutput { out: out.view_mut(), lse: None };
-    ts.attend_dense(&batch, cache.layer(0).unwrap(), q.view(), output).unwrap_err().to_string()
+    ts.attend(&batch, cache.layer(0).unwrap(), q.view(), Over::All, output).unwrap_err().to_string()
 }
 
 #[test]
@@ -251,7 +250,15 @@ fn append_pool_score(device: &Device) -> Vec<Vec<u64>> {
     select.pool(&batch, q.view(), None).unwrap();
     select.score(&batch, pool.view()).unwrap();
     let workspace = select.workspace();
-    [&pool.k, &pool.v, &workspace.queries, &workspace.logits, &workspace.stats].map(bits).into()
+    [
+        &pool.k,
+        &pool.v,
+        workspace.buffer(Buffer::Queries),
+        workspace.buffer(Buffer::Logits),
+        workspace.buffer(Buffer::Stats),
+    ]
+    .map(bits)
+    .into()
 }
 
 /// Calls a function of the driver API, which must succeed.

@@ -16,7 +16,7 @@ use common::{
 };
 use half::bf16;
 use tokenselect::{
-    Batch, CacheConfig, DType, Device, Error, HeadShape, Limits, PagedKvCache, Positions, SelectConfig,
+    Batch, CacheConfig, DType, Device, Error, HeadShape, Limits, Over, PagedKvCache, Positions, SelectConfig,
     SequenceId, StepInput, StepOutput, Tensor, TokenSelect,
 };
 
@@ -157,7 +157,7 @@ impl Contents {
             let patched = self.patched(start..start + self.chunk, &k, &v);
             let patched = patched.map(|(k, v)| (on_device(&k), on_device(&v)));
             let (k, v) = patched.as_ref().unwrap_or(&ordinary);
-            select.append(&batch, cache.layer_mut(0).unwrap().0, k.view(), v.view()).unwrap();
+            select.append(&batch, cache.layer_mut(0).unwrap().kv, k.view(), v.view()).unwrap();
         }
     }
 
@@ -238,7 +238,7 @@ impl Contents {
     fn check_step(&self, select: &mut TokenSelect, cache: &mut PagedKvCache, id: SequenceId, block: usize) {
         let batch = cache.extend(&[(id, block)]).unwrap();
         let (config, device) = (naive_config(&self.config), select.device().clone());
-        let n = batch.kv_len(0);
+        let n = batch.row(0).unwrap().kv_len;
         let rows = |row: &dyn Fn(usize) -> Vec<f64>, tokens: &[usize]| -> Vec<f64> {
             tokens.iter().flat_map(|&token| row(token)).collect()
         };
@@ -274,9 +274,9 @@ impl Contents {
         let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
         let mut lse = Tensor::zeros_on(device, DType::F32, [1, self.config.heads.num_qo_heads]).unwrap();
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-        select.attend_dense(batch, cache.layer(0).unwrap(), q.view(), output).unwrap();
+        select.attend(batch, cache.layer(0).unwrap(), q.view(), Over::All, output).unwrap();
         let what = format!("{}, dense", device.name());
-        self.assert_attended(&what, (&out, &lse), self.attend_dense(batch.kv_len(0)));
+        self.assert_attended(&what, (&out, &lse), self.attend_dense(batch.row(0).unwrap().kv_len));
     }
 
     fn assert_attended(&self, what: &str, (out, lse): (&Tensor, &Tensor), want: (Vec<f64>, Vec<f64>)) {

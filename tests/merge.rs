@@ -5,7 +5,7 @@ mod common;
 use common::problem::small_config;
 use common::{Random, all_devices, assert_close, assert_lse, cases, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
-use tokenselect::{DType, Device, HeadShape, Limits, SelectConfig, Shape, StepOutput, TokenSelect};
+use tokenselect::{DType, Device, HeadShape, Limits, Operations, SelectConfig, Shape, StepOutput};
 
 /// `parts` of `tokens * hq` rows of `d`, and their log-sum-exps.
 struct Parts {
@@ -54,7 +54,7 @@ impl Parts {
 
     fn merge(&self, device: &Device, out_dtype: DType) -> (Vec<f64>, Vec<f64>) {
         let config = SelectConfig { heads: self.heads, ..small_config() };
-        let ts = TokenSelect::new(device, config, Limits::default()).unwrap();
+        let ts = common::run::only(device, &config, Limits::default(), Operations::NONE);
         let (tokens, hq, d) = (self.tokens, self.heads.num_qo_heads, self.heads.head_dim);
         let on = |dtype, values: &[f64], shape: Shape| to_device(device, &tensor(dtype, values, shape));
         let outs = on(DType::F32, &self.outs, [self.num_parts, tokens, hq, d].into());

@@ -9,8 +9,9 @@ use common::problem::{Content, Problem, cached, small_config};
 use common::run::{Inputs, outputs_on};
 use common::{assert_close, gpu_tolerance, gpus, values};
 use tokenselect::{
-    Batch, BatchSlot, CacheConfig, DType, Device, Graph, HeadShape, Limits, PagedKvCache, Positions, Result,
-    Rope, SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TensorView, TokenSelect,
+    Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Graph, HeadShape, Limits, Over, PagedKvCache,
+    Positions, Result, Rope, SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TensorView,
+    TokenSelect,
 };
 
 const LAYERS: usize = 2;
@@ -90,12 +91,12 @@ impl Run {
             let output = StepOutput { out: merged.0.view_mut(), lse: Some(merged.1.view_mut()) };
             select.merge(as_part(device, &selected.0)?, as_part(device, &selected.1)?, output)?;
             wait()?;
-            select.append(batch, cache.layer_mut(layer)?.0, inputs.k.view(), inputs.v.view())?;
+            select.append(batch, cache.layer_mut(layer)?.kv, inputs.k.view(), inputs.v.view())?;
             wait()?;
             select.score(batch, cache.layer(layer)?)?;
             wait()?;
             let output = StepOutput { out: apart.0.view_mut(), lse: Some(apart.1.view_mut()) };
-            select.attend(batch, cache.layer(layer)?, inputs.q.view(), output)?;
+            select.attend(batch, cache.layer(layer)?, inputs.q.view(), Over::Selected, output)?;
             wait()?;
             let output = StepOutput { out: dense.0.view_mut(), lse: Some(dense.1.view_mut()) };
             select.step_dense(cache, layer, batch, inputs.step(), output)?;
@@ -229,7 +230,7 @@ fn what_was_just_appended_can_be_scored() {
                 select.append(&whole, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
                 wait();
                 select.score(&part, pool.view()).unwrap();
-                values(&select.workspace().logits)
+                values(select.workspace().buffer(Buffer::Logits))
             });
             assert!(got == want, "pages of {page_size} on {}", device.name());
         }
@@ -247,10 +248,10 @@ fn a_recording_does_not_hide_what_was_appended() {
         run.step(&batch, false).unwrap();
         let Run { cache, select, inputs, outs: [selected, ..], .. } = &mut run;
         let mut attend = |select: &mut TokenSelect, between: &mut dyn FnMut(&mut TokenSelect)| {
-            select.append(&batch, cache.layer_mut(0).unwrap().0, inputs.k.view(), inputs.v.view()).unwrap();
+            select.append(&batch, cache.layer_mut(0).unwrap().kv, inputs.k.view(), inputs.v.view()).unwrap();
             between(select);
             let output = StepOutput { out: selected.0.view_mut(), lse: None };
-            select.attend(&batch, cache.layer(0).unwrap(), inputs.q.view(), output).unwrap();
+            select.attend(&batch, cache.layer(0).unwrap(), inputs.q.view(), Over::Selected, output).unwrap();
             values(&selected.0)
         };
         let want = attend(select, &mut |_| device.synchronize().unwrap());
@@ -291,7 +292,7 @@ fn an_output_can_be_read_by_the_next_operation() {
                 let lses = as_part(&device, lse).unwrap();
                 select.merge(part, lses, StepOutput { out: first.view_mut(), lse: None }).unwrap();
                 wait();
-                let kv = cache.layer_mut(0).unwrap().0;
+                let kv = cache.layer_mut(0).unwrap().kv;
                 match reader {
                     0 => select.pool(&batch, first.view(), None).unwrap(),
                     1 => select.append(&batch, kv, first.view(), inputs.v.view()).unwrap(),
@@ -300,7 +301,7 @@ fn an_output_can_be_read_by_the_next_operation() {
                 }
                 wait();
                 let output = StepOutput { out: second.view_mut(), lse: None };
-                select.attend(&batch, cache.layer(0).unwrap(), first.view(), output).unwrap();
+                select.attend(&batch, cache.layer(0).unwrap(), first.view(), Over::Selected, output).unwrap();
                 wait();
                 // Attention's own output is the next step's queries.
                 let input = StepInput { q: second.view(), k: second.view(), v: second.view() };

@@ -11,8 +11,8 @@ use common::run::{
 use common::{attention_tolerance, bits, cases, devices, naive, naive_config, tensor, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, CacheConfig, DType, Device, HeadShape, KvLayout, Limits, PagedKvCache, Positions, Ranks, Rope,
-    RowAction, SelectConfig, Selection, SequenceId, StepOutput, TokenSelect,
+    Batch, Buffer, CacheConfig, DType, Device, HeadShape, KvLayout, Limits, Over, PagedKvCache, Positions,
+    Ranks, Rope, RowAction, SelectConfig, Selection, SequenceId, StepOutput, TokenSelect,
 };
 
 proptest! {
@@ -92,7 +92,7 @@ fn run_blocks(device: &Device, config: &SelectConfig, blocks: &[Vec<usize>], lay
             let problem = Problem { config: config.clone(), rows };
             let outcome = step(&mut ts, &mut cache, l, &batch, &problem);
             let actions = ts.workspace().actions().unwrap();
-            let similarities = values(&ts.workspace().similarities);
+            let similarities = values(ts.workspace().buffer(Buffer::Similarities));
             for (r, row) in problem.rows.iter().enumerate().filter(|(_, row)| row.t > 0) {
                 let what = format!("step {s}, layer {l}, row {r} (n = {}, T = {})", row.n, row.t);
                 let cached = &mut kept[l][r];
@@ -201,7 +201,7 @@ proptest! {
             }
             let (mut out, mut lse) = outputs(&problem, DType::F32);
             let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+            ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
             let d = config.heads.head_dim;
             common::assert_close("out", &values(&selected.out), &values(&out), d, tolerance(DType::F32, 16));
             common::assert_lse("lse", &values(&selected.lse), &values(&lse), tolerance(DType::F32, 16));
@@ -268,11 +268,16 @@ fn results_do_not_depend_on_threads_or_chance() {
             let dense = {
                 let (mut out, mut lse) = outputs(&problem, DType::F32);
                 let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-                ts.attend_dense(&batch, pool.view(), Inputs::new(&problem).q.view(), output).unwrap();
+                ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
                 [bits(&out), bits(&lse)]
             };
             let workspace = ts.workspace();
-            let between = [&workspace.queries, &workspace.stats, &workspace.votes].map(bits);
+            let between = [
+                workspace.buffer(Buffer::Queries),
+                workspace.buffer(Buffer::Stats),
+                workspace.buffer(Buffer::Votes),
+            ]
+            .map(bits);
             (outcome.selected, bits(&outcome.out), bits(&outcome.lse), dense, between)
         };
         let first = run();
@@ -314,15 +319,19 @@ fn tensor_parallel(device: &Device, problem: &Problem, split: usize, seed: u64) 
         ranks[i].score(&batches[i], pools[i].view()).unwrap();
         ranks[i].vote(&batches[i]).unwrap();
     }
-    let votes = ranks.each_ref().map(|rank| rank.workspace().votes.as_slice::<f32>().unwrap().to_vec());
+    let votes = ranks
+        .each_ref()
+        .map(|rank| rank.workspace().buffer(Buffer::Votes).as_slice::<f32>().unwrap().to_vec());
     let sum: Vec<f32> = votes[0].iter().zip(&votes[1]).map(|(a, b)| a + b).collect();
     let mut parts = Vec::new();
     for i in 0..2 {
-        ranks[i].workspace_mut().votes.as_mut_slice::<f32>().unwrap().copy_from_slice(&sum);
+        ranks[i].workspace_mut().buffer_mut(Buffer::Votes).into_slice::<f32>().unwrap().copy_from_slice(&sum);
         ranks[i].top_k(&batches[i], None).unwrap();
         let (mut out, mut lse) = outputs(&halves[i], DType::F32);
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-        ranks[i].attend(&batches[i], pools[i].view(), Inputs::new(&halves[i]).q.view(), output).unwrap();
+        ranks[i]
+            .attend(&batches[i], pools[i].view(), Inputs::new(&halves[i]).q.view(), Over::Selected, output)
+            .unwrap();
         parts.push((selected_lists(&ranks[i], problem.rows.len()), values(&out), values(&lse)));
     }
     assert_eq!(parts[0].0, parts[1].0, "both ranks choose the same");
@@ -399,12 +408,15 @@ fn sequence_parallel(device: &Device, problem: &Problem, cuts: &[Vec<usize>], se
     for rank in &mut ranks {
         rank.ts.vote(&rank.batch).unwrap();
         rank.ts.top_k(&rank.batch, None).unwrap();
-        let (votes, top_k) = (values(&rank.ts.workspace().votes), values(&rank.ts.workspace().top_k));
+        let (votes, top_k) = (
+            values(rank.ts.workspace().buffer(Buffer::Votes)),
+            values(rank.ts.workspace().buffer(Buffer::TopK)),
+        );
         let actions = rank.ts.workspace().actions().unwrap();
         for r in (0..num_rows).filter(|&r| actions[r] == RowAction::Score) {
-            let count = rank.batch.candidates(r, &problem.config).len().min(config.top_k);
+            let count = rank.batch.row(r).unwrap().candidates(&problem.config).len().min(config.top_k);
             for &token in &top_k[r * config.top_k..][..count] {
-                let vote = votes[rank.batch.token_base(r) + token as usize];
+                let vote = votes[rank.batch.row(r).unwrap().token_base + token as usize];
                 chosen[r].push((vote, rank.from[r] + token as usize));
             }
         }
@@ -434,13 +446,13 @@ fn all_reduce_stats(ranks: &mut [Rank], hq: usize, num_rows: usize) {
             .filter(|&i| ranks[i].ts.workspace().actions().unwrap()[row] == RowAction::Score)
             .collect();
         let stat = |i: usize| {
-            let stats = ranks[i].ts.workspace().stats.as_slice::<f32>().unwrap();
+            let stats = ranks[i].ts.workspace().buffer(Buffer::Stats).as_slice::<f32>().unwrap();
             (stats[place], stats[place + 1])
         };
         let max = scored.iter().map(|&i| stat(i).0).fold(f32::NEG_INFINITY, f32::max);
         let sum: f32 = scored.iter().map(|&i| stat(i)).map(|(m, sum)| sum * (m - max).exp()).sum();
         for &i in &scored {
-            let stats = ranks[i].ts.workspace_mut().stats.as_mut_slice::<f32>().unwrap();
+            let stats = ranks[i].ts.workspace_mut().buffer_mut(Buffer::Stats).into_slice::<f32>().unwrap();
             (stats[place], stats[place + 1]) = (max, sum);
         }
     }
@@ -477,7 +489,7 @@ fn attend_in_parts(problem: &Problem, ranks: &[Rank], selected: Vec<Vec<usize>>)
         let (mut out, mut lse) = outputs(&rank.part, DType::F32);
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
         let q = queries(&rank.part);
-        rank.ts.attend_to(&rank.batch, rank.pool.view(), q.view(), selection, output).unwrap();
+        rank.ts.attend(&rank.batch, rank.pool.view(), q.view(), Over::Lists(&selection), output).unwrap();
         outs.extend(values(&out));
         lses.extend(values(&lse));
     }

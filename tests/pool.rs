@@ -6,12 +6,13 @@ use std::collections::BTreeSet;
 
 use common::paged::{Pool, Storage, limits, owned};
 use common::problem::{self, Content, Problem, cached, small_config};
-use common::run::{Inputs, token_select};
+use common::run::{Inputs, only};
 use common::{assert_close, cases, devices, gpus, naive, naive_config, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, DType, Device, Error, HeadShape, KvLayout, PagedKvCache, Positions, Rope, RopePairing, RowAction,
-    SelectConfig, SelectionCache, TensorView, TensorViewMut, TokenSelect,
+    Batch, Buffer, DType, Device, Error, HeadShape, KvLayout, LayerMut, Operations, PagedKvCache, Plan,
+    Positions, Rope, RopePairing, RowAction, SelectConfig, SelectionCache, SelectionCacheLayer, TensorView,
+    TensorViewMut, TokenSelect,
 };
 
 /// What `pool` decides without a cached selection.
@@ -62,9 +63,12 @@ fn check_queries(devices: &[Device], problem: &Problem, seed: u64) {
     for device in devices {
         // A batch keeps its copy of the tables on one device.
         let batch = Batch::new(16, batch.qo_indptr().to_vec(), batch.tables().clone()).unwrap();
-        let mut ts = token_select(device, problem, &batch);
+        let mut ts = pool_only(device, &problem.config, &batch);
         ts.pool(&batch, Inputs::new(problem).to(device).q.view(), None).unwrap();
-        let (queries, similarities) = (values(&ts.workspace().queries), values(&ts.workspace().similarities));
+        let (queries, similarities) = (
+            values(ts.workspace().buffer(Buffer::Queries)),
+            values(ts.workspace().buffer(Buffer::Similarities)),
+        );
         let actions = ts.workspace().actions().unwrap();
         let width = naive_config.hq * naive_config.d;
         for (r, row) in problem.rows.iter().enumerate() {
@@ -156,16 +160,25 @@ fn pool_after_append(device: &Device, problem: &Problem, page_size: usize, fused
     let (mut cache, ids) = owned(device, problem, page_size, KvLayout::Nhd, 1, 5);
     let growth: Vec<_> = ids.iter().copied().zip(problem.rows.iter().map(|row| row.t)).collect();
     let batch = cache.extend(&growth).unwrap().padded(problem.rows.len() + 1, 2).unwrap();
-    let mut ts = token_select(device, problem, &batch);
+    let apart = Operations { append: true, pool: true, ..Operations::NONE };
+    let operations = if fused { Operations::SELECTION } else { apart };
+    let plan = match Plan::new(device, problem.config.clone(), limits(&batch), operations) {
+        Ok(plan) => plan,
+        Err(error) => {
+            assert!(matches!(error, Error::Unsupported { op: "score", .. }), "{error}");
+            return None;
+        }
+    };
+    let mut ts = TokenSelect::with_plan(plan).unwrap();
     let naive_config = naive_config(&problem.config);
     for (r, row) in problem.rows.iter().enumerate().filter(|(_, row)| row.t > 0) {
         let mut query = naive::scoring_query(&naive_config, &row.q);
         if r % 3 == 1 {
             query.iter_mut().for_each(|x| *x = -*x);
         }
-        let Some(selections) = cache.layer_mut(0).unwrap().1 else { break };
+        let Some(selections) = cache.layer_mut(0).unwrap().selections else { break };
         let (age, made_at) = [(0, 0), (0, 0), (3, 0), (0, row.n as u32)][r % 4];
-        put(selections, batch.sequence_index(r).unwrap(), &query, age, made_at);
+        put(selections, batch.row(r).unwrap().sequence_index.unwrap(), &query, age, made_at);
     }
     let heads = problem.config.heads;
     let padded = |values: Vec<f64>, heads: usize, head_dim: usize| {
@@ -182,21 +195,17 @@ fn pool_after_append(device: &Device, problem: &Problem, page_size: usize, fused
         let kv = cache.layer(0).unwrap();
         [kv.k(), kv.v()].map(|tensor| common::half_bits(&tensor))
     };
-    let before = bits(&cache);
-    let (kv, selections) = cache.layer_mut(0).unwrap();
-    let selections = selections.map(|selections| selections.layer_mut(0).unwrap());
+    let LayerMut { kv, selections } = cache.layer_mut(0).unwrap();
     if !fused {
         ts.append(&batch, kv, inputs.k.view(), inputs.v.view()).unwrap();
         ts.pool(&batch, inputs.q.view(), selections).unwrap();
-    } else if let Err(error) = ts.append_select(&batch, kv, inputs.step(), selections) {
-        assert!(matches!(error, Error::Unsupported { op: "score", .. }), "{error}");
-        assert_eq!(bits(&cache), before, "nothing was appended");
-        return None;
+    } else {
+        ts.append_select(&batch, kv, inputs.step(), selections).unwrap();
     }
     Some(Pooled {
         actions: ts.workspace().actions().unwrap(),
-        similarities: values(&ts.workspace().similarities),
-        queries: values(&ts.workspace().queries),
+        similarities: values(ts.workspace().buffer(Buffer::Similarities)),
+        queries: values(ts.workspace().buffer(Buffer::Queries)),
         kv: bits(&cache),
     })
 }
@@ -207,6 +216,11 @@ fn one_row(n: usize, t: usize, index: u32) -> Batch {
     Batch::new(16, vec![0, t as u32], tables).unwrap().with_sequence_indices(vec![index]).unwrap()
 }
 
+/// For pooling alone, which GPUs do for heads of all sizes.
+fn pool_only(device: &Device, config: &SelectConfig, batch: &Batch) -> TokenSelect {
+    only(device, config, limits(batch), Operations { pool: true, ..Operations::NONE })
+}
+
 /// Devices with a type that each of them takes.
 fn everywhere() -> Vec<(Device, DType)> {
     let cpus = devices().into_iter().map(|device| (device, DType::F32));
@@ -214,7 +228,7 @@ fn everywhere() -> Vec<(Device, DType)> {
 }
 
 /// Fills the entry of sequence `index` as a scored row would.
-fn put(cache: &mut SelectionCache, index: usize, query: &[f64], age: u32, made_at: u32) {
+fn put(layer: SelectionCacheLayer<'_>, index: usize, query: &[f64], age: u32, made_at: u32) {
     fn change<T: tokenselect::Element>(mut view: TensorViewMut<'_>, at: usize, new: &[T]) {
         let mut all = view.as_view().to_vec::<T>().unwrap();
         all[at..at + new.len()].copy_from_slice(new);
@@ -222,7 +236,6 @@ fn put(cache: &mut SelectionCache, index: usize, query: &[f64], age: u32, made_a
         view.reborrow().copy_from(TensorView::new(&all, shape).unwrap()).unwrap();
     }
     let query: Vec<f32> = query.iter().map(|&x| x as f32).collect();
-    let layer = cache.layer_mut(0).unwrap();
     change(layer.queries, index * query.len(), &query);
     change(layer.ages, index, &[age]);
     change(layer.made_at, index, &[made_at]);
@@ -239,7 +252,7 @@ fn decide(
     let q = tensor(ts.config().dtype, query, [1, heads.num_qo_heads, heads.head_dim]);
     let q = to_device(ts.device(), &q);
     ts.pool(batch, q.view(), Some(cache.layer_mut(0).unwrap())).unwrap();
-    (ts.workspace().actions().unwrap()[0], values(&ts.workspace().similarities)[0])
+    (ts.workspace().actions().unwrap()[0], values(ts.workspace().buffer(Buffer::Similarities))[0])
 }
 
 #[test]
@@ -249,14 +262,14 @@ fn similarity_is_the_cosine_over_all_heads_at_once() {
     for (device, dtype) in everywhere() {
         let batch = one_row(60, 1, 2);
         let config = SelectConfig { dtype, ..config.clone() };
-        let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+        let mut ts = pool_only(&device, &config, &batch);
         let mut cache = SelectionCache::new(&device, &config, 1, 4).unwrap();
         // One head opposite, the other three equal: (3 - 1) / 4, though the mean of the heads' cosines
         // weighted otherwise would differ: the opposite head is twice as long.
         let head = |h: usize| if h == 0 { 2.0 } else { 1.0 };
         let old: Vec<f64> = (0..width).map(|i| head(i / 16)).collect();
         let new: Vec<f64> = old.iter().enumerate().map(|(i, x)| if i < 16 { -x } else { *x }).collect();
-        put(&mut cache, 2, &old, 0, 50);
+        put(cache.layer_mut(0).unwrap(), 2, &old, 0, 50);
         let (action, similarity) = decide(&mut ts, &mut cache, &batch, &new);
         assert!((similarity - (3.0 - 4.0) / 7.0).abs() < 1e-6, "{similarity}");
         assert_eq!(action, RowAction::Score);
@@ -281,7 +294,7 @@ fn threshold_and_age_decide() {
     for (device, dtype) in everywhere() {
         let batch = one_row(60, 1, 0);
         let config = SelectConfig { dtype, ..config.clone() };
-        let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+        let mut ts = pool_only(&device, &config, &batch);
         let mut cache = SelectionCache::new(&device, &config, 1, 1).unwrap();
         for (cosine, age, made_at, want) in [
             (0.51, 0, 59, RowAction::Reuse),
@@ -295,14 +308,14 @@ fn threshold_and_age_decide() {
             (1.0, 0, 60, RowAction::Score),
             (1.0, 0, u32::MAX, RowAction::Score),
         ] {
-            put(&mut cache, 0, &at(1.0), age, made_at);
+            put(cache.layer_mut(0).unwrap(), 0, &at(1.0), age, made_at);
             let (action, _) = decide(&mut ts, &mut cache, &batch, &at(cosine));
             assert_eq!(action, want, "cosine {cosine}, age {age}, made at {made_at}");
         }
         // Exactly at the threshold: cos = 1/2 in exact arithmetic.
         let mut half = vec![0.0; width];
         half[..4].fill(1.0);
-        put(&mut cache, 0, &at(1.0), 0, 59);
+        put(cache.layer_mut(0).unwrap(), 0, &at(1.0), 0, 59);
         assert_eq!(decide(&mut ts, &mut cache, &batch, &half), (RowAction::Reuse, 0.5));
         // A query of zeros resembles nothing.
         let (action, similarity) = decide(&mut ts, &mut cache, &batch, &vec![0.0; width]);
@@ -321,9 +334,9 @@ fn few_candidates_come_before_reuse() {
         for (device, dtype) in everywhere() {
             let batch = one_row(n, 1, 0);
             let config = SelectConfig { dtype, ..config.clone() };
-            let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+            let mut ts = pool_only(&device, &config, &batch);
             let mut cache = SelectionCache::new(&device, &config, 1, 1).unwrap();
-            put(&mut cache, 0, &query, 0, 0);
+            put(cache.layer_mut(0).unwrap(), 0, &query, 0, 0);
             assert_eq!(decide(&mut ts, &mut cache, &batch, &query).0, want, "{n} tokens");
         }
     }
@@ -349,9 +362,9 @@ fn scoring_position_does_not_depend_on_the_length() {
             problem.rows[0].q = Problem::new(&config, &[(30, 4)], Content::Peaked, 9).rows[0].q.clone();
             let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
             let batch = pool.batch(&problem);
-            let mut ts = token_select(&device, &problem, &batch);
+            let mut ts = pool_only(&device, &problem.config, &batch);
             ts.pool(&batch, Inputs::new(&problem).q.view(), None).unwrap();
-            values(&ts.workspace().queries)
+            values(ts.workspace().buffer(Buffer::Queries))
         });
         assert_eq!(pooled[0], pooled[1]);
     }

@@ -5,11 +5,12 @@ mod common;
 use common::paged::{Pool, STORAGES, Storage, limits};
 use common::problem::{self, Content, Problem, around};
 use common::{
-    Random, assert_close, cases, devices, gpus, largest_norm, naive, naive_config, tensor, to_device,
-    tolerance, values,
+    Random, assert_close, cases, devices, gpus, largest_norm, naive, naive_config, tolerance, values,
 };
 use proptest::prelude::*;
-use tokenselect::{Batch, DType, Device, HeadShape, RowAction, SelectConfig, TokenSelect};
+use tokenselect::{
+    Batch, Buffer, DType, Device, HeadShape, Operations, RowAction, SelectConfig, TokenSelect,
+};
 
 /// Stands where nothing may be written.
 const UNTOUCHED: f64 = -77.0;
@@ -22,15 +23,16 @@ fn prepared(
     queries: &[f64],
     actions: &[RowAction],
 ) -> TokenSelect {
-    let mut ts = TokenSelect::new(device, config.clone(), limits(batch)).unwrap();
-    let workspace = ts.workspace_mut();
-    workspace.queries = to_device(device, &tensor(DType::F32, queries, workspace.queries.shape()));
+    let mut ts =
+        common::run::only(device, config, limits(batch), Operations { score: true, ..Operations::NONE });
     let codes: Vec<f64> = actions.iter().map(|&action| f64::from(action as u32)).collect();
-    workspace.actions = to_device(device, &tensor(DType::U32, &codes, workspace.actions.shape()));
-    for buffer in [&mut workspace.logits, &mut workspace.stats] {
-        let marked = tensor(DType::F32, &vec![UNTOUCHED; values(buffer).len()], buffer.shape());
-        *buffer = to_device(device, &marked);
+    common::put(&mut ts, Buffer::Queries, queries);
+    common::put(&mut ts, Buffer::Actions, &codes);
+    for buffer in [Buffer::Logits, Buffer::Stats] {
+        let len = ts.workspace().buffer(buffer).shape().checked_len().unwrap();
+        common::put(&mut ts, buffer, &vec![UNTOUCHED; len]);
     }
+    ts.workspace_mut().provide(Buffer::Queries, batch).unwrap();
     ts
 }
 
@@ -53,7 +55,8 @@ fn check(devices: &[Device], problem: &Problem, pool: &Pool, actions: &[RowActio
         let batch = pool.batch(problem); // keeps its copy of the tables on one device
         let mut ts = prepared(device, &problem.config, &batch, &queries, actions);
         ts.score(&batch, pool.view()).unwrap();
-        let (logits, stats) = (values(&ts.workspace().logits), values(&ts.workspace().stats));
+        let (logits, stats) =
+            (values(ts.workspace().buffer(Buffer::Logits)), values(ts.workspace().buffer(Buffer::Stats)));
         let mut written = vec![false; logits.len()];
         for (r, row) in problem.rows.iter().enumerate() {
             let what = format!("{}: row {r} of {} tokens", device.name(), row.n);
@@ -217,7 +220,7 @@ fn gpu_kernels_agree_in_every_bit() {
                 let batch = pool.batch(&problem);
                 let mut ts = prepared(&device, &config, &batch, &queries, &[RowAction::Score; 2]);
                 ts.score(&batch, pool.view()).unwrap();
-                [values(&ts.workspace().logits), values(&ts.workspace().stats)]
+                [values(ts.workspace().buffer(Buffer::Logits)), values(ts.workspace().buffer(Buffer::Stats))]
             });
             assert_eq!(streamed, loaded, "{}", device.name());
         }

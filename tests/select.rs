@@ -4,23 +4,26 @@ mod common;
 
 use common::paged::{Pool, Storage};
 use common::problem::{Content, Problem, small_config};
-use common::run::{Inputs, token_select};
+use common::run::{Inputs, selection};
 use common::{bits, gpus};
-use tokenselect::{DType, Device, Error, HeadShape, Positions, Rope, RowAction, SelectConfig, Workspace};
+use tokenselect::{
+    Buffer, DType, Device, Error, HeadShape, Limits, Positions, Rope, RowAction, SelectConfig, TokenSelect,
+    Workspace,
+};
 
 /// Everything that a selection leaves in a workspace.
 fn left(workspace: &Workspace) -> Vec<(&'static str, Vec<u64>)> {
     [
-        ("queries", &workspace.queries),
-        ("similarities", &workspace.similarities),
-        ("actions", &workspace.actions),
-        ("logits", &workspace.logits),
-        ("stats", &workspace.stats),
-        ("votes", &workspace.votes),
-        ("pooled votes", &workspace.pooled_votes),
-        ("top_k", &workspace.top_k),
-        ("selected", &workspace.selected),
-        ("selected_len", &workspace.selected_len),
+        ("queries", workspace.buffer(Buffer::Queries)),
+        ("similarities", workspace.buffer(Buffer::Similarities)),
+        ("actions", workspace.buffer(Buffer::Actions)),
+        ("logits", workspace.buffer(Buffer::Logits)),
+        ("stats", workspace.buffer(Buffer::Stats)),
+        ("votes", workspace.buffer(Buffer::Votes)),
+        ("pooled votes", workspace.buffer(Buffer::PooledVotes)),
+        ("top_k", workspace.buffer(Buffer::TopK)),
+        ("selected", workspace.buffer(Buffer::Selected)),
+        ("selected_len", workspace.buffer(Buffer::SelectedLen)),
     ]
     .map(|(name, tensor)| (name, bits(tensor)))
     .into()
@@ -63,7 +66,7 @@ fn a_selection_leaves_what_its_operations_leave() {
                 let pool = Pool::full(&problem, page_size, Storage::Nhd, 4).to(&device);
                 let batch = pool.batch(&problem);
                 let q = Inputs::new(&problem).to(&device).q;
-                let [mut whole, mut apart] = [0, 1].map(|_| token_select(&device, &problem, &batch));
+                let [mut whole, mut apart] = [0, 1].map(|_| selection(&device, &problem, &batch));
                 whole.select(&batch, pool.view(), q.view(), None).unwrap();
                 apart.pool(&batch, q.view(), None).unwrap();
                 apart.score(&batch, pool.view()).unwrap();
@@ -79,18 +82,14 @@ fn a_selection_leaves_what_its_operations_leave() {
     }
 }
 
-/// More query heads than `vote` has room for are refused before anything is written.
+/// More query heads than `vote` has room for are refused before there is anything to write.
 #[test]
 fn too_many_heads_are_refused() {
     let problem = Problem::new(&config([33, 16, 64], 1, Positions::Native), &[(60, 1)], Content::Peaked, 1);
     let device = Device::emulated();
-    let pool = Pool::full(&problem, 16, Storage::Nhd, 4).to(&device);
-    let batch = pool.batch(&problem);
-    let q = Inputs::new(&problem).to(&device).q;
-    let mut ts = token_select(&device, &problem, &batch);
-    let before = left(ts.workspace());
-    let error = ts.select(&batch, pool.view(), q.view(), None).unwrap_err();
+    let error = device.supports(&problem.config).unwrap_err();
     assert!(matches!(error, Error::Unsupported { op: "vote", .. }), "{error}");
     assert!(error.to_string().contains("528 query heads, only up to 512"), "{error}");
-    assert_eq!(left(ts.workspace()), before);
+    let made = TokenSelect::new(&device, problem.config.clone(), Limits::default());
+    assert_eq!(made.map(drop), Err(error));
 }

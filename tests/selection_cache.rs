@@ -9,7 +9,7 @@ use common::run::{Inputs, outputs, select_and_attend, selected_lists};
 use common::{Random, cases, devices, naive, naive_config, tensor, values};
 use proptest::prelude::*;
 use tokenselect::{
-    CacheConfig, DType, Device, Limits, PagedKvCache, RowAction, SelectConfig, SelectionCache,
+    CacheConfig, DType, Device, Limits, Over, PagedKvCache, RowAction, SelectConfig, SelectionCache,
     SelectionStats, SequenceId, StepOutput, TokenSelect,
 };
 
@@ -411,7 +411,14 @@ fn a_reused_selection_attends_like_the_same_list() {
         assert_eq!(values(&fresh.out), values(&reused.out));
         let (mut out, _) = outputs(&problem, DType::F32);
         let q = Inputs::new(&problem).q;
-        ts.attend(&batch, pool.view(), q.view(), StepOutput { out: out.view_mut(), lse: None }).unwrap();
+        ts.attend(
+            &batch,
+            pool.view(),
+            q.view(),
+            Over::Selected,
+            StepOutput { out: out.view_mut(), lse: None },
+        )
+        .unwrap();
         assert_eq!(values(&fresh.out), values(&out));
     }
 }

@@ -6,7 +6,9 @@ use common::paged::{limits, shuffled_tables};
 use common::problem::small_config;
 use common::{Random, all_devices, cases, cuda, devices, gpus, is_short_run, naive, tensor, to_device};
 use proptest::prelude::*;
-use tokenselect::{Batch, DType, Device, RowAction, SelectConfig, Tensor, TensorView, TokenSelect};
+use tokenselect::{
+    Batch, Buffer, DType, Device, Operations, RowAction, SelectConfig, Tensor, TensorView, TokenSelect,
+};
 
 /// Marks tokens in buffers where nothing may be written.
 const UNTOUCHED: u32 = 7_000_000;
@@ -42,7 +44,8 @@ impl Case {
         let batch = Batch::new(16, qo_indptr, tables).unwrap();
         let mut votes = vec![f64::INFINITY; batch.num_token_places()];
         for (r, row) in rows.iter().enumerate() {
-            votes[batch.token_base(r) + config.n_init..][..row.votes.len()].copy_from_slice(&row.votes);
+            votes[batch.row(r).unwrap().token_base + config.n_init..][..row.votes.len()]
+                .copy_from_slice(&row.votes);
         }
         let votes = tensor(DType::F32, &votes, [votes.len()]);
         let codes: Vec<f64> = rows.iter().map(|row| f64::from(row.action as u32)).collect();
@@ -59,24 +62,31 @@ impl Case {
 
     fn select(&self, device: &Device, top_k: usize) -> TokenSelect {
         let config = SelectConfig { top_k, ..self.config.clone() };
-        let mut select = TokenSelect::new(device, config, limits(&self.batch)).unwrap();
+        let mut select = common::run::only(
+            device,
+            &config,
+            limits(&self.batch),
+            Operations { vote: true, ..Operations::NONE },
+        );
         let workspace = select.workspace_mut();
-        assert_eq!(workspace.votes.shape(), self.votes.shape());
-        workspace.votes = to_device(device, &self.votes);
-        workspace.actions = to_device(device, &self.actions);
+        assert_eq!(workspace.buffer(Buffer::Votes).shape(), self.votes.shape());
+        workspace.buffer_mut(Buffer::Votes).copy_from(to_device(device, &self.votes).view()).unwrap();
+        workspace.buffer_mut(Buffer::Actions).copy_from(to_device(device, &self.actions).view()).unwrap();
+        workspace.provide(Buffer::Actions, &self.batch).unwrap();
+        workspace.provide(Buffer::Votes, &self.batch).unwrap();
         select
     }
 
     /// The chosen tokens of all rows, and their lists.
     fn run(&self, select: &mut TokenSelect) -> (Vec<u32>, Vec<Vec<u32>>) {
-        let shape = select.workspace().top_k.shape();
+        let shape = select.workspace().buffer(Buffer::TopK).shape();
         let blank = vec![UNTOUCHED; shape.checked_len().unwrap()];
         let blank = TensorView::new(&blank, shape).unwrap();
-        select.workspace_mut().top_k.copy_from(blank).unwrap();
+        select.workspace_mut().buffer_mut(Buffer::TopK).copy_from(blank).unwrap();
         select.top_k(&self.batch, None).unwrap();
         let workspace = select.workspace();
         let lists = (0..self.rows.len()).map(|row| workspace.selected(row).unwrap()).collect();
-        (workspace.top_k.to_vec().unwrap(), lists)
+        (workspace.buffer(Buffer::TopK).to_vec().unwrap(), lists)
     }
 
     fn assert_results(&self, device: &Device, top_k: usize, (chosen, lists): &(Vec<u32>, Vec<Vec<u32>>)) {

@@ -4,11 +4,9 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::{around, small_config};
-use common::{
-    Random, all_devices, assert_close, cases, devices, gpus, naive, tensor, to_device, tolerance, values,
-};
+use common::{Random, all_devices, assert_close, cases, devices, gpus, naive, tolerance, values};
 use proptest::prelude::*;
-use tokenselect::{Batch, DType, Device, HeadShape, RowAction, SelectConfig, TokenSelect};
+use tokenselect::{Batch, Buffer, DType, Device, HeadShape, Operations, RowAction, SelectConfig};
 
 const UNTOUCHED: f64 = -77.0;
 
@@ -34,8 +32,9 @@ fn run(device: &Device, window: usize, rows: &[Logits], actions: &[RowAction]) -
     let lens: Vec<usize> = rows.iter().map(|row| 2 + row[0].len() + 3 + 1).collect();
     let (tables, _) = shuffled_tables(&lens, 16, &mut Random(1));
     let batch = Batch::new(16, (0..=rows.len() as u32).collect(), tables).unwrap();
-    let mut ts = TokenSelect::new(device, config, limits(&batch)).unwrap();
-    let mut logits = vec![f64::NAN; values(&ts.workspace().logits).len()];
+    let mut ts =
+        common::run::only(device, &config, limits(&batch), Operations { vote: true, ..Operations::NONE });
+    let mut logits = vec![f64::NAN; values(ts.workspace().buffer(Buffer::Logits)).len()];
     let mut stats = vec![f64::NAN; rows.len() * hq * 2];
     for (r, row) in rows.iter().enumerate() {
         for (h, head) in row.iter().enumerate() {
@@ -45,27 +44,32 @@ fn run(device: &Device, window: usize, rows: &[Logits], actions: &[RowAction]) -
             }
         }
     }
-    let workspace = ts.workspace_mut();
-    let put = |dtype, values: &[f64], shape| to_device(device, &tensor(dtype, values, shape));
-    workspace.logits = put(DType::F32, &logits, workspace.logits.shape());
-    workspace.stats = put(DType::F32, &stats, workspace.stats.shape());
     let codes: Vec<f64> = actions.iter().map(|&action| f64::from(action as u32)).collect();
-    workspace.actions = put(DType::U32, &codes, workspace.actions.shape());
     let untouched = vec![UNTOUCHED; batch.num_token_places()];
-    workspace.votes = put(DType::F32, &untouched, workspace.votes.shape());
+    common::put(&mut ts, Buffer::Actions, &codes);
+    common::put(&mut ts, Buffer::Logits, &logits);
+    common::put(&mut ts, Buffer::Stats, &stats);
+    common::put(&mut ts, Buffer::Votes, &untouched);
     if window > 1 {
-        workspace.pooled_votes = put(DType::F32, &untouched, workspace.pooled_votes.shape());
+        common::put(&mut ts, Buffer::PooledVotes, &untouched);
     }
+    let workspace = ts.workspace_mut();
+    workspace.provide(Buffer::Actions, &batch).unwrap();
+    workspace.provide(Buffer::Logits, &batch).unwrap();
     ts.vote(&batch).unwrap();
     if window > 1 {
         ts.top_k(&batch, None).unwrap();
     }
 
     let workspace = ts.workspace();
-    let mut votes = values(if window > 1 { &workspace.pooled_votes } else { &workspace.votes });
+    let mut votes = values(if window > 1 {
+        workspace.buffer(Buffer::PooledVotes)
+    } else {
+        workspace.buffer(Buffer::Votes)
+    });
     let mut taken = Vec::new();
     for (r, row) in rows.iter().enumerate() {
-        let place = &mut votes[batch.token_base(r) + 2..][..row[0].len()];
+        let place = &mut votes[batch.row(r).unwrap().token_base + 2..][..row[0].len()];
         taken.push(place.to_vec());
         if actions[r] == RowAction::Score {
             place.fill(UNTOUCHED);

@@ -9,7 +9,7 @@ pub mod timer;
 use half::{bf16, f16};
 use tokenselect::{
     Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits,
-    PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
+    Over, PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
     SelectionStats, StepInput, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
@@ -80,20 +80,20 @@ impl Pools {
 
     fn view<'v>(&'v self, device: &'v Device, dtype: DType, shape: KvShape) -> Result<KvView<'v>> {
         let read = |tensor| reinterpret(device, tensor, dtype);
-        KvView::strided(read(&self.k)?, read(&self.v)?, shape, KvStrides::dense(shape, KvLayout::Nhd))
+        KvView::strided(read(&self.k)?, read(&self.v)?, shape, [KvStrides::dense(shape, KvLayout::Nhd); 2])
     }
 
     fn view_mut<'v>(&'v mut self, device: &'v Device, dtype: DType, shape: KvShape) -> Result<KvViewMut<'v>> {
         let strides = KvStrides::dense(shape, KvLayout::Nhd);
         if dtype == DType::Bf16 {
-            return KvViewMut::strided(self.k.view_mut(), self.v.view_mut(), shape, strides);
+            return KvViewMut::strided(self.k.view_mut(), self.v.view_mut(), shape, [strides; 2]);
         }
         let write = |tensor: &mut Tensor| {
             let view = tensor.view();
             // SAFETY: the same memory, borrowed for as long, with as many elements of the same size.
             unsafe { TensorViewMut::from_device_addr(device, view.device_addr()?, dtype, view.shape()) }
         };
-        KvViewMut::strided(write(&mut self.k)?, write(&mut self.v)?, shape, strides)
+        KvViewMut::strided(write(&mut self.k)?, write(&mut self.v)?, shape, [strides; 2])
     }
 }
 
@@ -355,7 +355,7 @@ impl<'a> Layer<'a> {
         let device = self.select.device().clone();
         let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         let output = StepOutput { out: self.out.view_mut(), lse: None };
-        self.select.attend(&self.batch, kv, self.q.view(), output)
+        self.select.attend(&self.batch, kv, self.q.view(), Over::Selected, output)
     }
 
     /// Attention over all tokens.
@@ -363,7 +363,7 @@ impl<'a> Layer<'a> {
         let device = self.select.device().clone();
         let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
         let output = StepOutput { out: self.out.view_mut(), lse: None };
-        self.select.attend_dense(&self.batch, kv, self.q.view(), output)
+        self.select.attend(&self.batch, kv, self.q.view(), Over::All, output)
     }
 
     pub fn step(&mut self, step: Step) -> Result<()> {
@@ -425,9 +425,9 @@ impl<'a> Layer<'a> {
             }
         };
         let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
-        self.select.attend(&self.batch, kv, self.q.view(), part(0)?)?;
+        self.select.attend(&self.batch, kv, self.q.view(), Over::Selected, part(0)?)?;
         let kv = self.pools.view(&device, self.spec.config.dtype, self.shape)?;
-        self.select.attend_dense(&self.batch, kv, self.q.view(), part(1)?)?;
+        self.select.attend(&self.batch, kv, self.q.view(), Over::All, part(1)?)?;
         let output = StepOutput { out: self.out.view_mut(), lse: Some(self.lse.view_mut()) };
         self.select.merge(parts.view(), lses.view(), output)
     }

@@ -194,7 +194,7 @@ impl<'a> Session<'a> {
         };
         match self.attention {
             Attention::Selected => {
-                let candidates = batch.candidates(0, select.config()).len();
+                let candidates = batch.row(0)?.candidates(select.config()).len();
                 let uncached = select.config().selection_cache.is_none();
                 self.scored_blocks += u64::from(uncached && candidates > select.config().top_k);
                 select.step(&mut self.cache, index, batch, input, output)?;

@@ -1,8 +1,8 @@
 //! What is computed: head geometry, windows, scales, positions, Selection Cache.
 
+use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::rope::Rope;
-use crate::tensor::DType;
 
 /// The largest head dimension any backend supports.
 pub const MAX_HEAD_DIM: usize = 256;
@@ -25,14 +25,14 @@ pub struct HeadShape {
 }
 
 impl HeadShape {
-    /// Query heads that share one KV head, `G = Hq / Hkv`.
+    /// Query heads that share one KV head, `G = Hq / Hkv`; 0 without KV heads.
     pub fn group(&self) -> usize {
-        self.num_qo_heads / self.num_kv_heads
+        self.num_qo_heads.checked_div(self.num_kv_heads).unwrap_or(0)
     }
 
     /// The KV head that query head `qo_head` reads.
     pub fn kv_head_of(&self, qo_head: usize) -> usize {
-        qo_head / self.group()
+        qo_head.checked_div(self.group()).unwrap_or(0)
     }
 
     fn validate(&self) -> Result<()> {
@@ -69,6 +69,13 @@ pub enum Positions {
     /// For attention over a list of `m` tokens, the key of rank `r` is rotated at position `r` and
     /// query `t` of a block of `T` at `m - T + t`.
     Reassigned(Rope),
+}
+
+impl Positions {
+    /// Whether keys enter the cache before RoPE.
+    pub(crate) fn are_reassigned(&self) -> bool {
+        matches!(self, Positions::Reassigned(_))
+    }
 }
 
 /// When a selection may serve again (TokenSelect, section 3.4).
@@ -170,7 +177,7 @@ impl SelectConfig {
 
     /// The longest selected list for blocks of at most `max_block` tokens.
     pub fn max_selected(&self, max_block: usize) -> usize {
-        self.n_init + self.top_k + self.n_local + max_block
+        [self.n_init, self.top_k, self.n_local].into_iter().fold(max_block, usize::saturating_add)
     }
 
     /// Checks every field.

@@ -1,24 +1,42 @@
 //! Where operations run.
 
 use std::fmt;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use kernels_gpu::launch::Dims;
 
-use crate::backend::Backend;
-use crate::backend::cpu::CpuBackend;
-use crate::backend::gpu::driver::{Captured, Driver, Event};
+use crate::driver::{Captured, Driver, Event};
 use crate::error::{Error, Result};
 
 /// A place where operations run and memory lies. Cheap to clone; clones share memory and order of work.
 #[derive(Clone)]
-pub struct Device(Arc<dyn Backend>);
+pub struct Device {
+    /// A GPU; `None` for the processor.
+    gpu: Option<Arc<Gpu>>,
+}
+
+struct Gpu {
+    driver: Arc<dyn Driver>,
+    recording: Mutex<Option<Recording>>,
+}
+
+/// What changes on the host when work is done.
+type Change = Box<dyn Fn() + Send + Sync>;
+
+/// What the host has to know of work that is being recorded.
+#[derive(Default)]
+struct Recording {
+    /// What changes on the host each time that the work is done.
+    changes: Vec<Change>,
+    /// How things were, the last change first to be undone: recorded work was not done.
+    before: Vec<Box<dyn FnOnce() + Send>>,
+}
 
 impl Device {
     /// The processor: plain Rust, in parallel on the current rayon thread pool.
     pub fn cpu() -> Self {
-        Device(Arc::new(CpuBackend))
+        Device { gpu: None }
     }
 
     /// The first CUDA device, where the feature `cuda` is on and there are a driver and a device of compute capability 8.0
@@ -41,7 +59,7 @@ impl Device {
     /// [`Error::Unsupported`](crate::Error::Unsupported) below compute capability 8.0.
     #[cfg(feature = "cuda")]
     pub fn cuda(ordinal: usize) -> Result<Self> {
-        Ok(Device::gpu(Arc::new(crate::backend::gpu::cuda::CudaDriver::new(ordinal)?)))
+        Ok(Device::gpu(Arc::new(crate::driver::cuda::CudaDriver::new(ordinal)?)))
     }
 
     /// CUDA device `ordinal`, with all work put in a stream of the caller's (a `CUstream`; null for the default
@@ -60,7 +78,7 @@ impl Device {
     #[cfg(feature = "cuda")]
     pub unsafe fn cuda_on_stream(ordinal: usize, stream: *mut std::ffi::c_void) -> Result<Self> {
         // SAFETY: the caller's promise.
-        let driver = unsafe { crate::backend::gpu::cuda::CudaDriver::on_stream(ordinal, stream)? };
+        let driver = unsafe { crate::driver::cuda::CudaDriver::on_stream(ordinal, stream)? };
         Ok(Device::gpu(Arc::new(driver)))
     }
 
@@ -79,12 +97,12 @@ impl Device {
 
     #[cfg(feature = "emulator")]
     fn emulated_with(options: kernels_gpu::emu::Options) -> Self {
-        Device::gpu(Arc::new(crate::backend::gpu::emulated::EmulatedDriver::new(options)))
+        Device::gpu(Arc::new(crate::driver::emulated::EmulatedDriver::new(options)))
     }
 
     #[cfg_attr(not(any(feature = "cuda", feature = "emulator")), allow(dead_code))]
     fn gpu(driver: Arc<dyn Driver>) -> Self {
-        Device(Arc::new(crate::backend::gpu::GpuBackend::new(driver)))
+        Device { gpu: Some(Arc::new(Gpu { driver, recording: Mutex::default() })) }
     }
 
     /// Puts one kernel of the crate `kernels-gpu` into the device's order of work, with parameters of the caller's own:
@@ -113,7 +131,7 @@ impl Device {
 
     /// Short name: `cpu`, `emulated`, `cuda:0 (NVIDIA H200)`.
     pub fn name(&self) -> &str {
-        self.0.name()
+        self.driver().map_or("cpu", |driver| driver.name())
     }
 
     /// Whether this is the processor, whose tensors lie in the host's memory.
@@ -157,22 +175,53 @@ impl Device {
     ///
     /// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded.
     /// Batches come from a [`BatchSlot`](crate::BatchSlot), so that each launch reads the lengths and pages put there last.
+    /// Meanwhile the device serves this thread alone: what another one asks of it is [`Error::Missing`].
     ///
     /// # Errors
     /// Whatever `work` returns, [`Error::Missing`] where it allocates, waits or copies from or to the host,
     /// [`Error::Unsupported`] on the processor. Then nothing was done.
     pub fn capture(&self, work: impl FnOnce() -> Result<()>) -> Result<Graph> {
-        let Some(driver) = self.driver() else {
+        let Some(gpu) = &self.gpu else {
             let device = self.name().to_owned();
             return Err(Error::Unsupported { device, op: "capture", what: "any work".into() });
         };
-        driver.begin_capture()?;
-        driver.order().forget();
+        gpu.driver.begin_capture()?;
+        gpu.driver.order().forget();
+        *gpu.recording() = Some(Recording::default());
+        let capture = Capture { gpu, ended: false };
         let done = work();
-        let captured = driver.end_capture();
-        driver.order().forget();
+        let (captured, changes) = capture.end();
         done?;
-        Ok(Graph { driver: Arc::clone(driver), captured: captured? })
+        Ok(Graph { driver: Arc::clone(&gpu.driver), captured: captured?, changes })
+    }
+
+    /// Changes what the host knows of the device's work: now, and while work is recorded each time that it is done.
+    pub(crate) fn note<S: Clone + Send + 'static>(
+        &self,
+        state: &Arc<Mutex<S>>,
+        change: impl Fn(&mut S) + Send + Sync + 'static,
+    ) {
+        let of = |state: &Mutex<S>, change: &dyn Fn(&mut S)| {
+            change(&mut state.lock().unwrap_or_else(PoisonError::into_inner));
+        };
+        let recording = self.gpu.as_ref().map(|gpu| gpu.recording());
+        let Some(mut recording) = recording.filter(|recording| recording.is_some()) else {
+            return of(state, &change);
+        };
+        let before = state.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        of(state, &change);
+        if let Some(recording) = recording.as_mut() {
+            let (restored, changed) = (Arc::clone(state), Arc::clone(state));
+            recording.before.push(Box::new(move || {
+                *restored.lock().unwrap_or_else(PoisonError::into_inner) = before;
+            }));
+            recording.changes.push(Box::new(move || of(&changed, &change)));
+        }
+    }
+
+    /// Whether work is being recorded.
+    pub(crate) fn is_recording(&self) -> bool {
+        self.gpu.as_ref().is_some_and(|gpu| gpu.recording().is_some())
     }
 
     /// How long it took to load kernels so far, each once per context; zero for the processor.
@@ -180,12 +229,43 @@ impl Device {
         self.driver().map_or(Duration::ZERO, |driver| driver.load_time())
     }
 
-    pub(crate) fn backend(&self) -> &dyn Backend {
-        self.0.as_ref()
+    pub(crate) fn driver(&self) -> Option<&Arc<dyn Driver>> {
+        self.gpu.as_ref().map(|gpu| &gpu.driver)
+    }
+}
+
+impl Gpu {
+    fn recording(&self) -> MutexGuard<'_, Option<Recording>> {
+        self.recording.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// A capture under way. It ends when this is dropped, also by a panic.
+struct Capture<'a> {
+    gpu: &'a Gpu,
+    ended: bool,
+}
+
+impl Capture<'_> {
+    fn end(mut self) -> (Result<Captured>, Vec<Change>) {
+        self.stop()
     }
 
-    pub(crate) fn driver(&self) -> Option<&Arc<dyn Driver>> {
-        self.0.driver()
+    fn stop(&mut self) -> (Result<Captured>, Vec<Change>) {
+        self.ended = true;
+        let captured = self.gpu.driver.end_capture();
+        self.gpu.driver.order().forget();
+        let recording = self.gpu.recording().take().unwrap_or_default();
+        recording.before.into_iter().rev().for_each(|restore| restore());
+        (captured, recording.changes)
+    }
+}
+
+impl Drop for Capture<'_> {
+    fn drop(&mut self) {
+        if !self.ended {
+            drop(self.stop());
+        }
     }
 }
 
@@ -199,6 +279,8 @@ impl fmt::Debug for Device {
 pub struct Graph {
     driver: Arc<dyn Driver>,
     captured: Captured,
+    /// What the host knows when the work was done.
+    changes: Vec<Change>,
 }
 
 impl Graph {
@@ -213,7 +295,9 @@ impl Graph {
     pub unsafe fn launch(&self) -> Result<()> {
         self.driver.order().forget();
         // SAFETY: the arguments were checked when the work was recorded; the memory is there, by the caller's promise.
-        unsafe { self.driver.replay(&self.captured) }
+        unsafe { self.driver.replay(&self.captured)? };
+        self.changes.iter().for_each(|change| change());
+        Ok(())
     }
 }
 

@@ -1,7 +1,7 @@
 //! What can go wrong, with the argument, the rule and the numbers.
 
-use crate::cache::SequenceId;
-use crate::tensor::{DType, Shape};
+use crate::dtype::{DType, Shape};
+use crate::sequence::SequenceId;
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -187,6 +187,41 @@ pub enum Error {
         kernel: &'static str,
         /// What was wrong.
         reason: String,
+    },
+    /// An operation came before another one whose results it works on, or after that was done for another batch.
+    #[error("`{op}` needs `{needs}` of the same batch before it, the workspace holds {holds}")]
+    Order {
+        /// Name of the operation.
+        op: &'static str,
+        /// The operation that must come before it.
+        needs: &'static str,
+        /// What the workspace holds instead.
+        holds: &'static str,
+    },
+    /// A layer lacks tokens that a step is to build on: it was left out of an earlier step, or that failed.
+    #[error(
+        "layer {layer} holds the keys and values of {written} tokens of {id}, the block begins at {begin}: step it with the \
+         batch that it missed, or truncate the sequence to {written} tokens"
+    )]
+    Unwritten {
+        /// Index of the layer.
+        layer: usize,
+        /// The sequence.
+        id: SequenceId,
+        /// Tokens whose keys and values were written.
+        written: usize,
+        /// Tokens before the block.
+        begin: usize,
+    },
+    /// Memory cannot be had.
+    #[error("{device}: no memory for {what} of {bytes} bytes")]
+    OutOfMemory {
+        /// Where the memory was asked for.
+        device: String,
+        /// What was to lie in it.
+        what: &'static str,
+        /// Bytes asked for; `usize::MAX` for more than can be counted.
+        bytes: usize,
     },
     /// An operation needs something that the configuration turned off, or that was not given.
     #[error("`{op}` needs {needs}")]

@@ -34,13 +34,8 @@
 //! let sequence = cache.create()?;
 //! let batch = cache.extend(&[(sequence, 3)])?; // three new tokens
 //! let (q, kv) = (vec![0.5f32; 3 * 8 * 64], vec![0.25f32; 3 * 2 * 64]);
-//! let input = StepInput {
-//!     q: TensorView::new(&q, [3, 8, 64])?,
-//!     k: TensorView::new(&kv, [3, 2, 64])?,
-//!     v: TensorView::new(&kv, [3, 2, 64])?,
-//! };
 //! let mut out = vec![0.0f32; q.len()];
-//! let output = StepOutput { out: TensorViewMut::new(&mut out, [3, 8, 64])?, lse: None };
+//! let (input, output) = (select.input(&batch, &q, &kv, &kv)?, select.output(&batch, &mut out, None)?);
 //! select.step(&mut cache, 0, &batch, input, output)?; // layer 0
 //! assert_eq!(select.workspace().selected(0)?, [0, 1, 2]);
 //! # Ok(())
@@ -48,39 +43,56 @@
 //! ```
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
-mod backend;
-mod batch;
-mod cache;
-mod config;
-mod device;
-mod device_memory;
+// In this order: each module uses those above it.
+mod dtype;
+mod sequence;
+
 mod error;
-mod plan;
-mod rope;
-mod selection_cache;
+
+mod driver;
+
+mod device;
+mod memory;
 mod tensor;
-mod token_select;
+
+mod rope;
+
+mod config;
+mod pages;
+
+mod kv;
+
+mod batch;
+mod selection_cache;
+
+mod plan;
 mod workspace;
 
-pub use backend::gpu::driver::Event;
+mod backend;
+mod cache;
+
+mod token_select;
+
 pub use backend::{Ranks, Selection};
-pub use batch::{Batch, BatchSlot};
-pub use cache::{
-    CacheConfig, KvLayout, KvShape, KvStrides, KvView, KvViewMut, MAX_PAGE_SIZE, PageAllocator, PageCopy,
-    PageTables, PagedKvCache, SequenceId,
-};
+pub use batch::{Batch, BatchRow, BatchSlot};
+pub use cache::{CacheConfig, LayerMut, PagedKvCache};
 pub use config::{
     HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_SEQUENCE_LEN, Positions, SelectConfig, SelectionCacheConfig,
 };
 pub use device::{Device, Graph};
+pub use driver::Event;
+pub use dtype::{DType, Shape};
 pub use error::{Error, Result};
 pub use kernels_gpu::launch::Dims;
-pub use plan::{Limits, Plan};
+pub use kv::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
+pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};
+pub use plan::{Limits, Operations, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};
 pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
-pub use tensor::{DType, Element, Shape, Tensor, TensorView, TensorViewMut};
-pub use token_select::{StepInput, StepOutput, TokenSelect};
-pub use workspace::{RowAction, Workspace};
+pub use sequence::SequenceId;
+pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
+pub use token_select::{Over, StepInput, StepOutput, TokenSelect};
+pub use workspace::{Buffer, RowAction, Workspace};
 
 /// The examples of the README are compiled and run.
 #[cfg(doctest)]

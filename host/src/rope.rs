@@ -7,9 +7,9 @@ use std::sync::{Arc, OnceLock};
 use kernels_gpu::common::rope::RopeTables;
 use kernels_gpu::simt::global::GlobalPtr;
 
-use crate::backend::gpu::driver::Driver;
-use crate::device_memory::DeviceMemory;
+use crate::driver::Driver;
 use crate::error::{Error, Result};
+use crate::memory::DeviceMemory;
 
 /// Which elements of a head form a rotated pair.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -201,26 +201,47 @@ const FINE: usize = kernels_gpu::common::rope::FINE as usize;
 
 impl RopeTable {
     /// Tables for heads of `head_dim` elements and positions below `max_positions`.
-    pub fn new(rope: &Rope, head_dim: usize, max_positions: usize) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn new(rope: &Rope, head_dim: usize, max_positions: usize) -> Result<Self> {
         let frequencies = rope.inverse_frequencies(head_dim);
         let level = |count: usize, step: usize, factor: f64| {
-            let mut level = Vec::with_capacity(count * frequencies.len());
+            let mut level = Vec::new();
+            let len = count.saturating_mul(frequencies.len());
+            level.try_reserve_exact(len).map_err(|_| Error::OutOfMemory {
+                device: "cpu".into(),
+                what: "the angles of positions",
+                bytes: len.saturating_mul(8),
+            })?;
             for i in 0..count {
                 level.extend(frequencies.iter().map(|f| {
                     let (sin, cos) = ((i * step) as f64 * f).sin_cos();
                     ((cos * factor) as f32, (sin * factor) as f32)
                 }));
             }
-            level
+            Ok(level)
         };
-        RopeTable {
+        Ok(RopeTable {
             pairs: frequencies.len(),
             pairing: rope.pairing,
             max_positions,
-            coarse: level(max_positions.div_ceil(FINE).max(1), FINE, 1.0),
-            fine: level(FINE, 1, rope.attention_factor()),
+            coarse: level(max_positions.div_ceil(FINE).max(1), FINE, 1.0)?,
+            fine: level(FINE, 1, rope.attention_factor())?,
             on_device: OnceLock::new(),
-        }
+        })
+    }
+
+    /// Bytes of the tables that [`new`](Self::new) would make. `None` where they cannot be counted.
+    pub(crate) fn num_bytes(rope: &Rope, head_dim: usize, max_positions: usize) -> Option<usize> {
+        let entries = max_positions.div_ceil(FINE).max(1).checked_add(FINE)?;
+        entries.checked_mul(rope.rotary_dim(head_dim) / 2)?.checked_mul(size_of::<(f32, f32)>())
+    }
+
+    /// Bytes of the tables.
+    #[cfg(test)]
+    pub(crate) fn table_bytes(&self) -> usize {
+        (self.coarse.len() + self.fine.len()) * size_of::<(f32, f32)>()
     }
 
     /// The first position that the table does not cover.
@@ -324,7 +345,7 @@ mod tests {
     #[test]
     fn two_levels_equal_one_angle() {
         let rope = Rope { theta: 500_000.0, ..Rope::default() };
-        let table = RopeTable::new(&rope, 64, 3_000_000);
+        let table = RopeTable::new(&rope, 64, 3_000_000).expect("memory");
         for position in [0usize, 1, 255, 256, 257, 100_003, 2_999_999] {
             for (i, f) in rope.inverse_frequencies(64).iter().enumerate() {
                 let mut head = vec![0.0f32; 64];
@@ -342,7 +363,7 @@ mod tests {
     #[test]
     fn interleaved_pairs_are_neighbours() {
         let rope = Rope { pairing: RopePairing::Interleaved, rotary_dim: Some(4), ..Rope::default() };
-        let table = RopeTable::new(&rope, 8, 16);
+        let table = RopeTable::new(&rope, 8, 16).expect("memory");
         let mut head = [0.0, 0.0, 1.0, 0.0, 5.0, 6.0, 7.0, 8.0];
         table.rotate(&mut head, 3).expect("in range");
         let (sin, cos) = (3.0 * 10_000f64.powf(-0.5)).sin_cos();

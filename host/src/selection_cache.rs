@@ -1,11 +1,18 @@
 //! Reuse of selections between steps (TokenSelect, section 3.4): per layer and sequence, the scoring query
 //! and the top-k of the last real selection.
 
-use crate::backend::{CopySequenceArgs, ForgetArgs};
+use std::sync::Arc;
+
+use kernels_gpu::entries::{Key, Op};
+use kernels_gpu::ops::forget::ForgetParams;
+use kernels_gpu::simt::global::GlobalMut;
+
 use crate::config::SelectConfig;
 use crate::device::Device;
+use crate::driver::Driver;
+use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape, Tensor, TensorViewMut};
+use crate::tensor::{Tensor, TensorViewMut};
 
 /// Marks a cached selection that cannot be used.
 pub(crate) const EMPTY: u32 = u32::MAX;
@@ -112,14 +119,15 @@ impl SelectionCache {
     pub fn fork(&mut self, src: usize, dst: usize) -> Result<()> {
         self.check_index(src)?;
         self.check_index(dst)?;
-        self.device.backend().copy_sequence(CopySequenceArgs {
-            src,
-            dst,
-            queries: self.queries.view_mut(),
-            selections: self.selections.view_mut(),
-            ages: self.ages.view_mut(),
-            made_at: self.made_at.view_mut(),
-        })
+        let (layers, sequences) = (self.num_layers, self.num_sequences);
+        for tensor in [&mut self.queries, &mut self.selections, &mut self.ages, &mut self.made_at] {
+            let width: usize = tensor.shape().dims()[2..].iter().product();
+            let at = |layer: usize, sequence: usize| (layer * sequences + sequence) * width;
+            for layer in 0..layers {
+                tensor.view_mut().copy_within(at(layer, src), at(layer, dst), width)?;
+            }
+        }
+        Ok(())
     }
 
     /// Forgets those selections of one sequence that could name a token at or after `len`, or that would
@@ -135,7 +143,17 @@ impl SelectionCache {
     /// Drops the selections of one sequence that were made with at least `from` tokens before the block.
     fn forget(&mut self, sequence: usize, from: usize) -> Result<()> {
         self.check_index(sequence)?;
-        self.device.backend().forget(ForgetArgs { made_at: self.made_at.view_mut(), sequence, from })
+        if let Some(driver) = self.device.driver() {
+            let made_at = self.made_at.view().device_addr()?;
+            return forget_on_device(driver, made_at, (self.num_layers, self.num_sequences), sequence, from);
+        }
+        let made_at = self.made_at.as_mut_slice::<u32>()?;
+        for entry in made_at.iter_mut().skip(sequence).step_by(self.num_sequences) {
+            if *entry as usize >= from {
+                *entry = EMPTY;
+            }
+        }
+        Ok(())
     }
 
     /// What was done so far, summed over layers. Waits for earlier work of the device.
@@ -196,6 +214,29 @@ impl SelectionCache {
         let limit = self.num_layers;
         if got < limit { Ok(()) } else { Err(Error::Index { what: "layer", limit, got }) }
     }
+}
+
+/// Drops selections in `made_at`, `[num_layers, num_sequences]` on the driver's device.
+fn forget_on_device(
+    driver: &Arc<dyn Driver>,
+    made_at: u64,
+    (num_layers, num_sequences): (usize, usize),
+    sequence: usize,
+    from: usize,
+) -> Result<()> {
+    if num_layers == 0 {
+        return Ok(());
+    }
+    let params = ForgetParams {
+        made_at: GlobalMut::from_addr(made_at),
+        num_layers: num_layers as u32,
+        num_sequences: num_sequences as u32,
+        sequence: sequence as u32,
+        from: from as u32,
+    };
+    let entry = driver.find("forget", Op::Forget, Key::NONE)?;
+    // SAFETY: `made_at` has these dimensions, and the caller has checked `sequence`.
+    unsafe { driver.launch_with(entry, params.dims(), &params) }
 }
 
 impl SelectionCacheLayer<'_> {

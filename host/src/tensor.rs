@@ -7,97 +7,15 @@
 //! All tensors are dense and row-major; the only strided memory in this crate is the KV cache
 //! ([`KvView`](crate::KvView)).
 
+use std::alloc::{Layout, alloc_zeroed};
 use std::fmt;
 
 use half::{bf16, f16};
 
 use crate::device::Device;
-use crate::device_memory::{DeviceMemory, DeviceSlice};
+use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
-
-/// Element type of a tensor.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
-#[non_exhaustive]
-pub enum DType {
-    /// IEEE 754 half precision.
-    F16,
-    /// bfloat16: the upper half of an f32.
-    Bf16,
-    /// IEEE 754 single precision.
-    F32,
-    /// Unsigned 32-bit integer: token indices, lengths, ages.
-    U32,
-    /// Unsigned 64-bit integer: counters.
-    U64,
-}
-
-impl DType {
-    /// Size of one element in bytes.
-    pub const fn size(self) -> usize {
-        match self {
-            DType::F16 | DType::Bf16 => 2,
-            DType::F32 | DType::U32 => 4,
-            DType::U64 => 8,
-        }
-    }
-
-    /// Whether keys, values and queries may have this type.
-    pub const fn is_float(self) -> bool {
-        matches!(self, DType::F16 | DType::Bf16 | DType::F32)
-    }
-}
-
-impl fmt::Display for DType {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str(match self {
-            DType::F16 => "f16",
-            DType::Bf16 => "bf16",
-            DType::F32 => "f32",
-            DType::U32 => "u32",
-            DType::U64 => "u64",
-        })
-    }
-}
-
-/// Up to four dimensions, outermost first.
-#[derive(Clone, Copy, PartialEq, Eq)]
-pub struct Shape {
-    dims: [usize; 4],
-    rank: usize,
-}
-
-impl Shape {
-    /// The dimensions, outermost first.
-    pub fn dims(&self) -> &[usize] {
-        &self.dims[..self.rank]
-    }
-
-    /// Number of elements. `None` where it does not fit a `usize`.
-    pub fn checked_len(&self) -> Option<usize> {
-        self.dims().iter().try_fold(1usize, |product, &dim| product.checked_mul(dim))
-    }
-}
-
-impl<const N: usize> From<[usize; N]> for Shape {
-    fn from(given: [usize; N]) -> Self {
-        const { assert!(N <= 4, "a shape has at most four dimensions") };
-        let mut dims = [1; 4];
-        dims[..N].copy_from_slice(&given);
-        Shape { dims, rank: N }
-    }
-}
-
-impl fmt::Display for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{:?}", self.dims())
-    }
-}
-
-impl fmt::Debug for Shape {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        fmt::Display::fmt(self, f)
-    }
-}
+use crate::memory::{DeviceMemory, DeviceSlice};
 
 mod sealed {
     use super::{HostMut, HostRef, HostVec};
@@ -144,13 +62,17 @@ macro_rules! elements {
             fn part(self, begin: usize, end: usize) -> Self {
                 match self { $(HostMut::$variant(s) => HostMut::$variant(&mut s[begin..end]),)* }
             }
+            fn copy_within(&mut self, from: usize, to: usize, len: usize) {
+                match self { $(HostMut::$variant(s) => s.copy_within(from..from + len, to),)* }
+            }
             fn bytes(&mut self) -> &mut [u8] { match self { $(HostMut::$variant(s) => as_bytes_mut(s),)* } }
             fn reborrow(&mut self) -> HostMut<'_> { match self { $(HostMut::$variant(s) => HostMut::$variant(s),)* } }
         }
 
         impl HostVec {
-            fn zeros(dtype: DType, len: usize) -> Self {
-                match dtype { $(DType::$variant => HostVec::$variant(vec![<$ty>::default(); len]),)* }
+            /// `None` where there is no memory.
+            fn zeros(dtype: DType, len: usize) -> Option<Self> {
+                Some(match dtype { $(DType::$variant => HostVec::$variant(zeros::<$ty>(len)?),)* })
             }
             fn as_ref(&self) -> HostRef<'_> { match self { $(HostVec::$variant(v) => HostRef::$variant(v),)* } }
             fn as_mut(&mut self) -> HostMut<'_> { match self { $(HostVec::$variant(v) => HostMut::$variant(v),)* } }
@@ -179,6 +101,19 @@ elements! {
     F32(f32),
     U32(u32),
     U64(u64),
+}
+
+/// A vector of zeros, which costs nothing before it is written. `None` where there is no memory.
+fn zeros<T: Element>(len: usize) -> Option<Vec<T>> {
+    let layout = Layout::array::<T>(len).ok()?;
+    if layout.size() == 0 {
+        return Some(Vec::new());
+    }
+    // SAFETY: the size is not 0.
+    let first = unsafe { alloc_zeroed(layout) }.cast::<T>();
+    // SAFETY: allocated by the global allocator as a vector of `len` elements would be; elements are plain numbers, for
+    // which zero bits are a value.
+    (!first.is_null()).then(|| unsafe { Vec::from_raw_parts(first, len, len) })
 }
 
 /// The bytes of plain elements.
@@ -219,22 +154,22 @@ impl Tensor {
     /// A tensor of zeros on the host.
     ///
     /// # Errors
-    /// [`Error::Config`] where the number of bytes does not fit the address space.
+    /// [`Error::OutOfMemory`] where there is not enough memory, or the bytes do not fit the address space.
     pub fn zeros(dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
-        let data = Owned::Host(HostVec::zeros(dtype, allocatable(dtype, shape)?));
-        Ok(Tensor { shape, data })
+        let data = shape.checked_len().and_then(|len| HostVec::zeros(dtype, len));
+        let data = data.ok_or_else(|| out_of_memory("cpu", dtype, shape))?;
+        Ok(Tensor { shape, data: Owned::Host(data) })
     }
 
     /// A tensor of zeros where `device` works.
     ///
     /// # Errors
-    /// [`Error::Config`] where the number of bytes does not fit the address space, [`Error::Driver`] where the
-    /// device has too little memory.
+    /// [`Error::OutOfMemory`] where there is not enough memory, or the bytes do not fit the address space.
     pub fn zeros_on(device: &Device, dtype: DType, shape: impl Into<Shape>) -> Result<Self> {
         let Some(driver) = device.driver() else { return Tensor::zeros(dtype, shape) };
         let shape = shape.into();
-        let bytes = allocatable(dtype, shape)? * dtype.size();
+        let bytes = shape.num_bytes(dtype).ok_or_else(|| out_of_memory(driver.name(), dtype, shape))?;
         Ok(Tensor { shape, data: Owned::Device(DeviceMemory::zeros(driver, bytes)?, dtype) })
     }
 
@@ -336,6 +271,17 @@ pub struct TensorView<'a> {
 }
 
 impl<'a> TensorView<'a> {
+    /// [`new`](Self::new) for the argument called `what`.
+    pub(crate) fn named<T: Element>(
+        what: &'static str,
+        data: &'a [T],
+        shape: impl Into<Shape>,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        check_len(what, shape, data.len())?;
+        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)) })
+    }
+
     /// Borrows a slice as a tensor.
     ///
     /// # Errors
@@ -362,7 +308,7 @@ impl<'a> TensorView<'a> {
         shape: impl Into<Shape>,
     ) -> Result<Self> {
         let shape = shape.into();
-        let bytes = allocatable(dtype, shape)? * dtype.size();
+        let bytes = addressable(dtype, shape)?;
         let data = Borrowed::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
         Ok(TensorView { shape, data })
     }
@@ -474,6 +420,17 @@ pub struct TensorViewMut<'a> {
 }
 
 impl<'a> TensorViewMut<'a> {
+    /// [`new`](Self::new) for the argument called `what`.
+    pub(crate) fn named<T: Element>(
+        what: &'static str,
+        data: &'a mut [T],
+        shape: impl Into<Shape>,
+    ) -> Result<Self> {
+        let shape = shape.into();
+        check_len(what, shape, data.len())?;
+        Ok(TensorViewMut { shape, data: BorrowedMut::Host(T::wrap_mut(data)) })
+    }
+
     /// Borrows a slice as a tensor.
     ///
     /// # Errors
@@ -498,7 +455,7 @@ impl<'a> TensorViewMut<'a> {
         shape: impl Into<Shape>,
     ) -> Result<Self> {
         let shape = shape.into();
-        let bytes = allocatable(dtype, shape)? * dtype.size();
+        let bytes = addressable(dtype, shape)?;
         let data = BorrowedMut::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
         Ok(TensorViewMut { shape, data })
     }
@@ -548,6 +505,18 @@ impl<'a> TensorViewMut<'a> {
         Ok(())
     }
 
+    /// Copies `len` elements from place `from` on to place `to` on; the caller has checked both ranges, which do not overlap.
+    pub(crate) fn copy_within(&mut self, from: usize, to: usize, len: usize) -> Result<()> {
+        match &mut self.data {
+            BorrowedMut::Host(host) => host.copy_within(from, to, len),
+            BorrowedMut::Device(slice, dtype) => {
+                let part = |begin: usize| slice.part(begin * dtype.size(), (begin + len) * dtype.size());
+                return part(to).copy_from(part(from));
+            }
+        }
+        Ok(())
+    }
+
     /// Entry `index` of the outermost dimension; the caller has checked that there is one.
     pub(crate) fn outer(self, index: usize) -> TensorViewMut<'a> {
         let inner = &self.shape.dims()[1..];
@@ -593,11 +562,14 @@ impl fmt::Debug for TensorViewMut<'_> {
     }
 }
 
-/// The number of elements, where their bytes fit the address space.
-fn allocatable(dtype: DType, shape: Shape) -> Result<usize> {
-    let bytes = |len: &usize| len.checked_mul(dtype.size()).is_some_and(|bytes| bytes <= isize::MAX as usize);
-    let len = shape.checked_len().filter(bytes);
-    len.ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
+/// The number of bytes, where they fit the address space.
+fn addressable(dtype: DType, shape: Shape) -> Result<usize> {
+    shape.num_bytes(dtype).ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
+}
+
+fn out_of_memory(device: &str, dtype: DType, shape: Shape) -> Error {
+    let bytes = shape.checked_len().and_then(|len| len.checked_mul(dtype.size())).unwrap_or(usize::MAX);
+    Error::OutOfMemory { device: device.to_owned(), what: "a tensor", bytes }
 }
 
 fn check_len(what: &'static str, shape: Shape, got: usize) -> Result<()> {

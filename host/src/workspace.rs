@@ -1,11 +1,15 @@
-//! The buffers between the operations of a step, all reachable, so that a collective can run between two.
+//! The memory of a plan: the buffers between the operations of a step, all reachable, so that a collective can run between
+//! two, and which batch each of them holds the results of.
 
-mod args;
+mod progress;
 
-use crate::device::Device;
+pub(crate) use self::progress::{Progress, Stage};
+use crate::config::Positions;
+use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
 use crate::plan::Plan;
-use crate::tensor::{DType, Shape, Tensor};
+use crate::rope::RopeTable;
+use crate::tensor::{Tensor, TensorViewMut};
 
 /// What a step does for a row of the batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -22,7 +26,7 @@ pub enum RowAction {
 }
 
 impl RowAction {
-    /// The action with this code, as the `actions` buffer holds it.
+    /// The action with this code, as [`Buffer::Actions`] holds it.
     pub fn from_code(code: u32) -> Option<Self> {
         [RowAction::Skip, RowAction::Complete, RowAction::Score, RowAction::Reuse]
             .into_iter()
@@ -30,138 +34,147 @@ impl RowAction {
     }
 }
 
-/// Buffers of one step, made once and used by every layer and step.
-///
-/// Rows are rows of the batch; tokens are placed at
-/// [`Batch::token_base`](crate::Batch::token_base)` + token`. Entries that the current batch does not use
-/// are undefined.
-///
-/// Tensor parallelism sums `votes` over ranks after `vote`; sequence parallelism combines `stats` over
-/// ranks after `score`.
-#[derive(Debug)]
-pub struct Workspace {
+/// Declares the buffers once: name, field, type, and shape by plan.
+macro_rules! buffers {
+    ($($(#[$doc:meta])* $name:ident $field:ident: $dtype:ident, |$plan:ident| $shape:expr;)*) => {
+        /// A buffer of the [`Workspace`].
+        ///
+        /// Rows are rows of the batch; tokens are placed at [`BatchRow::token_base`](crate::BatchRow::token_base)` + token`. Entries
+        /// that the current batch does not use are undefined.
+        #[derive(Debug, Clone, Copy, PartialEq, Eq)]
+        pub enum Buffer {
+            $($(#[$doc])* $name,)*
+        }
+
+        impl Buffer {
+            /// Every buffer.
+            pub const ALL: [Buffer; [$(stringify!($name)),*].len()] = [$(Buffer::$name),*];
+
+            /// Its element type.
+            pub fn dtype(self) -> DType {
+                match self { $(Buffer::$name => DType::$dtype,)* }
+            }
+
+            /// Its shape in the workspace of a plan.
+            pub fn shape(self, plan: &Plan) -> Shape {
+                match self { $(Buffer::$name => { let $plan = plan; Shape::from($shape) })* }
+            }
+        }
+
+        /// Buffers of one step, made once and used by every layer and step.
+        ///
+        /// Tensor parallelism sums [`Buffer::Votes`] over ranks after `vote`; sequence parallelism combines
+        /// [`Buffer::Stats`] over ranks after `score`.
+        #[derive(Debug)]
+        pub struct Workspace {
+            $(pub(crate) $field: Tensor,)*
+            /// What the device's kernels use among themselves.
+            pub(crate) scratch: Tensor,
+            /// Angles of reassigned positions.
+            pub(crate) angles: Option<RopeTable>,
+            pub(crate) progress: Progress,
+        }
+
+        impl Workspace {
+            /// Allocates the buffers of a plan where its device works.
+            ///
+            /// # Errors
+            /// [`Error::OutOfMemory`] where they cannot be had.
+            pub(crate) fn new(plan: &Plan) -> Result<Self> {
+                let device = plan.device();
+                Workspace::num_bytes(plan)?;
+                let angles = match &plan.config().positions {
+                    Positions::Native => None,
+                    Positions::Reassigned(rope) => {
+                        Some(RopeTable::new(rope, plan.config().heads.head_dim, plan.num_positions())?)
+                    }
+                };
+                if let (Some(angles), Some(driver)) = (&angles, device.driver()) {
+                    angles.device_tables(driver)?; // now, so that no step allocates
+                }
+                let make = |buffer: Buffer| Tensor::zeros_on(device, buffer.dtype(), buffer.shape(plan));
+                Ok(Workspace {
+                    $($field: make(Buffer::$name)?,)*
+                    scratch: Tensor::zeros_on(device, DType::U32, [plan.scratch_words()])?,
+                    angles,
+                    progress: Progress::new(device),
+                })
+            }
+
+            /// One of the buffers.
+            pub fn buffer(&self, buffer: Buffer) -> &Tensor {
+                match buffer { $(Buffer::$name => &self.$field,)* }
+            }
+
+            /// One of the buffers, writable: for a collective, or for results of one's own ([`provide`](Self::provide)).
+            pub fn buffer_mut(&mut self, buffer: Buffer) -> TensorViewMut<'_> {
+                match buffer { $(Buffer::$name => self.$field.view_mut(),)* }
+            }
+        }
+    };
+}
+
+buffers! {
     /// `[max_rows, num_qo_heads, head_dim]` f32, written by `pool`: the scoring queries.
-    pub queries: Tensor,
+    Queries queries: F32, |plan| {
+        let heads = plan.config().heads;
+        [plan.limits().max_rows, heads.num_qo_heads, heads.head_dim]
+    };
     /// `[max_rows]` f32, written by `pool`: cosine with the cached scoring query; -1 where there is none.
-    pub similarities: Tensor,
+    Similarities similarities: F32, |plan| [plan.limits().max_rows];
     /// `[max_rows]` u32, written by `pool`: a [`RowAction`].
-    pub actions: Tensor,
+    Actions actions: U32, |plan| [plan.limits().max_rows];
     /// `[places, num_qo_heads]` f32, written by `score` for candidates: scaled dot products, in an order of the device's own
     /// ([`TokenSelect::logit_index`](crate::TokenSelect::logit_index)).
-    pub logits: Tensor,
-    /// `[max_rows, num_qo_heads, 2]` f32, written by `score`: the largest logit over the candidates, and the
-    /// sum of `exp(logit - largest)`.
-    pub stats: Tensor,
+    Logits logits: F32, |plan| [plan.num_logit_places(), plan.config().heads.num_qo_heads];
+    /// `[max_rows, num_qo_heads, 2]` f32, written by `score`: the largest logit over the candidates, and the sum of
+    /// `exp(logit - largest)`.
+    Stats stats: F32, |plan| [plan.limits().max_rows, plan.config().heads.num_qo_heads, 2];
     /// `[max_kv_tokens]` f32, written by `vote` for candidates: sums of softmax probabilities over heads.
-    pub votes: Tensor,
+    Votes votes: F32, |plan| [plan.limits().max_kv_tokens];
     /// `[max_kv_tokens]` f32, written by `top_k` where `vote_pool_window` is above 1 (else `[0]`): max-pooled votes.
-    pub pooled_votes: Tensor,
-    /// `[max_rows, top_k]` u32, written by `top_k`: chosen tokens, ascending; only for rows that were scored
-    /// or reuse a selection. A row with fewer candidates than `top_k` fills its first places.
-    pub top_k: Tensor,
-    /// `[max_rows, n_init + top_k + n_local + max_block_len]` u32, written by `top_k`: selected tokens.
-    pub selected: Tensor,
+    PooledVotes pooled_votes: F32, |plan| [
+        if plan.votes_are_chosen_from() { 0 } else { plan.limits().max_kv_tokens }
+    ];
+    /// `[max_rows, top_k]` u32, written by `top_k`: chosen tokens, ascending; only for rows that were scored or reuse a
+    /// selection. A row with fewer candidates than `top_k` fills its first places.
+    TopK top_k: U32, |plan| [plan.limits().max_rows, plan.config().top_k];
+    /// `[max_rows, width]` u32, written by `top_k`: selected tokens. The width is `n_init + top_k + n_local +
+    /// max_block_len`, no more than `max_kv_tokens`.
+    Selected selected: U32, |plan| plan.selected_shape();
     /// `[max_rows]` u32, written by `top_k`: length of each selected list.
-    pub selected_len: Tensor,
-    /// What the device's kernels use among themselves.
-    pub(crate) scratch: Tensor,
+    SelectedLen selected_len: U32, |plan| [plan.limits().max_rows];
 }
 
 impl Workspace {
-    /// Allocates the buffers of a plan where `device` works.
+    /// Bytes of the memory that a plan's workspace has. Allocates nothing.
     ///
     /// # Errors
-    /// [`Error::Config`](crate::Error::Config) where a size does not fit the address space.
-    pub fn new(device: &Device, plan: &Plan) -> Result<Self> {
-        let make = |dtype, shape| Tensor::zeros_on(device, dtype, shape);
-        let [
-            queries,
-            similarities,
-            actions,
-            logits,
-            stats,
-            votes,
-            pooled_votes,
-            top_k,
-            selected,
-            selected_len,
-            scratch,
-        ] = Workspace::each_buffer(device, plan, make)?;
-        Ok(Workspace {
-            queries,
-            similarities,
-            actions,
-            logits,
-            stats,
-            votes,
-            pooled_votes,
-            top_k,
-            selected,
-            selected_len,
-            scratch,
+    /// [`Error::OutOfMemory`] where they do not fit the address space.
+    pub fn num_bytes(plan: &Plan) -> Result<usize> {
+        let angles = match &plan.config().positions {
+            Positions::Native => Some(0),
+            Positions::Reassigned(rope) => {
+                RopeTable::num_bytes(rope, plan.config().heads.head_dim, plan.num_positions())
+            }
+        };
+        let buffers = Buffer::ALL.map(|buffer| buffer.shape(plan).num_bytes(buffer.dtype()));
+        let scratch = plan.scratch_words().checked_mul(DType::U32.size());
+        let all = buffers.into_iter().chain([scratch, angles]);
+        let sum = all.into_iter().try_fold(0usize, |sum, bytes| sum.checked_add(bytes?));
+        let limit = isize::MAX as usize;
+        sum.filter(|&sum| sum <= limit).ok_or_else(|| Error::OutOfMemory {
+            device: plan.device().name().to_owned(),
+            what: "the workspace",
+            bytes: sum.unwrap_or(usize::MAX),
         })
-    }
-
-    /// Bytes of the buffers that [`new`](Self::new) allocates. Allocates nothing.
-    ///
-    /// # Errors
-    /// [`Error::Config`](crate::Error::Config) where they do not fit the address space.
-    pub fn num_bytes(device: &Device, plan: &Plan) -> Result<usize> {
-        let sizes = Workspace::each_buffer(device, plan, |dtype, shape| {
-            let bytes = shape.checked_len().and_then(|len| len.checked_mul(dtype.size()));
-            bytes.ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
-        })?;
-        let sum = sizes.iter().try_fold(0usize, |sum, &bytes| sum.checked_add(bytes));
-        sum.ok_or_else(|| {
-            Error::config("limits", "of buffers that fit the address space", plan.logits_shape())
-        })
-    }
-
-    /// Calls `make` with type and shape of each buffer, in the order of the fields.
-    fn each_buffer<T>(
-        device: &Device,
-        plan: &Plan,
-        mut make: impl FnMut(DType, Shape) -> Result<T>,
-    ) -> Result<[T; 11]> {
-        let scratch = device.backend().scratch_words(plan.config(), plan.limits());
-        Ok([
-            make(DType::F32, plan.query_shape())?,
-            make(DType::F32, plan.row_shape())?,
-            make(DType::U32, plan.row_shape())?,
-            make(DType::F32, plan.logits_shape())?,
-            make(DType::F32, plan.stats_shape())?,
-            make(DType::F32, plan.votes_shape())?,
-            make(DType::F32, plan.pooled_votes_shape())?,
-            make(DType::U32, plan.top_k_shape())?,
-            make(DType::U32, plan.selected_shape())?,
-            make(DType::U32, plan.row_shape())?,
-            make(DType::U32, [scratch].into())?,
-        ])
-    }
-
-    /// Checks that the buffers, which are open to collectives, are still of the plan's types and shapes.
-    ///
-    /// # Errors
-    /// [`Error::Shape`](crate::Error::Shape), [`Error::DType`](crate::Error::DType).
-    pub fn check(&self, plan: &Plan) -> Result<()> {
-        let expect = |tensor: &Tensor, what, dtype, shape: Shape| tensor.view().expect(what, &[dtype], shape);
-        expect(&self.queries, "workspace.queries", DType::F32, plan.query_shape())?;
-        expect(&self.similarities, "workspace.similarities", DType::F32, plan.row_shape())?;
-        expect(&self.actions, "workspace.actions", DType::U32, plan.row_shape())?;
-        expect(&self.logits, "workspace.logits", DType::F32, plan.logits_shape())?;
-        expect(&self.stats, "workspace.stats", DType::F32, plan.stats_shape())?;
-        expect(&self.votes, "workspace.votes", DType::F32, plan.votes_shape())?;
-        expect(&self.pooled_votes, "workspace.pooled_votes", DType::F32, plan.pooled_votes_shape())?;
-        expect(&self.top_k, "workspace.top_k", DType::U32, plan.top_k_shape())?;
-        expect(&self.selected, "workspace.selected", DType::U32, plan.selected_shape())?;
-        expect(&self.selected_len, "workspace.selected_len", DType::U32, plan.row_shape())
     }
 
     /// The actions that `pool` decided on, a [`RowAction`] a row. Rows beyond the current batch are stale. Waits for
     /// earlier work of the device.
     ///
     /// # Errors
-    /// None on a workspace made by [`new`](Self::new); the type is checked like any tensor's.
+    /// [`Error::Driver`] where the device fails.
     pub fn actions(&self) -> Result<Vec<RowAction>> {
         let codes = self.actions.to_vec::<u32>()?;
         Ok(codes.into_iter().map(|code| RowAction::from_code(code).unwrap_or(RowAction::Skip)).collect())
@@ -170,31 +183,36 @@ impl Workspace {
     /// The selected tokens of one row of the current batch, ascending. Waits for earlier work of the device.
     ///
     /// # Errors
-    /// [`Error::Index`](crate::Error::Index) where the plan has no such row.
+    /// [`Error::Index`] where the plan has no such row, [`Error::Driver`] where the device fails.
     pub fn selected(&self, row: usize) -> Result<Vec<u32>> {
         let lengths = self.selected_len.to_vec::<u32>()?;
         let limit = lengths.len();
-        let len = lengths.get(row).ok_or(Error::Index { what: "row", limit, got: row })?;
+        let len = *lengths.get(row).ok_or(Error::Index { what: "row", limit, got: row })? as usize;
         let width = self.selected.shape().dims()[1];
-        Ok(self.selected.to_vec::<u32>()?[row * width..][..*len as usize].to_vec())
+        let all = self.selected.to_vec::<u32>()?;
+        // The lengths may have been changed through `buffer_mut`.
+        Ok(all[row * width..][..len.min(width)].to_vec())
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{Limits, SelectConfig};
+    use crate::config::SelectConfig;
+    use crate::device::Device;
+    use crate::plan::{Limits, Operations};
+    use crate::rope::Rope;
 
     #[test]
     fn num_bytes_is_what_new_allocates() {
-        let config = SelectConfig { vote_pool_window: 3, ..SelectConfig::default() };
+        let positions = Positions::Reassigned(Rope::default());
+        let config = SelectConfig { vote_pool_window: 3, positions, ..SelectConfig::default() };
         let limits = Limits { max_rows: 3, max_block_len: 7, max_kv_tokens: 1000 };
-        let (device, plan) = (Device::cpu(), Plan::new(config, limits).expect("a valid plan"));
-        let w = Workspace::new(&device, &plan).expect("little memory");
+        let plan = Plan::new(&Device::cpu(), config, limits, Operations::ALL).expect("a valid plan");
+        let w = Workspace::new(&plan).expect("little memory");
         let bytes = |t: &Tensor| t.shape().checked_len().expect("allocated") * t.dtype().size();
-        let tensors = [&w.queries, &w.similarities, &w.actions, &w.logits, &w.stats, &w.votes];
-        let more = [&w.pooled_votes, &w.top_k, &w.selected, &w.selected_len, &w.scratch];
-        let sum: usize = tensors.into_iter().chain(more).map(bytes).sum();
-        assert_eq!(Workspace::num_bytes(&device, &plan), Ok(sum));
+        let buffers: usize = Buffer::ALL.iter().map(|&buffer| bytes(w.buffer(buffer))).sum();
+        let angles = w.angles.as_ref().expect("reassigned positions").table_bytes();
+        assert_eq!(Workspace::num_bytes(&plan), Ok(buffers + bytes(&w.scratch) + angles));
     }
 }

@@ -24,7 +24,8 @@ use std::sync::Once;
 use half::{bf16, f16};
 use proptest::prelude::ProptestConfig;
 use tokenselect::{
-    DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor, TensorView,
+    Buffer, DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor,
+    TensorView, TokenSelect,
 };
 
 /// The devices for cases of every size and type: the processor.
@@ -134,6 +135,13 @@ pub fn to_device(device: &Device, tensor: &Tensor) -> Tensor {
     let mut copy = Tensor::zeros_on(device, tensor.dtype(), tensor.shape()).expect("room on the device");
     copy.copy_from(tensor.view()).expect("same shape");
     copy
+}
+
+/// Writes a buffer of the workspace.
+pub fn put(ts: &mut TokenSelect, buffer: Buffer, values: &[f64]) {
+    let shape = ts.workspace().buffer(buffer).shape();
+    let values = to_device(&ts.device().clone(), &tensor(buffer.dtype(), values, shape));
+    ts.workspace_mut().buffer_mut(buffer).copy_from(values.view()).unwrap();
 }
 
 /// The elements of a tensor as f64.

@@ -2,8 +2,8 @@
 //! shuffled and whatever no token owns is NaN, so that a wrong page or slot cannot go unnoticed.
 
 use tokenselect::{
-    Batch, CacheConfig, Device, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits, PageTables,
-    PagedKvCache, SequenceId, Tensor, TokenSelect,
+    Batch, CacheConfig, Device, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits, Operations,
+    PageTables, PagedKvCache, SequenceId, Tensor, TokenSelect,
 };
 
 use super::problem::{Problem, Row};
@@ -144,15 +144,15 @@ impl Pool {
             return KvView::new(self.k.view(), self.v.view(), self.layout()).unwrap();
         }
         let values = self.k.view().tail(self.v_offset).unwrap();
-        KvView::strided(self.k.view(), values, self.shape, self.strides).unwrap()
+        KvView::strided(self.k.view(), values, self.shape, [self.strides; 2]).unwrap()
     }
 
     pub fn view_mut(&mut self) -> KvViewMut<'_> {
         let (layout, k) = (self.layout(), self.k.view_mut());
         let view = match self.storage {
             Storage::Nhd => KvViewMut::new(k, self.v.view_mut(), layout),
-            Storage::Hnd => KvViewMut::strided(k, self.v.view_mut(), self.shape, self.strides),
-            _ => KvViewMut::combined(k, self.v_offset, self.shape, self.strides),
+            Storage::Hnd => KvViewMut::strided(k, self.v.view_mut(), self.shape, [self.strides; 2]),
+            _ => KvViewMut::combined(k, [0, self.v_offset], self.shape, [self.strides; 2]),
         };
         view.unwrap()
     }
@@ -203,7 +203,8 @@ pub fn owned(
     let mut cache = PagedKvCache::new(device, config, &cache_config).unwrap();
     let largest = num_pages * page_size;
     let limits = Limits { max_rows: 1, max_block_len: largest, max_kv_tokens: largest };
-    let writer = TokenSelect::new(device, config.clone(), limits).unwrap();
+    let operations = Operations { append: true, ..Operations::NONE };
+    let writer = super::run::only(device, config, limits, operations);
 
     let poison = [cache.create().unwrap(), cache.create().unwrap(), cache.create().unwrap()];
     let mut left = num_pages;
@@ -250,6 +251,6 @@ pub fn append(
     let batch = cache.extend(&[(id, num_tokens)]).unwrap();
     let (k, v) = (to_device(writer.device(), k), to_device(writer.device(), v));
     for layer in 0..cache.num_layers() {
-        writer.append(&batch, cache.layer_mut(layer).unwrap().0, k.view(), v.view()).unwrap();
+        writer.fill(cache, layer, &batch, k.view(), v.view()).unwrap();
     }
 }

@@ -2,8 +2,8 @@
 //! attention to a single token returns, an element of a key is its dot product with a unit vector.
 
 use tokenselect::{
-    Batch, DType, Device, HeadShape, Limits, PageTables, PagedKvCache, RowAction, SelectConfig, Selection,
-    SequenceId, StepOutput, TokenSelect,
+    Batch, Buffer, DType, Device, HeadShape, Limits, Over, PageTables, PagedKvCache, RowAction, SelectConfig,
+    Selection, SequenceId, StepOutput, TokenSelect,
 };
 
 use super::{tensor, values};
@@ -50,12 +50,13 @@ impl Reader {
         let batch = Batch::partial(page_size, vec![0, 0], tables.clone(), all).unwrap();
         let hq = self.ts.config().heads.num_qo_heads;
         let workspace = self.ts.workspace_mut();
-        let queries = workspace.queries.as_mut_slice::<f32>().unwrap();
+        let queries = workspace.buffer_mut(Buffer::Queries).into_slice::<f32>().unwrap();
         queries.fill(0.0);
         (0..hq).for_each(|head| queries[head * 8 + head % 8] = 1.0);
-        workspace.actions.as_mut_slice::<u32>().unwrap()[0] = RowAction::Score as u32;
+        workspace.buffer_mut(Buffer::Actions).into_slice::<u32>().unwrap()[0] = RowAction::Score as u32;
+        workspace.provide(Buffer::Actions, &batch).unwrap();
         self.ts.score(&batch, cache.layer(layer).unwrap()).unwrap();
-        values(&self.ts.workspace().logits)[..n * hq].to_vec()
+        values(self.ts.workspace().buffer(Buffer::Logits))[..n * hq].to_vec()
     }
 
     /// One row a token, all with the pages of the sequence.
@@ -74,7 +75,9 @@ impl Reader {
         let len = tensor(DType::U32, &vec![1.0; n], [n]);
         let selection = Selection { tokens: tokens.view(), len: len.view(), ranks: None };
         let output = StepOutput { out: out.view_mut(), lse: None };
-        self.ts.attend_to(&batch, cache.layer(layer).unwrap(), q.view(), selection, output).unwrap();
+        self.ts
+            .attend(&batch, cache.layer(layer).unwrap(), q.view(), Over::Lists(&selection), output)
+            .unwrap();
         // All eight query heads of a group return the same value.
         values(&out).chunks(8 * 8).flat_map(|group| group[..8].to_vec()).collect()
     }

@@ -1,8 +1,8 @@
 //! Whole steps on a device, and their comparison with the definitions.
 
 use tokenselect::{
-    Batch, DType, Device, KvView, PagedKvCache, SelectionCacheLayer, StepInput, StepOutput, Tensor,
-    TokenSelect,
+    Batch, DType, Device, KvView, Limits, Operations, Over, PagedKvCache, Plan, SelectConfig,
+    SelectionCacheLayer, StepInput, StepOutput, Tensor, TokenSelect,
 };
 
 use super::paged::limits;
@@ -74,6 +74,17 @@ pub fn token_select(device: &Device, problem: &Problem, batch: &Batch) -> TokenS
     TokenSelect::new(device, problem.config.clone(), limits(batch)).unwrap()
 }
 
+/// The same for some operations, of which a GPU has more kernels than of all together.
+pub fn only(device: &Device, config: &SelectConfig, limits: Limits, operations: Operations) -> TokenSelect {
+    let plan = Plan::new(device, config.clone(), limits, operations).unwrap();
+    TokenSelect::with_plan(plan).unwrap()
+}
+
+/// [`only`] what comes before attention.
+pub fn selection(device: &Device, problem: &Problem, batch: &Batch) -> TokenSelect {
+    only(device, &problem.config, limits(batch), Operations::SELECTION)
+}
+
 /// The selected lists that the last `top_k` left.
 pub fn selected_lists(ts: &TokenSelect, rows: usize) -> Vec<Vec<usize>> {
     let list = |row: usize| ts.workspace().selected(row).unwrap().iter().map(|&t| t as usize).collect();
@@ -92,7 +103,7 @@ pub fn select_and_attend(
     let (mut out, mut lse) = outputs_on(ts.device(), problem, DType::F32);
     ts.select(batch, kv, inputs.q.view(), cached).unwrap();
     let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-    ts.attend(batch, kv, inputs.q.view(), output).unwrap();
+    ts.attend(batch, kv, inputs.q.view(), Over::Selected, output).unwrap();
     Outcome { selected: selected_lists(ts, problem.rows.len()), out, lse }
 }
 

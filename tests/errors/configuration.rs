@@ -1,8 +1,9 @@
 //! Errors of configurations, limits and sizes: every rule of every `validate`.
 
 use tokenselect::{
-    CacheConfig, DType, Device, HeadShape, Limits, MAX_SEQUENCE_LEN, PageAllocator, PagedKvCache, Plan,
-    Positions, Rope, RopeScaling, SelectConfig, SelectionCache, SelectionCacheConfig, Tensor, TokenSelect,
+    CacheConfig, DType, Device, HeadShape, Limits, MAX_SEQUENCE_LEN, Operations, PageAllocator, PagedKvCache,
+    Plan, Positions, Rope, RopeScaling, SelectConfig, SelectionCache, SelectionCacheConfig, Tensor,
+    TokenSelect,
 };
 
 use super::common::problem::{cached, small_config};
@@ -15,7 +16,7 @@ fn refused(change: impl FnOnce(&mut SelectConfig), text: &str) {
     change(&mut config);
     let text = format!("configuration field {text}");
     says(config.validate(), &text);
-    says(Plan::new(config.clone(), Limits::default()), &text);
+    says(Plan::new(&Device::cpu(), config.clone(), Limits::default(), Operations::ALL), &text);
     says(TokenSelect::new(&Device::cpu(), config.clone(), Limits::default()), &text);
     says(PagedKvCache::new(&Device::cpu(), &config, &CacheConfig::default()), &text);
     says(SelectionCache::new(&Device::cpu(), &config, 1, 1), &text);
@@ -150,7 +151,7 @@ fn limits_and_cache_sizes() {
         let limits = |change: fn(&mut Limits, usize)| {
             let mut limits = Limits::default();
             change(&mut limits, bad);
-            Plan::new(small_config(), limits)
+            Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL)
         };
         says(limits(|l, bad| l.max_rows = bad), &field(&format!("`max_rows` {rule}")));
         says(limits(|l, bad| l.max_block_len = bad), &field(&format!("`max_block_len` {rule}")));
@@ -164,6 +165,6 @@ fn limits_and_cache_sizes() {
     let no_layers = CacheConfig { num_layers: 0, ..CacheConfig::default() };
     let made = PagedKvCache::new(&Device::cpu(), &small_config(), &no_layers);
     says(made, &field("`num_layers` must be at least 1, got 0"));
-    let text = field(&format!("`shape` must be at most isize::MAX bytes in all, got [{}, 4]", usize::MAX));
+    let text = format!("cpu: no memory for a tensor of {} bytes", usize::MAX);
     says(Tensor::zeros(DType::F32, [usize::MAX, 4]), &text);
 }

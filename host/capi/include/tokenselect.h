@@ -85,6 +85,12 @@ enum ts_status
   TS_STATUS_MISSING = 34,
   /// An error that this version of the interface has no code for; its text says what it is.
   TS_STATUS_OTHER = 35,
+  /// An operation came before another one whose results it works on, or after that was done for another batch.
+  TS_STATUS_ORDER = 36,
+  /// A layer lacks tokens that a step is to build on: it was left out of an earlier step, or that failed.
+  TS_STATUS_UNWRITTEN = 37,
+  /// Memory cannot be had.
+  TS_STATUS_OUT_OF_MEMORY = 38,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -631,7 +637,7 @@ ts_status ts_device_destroy(struct ts_device *device);
 
 /// Allocates `num_bytes`, zeroed, aligned to at least 256 bytes on a GPU and 8 on the processor.
 ///
-/// Errors: `TS_STATUS_CONFIG` where the address space is too small, `TS_STATUS_DRIVER` where the device's memory is.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`.
 ///
 /// Promised by the caller:
 /// - `device` is null or a handle.

@@ -1,6 +1,6 @@
 //! Batches: page tables of one step in the layout of FlashInfer.
 
-use tokenselect::{Batch, BatchSlot, Error, PageTables};
+use tokenselect::{Batch, BatchSlot, PageTables};
 
 use crate::device::ts_device;
 use crate::pointers::{answer, hand_out, reference, reference_mut, slice, take_back};
@@ -200,14 +200,12 @@ pub unsafe extern "C" fn ts_batch_get_row(
         // SAFETY: the caller's promise.
         let batch = unsafe { &reference("batch", batch)?.batch };
         let make = || {
-            if row >= batch.num_rows() {
-                return Err(Error::Index { what: "row", limit: batch.num_rows(), got: row }.into());
-            }
+            let row = batch.row(row)?;
             Ok(ts_batch_row {
-                query_begin: batch.query_range(row).start,
-                block_len: batch.block_len(row),
-                kv_len: batch.kv_len(row),
-                token_base: batch.token_base(row),
+                query_begin: row.queries.start,
+                block_len: row.block_len(),
+                kv_len: row.kv_len,
+                token_base: row.token_base,
             })
         };
         // SAFETY: as above.

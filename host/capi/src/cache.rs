@@ -317,12 +317,10 @@ pub unsafe extern "C" fn ts_cache_append(
                 &reference("batch", batch)?.batch,
             )
         };
-        cache.cache.check(batch)?;
         let new = NewKv::of(context, batch, k, v);
         // SAFETY: as above.
         let (k, v) = unsafe { new.views(&context.device)? };
-        let (kv, _) = cache.cache.layer_mut(layer)?;
-        Ok(context.select.append(batch, kv, k, v)?)
+        Ok(context.select.fill(&mut cache.cache, layer, batch, k, v)?)
     })
 }
 

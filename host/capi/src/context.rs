@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{Device, Error, Plan, Tensor, TokenSelect, Workspace};
+use tokenselect::{Buffer, Device, Error, Operations, Plan, TokenSelect, Workspace};
 
 use crate::config::{choose, dtype_code, read_config, read_limits, ts_config, ts_limits};
 use crate::device::{address, ts_device};
@@ -116,7 +116,7 @@ pub unsafe extern "C" fn ts_workspace_bytes(
         // SAFETY: the caller's promise.
         let (device, config, limits) =
             unsafe { (reference("device", device)?, read_config(config)?, read_limits(limits)?) };
-        let make = || Ok(Workspace::num_bytes(&device.device, &Plan::new(config, limits)?)?);
+        let make = || Ok(Workspace::num_bytes(&Plan::new(&device.device, config, limits, Operations::ALL)?)?);
         // SAFETY: as above.
         unsafe { answer("num_bytes", num_bytes, make) }
     })
@@ -149,26 +149,13 @@ pub unsafe extern "C" fn ts_context_workspace(
     fence(|| {
         // SAFETY: the caller's promise.
         let workspace = unsafe { reference_mut("context", context)? }.select.workspace_mut();
-        type Field = fn(&mut Workspace) -> &mut Tensor;
-        let fields: [(ts_workspace, Field); 10] = [
-            (ts_workspace::Queries, |w| &mut w.queries),
-            (ts_workspace::Similarities, |w| &mut w.similarities),
-            (ts_workspace::Actions, |w| &mut w.actions),
-            (ts_workspace::Logits, |w| &mut w.logits),
-            (ts_workspace::Stats, |w| &mut w.stats),
-            (ts_workspace::Votes, |w| &mut w.votes),
-            (ts_workspace::PooledVotes, |w| &mut w.pooled_votes),
-            (ts_workspace::TopK, |w| &mut w.top_k),
-            (ts_workspace::Selected, |w| &mut w.selected),
-            (ts_workspace::SelectedLen, |w| &mut w.selected_len),
-        ];
-        let fields = fields.map(|(code, field)| (code as i32, field));
-        let found = choose("buffer", "a ts_workspace", buffer, &fields)?(workspace);
+        let found = workspace.buffer_mut(buffer_of(buffer)?);
         let make = || {
-            let (data, dims) = (address(found)?, found.shape());
+            let (dims, dtype) = (found.shape(), found.dtype());
+            let data = address(found)?;
             let mut shape = [1; 4];
             shape[..dims.dims().len()].copy_from_slice(dims.dims());
-            Ok(ts_tensor { data, dtype: dtype_code(found.dtype()), rank: dims.dims().len() as u32, shape })
+            Ok(ts_tensor { data, dtype: dtype_code(dtype), rank: dims.dims().len() as u32, shape })
         };
         // SAFETY: as above.
         unsafe { answer("tensor", tensor, make) }
@@ -210,6 +197,23 @@ pub unsafe extern "C" fn ts_context_selected(
         to.copy_from_slice(&list);
         Ok(())
     })
+}
+
+/// The buffer with this code.
+fn buffer_of(code: i32) -> Result<Buffer, Failure> {
+    let codes = [
+        (ts_workspace::Queries, Buffer::Queries),
+        (ts_workspace::Similarities, Buffer::Similarities),
+        (ts_workspace::Actions, Buffer::Actions),
+        (ts_workspace::Logits, Buffer::Logits),
+        (ts_workspace::Stats, Buffer::Stats),
+        (ts_workspace::Votes, Buffer::Votes),
+        (ts_workspace::PooledVotes, Buffer::PooledVotes),
+        (ts_workspace::TopK, Buffer::TopK),
+        (ts_workspace::Selected, Buffer::Selected),
+        (ts_workspace::SelectedLen, Buffer::SelectedLen),
+    ];
+    choose("buffer", "a ts_workspace", code, &codes.map(|(code, buffer)| (code as i32, buffer)))
 }
 
 /// Checks that an optional size was given.

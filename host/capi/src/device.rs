@@ -2,7 +2,7 @@
 
 use std::ffi::{CString, c_char, c_void};
 
-use tokenselect::{DType, Device, Error, Tensor};
+use tokenselect::{DType, Device, Error, Tensor, TensorViewMut};
 
 use crate::pointers::{Argument, answer, hand_out, reference, take_back};
 use crate::status::{Result, fence, ts_status};
@@ -160,7 +160,7 @@ pub struct ts_buffer {
 
 /// Allocates `num_bytes`, zeroed, aligned to at least 256 bytes on a GPU and 8 on the processor.
 ///
-/// Errors: `TS_STATUS_CONFIG` where the address space is too small, `TS_STATUS_DRIVER` where the device's memory is.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`.
 ///
 /// # Safety
 /// - `device` is null or a handle.
@@ -191,7 +191,7 @@ pub unsafe extern "C" fn ts_buffer_data(buffer: *mut ts_buffer, data: *mut *mut 
     // SAFETY: the caller's promise.
     fence(|| unsafe {
         let buffer = crate::pointers::reference_mut("buffer", buffer)?;
-        answer("data", data, || address(&mut buffer.tensor))
+        answer("data", data, || address(buffer.tensor.view_mut()))
     })
 }
 
@@ -206,15 +206,15 @@ pub unsafe extern "C" fn ts_buffer_destroy(buffer: *mut ts_buffer) -> ts_status 
 }
 
 /// Address of a tensor of the library's, for the caller to read and write.
-pub(crate) fn address(tensor: &mut Tensor) -> Result<*mut c_void> {
-    match tensor.view().device_addr() {
+pub(crate) fn address(tensor: TensorViewMut<'_>) -> Result<*mut c_void> {
+    match tensor.as_view().device_addr() {
         Ok(addr) => Ok(std::ptr::without_provenance_mut(addr as usize)),
         Err(_) => Ok(match tensor.dtype() {
-            DType::F16 => tensor.as_mut_slice::<half::f16>()?.as_mut_ptr().cast(),
-            DType::Bf16 => tensor.as_mut_slice::<half::bf16>()?.as_mut_ptr().cast(),
-            DType::F32 => tensor.as_mut_slice::<f32>()?.as_mut_ptr().cast(),
-            DType::U32 => tensor.as_mut_slice::<u32>()?.as_mut_ptr().cast(),
-            _ => tensor.as_mut_slice::<u64>()?.as_mut_ptr().cast(),
+            DType::F16 => tensor.into_slice::<half::f16>()?.as_mut_ptr().cast(),
+            DType::Bf16 => tensor.into_slice::<half::bf16>()?.as_mut_ptr().cast(),
+            DType::F32 => tensor.into_slice::<f32>()?.as_mut_ptr().cast(),
+            DType::U32 => tensor.into_slice::<u32>()?.as_mut_ptr().cast(),
+            _ => tensor.into_slice::<u64>()?.as_mut_ptr().cast(),
         }),
     }
 }

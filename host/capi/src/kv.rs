@@ -97,41 +97,38 @@ impl ts_kv_view {
         let [k, v] = self.arguments(dtype)?;
         // SAFETY: the caller's promise.
         let (k, v) = unsafe { (k.view(device)?, v.view(device)?) };
-        Ok(KvView::strided(k, v, self.shape(), self.strides())?)
+        Ok(KvView::strided(k, v, self.shape(), [self.strides(); 2])?)
     }
 
-    /// The view, to write, and whether keys and values have changed roles in it.
+    /// The view, to write.
     ///
     /// # Safety
     /// - As for [`view`](Self::view), and nothing reads it either.
-    pub(crate) unsafe fn view_mut<'a>(
-        &self,
-        device: &'a Device,
-        dtype: DType,
-    ) -> Result<(KvViewMut<'a>, bool)> {
-        let (shape, strides) = (self.shape(), self.strides());
+    pub(crate) unsafe fn view_mut<'a>(&self, device: &'a Device, dtype: DType) -> Result<KvViewMut<'a>> {
+        let (shape, strides) = (self.shape(), [self.strides(); 2]);
         let [k, v] = self.arguments(dtype)?;
         if !k.overlaps(&v)? {
             // SAFETY: the caller's promise.
             let (k, v) = unsafe { (k.view_mut(device)?, v.view_mut(device)?) };
-            return Ok((KvViewMut::strided(k, v, shape, strides)?, false));
+            return Ok(KvViewMut::strided(k, v, shape, strides)?);
         }
         // Among each other: one tensor from the first of the two on.
-        let swapped = v.data.addr() < k.data.addr();
-        let (first, second) = if swapped { (v, k) } else { (k, v) };
-        let distance = second.data.addr() - first.data.addr();
-        if distance == 0 {
+        let first = if v.data.addr() < k.data.addr() { v } else { k };
+        let offset = |argument: &Argument| argument.data.addr() - first.data.addr();
+        let offsets = [offset(&k), offset(&v)];
+        if offsets[0] == offsets[1] {
             return Err(Failure::Overlap { written: "kv.k", other: "kv.v" });
         }
-        if !distance.is_multiple_of(dtype.size()) {
+        if offsets.iter().any(|offset| !offset.is_multiple_of(dtype.size())) {
             let (what, align, addr) = ("kv.v", dtype.size(), v.data.addr());
             return Err(Failure::Misaligned { what, align, addr });
         }
-        let offset = distance / dtype.size();
-        let len = shape.extent(strides).and_then(|extent| extent.checked_add(offset)).unwrap_or(usize::MAX);
-        let both = Argument::new("kv", first.data, dtype, [len]);
+        let offsets = offsets.map(|offset| offset / dtype.size());
+        let extent = shape.extent(self.strides());
+        let len = extent.and_then(|extent| extent.checked_add(offsets[0].max(offsets[1])));
+        let both = Argument::new("kv", first.data, dtype, [len.unwrap_or(usize::MAX)]);
         // SAFETY: the caller's promise; all bytes between the first and the last belong to the pools.
         let both = unsafe { both.view_mut(device)? };
-        Ok((KvViewMut::combined(both, offset, shape, strides)?, swapped))
+        Ok(KvViewMut::combined(both, offsets, shape, strides)?)
     }
 }

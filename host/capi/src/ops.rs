@@ -3,7 +3,7 @@
 use std::ffi::c_void;
 
 use tokenselect::{
-    Batch, DType, Device, Ranks, Selection, SelectionCacheLayer, StepInput, StepOutput, TensorView,
+    Batch, DType, Device, Over, Ranks, Selection, SelectionCacheLayer, StepInput, StepOutput, TensorView,
     TokenSelect,
 };
 
@@ -187,8 +187,7 @@ pub unsafe extern "C" fn ts_append(
             pages.expect_apart(&[new.k, new.v])?;
         }
         // SAFETY: as above, and pages are apart from what is written into them.
-        let ((k, v), (kv, swapped)) = unsafe { (new.views(device)?, kv.view_mut(device, dtype)?) };
-        let (k, v) = if swapped { (v, k) } else { (k, v) };
+        let ((k, v), kv) = unsafe { (new.views(device)?, kv.view_mut(device, dtype)?) };
         Ok(context.select.append(batch, kv, k, v)?)
     })
 }
@@ -255,15 +254,9 @@ pub unsafe extern "C" fn ts_append_select(
             pages.expect_apart(&[new.k, new.v, queries.0])?;
         }
         // SAFETY: as above, and pages are apart from what is read.
-        let ((k, v), q, (pages, swapped)) =
+        let ((k, v), q, pages) =
             unsafe { (new.views(device)?, queries.view(device)?, kv.view_mut(device, dtype)?) };
-        if !swapped {
-            return Ok(context.select.append_select(batch, pages, StepInput { q, k, v }, cached)?);
-        }
-        context.select.append(batch, pages, v, k)?;
-        // SAFETY: as above; the writable view is gone.
-        let kv = unsafe { kv.view(device, dtype)? };
-        Ok(context.select.select(batch, kv, q, cached)?)
+        Ok(context.select.append_select(batch, pages, StepInput { q, k, v }, cached)?)
     })
 }
 
@@ -496,21 +489,21 @@ unsafe fn attend(
     output.expect_apart(&lists)?;
     // SAFETY: as above, and outputs are apart from inputs.
     let (kv, q, output) = unsafe { (kv.view(device, dtype)?, queries.view(device)?, output.view(device)?) };
-    match to {
-        To::Selected => select.attend(batch, kv, q, output)?,
-        To::All => select.attend_dense(batch, kv, q, output)?,
-        To::Lists(_) => {
-            // SAFETY: as above.
-            let views = lists.iter().map(|list| unsafe { list.view(device) }).collect::<Result<Vec<_>>>()?;
-            let ranks = match views[..] {
-                [_, _, ranks, total_len] => Some(Ranks { ranks, total_len }),
-                _ => None,
-            };
-            let selection = Selection { tokens: views[0], len: views[1], ranks };
-            select.attend_to(batch, kv, q, selection, output)?;
+    // SAFETY: as above.
+    let views = lists.iter().map(|list| unsafe { list.view(device) }).collect::<Result<Vec<_>>>()?;
+    let given = match views[..] {
+        [tokens, len] => Some(Selection { tokens, len, ranks: None }),
+        [tokens, len, ranks, total_len] => {
+            Some(Selection { tokens, len, ranks: Some(Ranks { ranks, total_len }) })
         }
-    }
-    Ok(())
+        _ => None,
+    };
+    let over = match (to, &given) {
+        (To::All, _) => Over::All,
+        (_, Some(lists)) => Over::Lists(lists),
+        (_, None) => Over::Selected,
+    };
+    Ok(select.attend(batch, kv, q, over, output)?)
 }
 
 /// Tokens and lengths, and ranks and whole lengths where they are given.

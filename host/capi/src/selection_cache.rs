@@ -37,7 +37,7 @@ impl ts_selection_cache {
             Selections::Own(selections) => Ok(selections),
             Selections::Of(cache) => {
                 // SAFETY: the caller's promise.
-                let (_, selections) = unsafe { reference_mut("cache", *cache)? }.cache.layer_mut(0)?;
+                let selections = unsafe { reference_mut("cache", *cache)? }.cache.selections_mut();
                 selections.ok_or(Failure::Library(NO_SELECTIONS))
             }
         }

@@ -71,6 +71,12 @@ pub enum ts_status {
     Missing = 34,
     /// An error that this version of the interface has no code for; its text says what it is.
     Other = 35,
+    /// An operation came before another one whose results it works on, or after that was done for another batch.
+    Order = 36,
+    /// A layer lacks tokens that a step is to build on: it was left out of an earlier step, or that failed.
+    Unwritten = 37,
+    /// Memory cannot be had.
+    OutOfMemory = 38,
 }
 
 /// What can go wrong here, beyond the errors of the library below.
@@ -138,6 +144,9 @@ fn status_of(error: &Error) -> ts_status {
         Error::Driver { .. } => ts_status::Driver,
         Error::Launch { .. } => ts_status::Launch,
         Error::Missing { .. } => ts_status::Missing,
+        Error::Order { .. } => ts_status::Order,
+        Error::Unwritten { .. } => ts_status::Unwritten,
+        Error::OutOfMemory { .. } => ts_status::OutOfMemory,
         _ => ts_status::Other,
     }
 }
@@ -216,6 +225,9 @@ pub extern "C" fn ts_status_name(status: i32) -> *const c_char {
         (ts_status::Launch, c"TS_STATUS_LAUNCH"),
         (ts_status::Missing, c"TS_STATUS_MISSING"),
         (ts_status::Other, c"TS_STATUS_OTHER"),
+        (ts_status::Order, c"TS_STATUS_ORDER"),
+        (ts_status::Unwritten, c"TS_STATUS_UNWRITTEN"),
+        (ts_status::OutOfMemory, c"TS_STATUS_OUT_OF_MEMORY"),
     ];
     let found = NAMES.iter().find(|(known, _)| *known as i32 == status);
     found.map_or(c"unknown status", |(_, name)| name).as_ptr()

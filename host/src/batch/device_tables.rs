@@ -4,9 +4,9 @@
 use std::sync::{Arc, OnceLock};
 
 use super::Batch;
-use crate::backend::gpu::driver::Driver;
-use crate::device_memory::DeviceMemory;
+use crate::driver::Driver;
 use crate::error::Result;
+use crate::memory::DeviceMemory;
 
 /// Made at first use, for one device.
 #[derive(Clone, Default)]

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use super::Batch;
 use super::device_tables::{Copied, DeviceTables};
+use super::{Batch, Place};
 use crate::device::Device;
-use crate::device_memory::{DeviceMemory, DeviceSlice};
 use crate::error::{Error, Result};
+use crate::memory::{DeviceMemory, DeviceSlice};
 
 /// A fixed place in a GPU's memory for the tables of one batch after another, so that captured work
 /// ([`Device::capture`]) reads lengths and pages of the batch that was put there last.
@@ -25,16 +25,23 @@ pub struct BatchSlot {
     is_partial: bool,
     max_pages: usize,
     memory: Arc<DeviceMemory>,
+    place: Arc<Place>,
 }
 
 impl BatchSlot {
     /// A place for batches with the rows and blocks of `like` and up to `max_pages` pages in all rows together.
     ///
     /// # Errors
-    /// [`Error::WrongDevice`] for the processor, which has no captured work.
+    /// [`Error::WrongDevice`] for the processor, which has no captured work; [`Error::Limit`] for more pages than can be
+    /// counted, [`Error::OutOfMemory`].
     pub fn new(device: &Device, like: &Batch, max_pages: usize) -> Result<Self> {
         let Some(driver) = device.driver() else { return Err(DeviceSlice::not_on_device("device")) };
         let fixed = Copied::bytes(like).len() - 4 * like.tables.indices.len();
+        // Page numbers are told from each other by their places, which are counted with 32 bits.
+        let limit = u32::MAX as usize / like.page_size;
+        if max_pages > limit {
+            return Err(Error::Limit { what: "pages of a slot", limit, got: max_pages });
+        }
         Ok(BatchSlot {
             qo_indptr: like.qo_indptr.clone(),
             page_size: like.page_size,
@@ -42,6 +49,7 @@ impl BatchSlot {
             is_partial: like.is_partial(),
             max_pages,
             memory: Arc::new(DeviceMemory::zeros(driver, fixed + 4 * max_pages)?),
+            place: Place::new(),
         })
     }
 
@@ -50,7 +58,8 @@ impl BatchSlot {
     ///
     /// # Errors
     /// [`Error::Table`] where the rows, blocks or page size are not those of the slot's first batch, [`Error::Limit`]
-    /// for too many pages; then the slot holds what it held before.
+    /// for too many pages. What was recorded with a batch of this slot stays within its bounds: what the recorded
+    /// operations would refuse is refused here, with the same errors. Then the slot holds what it held before.
     pub fn put(&mut self, mut batch: Batch) -> Result<Batch> {
         let rows = batch.num_rows();
         if batch.qo_indptr != self.qo_indptr {
@@ -70,7 +79,21 @@ impl BatchSlot {
         if got > self.max_pages {
             return Err(Error::Limit { what: "pages of a slot", limit: self.max_pages, got });
         }
+        let needs = self.place.occupied().needs;
+        let (limit, got) = (needs.max_kv_tokens, batch.num_token_places());
+        if got > limit {
+            return Err(Error::Limit { what: "max_kv_tokens", limit, got });
+        }
+        batch.check_pages(needs.num_pages)?;
+        batch.check_sequences(needs.num_sequences)?;
+        if needs.appends {
+            batch.check_written_pages()?;
+        }
         batch.on_device = DeviceTables::put(&batch, &self.memory)?;
+        let mut occupied = self.place.occupied();
+        (occupied.number, occupied.blocks) = (batch.number(), batch.blocks());
+        drop(occupied);
+        batch.identity = batch.identity.placed(&self.place);
         Ok(batch)
     }
 }

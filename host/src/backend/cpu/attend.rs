@@ -22,7 +22,10 @@ use crate::backend::{AttendArgs, Selection};
 use crate::batch::Batch;
 use crate::config::{MAX_HEAD_DIM, SelectConfig};
 use crate::error::Result;
+use crate::kv::KvView;
+use crate::plan::Plan;
 use crate::rope::RopeTable;
+use crate::workspace::Workspace;
 
 /// Keys of a tile: with 128 query rows the logits take 32 KiB.
 const KEYS: usize = 64;
@@ -33,20 +36,25 @@ const FEW_ROWS: usize = 8;
 /// Tokens of one part of a list.
 const PART: usize = 4096;
 
-pub(super) fn attend<T: Float, O: Float>(args: AttendArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
+pub(super) fn attend<T: Float, O: Float>(
+    plan: &Plan,
+    batch: &Batch,
+    workspace: &Workspace,
+    args: AttendArgs<'_>,
+) -> Result<()> {
+    let config = plan.config();
     let (hq, hkv, d) = (config.heads.num_qo_heads, config.heads.num_kv_heads, config.heads.head_dim);
     let group = hq / hkv;
     let shared = Shared {
         config,
-        rope: args.rope,
+        rope: workspace.angles.as_ref(),
         batch,
         keys: args.kv.k.as_slice::<T>()?,
         values: args.kv.v.as_slice::<T>()?,
-        strides: args.kv.strides,
+        kv: args.kv,
         q: args.q.as_slice::<T>()?,
-        lists: match &args.selection {
-            Some(selection) => Some(Lists::new(selection)?),
+        lists: match &args.lists {
+            Some(lists) => Some(Lists::new(lists)?),
             None => None,
         },
     };
@@ -97,7 +105,7 @@ struct Shared<'a, T> {
     batch: &'a Batch,
     keys: &'a [T],
     values: &'a [T],
-    strides: crate::cache::KvStrides,
+    kv: KvView<'a>,
     q: &'a [T],
     lists: Option<Lists<'a>>,
 }
@@ -307,8 +315,9 @@ fn load_tile<T: Float>(
     for (j, value) in values.chunks_exact_mut(d).take(count).enumerate() {
         let token = shared.token(tile.row, begin + j);
         let (page, token_in_page) = shared.batch.locate(tile.row, token);
-        let at = shared.strides.offset(page, token_in_page, tile.kv_head);
+        let at = shared.kv.v_strides.offset(page, token_in_page, tile.kv_head);
         T::widen(&shared.values[at..at + d], value);
+        let at = shared.kv.k_strides.offset(page, token_in_page, tile.kv_head);
         T::widen(&shared.keys[at..at + d], key);
         if let Some(rope) = shared.rope {
             rope.fill(shared.rank(tile.row, begin + j), &mut cos[..pairs], &mut sin[..pairs]);

@@ -15,18 +15,18 @@ use float::Float;
 use half::{bf16, f16};
 use rayon::prelude::*;
 
-use super::{
-    AppendArgs, AttendArgs, Backend, CopyPagesArgs, CopySequenceArgs, ForgetArgs, MergeArgs, PoolArgs,
-    ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
-};
-use crate::cache::KvStorageMut;
+use super::{AttendArgs, Backend, MergeArgs};
+use crate::batch::Batch;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::selection_cache::EMPTY;
-use crate::tensor::{DType, TensorView, TensorViewMut};
+use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
+use crate::plan::Plan;
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::{TensorView, TensorViewMut};
+use crate::workspace::{RowAction, Workspace};
 
 /// The processor as a device.
-#[derive(Debug, Clone, Copy, Default)]
-pub(crate) struct CpuBackend;
+pub(super) struct Cpu;
 
 /// Calls `$f::<T>` with the float type of `$dtype`.
 macro_rules! with_float {
@@ -44,78 +44,54 @@ fn not_float(got: DType) -> Error {
     Error::DType { what: "tensor", expected: "f16, bf16 or f32".into(), got }
 }
 
-impl Backend for CpuBackend {
-    fn name(&self) -> &str {
-        "cpu"
+impl Backend for Cpu {
+    fn append(&self, batch: &Batch, kv: KvViewMut<'_>, k: TensorView<'_>, v: TensorView<'_>) -> Result<()> {
+        with_float!(kv.dtype(), append::<T>(batch, kv, k, v))
     }
 
-    fn copy_pages(&self, args: CopyPagesArgs<'_>) -> Result<()> {
-        with_float!(args.kv.dtype(), copy_pages::<T>(args))
-    }
-
-    fn copy_sequence(&self, args: CopySequenceArgs<'_>) -> Result<()> {
-        let (src, dst) = (args.src, args.dst);
-        let &[layers, sequences, query_len] = args.queries.shape().dims() else { return Ok(()) };
-        let top_k = args.selections.shape().dims()[2];
-        let queries = args.queries.into_slice::<f32>()?;
-        let selections = args.selections.into_slice::<u32>()?;
-        let (ages, made_at) = (args.ages.into_slice::<u32>()?, args.made_at.into_slice::<u32>()?);
-        for base in (0..layers).map(|layer| layer * sequences) {
-            let row = |width: usize| (base + src) * width..(base + src + 1) * width;
-            queries.copy_within(row(query_len), (base + dst) * query_len);
-            selections.copy_within(row(top_k), (base + dst) * top_k);
-            ages[base + dst] = ages[base + src];
-            made_at[base + dst] = made_at[base + src];
-        }
-        Ok(())
-    }
-
-    fn forget(&self, args: ForgetArgs<'_>) -> Result<()> {
-        let sequences = args.made_at.shape().dims()[1];
-        let made_at = args.made_at.into_slice::<u32>()?;
-        for entry in made_at.iter_mut().skip(args.sequence).step_by(sequences) {
-            if *entry as usize >= args.from {
-                *entry = EMPTY;
-            }
-        }
-        Ok(())
-    }
-
-    fn append(&self, args: AppendArgs<'_>) -> Result<()> {
-        with_float!(args.kv.dtype(), append::<T>(args))
-    }
-
-    fn pool(&self, args: PoolArgs<'_>) -> Result<()> {
-        let dtype = args.q.dtype();
+    fn pool(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
         use pool::pool;
-        with_float!(dtype, pool::<T>(args))
+        with_float!(q.dtype(), pool::<T>(plan, batch, workspace, q, cached))
     }
 
-    fn score(&self, args: ScoreArgs<'_>) -> Result<()> {
-        let dtype = args.kv.dtype();
+    fn score(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace, kv: KvView<'_>) -> Result<()> {
         use score::score;
-        with_float!(dtype, score::<T>(args))
+        with_float!(kv.dtype(), score::<T>(plan, batch, workspace, kv))
     }
 
-    fn vote(&self, args: VoteArgs<'_>) -> Result<()> {
-        vote::vote(args)
+    fn vote(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace, _counts: bool) -> Result<()> {
+        vote::vote(plan, batch, workspace)
     }
 
-    fn smooth(&self, args: SmoothArgs<'_>) -> Result<()> {
-        vote::smooth(args)
+    fn smooth(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace) -> Result<()> {
+        vote::smooth(plan, batch, workspace)
     }
 
-    fn top_k(&self, args: TopKArgs<'_>) -> Result<()> {
-        top_k::top_k(args)
+    fn top_k(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+        _votes_are_counted: bool,
+    ) -> Result<()> {
+        top_k::top_k(plan, batch, workspace, cached)
     }
 
-    fn attend(&self, args: AttendArgs<'_>) -> Result<()> {
+    fn attend(&self, plan: &Plan, batch: &Batch, workspace: &Workspace, args: AttendArgs<'_>) -> Result<()> {
         let (dtype, out_dtype) = (args.kv.dtype(), args.out.dtype());
         use attend::attend;
         match out_dtype {
-            DType::F16 => with_float!(dtype, attend::<T, f16>(args)),
-            DType::Bf16 => with_float!(dtype, attend::<T, bf16>(args)),
-            DType::F32 => with_float!(dtype, attend::<T, f32>(args)),
+            DType::F16 => with_float!(dtype, attend::<T, f16>(plan, batch, workspace, args)),
+            DType::Bf16 => with_float!(dtype, attend::<T, bf16>(plan, batch, workspace, args)),
+            DType::F32 => with_float!(dtype, attend::<T, f32>(plan, batch, workspace, args)),
             other => Err(not_float(other)),
         }
     }
@@ -125,58 +101,34 @@ impl Backend for CpuBackend {
     }
 }
 
-fn copy_pages<T: Float>(args: CopyPagesArgs<'_>) -> Result<()> {
-    let (shape, strides) = (args.kv.shape, args.kv.strides);
-    let copy = |data: &mut [T], base: usize| {
-        for copy in args.copies {
-            for token in 0..copy.num_tokens {
-                for head in 0..shape.num_kv_heads {
-                    let src = base + strides.offset(copy.src as usize, token, head);
-                    let dst = base + strides.offset(copy.dst as usize, token, head);
-                    data.copy_within(src..src + shape.head_dim, dst);
-                }
-            }
-        }
-    };
-    match args.kv.storage {
-        KvStorageMut::Separate { k, v } => {
-            copy(k.into_slice()?, 0);
-            copy(v.into_slice()?, 0);
-        }
-        KvStorageMut::Combined { kv, v_offset } => {
-            let data = kv.into_slice()?;
-            copy(data, 0);
-            copy(data, v_offset);
-        }
-    }
-    Ok(())
-}
-
-fn append<T: Float>(args: AppendArgs<'_>) -> Result<()> {
-    let (shape, strides, batch) = (args.kv.shape, args.kv.strides, args.batch);
-    let write = |data: &mut [T], base: usize, new: &[T]| {
-        let mut heads = new.chunks_exact(shape.head_dim);
+fn append<T: Float>(batch: &Batch, kv: KvViewMut<'_>, k: TensorView<'_>, v: TensorView<'_>) -> Result<()> {
+    let shape = kv.shape;
+    let write = |data: &mut [T], base: usize, strides: KvStrides, new: &[T]| {
+        let token_len = shape.num_kv_heads * shape.head_dim;
         for row in (0..batch.num_rows()).filter(|&row| batch.kv_len(row) > 0) {
             let first = batch.kv_len(row) - batch.block_len(row);
-            for token in first..batch.kv_len(row) {
+            for (token, t) in (first..).zip(batch.query_range(row)) {
                 let (page, token_in_page) = batch.locate(row, token);
-                for (head, values) in (0..shape.num_kv_heads).zip(&mut heads) {
+                for (head, values) in
+                    new[t * token_len..][..token_len].chunks_exact(shape.head_dim).enumerate()
+                {
                     let at = base + strides.offset(page, token_in_page, head);
                     data[at..at + shape.head_dim].copy_from_slice(values);
                 }
             }
         }
     };
-    let (new_k, new_v) = (args.k.as_slice()?, args.v.as_slice()?);
-    match args.kv.storage {
+    let (new_k, new_v) = (k.as_slice()?, v.as_slice()?);
+    let (k_strides, v_strides) = (kv.k_strides, kv.v_strides);
+    match kv.storage {
         KvStorageMut::Separate { k, v } => {
             let (k, v) = (k.into_slice()?, v.into_slice()?);
-            rayon::join(|| write(k, 0, new_k), || write(v, 0, new_v));
+            rayon::join(|| write(k, 0, k_strides, new_k), || write(v, 0, v_strides, new_v));
         }
-        KvStorageMut::Combined { kv, v_offset } => {
+        KvStorageMut::Combined { kv, offsets } => {
             let data = kv.into_slice()?;
-            write(data, 0, new_k);
-            write(data, v_offset, new_v);
+            write(data, offsets[0], k_strides, new_k);
+            write(data, offsets[1], v_strides, new_v);
         }
     }
     Ok(())
@@ -225,9 +177,9 @@ fn write_lse(to: Option<TensorViewMut<'_>>, lses: &[f32]) -> Result<()> {
     Ok(())
 }
 
-/// The first `rows` codes of an `actions` buffer.
-fn actions<'a>(actions: &TensorView<'a>, rows: usize) -> Result<&'a [u32]> {
-    Ok(&actions.as_slice::<u32>()?[..rows])
+/// The rows that are scored.
+fn scored<'a>(batch: &'a Batch, actions: &'a [u32]) -> impl Iterator<Item = usize> + Clone + 'a {
+    (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32)
 }
 
 /// Cuts `data` into the disjoint parts `[start, start + len)`, which must ascend.

@@ -3,19 +3,27 @@
 use rayon::prelude::*;
 
 use super::float::Float;
-use crate::backend::PoolArgs;
 use crate::batch::Batch;
 use crate::config::SelectConfig;
 use crate::error::Result;
+use crate::plan::Plan;
 use crate::rope::RopeTable;
-use crate::selection_cache::EMPTY;
-use crate::workspace::RowAction;
+use crate::selection_cache::{EMPTY, SelectionCacheLayer};
+use crate::tensor::TensorView;
+use crate::workspace::{RowAction, Workspace};
 
-pub(super) fn pool<T: Float>(args: PoolArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
+pub(super) fn pool<T: Float>(
+    plan: &Plan,
+    batch: &Batch,
+    workspace: &mut Workspace,
+    q: TensorView<'_>,
+    cached: Option<SelectionCacheLayer<'_>>,
+) -> Result<()> {
+    let config = plan.config();
     let (hq, d) = (config.heads.num_qo_heads, config.heads.head_dim);
-    let q = args.q.as_slice::<T>()?;
-    let queries = args.queries.into_slice::<f32>()?;
+    let q = q.as_slice::<T>()?;
+    let angles = workspace.angles.as_ref();
+    let queries = workspace.queries.as_mut_slice::<f32>()?;
     let rows = batch.num_rows();
 
     queries[..rows * hq * d].par_chunks_mut(d).enumerate().for_each(|(i, mean)| {
@@ -23,12 +31,12 @@ pub(super) fn pool<T: Float>(args: PoolArgs<'_>) -> Result<()> {
         let tokens = batch.query_range(row);
         let block = q[tokens.start * hq * d..tokens.end * hq * d].chunks_exact(hq * d);
         let heads = block.map(|token| &token[head * d..][..d]);
-        mean_query(heads, config.n_local, args.rope, mean);
+        mean_query(heads, config.n_local, angles, mean);
     });
 
-    let similarities = args.similarities.into_slice::<f32>()?;
-    let actions = args.actions.into_slice::<u32>()?;
-    let cached = match &args.cached {
+    let similarities = workspace.similarities.as_mut_slice::<f32>()?;
+    let actions = workspace.actions.as_mut_slice::<u32>()?;
+    let cached = match &cached {
         Some(layer) => Some(Cached {
             queries: layer.queries.as_view().as_slice()?,
             ages: layer.ages.as_view().as_slice()?,

@@ -5,48 +5,52 @@ use multiversion::target::target_cfg_f;
 use rayon::prelude::*;
 
 use super::float::Float;
-use super::{actions, simd, split_parts};
-use crate::backend::ScoreArgs;
+use super::{scored, simd, split_parts};
 use crate::batch::Batch;
-use crate::cache::KvView;
 use crate::config::{HeadShape, MAX_HEAD_DIM};
 use crate::error::Result;
-use crate::workspace::RowAction;
+use crate::kv::KvView;
+use crate::plan::Plan;
+use crate::workspace::{RowAction, Workspace};
 
 /// Tokens of one task: some 100 µs of work, and few enough partial statistics.
 const CHUNK: usize = 512;
 
-pub(super) fn score<T: Float>(args: ScoreArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
+pub(super) fn score<T: Float>(
+    plan: &Plan,
+    batch: &Batch,
+    workspace: &mut Workspace,
+    kv: KvView<'_>,
+) -> Result<()> {
+    let config = plan.config();
     let heads = config.heads;
     let (hq, d) = (heads.num_qo_heads, heads.head_dim);
-    let queries = args.queries.as_slice::<f32>()?;
-    let keys = args.kv.k.as_slice::<T>()?;
-    let actions = actions(&args.actions, batch.num_rows())?;
-    let scored = || (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32);
+    let queries = workspace.queries.as_slice::<f32>()?;
+    let keys = kv.k.as_slice::<T>()?;
+    let actions = workspace.actions.as_slice::<u32>()?;
+    let scored = || scored(batch, actions);
     let parts = scored().map(|row| {
         let candidates = batch.candidates(row, config);
         ((batch.token_base(row) + candidates.start) * hq, candidates.len() * hq)
     });
-    let logits = split_parts(args.logits.into_slice::<f32>()?, parts);
-    let mut all_stats = args.stats;
+    let logits = split_parts(workspace.logits.as_mut_slice::<f32>()?, parts);
+    let all_stats = workspace.stats.as_mut_slice::<f32>()?;
     if batch.is_partial() {
         // A rank without candidates takes part in the other ranks' reduction: it has nothing to add.
-        let stats = all_stats.reborrow().into_slice::<f32>()?;
         for row in (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Complete as u32) {
-            for entry in stats[row * hq * 2..][..hq * 2].chunks_exact_mut(2) {
+            for entry in all_stats[row * hq * 2..][..hq * 2].chunks_exact_mut(2) {
                 (entry[0], entry[1]) = (f32::NEG_INFINITY, 0.0);
             }
         }
     }
-    let stats = split_parts(all_stats.into_slice::<f32>()?, scored().map(|row| (row * hq * 2, hq * 2)));
+    let stats = split_parts(all_stats, scored().map(|row| (row * hq * 2, hq * 2)));
 
     let rows: Vec<_> = scored().zip(logits).zip(stats).collect();
     rows.into_par_iter().for_each(|((row, logits), stats)| {
         let first = batch.candidates(row, config).start;
         let task = Task {
             keys,
-            kv: &args.kv,
+            kv: &kv,
             batch,
             row,
             heads,
@@ -91,7 +95,7 @@ fn score_chunk<T: Float>(task: &Task<'_, T>, first: usize, logits: &mut [f32], s
         let (page, token_in_page) = task.batch.locate(task.row, first + i);
         let heads = logits.chunks_exact_mut(group).zip(task.queries.chunks_exact(group * head_dim));
         for (kv_head, (logits, queries)) in heads.enumerate() {
-            let at = task.kv.strides.offset(page, token_in_page, kv_head);
+            let at = task.kv.k_strides.offset(page, token_in_page, kv_head);
             T::widen(&task.keys[at..at + head_dim], key);
             simd::dot_rows::<FMA>(key, queries, task.scale, logits);
         }

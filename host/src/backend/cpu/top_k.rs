@@ -2,23 +2,31 @@
 
 use rayon::prelude::*;
 
-use super::{actions, split_parts};
-use crate::backend::TopKArgs;
+use super::{scored, split_parts};
+use crate::batch::Batch;
 use crate::error::Result;
-use crate::workspace::RowAction;
+use crate::plan::Plan;
+use crate::selection_cache::SelectionCacheLayer;
+use crate::workspace::{RowAction, Workspace};
 
-pub(super) fn top_k(args: TopKArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
+pub(super) fn top_k(
+    plan: &Plan,
+    batch: &Batch,
+    workspace: &mut Workspace,
+    cached: Option<SelectionCacheLayer<'_>>,
+) -> Result<()> {
+    let config = plan.config();
     let (k, rows) = (config.top_k, batch.num_rows());
-    let actions = actions(&args.actions, rows)?;
-    let votes = args.votes.as_slice::<f32>()?;
-    let top_k = args.top_k.into_slice::<u32>()?;
-    let width = args.selected.shape().dims()[1];
-    let selected = args.selected.into_slice::<u32>()?;
-    let lens = args.selected_len.into_slice::<u32>()?;
+    let actions = &workspace.actions.as_slice::<u32>()?[..rows];
+    let votes = if plan.votes_are_chosen_from() { &workspace.votes } else { &workspace.pooled_votes };
+    let votes = votes.as_slice::<f32>()?;
+    let top_k = workspace.top_k.as_mut_slice::<u32>()?;
+    let width = plan.list_width();
+    let selected = workspace.selected.as_mut_slice::<u32>()?;
+    let lens = workspace.selected_len.as_mut_slice::<u32>()?;
     let is = |row: usize, action: RowAction| actions[row] == action as u32;
 
-    let scored = || (0..rows).filter(|&row| is(row, RowAction::Score));
+    let scored = || scored(batch, actions);
     let targets = split_parts(top_k, scored().map(|row| (row * k, k)));
     let tasks: Vec<_> = scored().zip(targets).collect();
     tasks.into_par_iter().for_each(|(row, target)| {
@@ -27,9 +35,9 @@ pub(super) fn top_k(args: TopKArgs<'_>) -> Result<()> {
         largest(votes, candidates.start as u32, target);
     });
 
-    if let Some(cached) = args.cached {
+    if let Some(cached) = cached {
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
-        let fresh = args.queries.as_slice::<f32>()?;
+        let fresh = workspace.queries.as_slice::<f32>()?;
         let queries = cached.queries.into_slice::<f32>()?;
         let selections = cached.selections.into_slice::<u32>()?;
         let ages = cached.ages.into_slice::<u32>()?;

@@ -6,27 +6,28 @@ use multiversion::multiversion;
 use multiversion::target::target_cfg_f;
 use rayon::prelude::*;
 
-use super::{actions, simd, split_parts};
-use crate::backend::{SmoothArgs, VoteArgs};
+use super::{scored, simd, split_parts};
+use crate::batch::Batch;
 use crate::error::Result;
-use crate::workspace::RowAction;
+use crate::plan::Plan;
+use crate::workspace::Workspace;
 
 /// Tokens of one task.
 const CHUNK: usize = 1024;
 
-pub(super) fn vote(args: VoteArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
+pub(super) fn vote(plan: &Plan, batch: &Batch, workspace: &mut Workspace) -> Result<()> {
+    let config = plan.config();
     let hq = config.heads.num_qo_heads;
-    let logits = args.logits.as_slice::<f32>()?;
-    let stats = args.stats.as_slice::<f32>()?;
-    let actions = actions(&args.actions, batch.num_rows())?;
-    let scored = || (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32);
+    let logits = workspace.logits.as_slice::<f32>()?;
+    let stats = workspace.stats.as_slice::<f32>()?;
+    let actions = workspace.actions.as_slice::<u32>()?;
+    let scored = || scored(batch, actions);
     let place = |row: usize| {
         let candidates = batch.candidates(row, config);
         (batch.token_base(row) + candidates.start, candidates.len())
     };
 
-    let votes = split_parts(args.votes.into_slice::<f32>()?, scored().map(place));
+    let votes = split_parts(workspace.votes.as_mut_slice::<f32>()?, scored().map(place));
     let rows: Vec<_> = scored().zip(votes).collect();
     rows.into_par_iter().for_each(|(row, votes)| {
         let logits = &logits[place(row).0 * hq..][..votes.len() * hq];
@@ -41,16 +42,16 @@ pub(super) fn vote(args: VoteArgs<'_>) -> Result<()> {
     Ok(())
 }
 
-pub(super) fn smooth(args: SmoothArgs<'_>) -> Result<()> {
-    let (config, batch) = (args.config, args.batch);
-    let votes = args.votes.as_slice::<f32>()?;
-    let actions = actions(&args.actions, batch.num_rows())?;
-    let scored = || (0..batch.num_rows()).filter(|&row| actions[row] == RowAction::Score as u32);
+pub(super) fn smooth(plan: &Plan, batch: &Batch, workspace: &mut Workspace) -> Result<()> {
+    let config = plan.config();
+    let votes = workspace.votes.as_slice::<f32>()?;
+    let actions = workspace.actions.as_slice::<u32>()?;
+    let scored = || scored(batch, actions);
     let place = |row: usize| {
         let candidates = batch.candidates(row, config);
         (batch.token_base(row) + candidates.start, candidates.len())
     };
-    let pooled = split_parts(args.pooled.into_slice::<f32>()?, scored().map(place));
+    let pooled = split_parts(workspace.pooled_votes.as_mut_slice::<f32>()?, scored().map(place));
     let rows: Vec<_> = scored().zip(pooled).collect();
     rows.into_par_iter().for_each(|(row, pooled)| {
         max_pool(&votes[place(row).0..][..pooled.len()], config.vote_pool_window, pooled);

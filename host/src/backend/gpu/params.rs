@@ -14,14 +14,17 @@ use kernels_gpu::ops::top_k::TopKParams;
 use kernels_gpu::ops::vote::VoteParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 
-use super::GpuBackend;
-use super::scratch::Scratch;
-use crate::backend::{
-    AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
-};
-use crate::cache::{KvStorageMut, KvStrides};
+use kernels_gpu::common::rope::RopeTables;
+
+use crate::backend::{AttendArgs, MergeArgs};
+use crate::batch::Batch;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::tensor::{DType, TensorView, TensorViewMut};
+use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
+use crate::plan::{GpuPlan, Plan, Scratch};
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::{Tensor, TensorView, TensorViewMut};
+use crate::workspace::Workspace;
 
 /// Kernels move 16 bytes at a time.
 const ALIGN: u64 = 16;
@@ -41,48 +44,8 @@ pub(super) fn page_strides(strides: KvStrides) -> Result<PageStrides> {
     Ok(PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 })
 }
 
-/// Addresses of tensors, with a check that they lie on the backend's device.
-pub(super) trait Pointers {
-    /// Address of a tensor.
-    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64>;
-
-    /// Address of a writable tensor.
-    fn addr_mut(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<u64> {
-        self.addr(what, &tensor.as_view())
-    }
-
-    /// Pointer to a tensor.
-    fn pointer<T>(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<GlobalPtr<T>> {
-        Ok(GlobalPtr::from_addr(self.addr(what, tensor)?))
-    }
-
-    /// Pointer to a writable tensor.
-    fn pointer_mut<T>(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
-        Ok(GlobalMut::from_addr(self.addr_mut(what, tensor)?))
-    }
-
-    /// Pointer to one layer's part of a table of integers, which kernels read one at a time; address 0 where it is absent.
-    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>>;
-
-    /// Pointer to a tensor that may be absent: address 0.
-    fn optional<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
-        tensor.map_or(Ok(absent_mut()), |tensor| self.pointer_mut(what, tensor))
-    }
-}
-
-impl Pointers for GpuBackend {
-    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64> {
-        self.aligned_addr(what, tensor, ALIGN)
-    }
-
-    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
-        let Some(tensor) = tensor else { return Ok(absent_mut()) };
-        Ok(GlobalMut::from_addr(self.aligned_addr(what, &tensor.as_view(), size_of::<T>() as u64)?))
-    }
-}
-
-impl GpuBackend {
-    /// Address of a tensor on this device, a multiple of `align`.
+impl GpuPlan {
+    /// Address of an argument on this device, a multiple of `align`.
     fn aligned_addr(&self, what: &'static str, tensor: &TensorView<'_>, align: u64) -> Result<u64> {
         let slice = tensor.device_slice(what)?;
         slice.expect_on(&self.driver, what)?;
@@ -92,50 +55,101 @@ impl GpuBackend {
         Ok(slice.addr())
     }
 
-    pub(super) fn append_params(&self, args: &AppendArgs<'_>) -> Result<AppendParams> {
-        let (shape, dtype_size) = (args.kv.shape, args.kv.dtype().size() as u64);
-        let (k_pages, v_pages) = match &args.kv.storage {
-            KvStorageMut::Separate { k, v } => (self.addr_mut("k pages", k)?, self.addr_mut("v pages", v)?),
-            KvStorageMut::Combined { kv, v_offset } => {
-                if !v_offset.is_multiple_of(PIECE as usize) {
-                    let rule = format!("a multiple of {PIECE} elements on a GPU");
-                    return Err(Error::config("v_offset", rule, v_offset));
+    /// Address of an argument.
+    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64> {
+        self.aligned_addr(what, tensor, ALIGN)
+    }
+
+    /// Pointer to an argument.
+    fn pointer<T>(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<GlobalPtr<T>> {
+        Ok(GlobalPtr::from_addr(self.addr(what, tensor)?))
+    }
+
+    /// Pointer to a writable argument.
+    fn pointer_mut<T>(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
+        Ok(GlobalMut::from_addr(self.addr(what, &tensor.as_view())?))
+    }
+
+    /// Pointer to an argument that may be absent: address 0.
+    fn optional<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
+        tensor.map_or(Ok(absent_mut()), |tensor| self.pointer_mut(what, tensor))
+    }
+
+    /// Pointer to one layer's part of a table of integers, which kernels read one at a time; address 0 where it is absent.
+    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
+        let Some(tensor) = tensor else { return Ok(absent_mut()) };
+        Ok(GlobalMut::from_addr(self.aligned_addr(what, &tensor.as_view(), size_of::<T>() as u64)?))
+    }
+
+    /// Places in the workspace's scratch memory.
+    fn scratch(&self, workspace: &Workspace) -> Result<Scratch> {
+        Ok(self.scratch.at(workspace.scratch.view().device_addr()?))
+    }
+
+    /// Angles of reassigned positions, if there are any.
+    fn angles(&self, workspace: &Workspace) -> Result<RopeTables> {
+        let angles = workspace.angles.as_ref();
+        angles.map_or(Ok(RopeTables::none()), |angles| angles.device_tables(&self.driver))
+    }
+
+    pub(super) fn append_params(
+        &self,
+        batch: &Batch,
+        kv: &KvViewMut<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<AppendParams> {
+        let (shape, dtype_size) = (kv.shape, kv.dtype().size() as u64);
+        let (k_pages, v_pages) = match &kv.storage {
+            KvStorageMut::Separate { k, v } => {
+                (self.pointer_mut("k pages", k)?, self.pointer_mut("v pages", v)?)
+            }
+            KvStorageMut::Combined { kv, offsets } => {
+                if let Some(offset) = offsets.iter().find(|offset| !offset.is_multiple_of(PIECE as usize)) {
+                    let rule = format!("multiples of {PIECE} elements on a GPU");
+                    return Err(Error::config("offsets", rule, offset));
                 }
-                let base = self.addr_mut("kv pages", kv)?;
-                (base, base + *v_offset as u64 * dtype_size)
+                let base = self.addr("kv pages", &kv.as_view())?;
+                let at = |offset: usize| GlobalMut::from_addr(base + offset as u64 * dtype_size);
+                (at(offsets[0]), at(offsets[1]))
             }
         };
         Ok(AppendParams {
-            k: self.pointer("k", &args.k)?,
-            v: self.pointer("v", &args.v)?,
-            k_pages: GlobalMut::from_addr(k_pages),
-            v_pages: GlobalMut::from_addr(v_pages),
-            batch: self.tables(args.batch)?,
-            stride: page_strides(args.kv.strides)?,
-            num_tokens: args.batch.num_query_tokens() as u32,
+            k: self.pointer("k", k)?,
+            v: self.pointer("v", v)?,
+            k_pages,
+            v_pages,
+            batch: self.tables(batch)?,
+            stride: page_strides(kv.k_strides)?,
+            num_tokens: batch.num_query_tokens() as u32,
             num_kv_heads: shape.num_kv_heads as u32,
             head_dim: shape.head_dim as u32,
             reserved: 0,
         })
     }
 
-    pub(super) fn pool_params<T>(&self, args: &PoolArgs<'_>) -> Result<PoolParams<T>> {
-        let config = args.config;
-        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
-        let cached = args.cached.as_ref();
+    pub(super) fn pool_params<T>(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        q: &TensorView<'_>,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<PoolParams<T>> {
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         Ok(PoolParams {
-            q: self.pointer("q", &args.q)?,
+            q: self.pointer("q", q)?,
             cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?.as_const(),
             cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?.as_const(),
             cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
-            sequence_indices: args.batch.device_sequence_indices(&self.driver)?,
-            queries: self.pointer_mut("queries", &args.queries)?,
-            similarities: self.pointer_mut("similarities", &args.similarities)?,
-            actions: self.pointer_mut("actions", &args.actions)?,
+            sequence_indices: batch.device_sequence_indices(&self.driver)?,
+            queries: own_mut(&workspace.queries)?,
+            similarities: own_mut(&workspace.similarities)?,
+            actions: own_mut(&workspace.actions)?,
             partial: GlobalMut::from_addr(scratch.pool_partial),
             counters: GlobalMut::from_addr(scratch.counters),
-            batch: self.tables(args.batch)?,
-            rope: self.rope(args.rope)?,
+            batch: self.tables(batch)?,
+            rope: self.angles(workspace)?,
             num_qo_heads: config.heads.num_qo_heads as u32,
             head_dim: config.heads.head_dim as u32,
             n_init: config.n_init as u32,
@@ -147,19 +161,24 @@ impl GpuBackend {
         })
     }
 
-    pub(super) fn score_params<T>(&self, args: &ScoreArgs<'_>) -> Result<ScoreParams<T>> {
-        let config = args.config;
-        let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
+    pub(super) fn score_params<T>(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        kv: &KvView<'_>,
+    ) -> Result<ScoreParams<T>> {
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         Ok(ScoreParams {
-            k_pages: self.pointer("k pages", &args.kv.k)?,
-            queries: self.pointer("queries", &args.queries)?,
-            actions: self.pointer("actions", &args.actions)?,
-            logits: self.pointer_mut("logits", &args.logits)?,
-            stats: self.pointer_mut("stats", &args.stats)?,
+            k_pages: self.pointer("k pages", &kv.k)?,
+            queries: own(&workspace.queries)?,
+            actions: own(&workspace.actions)?,
+            logits: own_mut(&workspace.logits)?,
+            stats: own_mut(&workspace.stats)?,
             partial: GlobalMut::from_addr(scratch.score_partial),
             counters: GlobalMut::from_addr(scratch.counters),
-            batch: self.tables(args.batch)?,
-            stride: page_strides(args.kv.strides)?,
+            batch: self.tables(batch)?,
+            stride: page_strides(kv.k_strides)?,
             num_kv_heads: config.heads.num_kv_heads as u32,
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
@@ -171,62 +190,75 @@ impl GpuBackend {
         })
     }
 
-    pub(super) fn vote_params(&self, args: &VoteArgs<'_>) -> Result<VoteParams> {
-        let config = args.config;
-        let gpu = self.driver.gpu();
-        let scratch = Scratch::of(&args.scratch.as_view(), gpu, config, args.limits)?;
-        let (num_rows, max_tokens) = (args.batch.num_rows() as u32, args.votes.shape().dims()[0] as u32);
+    pub(super) fn vote_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        counts: bool,
+    ) -> Result<VoteParams> {
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let (num_rows, max_tokens) = (batch.num_rows() as u32, plan.limits().max_kv_tokens as u32);
         Ok(VoteParams {
-            actions: self.pointer("actions", &args.actions)?,
-            logits: self.pointer("logits", &args.logits)?,
-            stats: GlobalMut::from_addr(self.addr("stats", &args.stats)?),
+            actions: own(&workspace.actions)?,
+            logits: own(&workspace.logits)?,
+            stats: own_mut(&workspace.stats)?,
             partial: absent_mut(),
-            votes: self.pointer_mut("votes", &args.votes)?,
+            votes: own_mut(&workspace.votes)?,
             radix: scratch.radix(),
-            batch: self.tables(args.batch)?,
+            batch: self.tables(batch)?,
             num_kv_heads: config.heads.num_kv_heads as u32,
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             top_k: config.top_k as u32,
             max_tokens,
-            wanted: if args.counts { wanted_counts(gpu, num_rows, max_tokens) } else { NO_COUNTS },
+            wanted: if counts { wanted_counts(self.driver.gpu(), num_rows, max_tokens) } else { NO_COUNTS },
             overlap: Overlap::NONE,
         })
     }
 
-    pub(super) fn smooth_params(&self, args: &SmoothArgs<'_>) -> Result<SmoothParams> {
-        let config = args.config;
+    pub(super) fn smooth_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+    ) -> Result<SmoothParams> {
+        let config = plan.config();
         Ok(SmoothParams {
-            actions: self.pointer("actions", &args.actions)?,
-            votes: self.pointer("votes", &args.votes)?,
-            pooled: self.pointer_mut("pooled", &args.pooled)?,
-            batch: self.tables(args.batch)?,
+            actions: own(&workspace.actions)?,
+            votes: own(&workspace.votes)?,
+            pooled: own_mut(&workspace.pooled_votes)?,
+            batch: self.tables(batch)?,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             window: config.vote_pool_window as u32,
-            max_tokens: args.votes.shape().dims()[0] as u32,
+            max_tokens: plan.limits().max_kv_tokens as u32,
         })
     }
 
-    pub(super) fn top_k_params(&self, args: &TopKArgs<'_>) -> Result<TopKParams> {
-        let config = args.config;
-        let gpu = self.driver.gpu();
-        let scratch = Scratch::of(&args.scratch.as_view(), gpu, config, args.limits)?;
-        let (num_rows, max_tokens) = (args.batch.num_rows() as u32, args.votes.shape().dims()[0] as u32);
-        let cached = args.cached.as_ref();
+    pub(super) fn top_k_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<TopKParams> {
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let (num_rows, max_tokens) = (batch.num_rows() as u32, plan.limits().max_kv_tokens as u32);
+        let votes = if plan.votes_are_chosen_from() { &workspace.votes } else { &workspace.pooled_votes };
         let sequence_indices = match cached {
-            Some(_) => args.batch.device_sequence_indices(&self.driver)?,
+            Some(_) => batch.device_sequence_indices(&self.driver)?,
             None => absent(),
         };
         Ok(TopKParams {
-            actions: self.pointer("actions", &args.actions)?,
-            votes: self.pointer("votes", &args.votes)?,
-            queries: self.pointer("queries", &args.queries)?,
+            actions: own(&workspace.actions)?,
+            votes: own(votes)?,
+            queries: own(&workspace.queries)?,
             sequence_indices,
-            top_k: self.pointer_mut("top_k", &args.top_k)?,
-            selected: self.pointer_mut("selected", &args.selected)?,
-            selected_len: self.pointer_mut("selected_len", &args.selected_len)?,
+            top_k: own_mut(&workspace.top_k)?,
+            selected: own_mut(&workspace.selected)?,
+            selected_len: own_mut(&workspace.selected_len)?,
             cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?,
             cached_selections: self.part("cached.selections", cached.map(|c| &c.selections))?,
             cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?,
@@ -235,30 +267,31 @@ impl GpuBackend {
             counts: GlobalMut::from_addr(scratch.share_counts),
             contenders: GlobalMut::from_addr(scratch.contenders),
             radix: scratch.radix(),
-            batch: self.tables(args.batch)?,
+            batch: self.tables(batch)?,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             k: config.top_k as u32,
-            max_selected: args.selected.shape().dims()[1] as u32,
+            max_selected: plan.list_width() as u32,
             query_len: (config.heads.num_qo_heads * config.heads.head_dim) as u32,
             max_tokens,
-            wanted: wanted_counts(gpu, num_rows, max_tokens),
+            wanted: wanted_counts(self.driver.gpu(), num_rows, max_tokens),
             reserved: 0,
         })
     }
 
     pub(super) fn attend_params<T>(
         &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
         args: &AttendArgs<'_>,
-        scratch: &Scratch,
     ) -> Result<AttendParams<T>> {
-        let (config, batch) = (args.config, args.batch);
-        let lists = args.selection.as_ref();
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let lists = args.lists.as_ref();
         let ranks = lists.and_then(|lists| lists.ranks.as_ref());
         let pointer =
             |what, tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), |t| self.pointer(what, t));
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
-        let stride = page_strides(args.kv.strides)?;
         Ok(AttendParams {
             q: self.pointer("q", &args.q)?,
             k_pages: self.pointer("k pages", &args.kv.k)?,
@@ -273,9 +306,9 @@ impl GpuBackend {
             partial_stats: GlobalMut::from_addr(scratch.attend_stats),
             counters: GlobalMut::from_addr(scratch.attend_counters),
             batch: self.tables(batch)?,
-            k_stride: stride,
-            v_stride: stride,
-            rope: self.rope(args.rope)?,
+            k_stride: page_strides(args.kv.k_strides)?,
+            v_stride: page_strides(args.kv.v_strides)?,
+            rope: self.angles(workspace)?,
             num_kv_heads: config.heads.num_kv_heads as u32,
             group: config.heads.group() as u32,
             max_selected: width as u32,
@@ -292,14 +325,16 @@ impl GpuBackend {
     /// What [`gather`](kernels_gpu::ops::gather) needs for these lists; `None` where there are none, or the workspace has no
     /// room for lists so long.
     pub(super) fn gather_params<T>(
+        &self,
+        workspace: &Workspace,
         attend: AttendParams<T>,
-        scratch: &Scratch,
-        head_dim: usize,
-    ) -> Option<GatherParams<T>> {
-        let (head_dim, max_places) = (head_dim as u32, scratch.max_places as u32);
+        head_dim: u32,
+    ) -> Result<Option<GatherParams<T>>> {
+        let scratch = self.scratch(workspace)?;
+        let max_places = scratch.max_places as u32;
         let gathered = GlobalMut::from_addr(scratch.gathered);
         let fits = attend.selected.addr() != 0 && attend.max_selected <= max_places;
-        fits.then_some(GatherParams { attend, gathered, head_dim, max_places })
+        Ok(fits.then_some(GatherParams { attend, gathered, head_dim, max_places }))
     }
 
     pub(super) fn merge_params<T>(&self, args: &MergeArgs<'_>) -> Result<MergeParams<T>> {
@@ -318,4 +353,14 @@ impl GpuBackend {
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
         })
     }
+}
+
+/// Pointer to a tensor of the workspace.
+fn own<T>(tensor: &Tensor) -> Result<GlobalPtr<T>> {
+    Ok(GlobalPtr::from_addr(tensor.view().device_addr()?))
+}
+
+/// Pointer to a tensor of the workspace, to write.
+fn own_mut<T>(tensor: &Tensor) -> Result<GlobalMut<T>> {
+    Ok(GlobalMut::from_addr(tensor.view().device_addr()?))
 }

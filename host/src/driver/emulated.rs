@@ -2,13 +2,16 @@
 //! divergence as [`Error::Launch`].
 
 use std::sync::{Mutex, MutexGuard};
+use std::thread::{self, ThreadId};
 use std::time::Instant;
 
 use kernels_gpu::emu::{Launch, Memory, Options};
 use kernels_gpu::entries::Entry;
 use kernels_gpu::launch::{Dims, GpuInfo, Limits};
 
-use super::driver::{Captured, Driver, Event, LaunchOrder, check_launch, while_capturing};
+use super::{
+    Captured, Driver, Event, LaunchOrder, check_launch, out_of_memory, recorded_by_another, while_capturing,
+};
 use crate::error::{Error, Result};
 
 /// A few SMs: enough that work is spread over blocks, few enough that small cases stay fast.
@@ -22,12 +25,22 @@ pub(crate) struct EmulatedDriver {
     memory: Mutex<DebugMemory>,
     order: LaunchOrder,
     /// What is being recorded.
-    recorded: Mutex<Option<Vec<Command>>>,
+    recorded: Mutex<Option<Recorded>>,
 }
+
+/// Work that a thread records.
+#[derive(Debug)]
+struct Recorded {
+    by: ThreadId,
+    commands: Vec<Command>,
+}
+
+/// Bytes of the largest allocation.
+const MAX_ALLOCATION: usize = 8 << 30;
 
 /// One piece of recorded work.
 #[derive(Clone, Debug)]
-enum Command {
+pub(crate) enum Command {
     Zero { addr: u64, bytes: usize },
     Copy { to: u64, from: u64, bytes: usize },
     Launch { entry: &'static Entry, dims: Dims, params: Vec<u8>, overlaps: bool },
@@ -61,19 +74,29 @@ impl EmulatedDriver {
         self.memory.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    fn recorded(&self) -> MutexGuard<'_, Option<Vec<Command>>> {
+    fn recorded(&self) -> MutexGuard<'_, Option<Recorded>> {
         self.recorded.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
     /// Records the command if a capture is under way; says whether it was recorded.
-    fn record_command(&self, command: impl FnOnce() -> Command) -> bool {
-        let mut recorded = self.recorded();
-        recorded.as_mut().map(|commands| commands.push(command())).is_some()
+    fn record_command(&self, op: &'static str, command: impl FnOnce() -> Command) -> Result<bool> {
+        match self.recorded().as_mut() {
+            None => Ok(false),
+            Some(recorded) if recorded.by == thread::current().id() => {
+                recorded.commands.push(command());
+                Ok(true)
+            }
+            Some(_) => Err(recorded_by_another(op)),
+        }
     }
 
     /// The error for `op` while a capture is under way.
     fn expect_no_capture(&self, op: &'static str) -> Result<()> {
-        if self.recorded().is_some() { Err(while_capturing(op)) } else { Ok(()) }
+        match self.recorded().as_ref() {
+            None => Ok(()),
+            Some(recorded) if recorded.by == thread::current().id() => Err(while_capturing(op)),
+            Some(_) => Err(recorded_by_another(op)),
+        }
     }
 }
 
@@ -88,6 +111,9 @@ impl Driver for EmulatedDriver {
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
         self.expect_no_capture("allocating")?;
+        if bytes > MAX_ALLOCATION || Vec::<u8>::new().try_reserve_exact(2 * bytes).is_err() {
+            return Err(out_of_memory(self.name(), bytes));
+        }
         Ok(self.memory().0.alloc_bytes("allocation", bytes))
     }
 
@@ -96,7 +122,7 @@ impl Driver for EmulatedDriver {
     }
 
     fn zero(&self, addr: u64, bytes: usize) -> Result<()> {
-        if !self.record_command(|| Command::Zero { addr, bytes }) {
+        if !self.record_command("zeroing", || Command::Zero { addr, bytes })? {
             self.memory().0.copy_in(addr, &vec![0; bytes]);
         }
         Ok(())
@@ -115,7 +141,7 @@ impl Driver for EmulatedDriver {
     }
 
     fn copy(&self, to: u64, from: u64, bytes: usize) -> Result<()> {
-        if self.record_command(|| Command::Copy { to, from, bytes }) {
+        if self.record_command("copying", || Command::Copy { to, from, bytes })? {
             return Ok(());
         }
         let mut buffer = vec![0; bytes];
@@ -131,7 +157,8 @@ impl Driver for EmulatedDriver {
 
     unsafe fn launch(&self, entry: &'static Entry, dims: Dims, params: &[u8], overlaps: bool) -> Result<()> {
         check_launch(self, entry, &dims, params)?;
-        if self.record_command(|| Command::Launch { entry, dims, params: params.to_vec(), overlaps }) {
+        let command = || Command::Launch { entry, dims, params: params.to_vec(), overlaps };
+        if self.record_command("launching", command)? {
             return Ok(());
         }
         // Parameter structs are aligned to 8 bytes at most.
@@ -178,18 +205,20 @@ impl Driver for EmulatedDriver {
 
     fn begin_capture(&self) -> Result<()> {
         self.expect_no_capture("capture")?;
-        *self.recorded() = Some(Vec::new());
+        *self.recorded() = Some(Recorded { by: thread::current().id(), commands: Vec::new() });
         Ok(())
     }
 
     fn end_capture(&self) -> Result<Captured> {
-        Ok(Captured(Box::new(self.recorded().take().unwrap_or_default())))
+        let recorded = self.recorded().take();
+        Ok(Captured(Box::new(recorded.map(|recorded| recorded.commands).unwrap_or_default())))
     }
 
     unsafe fn replay(&self, captured: &Captured) -> Result<()> {
         let Some(commands) = captured.0.downcast_ref::<Vec<Command>>() else {
             return Err(Error::Missing { op: "launch", needs: "a graph of this device" });
         };
+        self.expect_no_capture("replaying")?;
         // A graph begins when the work before it has ended, and the work behind it begins when the graph has.
         self.memory().0.synchronize();
         for command in commands {
@@ -204,87 +233,5 @@ impl Driver for EmulatedDriver {
         }
         self.memory().0.synchronize();
         Ok(())
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use half::{bf16, f16};
-    use kernels_gpu::ops::score::ScoreParams;
-
-    use super::super::PREFETCHED_STAGES;
-    use super::*;
-    use crate::{
-        CacheConfig, DType, Device, HeadShape, Limits, PagedKvCache, SelectConfig, SelectionCacheConfig,
-        StepInput, StepOutput, Tensor, TokenSelect,
-    };
-
-    /// What a step over 80 tokens launches, of which one is new.
-    fn launches_of_a_step(config: SelectConfig) -> Result<Vec<Command>> {
-        let device = Device::emulated();
-        let cache_config = CacheConfig { num_layers: 1, num_pages: 16, ..CacheConfig::default() };
-        let mut cache = PagedKvCache::new(&device, &config, &cache_config)?;
-        let heads = config.heads;
-        let mut select = TokenSelect::new(&device, config, Limits::default())?;
-        let id = cache.create()?;
-        let mut commands = Vec::new();
-        for block in [79, 1] {
-            let numbers = vec![bf16::ONE; block * heads.num_qo_heads * heads.head_dim];
-            let tensor = |num_heads: usize| {
-                let numbers = &numbers[..block * num_heads * heads.head_dim];
-                Tensor::from_slice_on(&device, numbers, [block, num_heads, heads.head_dim])
-            };
-            let (q, k, v) =
-                (tensor(heads.num_qo_heads)?, tensor(heads.num_kv_heads)?, tensor(heads.num_kv_heads)?);
-            let mut out = tensor(heads.num_qo_heads)?;
-            let batch = cache.extend(&[(id, block)])?;
-            let mut step = || {
-                let input = StepInput { q: q.view(), k: k.view(), v: v.view() };
-                select.step(&mut cache, 0, &batch, input, StepOutput { out: out.view_mut(), lse: None })
-            };
-            step()?; // makes the tables
-            let driver = device.backend().driver().expect("a GPU");
-            driver.begin_capture()?;
-            let done = step();
-            let captured = driver.end_capture()?;
-            done?;
-            commands = *captured.0.downcast().expect("commands of this driver");
-        }
-        Ok(commands)
-    }
-
-    /// Stages of keys that a step's `score_stream` prefetches.
-    fn prefetched_stages(config: SelectConfig) -> Option<u32> {
-        launches_of_a_step(config).expect("a step").into_iter().find_map(|command| match command {
-            Command::Launch { entry, params, .. } if entry.name.starts_with("score_stream") => {
-                assert_eq!(params.len(), size_of::<ScoreParams<f16>>());
-                // SAFETY: the bytes are the entry's parameters, which are the same for all element types.
-                Some(
-                    unsafe { params.as_ptr().cast::<ScoreParams<f16>>().read_unaligned() }
-                        .overlap
-                        .prefetched_stages(),
-                )
-            }
-            _ => None,
-        })
-    }
-
-    /// Prefetched where they are wanted for certain: not where a selection may be used again, and not where the
-    /// launch before writes next to them.
-    #[test]
-    fn keys_are_prefetched_where_they_are_wanted() {
-        let config = SelectConfig {
-            heads: HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 },
-            dtype: DType::Bf16,
-            n_init: 2,
-            n_local: 20,
-            top_k: 24,
-            selection_cache: None,
-            ..SelectConfig::default()
-        };
-        assert_eq!(prefetched_stages(config.clone()), Some(PREFETCHED_STAGES));
-        assert_eq!(prefetched_stages(SelectConfig { n_local: 5, ..config.clone() }), Some(0));
-        let selection_cache = Some(SelectionCacheConfig { similarity_threshold: 0.9, max_reuse: None });
-        assert_eq!(prefetched_stages(SelectConfig { selection_cache, ..config }), Some(0));
     }
 }

@@ -1,20 +1,27 @@
 //! One step's rows: which queries belong to which sequence, and where its tokens lie.
 
 mod device_tables;
+mod identity;
 mod slot;
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 use kernels_gpu::common::layout::{BatchTables, page_division};
 use kernels_gpu::simt::global::GlobalPtr;
 
 use self::device_tables::DeviceTables;
+use self::identity::Place;
+pub(crate) use self::identity::{Block, Identity, Needs};
 pub use self::slot::BatchSlot;
-use crate::backend::gpu::driver::Driver;
-use crate::cache::{MAX_PAGE_SIZE, PageTables, SequenceId};
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
+use crate::driver::Driver;
 use crate::error::{Error, Result};
+use crate::pages::{MAX_PAGE_SIZE, PageTables};
+use crate::sequence::SequenceId;
+
+/// The most rows of a batch.
+pub(crate) const MAX_ROWS: usize = 1 << 24;
 
 /// The sequence index of a padding row.
 const NO_SEQUENCE: u32 = u32::MAX;
@@ -38,6 +45,9 @@ pub struct Batch {
     /// The allocator that made the batch; 0 for another engine's tables.
     allocator: u64,
     on_device: DeviceTables,
+    identity: Identity,
+    /// The first page that is written and appears twice, looked for at the first append.
+    shared_page: OnceLock<Option<(usize, u32)>>,
 }
 
 impl Batch {
@@ -84,6 +94,9 @@ impl Batch {
             return Err(Error::config("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
         }
         let rows = tables.last_page_len.len();
+        if rows > MAX_ROWS {
+            return Err(Error::Limit { what: "rows of a batch", limit: MAX_ROWS, got: rows });
+        }
         check_indptr("qo_indptr", &qo_indptr, rows)?;
         check_indptr("indptr", &tables.indptr, rows)?;
         let (last, got) = (tables.indptr[rows] as usize, tables.indices.len());
@@ -104,6 +117,8 @@ impl Batch {
             owners: Vec::new(),
             allocator: 0,
             on_device: DeviceTables::default(),
+            identity: Identity::new(),
+            shared_page: OnceLock::new(),
         };
         for row in 0..rows {
             batch.check_row(row)?;
@@ -156,7 +171,7 @@ impl Batch {
             return Err(Error::table(pair[1].1, "sequence_indices", rule, pair[1].0));
         }
         self.sequence_indices = Some(indices);
-        self.on_device = DeviceTables::default();
+        self.changed();
         Ok(self)
     }
 
@@ -170,6 +185,12 @@ impl Batch {
         let Some(missing) = num_rows.checked_sub(got) else {
             return Err(Error::Limit { what: "num_rows", limit: num_rows, got });
         };
+        let queries =
+            missing.checked_mul(block_len).and_then(|more| more.checked_add(self.num_query_tokens()));
+        if num_rows > MAX_ROWS || queries.is_none_or(|queries| queries > MAX_SEQUENCE_LEN) {
+            let rule = format!("of at most {MAX_ROWS} rows and {MAX_SEQUENCE_LEN} queries");
+            return Err(Error::config("num_rows", rule, format!("{num_rows} rows, blocks of {block_len}")));
+        }
         let (mut query, page) = (self.qo_indptr[got], self.tables.indptr[got]);
         for _ in 0..missing {
             query += block_len as u32;
@@ -183,8 +204,33 @@ impl Batch {
         if let Some(candidates) = &mut self.candidates {
             candidates.resize(num_rows, 0..0);
         }
-        self.on_device = DeviceTables::default();
+        self.changed();
         Ok(self)
+    }
+
+    /// The tables are others than those of the batch that this one was made from.
+    fn changed(&mut self) {
+        self.on_device = DeviceTables::default();
+        self.identity = Identity::new();
+        self.shared_page = OnceLock::new();
+    }
+
+    /// Which batch this is.
+    pub(crate) fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    /// A number that clones share and no other batch has.
+    pub(crate) fn number(&self) -> u64 {
+        self.identity.number()
+    }
+
+    /// Checks that no other batch was put in the slot of this one.
+    ///
+    /// # Errors
+    /// [`Error::Missing`].
+    pub(crate) fn expect_latest(&self) -> Result<()> {
+        self.identity.expect_latest()
     }
 
     /// Remembers the sequences that the rows were made for.
@@ -230,30 +276,49 @@ impl Batch {
         &self.tables
     }
 
+    /// One row.
+    ///
+    /// # Errors
+    /// [`Error::Index`] where there is no such row.
+    pub fn row(&self, row: usize) -> Result<BatchRow<'_>> {
+        let limit = self.num_rows();
+        if row >= limit {
+            return Err(Error::Index { what: "row", limit, got: row });
+        }
+        Ok(BatchRow {
+            queries: self.query_range(row),
+            kv_len: self.kv_len(row),
+            token_base: self.token_base(row),
+            pages: self.pages(row),
+            sequence_index: self.sequence_index(row),
+            candidates: self.candidates.as_ref().map(|given| given[row].clone()),
+        })
+    }
+
     /// The query tokens of a row, as rows of `q` and `out`.
-    pub fn query_range(&self, row: usize) -> Range<usize> {
+    pub(crate) fn query_range(&self, row: usize) -> Range<usize> {
         self.qo_indptr[row] as usize..self.qo_indptr[row + 1] as usize
     }
 
     /// `T`: query tokens of a row.
-    pub fn block_len(&self, row: usize) -> usize {
+    pub(crate) fn block_len(&self, row: usize) -> usize {
         self.query_range(row).len()
     }
 
     /// `n`: cached tokens of a row, the block included.
-    pub fn kv_len(&self, row: usize) -> usize {
+    pub(crate) fn kv_len(&self, row: usize) -> usize {
         let full_pages = self.pages(row).len().saturating_sub(1);
         full_pages * self.page_size + self.tables.last_page_len[row] as usize
     }
 
     /// Page numbers of a row, in token order.
-    pub fn pages(&self, row: usize) -> &[u32] {
+    pub(crate) fn pages(&self, row: usize) -> &[u32] {
         &self.tables.indices[self.tables.indptr[row] as usize..self.tables.indptr[row + 1] as usize]
     }
 
     /// Where a row begins in arrays with a place for every token of the batch, such as logits and votes:
     /// token `j` of the row is at `token_base(row) + j`. Rows are padded to whole pages.
-    pub fn token_base(&self, row: usize) -> usize {
+    pub(crate) fn token_base(&self, row: usize) -> usize {
         self.tables.indptr[row] as usize * self.page_size
     }
 
@@ -274,13 +339,9 @@ impl Batch {
 
     /// The tokens of a row that compete for the top-k: `[n_init, n - T - n_local)`, or what
     /// [`Batch::partial`] was given. Empty where the windows cover everything.
-    pub fn candidates(&self, row: usize, config: &SelectConfig) -> Range<usize> {
-        if let Some(given) = &self.candidates {
-            return given[row].start as usize..given[row].end as usize;
-        }
-        let before_block = self.kv_len(row).saturating_sub(self.block_len(row));
-        let end = before_block.saturating_sub(config.n_local);
-        config.n_init.min(end)..end
+    pub(crate) fn candidates(&self, row: usize, config: &SelectConfig) -> Range<usize> {
+        let given = self.candidates.as_ref().map(|given| &given[row]);
+        candidates(given, self.kv_len(row), self.block_len(row), config)
     }
 
     /// Whether the rows are parts of sequences, made by [`Batch::partial`].
@@ -289,7 +350,7 @@ impl Batch {
     }
 
     /// The row's place in per-sequence tables, where it has one.
-    pub fn sequence_index(&self, row: usize) -> Option<usize> {
+    pub(crate) fn sequence_index(&self, row: usize) -> Option<usize> {
         let index = self.sequence_indices.as_ref()?[row];
         (index != NO_SEQUENCE).then_some(index as usize)
     }
@@ -327,10 +388,127 @@ impl Batch {
         Ok(GlobalPtr::from_addr(self.on_device.get(self, driver)?.sequence_indices))
     }
 
-    /// The largest page number in the tables.
-    pub(crate) fn max_page(&self) -> Option<u32> {
-        self.max_page
+    /// The blocks of the batch of an owned cache.
+    pub(crate) fn blocks(&self) -> Vec<Block> {
+        let block = |(row, &(id, _)): (usize, &(SequenceId, u64))| {
+            let end = self.kv_len(row);
+            Block { id, begin: end - self.block_len(row).min(end), end }
+        };
+        self.owners.iter().enumerate().map(block).filter(|block| block.begin < block.end).collect()
     }
+
+    /// Checks page numbers against the pool.
+    ///
+    /// # Errors
+    /// [`Error::Index`].
+    pub(crate) fn check_pages(&self, limit: usize) -> Result<()> {
+        match self.max_page {
+            Some(page) if page as usize >= limit => {
+                Err(Error::Index { what: "page", limit, got: page as usize })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks sequence indices against the number of entries.
+    ///
+    /// # Errors
+    /// [`Error::Index`].
+    pub(crate) fn check_sequences(&self, limit: usize) -> Result<()> {
+        let indices = (0..self.num_rows()).filter_map(|row| self.sequence_index(row));
+        match indices.max() {
+            Some(got) if got >= limit => Err(Error::Index { what: "sequence index", limit, got }),
+            _ => Ok(()),
+        }
+    }
+
+    /// Checks that no page which a block is written into appears twice: two writers would race, and the tokens of one row
+    /// would become those of another. A cache's own batches pass by construction.
+    ///
+    /// # Errors
+    /// [`Error::Table`].
+    pub(crate) fn check_written_pages(&self) -> Result<()> {
+        if self.allocator != 0 {
+            return Ok(());
+        }
+        match self.shared_page.get_or_init(|| self.find_shared_page()) {
+            None => Ok(()),
+            &Some((row, page)) => {
+                let rule = "of pages that are in no other place, where the block is written";
+                Err(Error::table(row, "indices", rule, page))
+            }
+        }
+    }
+
+    /// A page that is written and appears twice, and the row that writes it.
+    fn find_shared_page(&self) -> Option<(usize, u32)> {
+        let mut written: Vec<(u32, usize)> = Vec::new();
+        for row in (0..self.num_rows()).filter(|&row| self.kv_len(row) > 0) {
+            let first = (self.kv_len(row) - self.block_len(row)) / self.page_size;
+            let pages = if self.block_len(row) > 0 { &self.pages(row)[first..] } else { &[] };
+            written.extend(pages.iter().map(|&page| (page, row)));
+        }
+        written.sort_unstable();
+        if let Some(pair) = written.windows(2).find(|pair| pair[0].0 == pair[1].0) {
+            return Some((pair[1].1, pair[1].0));
+        }
+        // Each is in the tables once; whatever is found beyond that is a second place.
+        let (&(low, _), &(high, _)) = (written.first()?, written.last()?);
+        let mut seen = vec![false; written.len()];
+        for &page in self.tables.indices.iter().filter(|&page| (low..=high).contains(page)) {
+            if let Ok(at) = written.binary_search_by_key(&page, |&(page, _)| page)
+                && std::mem::replace(&mut seen[at], true)
+            {
+                return Some((written[at].1, page));
+            }
+        }
+        None
+    }
+}
+
+/// What one row of a [`Batch`] is.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct BatchRow<'a> {
+    /// Its query tokens, as rows of `q` and `out`.
+    pub queries: Range<usize>,
+    /// `n`: cached tokens, the block included.
+    pub kv_len: usize,
+    /// Where the row begins in buffers with a place for every token of the batch, such as logits and votes: its token `j`
+    /// is at `token_base + j`. Rows are padded to whole pages.
+    pub token_base: usize,
+    /// Page numbers, in token order.
+    pub pages: &'a [u32],
+    /// The row's place in per-sequence tables, where it has one.
+    pub sequence_index: Option<usize>,
+    candidates: Option<Range<u32>>,
+}
+
+impl BatchRow<'_> {
+    /// `T`: query tokens.
+    pub fn block_len(&self) -> usize {
+        self.queries.len()
+    }
+
+    /// The tokens that compete for the top-k: `[n_init, n - T - n_local)`, or what [`Batch::partial`] was given. Empty
+    /// where the windows cover everything.
+    pub fn candidates(&self, config: &SelectConfig) -> Range<usize> {
+        candidates(self.candidates.as_ref(), self.kv_len, self.block_len(), config)
+    }
+}
+
+fn candidates(
+    given: Option<&Range<u32>>,
+    kv_len: usize,
+    block_len: usize,
+    config: &SelectConfig,
+) -> Range<usize> {
+    if let Some(given) = given {
+        return given.start as usize..given.end as usize;
+    }
+    let before_block = kv_len.saturating_sub(block_len);
+    let end = before_block.saturating_sub(config.n_local);
+    config.n_init.min(end)..end
 }
 
 fn check_indptr(what: &'static str, indptr: &[u32], rows: usize) -> Result<()> {

@@ -1,8 +1,10 @@
 //! Keys and values of one layer as the operations see them: paged, strided, owned by anyone.
 
 use crate::config::HeadShape;
+use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
-use crate::tensor::{DType, Shape, TensorView, TensorViewMut};
+use crate::pages::PageCopy;
+use crate::tensor::{TensorView, TensorViewMut};
 
 /// Order of the dimensions of a page.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -99,7 +101,8 @@ pub struct KvView<'a> {
     pub(crate) k: TensorView<'a>,
     pub(crate) v: TensorView<'a>,
     pub(crate) shape: KvShape,
-    pub(crate) strides: KvStrides,
+    pub(crate) k_strides: KvStrides,
+    pub(crate) v_strides: KvStrides,
 }
 
 impl<'a> KvView<'a> {
@@ -111,21 +114,33 @@ impl<'a> KvView<'a> {
     pub fn new(k: TensorView<'a>, v: TensorView<'a>, layout: KvLayout) -> Result<Self> {
         let shape = KvShape::from_dims(k.shape(), layout, "k")?;
         v.expect("v", &[k.dtype()], k.shape())?;
-        Ok(KvView { k, v, shape, strides: KvStrides::dense(shape, layout) })
+        let strides = KvStrides::dense(shape, layout);
+        Ok(KvView { k, v, shape, k_strides: strides, v_strides: strides })
     }
 
     /// Strided pools inside two one-dimensional tensors, which may be parts of the same allocation: for
     /// `[num_pages, 2, page_size, num_kv_heads, head_dim]` pass the whole as `k`, the whole from the first
-    /// value on as `v`, and a page stride of two pages.
+    /// value on as `v`, and a page stride of two pages. `strides` are those of the keys and those of the values.
     ///
     /// # Errors
     /// [`Error::Length`] where a tensor is shorter than the strides reach, [`Error::DType`] where the types
     /// differ.
-    pub fn strided(k: TensorView<'a>, v: TensorView<'a>, shape: KvShape, strides: KvStrides) -> Result<Self> {
-        reach("k", shape, strides, 0, k.shape())?;
-        reach("v", shape, strides, 0, v.shape())?;
+    pub fn strided(
+        k: TensorView<'a>,
+        v: TensorView<'a>,
+        shape: KvShape,
+        strides: [KvStrides; 2],
+    ) -> Result<Self> {
+        let [k_strides, v_strides] = strides;
+        reach("k", shape, k_strides, 0, k.shape())?;
+        reach("v", shape, v_strides, 0, v.shape())?;
         v.expect("v", &[k.dtype()], v.shape())?;
-        Ok(KvView { k, v, shape, strides })
+        Ok(KvView { k, v, shape, k_strides, v_strides })
+    }
+
+    /// Distances in the keys and in the values.
+    pub fn strides(&self) -> [KvStrides; 2] {
+        [self.k_strides, self.v_strides]
     }
 
     /// The keys' memory.
@@ -159,8 +174,8 @@ impl<'a> KvView<'a> {
 pub(crate) enum KvStorageMut<'a> {
     /// Keys and values in memory of their own.
     Separate { k: TensorViewMut<'a>, v: TensorViewMut<'a> },
-    /// Both in one allocation, the first value `v_offset` elements after the first key.
-    Combined { kv: TensorViewMut<'a>, v_offset: usize },
+    /// Both in one allocation, the first key and the first value so many elements from its beginning.
+    Combined { kv: TensorViewMut<'a>, offsets: [usize; 2] },
 }
 
 /// Paged keys and values of one layer, writable.
@@ -168,7 +183,8 @@ pub(crate) enum KvStorageMut<'a> {
 pub struct KvViewMut<'a> {
     pub(crate) storage: KvStorageMut<'a>,
     pub(crate) shape: KvShape,
-    pub(crate) strides: KvStrides,
+    pub(crate) k_strides: KvStrides,
+    pub(crate) v_strides: KvStrides,
 }
 
 impl<'a> KvViewMut<'a> {
@@ -180,7 +196,8 @@ impl<'a> KvViewMut<'a> {
         let shape = KvShape::from_dims(k.shape(), layout, "k")?;
         v.expect("v", &[k.dtype()], k.shape())?;
         let strides = KvStrides::dense(shape, layout);
-        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, strides })
+        let storage = KvStorageMut::Separate { k, v };
+        Ok(KvViewMut { storage, shape, k_strides: strides, v_strides: strides })
     }
 
     /// Strided pools inside two tensors that do not overlap: the writable twin of [`KvView::strided`] for keys and
@@ -192,38 +209,45 @@ impl<'a> KvViewMut<'a> {
         k: TensorViewMut<'a>,
         v: TensorViewMut<'a>,
         shape: KvShape,
-        strides: KvStrides,
+        strides: [KvStrides; 2],
     ) -> Result<Self> {
-        reach("k", shape, strides, 0, k.shape())?;
-        reach("v", shape, strides, 0, v.shape())?;
+        let [k_strides, v_strides] = strides;
+        reach("k", shape, k_strides, 0, k.shape())?;
+        reach("v", shape, v_strides, 0, v.shape())?;
         v.expect("v", &[k.dtype()], v.shape())?;
-        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, strides })
+        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, k_strides, v_strides })
     }
 
-    /// Keys and values in one one-dimensional tensor, the first value `v_offset` elements after the first
-    /// key: the writable twin of [`KvView::strided`] for keys and values that lie among each other.
+    /// Keys and values in one one-dimensional tensor, the first key and the first value `offsets` elements from its
+    /// beginning: the writable twin of [`KvView::strided`] for keys and values that lie among each other, apart from each
+    /// other element by element.
     ///
     /// # Errors
-    /// [`Error::Length`] where the tensor is shorter than the strides reach.
+    /// [`Error::Length`] where the tensor is shorter than the strides reach, [`Error::Config`] for equal offsets.
     pub fn combined(
         kv: TensorViewMut<'a>,
-        v_offset: usize,
+        offsets: [usize; 2],
         shape: KvShape,
-        strides: KvStrides,
+        strides: [KvStrides; 2],
     ) -> Result<Self> {
-        reach("kv", shape, strides, v_offset, kv.shape())?;
-        Ok(KvViewMut { storage: KvStorageMut::Combined { kv, v_offset }, shape, strides })
+        let [k_strides, v_strides] = strides;
+        if offsets[0] == offsets[1] {
+            return Err(Error::config("offsets", "those of a key and of another element", offsets[0]));
+        }
+        reach("kv", shape, k_strides, offsets[0], kv.shape())?;
+        reach("kv", shape, v_strides, offsets[1], kv.shape())?;
+        Ok(KvViewMut { storage: KvStorageMut::Combined { kv, offsets }, shape, k_strides, v_strides })
     }
 
     /// The same memory for a shorter time.
     pub fn reborrow(&mut self) -> KvViewMut<'_> {
         let storage = match &mut self.storage {
             KvStorageMut::Separate { k, v } => KvStorageMut::Separate { k: k.reborrow(), v: v.reborrow() },
-            KvStorageMut::Combined { kv, v_offset } => {
-                KvStorageMut::Combined { kv: kv.reborrow(), v_offset: *v_offset }
+            KvStorageMut::Combined { kv, offsets } => {
+                KvStorageMut::Combined { kv: kv.reborrow(), offsets: *offsets }
             }
         };
-        KvViewMut { storage, shape: self.shape, strides: self.strides }
+        KvViewMut { storage, shape: self.shape, k_strides: self.k_strides, v_strides: self.v_strides }
     }
 
     /// The same memory, read only.
@@ -233,9 +257,49 @@ impl<'a> KvViewMut<'a> {
     pub fn as_view(&self) -> Result<KvView<'_>> {
         let (k, v) = match &self.storage {
             KvStorageMut::Separate { k, v } => (k.as_view(), v.as_view()),
-            KvStorageMut::Combined { kv, v_offset } => (kv.as_view(), kv.as_view().tail(*v_offset)?),
+            KvStorageMut::Combined { kv, offsets: [k, v] } => {
+                (kv.as_view().tail(*k)?, kv.as_view().tail(*v)?)
+            }
         };
-        KvView::strided(k, v, self.shape, self.strides)
+        KvView::strided(k, v, self.shape, [self.k_strides, self.v_strides])
+    }
+
+    /// Copies leading tokens of pages, keys and values: the copy of copy-on-write. Such copies are rare, so one for each run
+    /// of adjacent elements will do. The caller has checked that all pages are within the pool.
+    pub(crate) fn copy_pages(&mut self, copies: &[PageCopy]) -> Result<()> {
+        let (shape, strides) = (self.shape, [self.k_strides, self.v_strides]);
+        let token = shape.num_kv_heads * shape.head_dim;
+        let copy_in = |pool: &mut TensorViewMut<'_>, base: usize, strides: KvStrides| -> Result<()> {
+            let token_is_dense = strides.token == token && strides.head == shape.head_dim;
+            for copy in copies {
+                let at =
+                    |page: u32, token: usize, head: usize| base + strides.offset(page as usize, token, head);
+                if token_is_dense {
+                    pool.copy_within(at(copy.src, 0, 0), at(copy.dst, 0, 0), copy.num_tokens * token)?;
+                    continue;
+                }
+                for token in 0..copy.num_tokens {
+                    for head in 0..shape.num_kv_heads {
+                        pool.copy_within(
+                            at(copy.src, token, head),
+                            at(copy.dst, token, head),
+                            shape.head_dim,
+                        )?;
+                    }
+                }
+            }
+            Ok(())
+        };
+        match &mut self.storage {
+            KvStorageMut::Separate { k, v } => {
+                copy_in(k, 0, strides[0])?;
+                copy_in(v, 0, strides[1])
+            }
+            KvStorageMut::Combined { kv, offsets } => {
+                copy_in(kv, offsets[0], strides[0])?;
+                copy_in(kv, offsets[1], strides[1])
+            }
+        }
     }
 
     /// Extent of the pools.

@@ -3,8 +3,8 @@
 use std::marker::PhantomData;
 use std::sync::Arc;
 
-use crate::backend::gpu::driver::Driver;
 use crate::device::Device;
+use crate::driver::Driver;
 use crate::error::{Error, Result};
 
 /// An allocation, freed when it is dropped.

@@ -1,19 +1,17 @@
-//! The paged KV cache: memory for keys and values, page tables, and the sequences in them.
+//! The paged KV cache: memory for keys and values, page tables, the sequences in them, and how much of each was written.
 
-mod pages;
-mod view;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables, SequenceId};
-pub(crate) use view::KvStorageMut;
-pub use view::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
-
-use crate::backend::CopyPagesArgs;
-use crate::batch::Batch;
+use crate::batch::{Batch, Block};
 use crate::config::SelectConfig;
 use crate::device::Device;
+use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::selection_cache::{SelectionCache, SelectionStats};
-use crate::tensor::{DType, Tensor};
+use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
+use crate::pages::PageAllocator;
+use crate::selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
+use crate::sequence::SequenceId;
+use crate::tensor::Tensor;
 
 /// Size and layout of a [`PagedKvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -53,13 +51,40 @@ impl Default for CacheConfig {
 /// still use [`PageAllocator`].
 #[derive(Debug)]
 pub struct PagedKvCache {
-    device: Device,
     pages: PageAllocator,
     shape: KvShape,
     layout: KvLayout,
     dtype: DType,
+    positions_are_reassigned: bool,
     layers: Vec<LayerKv>,
     selections: Option<SelectionCache>,
+    written: Arc<Mutex<Written>>,
+    device: Device,
+}
+
+/// Keys and values of one layer, and its cached selections: [`PagedKvCache::layer_mut`], or an engine's own.
+#[derive(Debug)]
+pub struct LayerMut<'a> {
+    /// Keys and values.
+    pub kv: KvViewMut<'a>,
+    /// Cached selections; `None` to select anew at every step.
+    pub selections: Option<SelectionCacheLayer<'a>>,
+}
+
+/// How many leading tokens of each sequence have keys and values, `[num_layers][max_sequences]`.
+#[derive(Debug, Clone)]
+struct Written(Vec<Vec<usize>>);
+
+impl Written {
+    /// The blocks are there, but for those that begin where nothing was written yet.
+    fn add(&mut self, layer: usize, blocks: &[Block]) {
+        for block in blocks {
+            let len = &mut self.0[layer][block.id.index()];
+            if *len >= block.begin {
+                *len = block.end.max(*len);
+            }
+        }
+    }
 }
 
 #[derive(Debug)]
@@ -92,7 +117,7 @@ impl PagedKvCache {
             head_dim: config.heads.head_dim,
         };
         let pool = || Tensor::zeros_on(device, config.dtype, shape.dims(cache.layout));
-        let mut layers = Vec::with_capacity(cache.num_layers);
+        let mut layers = Vec::new();
         for _ in 0..cache.num_layers {
             layers.push(LayerKv { k: pool()?, v: pool()? });
         }
@@ -100,15 +125,20 @@ impl PagedKvCache {
             Some(_) => Some(SelectionCache::new(device, config, cache.num_layers, cache.max_sequences)?),
             None => None,
         };
-        let device = device.clone();
+        let mut written = Vec::new();
+        for _ in 0..cache.num_layers {
+            written.push(vec![0; cache.max_sequences]);
+        }
         Ok(PagedKvCache {
-            device,
             pages,
             shape,
             layout: cache.layout,
             dtype: config.dtype,
+            positions_are_reassigned: config.positions.are_reassigned(),
             layers,
             selections,
+            written: Arc::new(Mutex::new(Written(written))),
+            device: device.clone(),
         })
     }
 
@@ -146,6 +176,7 @@ impl PagedKvCache {
     /// [`Error::TooManySequences`].
     pub fn create(&mut self) -> Result<SequenceId> {
         let id = self.pages.create()?;
+        self.written().0.iter_mut().for_each(|layer| layer[id.index()] = 0);
         if let Some(selections) = &mut self.selections {
             selections.clear(id.index())?;
         }
@@ -159,6 +190,7 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`], [`Error::TooManySequences`].
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
         let child = self.pages.fork(id)?;
+        self.written().0.iter_mut().for_each(|layer| layer[child.index()] = layer[id.index()]);
         if let Some(selections) = &mut self.selections {
             selections.fork(id.index(), child.index())?;
         }
@@ -172,6 +204,9 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`], [`Error::TruncateBeyondEnd`].
     pub fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
         self.pages.truncate(id, len)?;
+        for layer in &mut self.written().0 {
+            layer[id.index()] = layer[id.index()].min(len);
+        }
         match &mut self.selections {
             Some(selections) => selections.truncate(id.index(), len),
             None => Ok(()),
@@ -199,8 +234,7 @@ impl PagedKvCache {
         let copies = self.pages.extend(growth)?;
         if !copies.is_empty() {
             for layer in &mut self.layers {
-                let kv = layer.view_mut(self.layout)?;
-                self.device.backend().copy_pages(CopyPagesArgs { copies: &copies, kv })?;
+                layer.view_mut(self.layout)?.copy_pages(&copies)?;
             }
         }
         let ids: Vec<SequenceId> = growth.iter().map(|&(id, _)| id).collect();
@@ -245,12 +279,75 @@ impl PagedKvCache {
 
     /// Keys and values of a layer for writing, and its cached selections.
     ///
+    /// Who takes them writes what is missing: all tokens that the sequences have now count as written in this layer.
+    ///
     /// # Errors
     /// [`Error::Index`] where there is no such layer.
-    pub fn layer_mut(&mut self, layer: usize) -> Result<(KvViewMut<'_>, Option<&mut SelectionCache>)> {
+    pub fn layer_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
+        let lens = self.pages.lens();
+        if let Some(written) = self.written().0.get_mut(layer) {
+            *written = lens;
+        }
+        self.parts_mut(layer)
+    }
+
+    /// [`layer_mut`](Self::layer_mut) for operations that say themselves what they have written.
+    pub(crate) fn parts_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
         let limit = self.layers.len();
         let kv = self.layers.get_mut(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
-        Ok((kv.view_mut(self.layout)?, self.selections.as_mut()))
+        let selections =
+            self.selections.as_mut().map(|selections| selections.layer_mut(layer)).transpose()?;
+        Ok(LayerMut { kv: kv.view_mut(self.layout)?, selections })
+    }
+
+    /// Leading tokens of a sequence whose keys and values a layer has: those that a step of the layer, or
+    /// [`TokenSelect::fill`](crate::TokenSelect::fill), has written. Less than [`len`](Self::len) after
+    /// [`extend`](Self::extend), until the layer's turn.
+    ///
+    /// A layer that was left out of a step, or whose step failed, stays behind; its next step is [`Error::Unwritten`]. Two
+    /// ways lead back, and neither loses anything: the layer's step with the batch that it missed, which stays valid
+    /// until its sequences are truncated or forked; or [`truncate`](Self::truncate) to the shortest of the layers, and the
+    /// block anew.
+    ///
+    /// # Errors
+    /// [`Error::UnknownSequence`], [`Error::Index`] where there is no such layer.
+    pub fn written_len(&self, layer: usize, id: SequenceId) -> Result<usize> {
+        self.pages.len(id)?;
+        let (written, limit) = (self.written(), self.layers.len());
+        let layer = written.0.get(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
+        Ok(layer[id.index()])
+    }
+
+    /// Checks that the layer has all tokens before the blocks of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Unwritten`], [`Error::Index`] where there is no such layer.
+    pub(crate) fn check_layer(&self, layer: usize, batch: &Batch) -> Result<()> {
+        for Block { id, begin, .. } in batch.blocks() {
+            let written = self.written_len(layer, id)?;
+            if written < begin {
+                return Err(Error::Unwritten { layer, id, written, begin });
+            }
+        }
+        Ok(())
+    }
+
+    /// A layer has the blocks of a batch; where this is recorded, those of the batch in its slot, each time.
+    pub(crate) fn wrote(&self, layer: usize, batch: &Batch) {
+        let (identity, blocks) = (batch.identity().clone(), batch.blocks());
+        self.device.note(&self.written, move |written| match identity.latest_blocks() {
+            Some(latest) => written.add(layer, &latest),
+            None => written.add(layer, &blocks),
+        });
+    }
+
+    /// Whether keys are those before RoPE.
+    pub(crate) fn positions_are_reassigned(&self) -> bool {
+        self.positions_are_reassigned
+    }
+
+    fn written(&self) -> MutexGuard<'_, Written> {
+        self.written.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Extent of one layer's keys (and of its values).
@@ -261,6 +358,11 @@ impl PagedKvCache {
     /// The cached selections, where the configuration asked for them.
     pub fn selections(&self) -> Option<&SelectionCache> {
         self.selections.as_ref()
+    }
+
+    /// The cached selections, to change them: to read and set statistics, or for the layers of an engine's own steps.
+    pub fn selections_mut(&mut self) -> Option<&mut SelectionCache> {
+        self.selections.as_mut()
     }
 
     /// How often selections were reused and made, summed over layers. Zeros without a Selection Cache. Waits for

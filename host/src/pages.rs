@@ -2,45 +2,14 @@
 //! value, so it serves a cache on any device, and one that belongs to another engine.
 
 use std::collections::HashMap;
-use std::fmt;
 use std::sync::atomic::{AtomicU64, Ordering};
 
 use crate::config::MAX_SEQUENCE_LEN;
 use crate::error::{Error, Result};
+use crate::sequence::SequenceId;
 
 /// The largest page size.
 pub const MAX_PAGE_SIZE: usize = 256;
-
-/// Names a sequence of one [`PageAllocator`]. An identifier is never used twice.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct SequenceId {
-    index: u32,
-    generation: u32,
-}
-
-impl SequenceId {
-    /// Place of the sequence among those alive, below the allocator's `max_sequences`; free places are used
-    /// again. The row of per-sequence tables such as the [`SelectionCache`](crate::SelectionCache).
-    pub fn index(self) -> usize {
-        self.index as usize
-    }
-
-    /// The identifier as one number, for interfaces to other languages.
-    pub fn to_bits(self) -> u64 {
-        u64::from(self.generation) << 32 | u64::from(self.index)
-    }
-
-    /// The identifier with this number. One that no sequence has is unknown to every allocator, like a freed one.
-    pub fn from_bits(bits: u64) -> Self {
-        SequenceId { index: bits as u32, generation: (bits >> 32) as u32 }
-    }
-}
-
-impl fmt::Display for SequenceId {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sequence {}.{}", self.index, self.generation)
-    }
-}
 
 /// A page whose tokens must be copied before new ones are written: the copy of copy-on-write.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -156,6 +125,11 @@ impl PageAllocator {
     /// [`Error::UnknownSequence`].
     pub fn len(&self, id: SequenceId) -> Result<usize> {
         Ok(self.get(id)?.len)
+    }
+
+    /// Tokens of each sequence by its index; 0 where there is none.
+    pub(crate) fn lens(&self) -> Vec<usize> {
+        self.sequences.iter().map(|sequence| sequence.len).collect()
     }
 
     /// Whether no sequence is alive.

@@ -1,0 +1,116 @@
+//! Which contents a batch has: to tell the results of one batch from those of another.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use crate::error::{Error, Result};
+use crate::sequence::SequenceId;
+
+/// A number of its own for every batch that is made; clones share it.
+#[derive(Clone, Debug)]
+pub(crate) struct Identity {
+    number: u64,
+    /// Where the batch lies in a slot.
+    place: Option<Arc<Place>>,
+}
+
+/// The tokens that a row adds to a sequence.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Block {
+    pub id: SequenceId,
+    /// Tokens before it.
+    pub begin: usize,
+    /// Tokens with it.
+    pub end: usize,
+}
+
+/// What all batches of one slot share.
+#[derive(Debug)]
+pub(crate) struct Place(Mutex<Occupied>);
+
+/// What recorded work relies on, and who is there.
+#[derive(Debug)]
+pub(crate) struct Occupied {
+    /// The batch that was put here last.
+    pub number: u64,
+    /// Its blocks, where a cache made it.
+    pub blocks: Vec<Block>,
+    /// What a batch must keep to be used by recorded work.
+    pub needs: Needs,
+}
+
+/// Limits of the work that was recorded with a slot's batches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Needs {
+    /// Places for tokens.
+    pub max_kv_tokens: usize,
+    /// Pages in the pool.
+    pub num_pages: usize,
+    /// Entries of the Selection Cache.
+    pub num_sequences: usize,
+    /// Whether pages are written.
+    pub appends: bool,
+}
+
+impl Needs {
+    /// None.
+    pub const NONE: Needs =
+        Needs { max_kv_tokens: usize::MAX, num_pages: usize::MAX, num_sequences: usize::MAX, appends: false };
+}
+
+impl Identity {
+    /// Unlike any other of the process.
+    pub fn new() -> Self {
+        static NEXT: AtomicU64 = AtomicU64::new(1);
+        Identity { number: NEXT.fetch_add(1, Ordering::Relaxed), place: None }
+    }
+
+    pub fn number(&self) -> u64 {
+        self.number
+    }
+
+    /// The same batch in a slot.
+    pub(super) fn placed(&self, place: &Arc<Place>) -> Self {
+        Identity { number: self.number, place: Some(Arc::clone(place)) }
+    }
+
+    /// The number of the batch that recorded work reads when it is done now.
+    pub fn latest(&self) -> u64 {
+        self.place.as_ref().map_or(self.number, |place| place.occupied().number)
+    }
+
+    /// Blocks of the batch that recorded work reads when it is done now; `None` without a slot.
+    pub fn latest_blocks(&self) -> Option<Vec<Block>> {
+        self.place.as_ref().map(|place| place.occupied().blocks.clone())
+    }
+
+    /// Checks that no other batch was put in the slot.
+    pub fn expect_latest(&self) -> Result<()> {
+        if self.latest() == self.number {
+            return Ok(());
+        }
+        Err(Error::Missing { op: "batch", needs: "its slot, in which another batch was put since" })
+    }
+
+    /// Recorded work relies on these limits from now on.
+    pub fn need(&self, needs: Needs) {
+        if let Some(place) = &self.place {
+            let now = &mut place.occupied().needs;
+            now.max_kv_tokens = now.max_kv_tokens.min(needs.max_kv_tokens);
+            now.num_pages = now.num_pages.min(needs.num_pages);
+            now.num_sequences = now.num_sequences.min(needs.num_sequences);
+            now.appends |= needs.appends;
+        }
+    }
+}
+
+impl Place {
+    /// With nothing in it.
+    pub fn new() -> Arc<Self> {
+        Arc::new(Place(Mutex::new(Occupied { number: 0, blocks: Vec::new(), needs: Needs::NONE })))
+    }
+
+    pub fn occupied(&self) -> MutexGuard<'_, Occupied> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}

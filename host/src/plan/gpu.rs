@@ -1,0 +1,339 @@
+//! What a configuration needs on a GPU: its kernels, and the scratch memory that they use among themselves.
+
+use std::sync::Arc;
+
+use kernels_gpu::common::layout::LOGIT_TILE;
+use kernels_gpu::common::radix::{BINS, RadixTables};
+use kernels_gpu::entries::{ElementType, Entry, Key, Op, Rotation};
+use kernels_gpu::launch::GpuInfo;
+use kernels_gpu::limits::{MAX_COLUMNS, columns};
+use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
+use kernels_gpu::ops::attend_stream;
+use kernels_gpu::ops::score::{max_chunks, tile_tokens};
+use kernels_gpu::ops::top_k::max_shares;
+use kernels_gpu::ops::vote::MAX_HEADS;
+use kernels_gpu::simt::global::GlobalMut;
+
+use super::{Limits, Operations};
+use crate::config::{Positions, SelectConfig};
+use crate::driver::Driver;
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::rope::RopePairing;
+
+/// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128.
+pub(crate) const FEW_QUERY_ROWS: u32 = 64;
+
+/// A GPU with the kernels of one configuration.
+#[derive(Debug, Clone)]
+pub(crate) struct GpuPlan {
+    pub driver: Arc<dyn Driver>,
+    pub kernels: Kernels,
+    pub scratch: Scratch,
+}
+
+/// A kernel that scores, and the tokens of its tiles.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct ScoreKernel {
+    pub entry: &'static Entry,
+    pub tile_tokens: u32,
+}
+
+/// The kernels of a configuration; absent are those of operations that the plan leaves out.
+#[derive(Debug, Clone)]
+pub(crate) struct Kernels {
+    pub append: Option<&'static Entry>,
+    pub pool: Option<PoolKernels>,
+    pub score: Option<ScoreKernels>,
+    pub vote: Option<VoteKernels>,
+    pub attend: Option<AttendKernels>,
+}
+
+/// The kernels that pool.
+#[derive(Debug, Clone)]
+pub(crate) struct PoolKernels {
+    pub pool: &'static Entry,
+    pub append_pool: &'static Entry,
+}
+
+/// The kernels that score.
+#[derive(Debug, Clone)]
+pub(crate) struct ScoreKernels {
+    pub score: ScoreKernel,
+    pub stream: ScoreKernel,
+}
+
+/// The kernels that vote and choose.
+#[derive(Debug, Clone)]
+pub(crate) struct VoteKernels {
+    pub vote: &'static Entry,
+    pub smooth: &'static Entry,
+    pub count: &'static Entry,
+    pub refine: &'static Entry,
+    pub choose: &'static Entry,
+    pub choose_in_cluster: &'static Entry,
+}
+
+/// The kernels of attention.
+#[derive(Debug, Clone)]
+pub(crate) struct AttendKernels {
+    /// Rotates its keys itself. Absent where a lane does not find both elements of a pair.
+    pub decode: Option<&'static Entry>,
+    pub prefill: &'static Entry,
+    pub gather: &'static Entry,
+    pub stream: &'static Entry,
+    pub stream_merge: &'static Entry,
+    pub merge: &'static Entry,
+}
+
+impl GpuPlan {
+    /// Finds the kernels and sizes the scratch memory.
+    pub fn new(
+        driver: &Arc<dyn Driver>,
+        config: &SelectConfig,
+        limits: &Limits,
+        operations: Operations,
+    ) -> Result<Self> {
+        let kernels = Kernels {
+            append: match operations.append {
+                false => None,
+                true => {
+                    element_type(driver, "append", config.dtype)?;
+                    Some(driver.find("append", Op::Append, Key::NONE)?)
+                }
+            },
+            pool: operations.pool.then(|| PoolKernels::new(driver, config)).transpose()?,
+            score: operations.score.then(|| ScoreKernels::new(driver, config)).transpose()?,
+            vote: operations.vote.then(|| VoteKernels::new(driver, config)).transpose()?,
+            attend: operations.attend.then(|| AttendKernels::new(driver, config)).transpose()?,
+        };
+        let scratch = Scratch::carve(driver.gpu(), config, limits);
+        Ok(GpuPlan { driver: Arc::clone(driver), kernels, scratch })
+    }
+
+    /// Loads the kernels, so that no step waits for it.
+    pub fn prepare(&self) -> Result<()> {
+        let Kernels { append, pool, score, vote, attend } = &self.kernels;
+        let mut all: Vec<_> = append.iter().copied().collect();
+        if let Some(k) = pool {
+            all.extend([k.pool, k.append_pool]);
+        }
+        if let Some(k) = score {
+            all.extend([k.score.entry, k.stream.entry]);
+        }
+        if let Some(k) = vote {
+            all.extend([k.vote, k.smooth, k.count, k.refine, k.choose, k.choose_in_cluster]);
+        }
+        if let Some(k) = attend {
+            all.extend([k.prefill, k.gather, k.stream, k.stream_merge, k.merge]);
+            all.extend(k.decode);
+        }
+        self.driver.prepare(&all)
+    }
+}
+
+/// A type that kernels are compiled for.
+fn element_type(driver: &Arc<dyn Driver>, op: &'static str, dtype: DType) -> Result<ElementType> {
+    match dtype {
+        DType::F16 => Ok(ElementType::F16),
+        DType::Bf16 => Ok(ElementType::Bf16),
+        other => Err(unsupported(driver, op, format!("{other}, only for f16 and bf16"))),
+    }
+}
+
+fn unsupported(driver: &Arc<dyn Driver>, op: &'static str, what: String) -> Error {
+    Error::Unsupported { device: driver.name().to_owned(), op, what }
+}
+
+impl PoolKernels {
+    fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
+        let key = Key::of(element_type(driver, "pool", config.dtype)?);
+        Ok(PoolKernels {
+            pool: driver.find("pool", Op::Pool, key)?,
+            append_pool: driver.find("pool", Op::AppendPool, key)?,
+        })
+    }
+}
+
+impl ScoreKernels {
+    fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
+        let (group, head_dim) = (config.heads.group(), config.heads.head_dim as u32);
+        let dtype = element_type(driver, "score", config.dtype)?;
+        let Some(columns) = columns(group as u32) else {
+            let what = format!("groups of {group} heads, only up to {MAX_COLUMNS}");
+            return Err(unsupported(driver, "score", what));
+        };
+        let key = Key::of(dtype).with_head_dim(head_dim).with_columns(columns);
+        let kernel = |op, tile_tokens| Ok(ScoreKernel { entry: driver.find("score", op, key)?, tile_tokens });
+        Ok(ScoreKernels {
+            score: kernel(Op::Score, tile_tokens(head_dim, columns))?,
+            stream: kernel(Op::ScoreStream, LOGIT_TILE)?,
+        })
+    }
+}
+
+impl VoteKernels {
+    fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
+        let heads = config.heads;
+        if heads.num_qo_heads > MAX_HEADS as usize {
+            let what = format!("{} query heads, only up to {MAX_HEADS}", heads.num_qo_heads);
+            return Err(unsupported(driver, "vote", what));
+        }
+        let vote = if heads.group().is_multiple_of(4) { Op::VoteByFour } else { Op::Vote };
+        let find = |op, kernel| driver.find(op, kernel, Key::NONE);
+        Ok(VoteKernels {
+            vote: find("vote", vote)?,
+            smooth: find("smooth", Op::Smooth)?,
+            count: find("top_k", Op::TopKCount)?,
+            refine: find("top_k", Op::TopKRefine)?,
+            choose: find("top_k", Op::TopKChoose)?,
+            choose_in_cluster: find("top_k", Op::TopKChooseInCluster)?,
+        })
+    }
+}
+
+impl AttendKernels {
+    fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
+        let head_dim = config.heads.head_dim;
+        let dtype = element_type(driver, "attend", config.dtype)?;
+        let key = Key::of(dtype).with_head_dim(head_dim as u32);
+        let rotation = match &config.positions {
+            Positions::Native => Some(Rotation::Native),
+            Positions::Reassigned(rope) => {
+                let dim = rope.rotary_dim(head_dim);
+                let in_lane =
+                    dim.is_multiple_of(4) && (dim == head_dim || rope.pairing == RopePairing::Interleaved);
+                in_lane.then_some(match rope.pairing {
+                    RopePairing::HalfSplit => Rotation::HalfSplit,
+                    RopePairing::Interleaved => Rotation::Interleaved,
+                })
+            }
+        };
+        let decode =
+            rotation.map(|rotation| driver.find("attend", Op::AttendDecode, key.with_rotation(rotation)));
+        Ok(AttendKernels {
+            decode: decode.transpose()?,
+            prefill: driver.find("attend", Op::AttendPrefill, key)?,
+            gather: driver.find("attend", Op::Gather, Key::of(dtype))?,
+            stream: driver.find("attend", Op::AttendStream, key)?,
+            stream_merge: driver.find("attend", Op::AttendStreamMerge, Key::of(dtype))?,
+            merge: driver.find("merge", Op::Merge, Key::of(dtype))?,
+        })
+    }
+}
+
+/// Where each kernel's scratch memory lies, in bytes from the beginning of one tensor of words that are zero at first.
+/// Counters are zero between launches.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Scratch {
+    /// `[max_rows]` u32.
+    pub counters: u64,
+    /// `[max_rows, num_qo_heads, 3]` f32.
+    pub pool_partial: u64,
+    /// `[max_rows, max_chunks(num_kv_heads), num_qo_heads, 2]` f32.
+    pub score_partial: u64,
+    /// `[max_rows, BINS]` u32, zero between launches.
+    histogram: u64,
+    /// `[max_rows, 4]` u32.
+    radix_state: u64,
+    /// `[max_shares]` u32: contenders of each share.
+    pub share_counts: u64,
+    /// `[max_kv_tokens]` pairs of u32: contenders.
+    pub contenders: u64,
+    /// `[max_parts]` u32, zero between launches.
+    pub attend_counters: u64,
+    /// `[parts, QUERY_ROWS, head_dim]` f32; parts are those of the decode kernel that has more.
+    pub attend_partial: u64,
+    /// `[parts, QUERY_ROWS]` pairs of f32.
+    pub attend_stats: u64,
+    /// `[max_rows, num_kv_heads, max_places, head_dim]` of 2 bytes: rotated keys.
+    pub gathered: u64,
+    /// Places of a list in `gathered`; 0 where nothing need be gathered.
+    pub max_places: usize,
+    /// One past the last byte. Saturates: no device has so much memory.
+    end: u64,
+}
+
+impl Scratch {
+    fn carve(gpu: &GpuInfo, config: &SelectConfig, limits: &Limits) -> Self {
+        let heads = config.heads;
+        let (max_rows, max_kv_tokens) = (limits.max_rows as u64, limits.max_kv_tokens as u64);
+        let (hq, hkv, head_dim) =
+            (heads.num_qo_heads as u64, heads.num_kv_heads as u64, heads.head_dim as u64);
+        let chunks = u64::from(max_chunks(heads.num_kv_heads as u32));
+        let mut end = 0u64;
+        let mut words = |dims: &[u64]| {
+            let begin = end;
+            let count = dims.iter().fold(1u64, |product, &dim| product.saturating_mul(dim));
+            let bytes = count.saturating_mul(4).checked_next_multiple_of(256).unwrap_or(u64::MAX);
+            end = end.saturating_add(bytes);
+            begin
+        };
+        let counters = words(&[max_rows]);
+        let pool_partial = words(&[max_rows, hq, 3]);
+        let score_partial = words(&[max_rows, chunks, hq, 2]);
+        let histogram = words(&[max_rows, u64::from(BINS)]);
+        let radix_state = words(&[max_rows, 4]);
+        let share_counts = words(&[max_shares(max_kv_tokens, max_rows)]);
+        let contenders = words(&[2, max_kv_tokens]);
+        let attend_counters = words(&[u64::from(max_parts(gpu))]);
+        let streams = gpu.bulk_copies && config.positions == Positions::Native;
+        let stream_parts = if streams { attend_stream::max_parts(gpu) } else { 0 };
+        let parts = u64::from(max_parts(gpu).max(stream_parts));
+        let attend_partial = words(&[parts, QUERY_ROWS.into(), head_dim]);
+        let attend_stats = words(&[2, parts, QUERY_ROWS.into()]);
+        let max_places = match &config.positions {
+            Positions::Native => 0,
+            Positions::Reassigned(_) => config.max_selected(limits.max_block_len),
+        };
+        let gathered = words(&[max_rows, hkv, max_places as u64, head_dim / 2]);
+        Scratch {
+            counters,
+            pool_partial,
+            score_partial,
+            histogram,
+            radix_state,
+            share_counts,
+            contenders,
+            attend_counters,
+            attend_partial,
+            attend_stats,
+            gathered,
+            max_places,
+            end,
+        }
+    }
+
+    /// 32-bit words of it.
+    pub fn words(&self) -> usize {
+        (self.end / 4) as usize
+    }
+
+    /// The same places in memory that begins at `base`.
+    pub fn at(self, base: u64) -> Self {
+        Scratch {
+            counters: base + self.counters,
+            pool_partial: base + self.pool_partial,
+            score_partial: base + self.score_partial,
+            histogram: base + self.histogram,
+            radix_state: base + self.radix_state,
+            share_counts: base + self.share_counts,
+            contenders: base + self.contenders,
+            attend_counters: base + self.attend_counters,
+            attend_partial: base + self.attend_partial,
+            attend_stats: base + self.attend_stats,
+            gathered: base + self.gathered,
+            max_places: self.max_places,
+            end: base + self.end,
+        }
+    }
+
+    /// The workspace of radix selects.
+    pub fn radix(&self) -> RadixTables {
+        RadixTables {
+            histogram: GlobalMut::from_addr(self.histogram),
+            state: GlobalMut::from_addr(self.radix_state),
+            counters: GlobalMut::from_addr(self.counters),
+        }
+    }
+}

@@ -1,0 +1,227 @@
+//! How large a step may be, what that makes of its buffers, and which kernels run it. Allocates nothing.
+
+mod gpu;
+
+use kernels_gpu::common::layout::{LOGIT_TILE, max_logit_tiles};
+
+pub(crate) use self::gpu::{FEW_QUERY_ROWS, GpuPlan, ScoreKernel, Scratch, VoteKernels};
+use crate::batch::Batch;
+use crate::config::{MAX_SEQUENCE_LEN, Positions, SelectConfig};
+use crate::device::Device;
+use crate::dtype::Shape;
+use crate::error::{Error, Result};
+
+/// The largest batch that a [`TokenSelect`](crate::TokenSelect) will be given.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Limits {
+    /// Rows of a batch. Default 1.
+    pub max_rows: usize,
+    /// Query tokens of one row. Default 512.
+    pub max_block_len: usize,
+    /// Tokens cached by all rows of a batch together, every row rounded up to whole pages. Default 131072.
+    pub max_kv_tokens: usize,
+}
+
+impl Default for Limits {
+    fn default() -> Self {
+        Limits { max_rows: 1, max_block_len: 512, max_kv_tokens: 131_072 }
+    }
+}
+
+/// The operations that a [`TokenSelect`](crate::TokenSelect) is made for. A GPU has more kernels for some than for others: it
+/// selects for head dimensions that it does not attend for, and votes for any.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Operations {
+    /// `append`.
+    pub append: bool,
+    /// `pool`.
+    pub pool: bool,
+    /// `score`.
+    pub score: bool,
+    /// `vote` and `top_k`.
+    pub vote: bool,
+    /// `attend`.
+    pub attend: bool,
+}
+
+impl Operations {
+    /// All of them.
+    pub const ALL: Operations =
+        Operations { append: true, pool: true, score: true, vote: true, attend: true };
+    /// All but attention, for engines that attend with kernels of their own.
+    pub const SELECTION: Operations = Operations { attend: false, ..Operations::ALL };
+    /// None; `merge`, which needs no plan, is always there.
+    pub const NONE: Operations =
+        Operations { append: false, pool: false, score: false, vote: false, attend: false };
+
+    /// Whether these are all that steps need.
+    pub(crate) fn select(&self) -> bool {
+        self.append && self.pool && self.score && self.vote
+    }
+}
+
+impl Default for Operations {
+    fn default() -> Self {
+        Operations::ALL
+    }
+}
+
+/// A configuration that was checked, for a device that can run it, with the sizes of every buffer of a step.
+#[derive(Debug, Clone)]
+pub struct Plan {
+    device: Device,
+    config: SelectConfig,
+    limits: Limits,
+    operations: Operations,
+    /// Positions that tokens may be rotated at.
+    num_positions: usize,
+    gpu: Option<GpuPlan>,
+}
+
+impl Plan {
+    /// Checks configuration and limits, finds the device's kernels and sizes the buffers.
+    ///
+    /// # Errors
+    /// [`Error::Config`], naming the field that breaks its rule; [`Error::Unsupported`] where the device has no kernel for
+    /// the configuration.
+    pub fn new(
+        device: &Device,
+        config: SelectConfig,
+        limits: Limits,
+        operations: Operations,
+    ) -> Result<Self> {
+        config.validate()?;
+        let given = [
+            ("max_rows", limits.max_rows),
+            ("max_block_len", limits.max_block_len),
+            ("max_kv_tokens", limits.max_kv_tokens),
+        ];
+        for (field, got) in given {
+            if got == 0 || got > MAX_SEQUENCE_LEN {
+                return Err(Error::config(field, format!("from 1 to {MAX_SEQUENCE_LEN}"), got));
+            }
+        }
+        let num_positions = match &config.positions {
+            Positions::Native => 0,
+            Positions::Reassigned(_) => {
+                let scoring = config.n_local + limits.max_block_len;
+                // A whole list may be longer than what one rank of several holds.
+                let selected = config.max_selected(limits.max_block_len);
+                limits.max_kv_tokens.max(scoring).max(selected)
+            }
+        };
+        let gpu = match device.driver() {
+            None => None,
+            Some(driver) => Some(GpuPlan::new(driver, &config, &limits, operations)?),
+        };
+        Ok(Plan { device: device.clone(), config, limits, operations, num_positions, gpu })
+    }
+
+    /// The device.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
+    /// The configuration.
+    pub fn config(&self) -> &SelectConfig {
+        &self.config
+    }
+
+    /// The limits.
+    pub fn limits(&self) -> &Limits {
+        &self.limits
+    }
+
+    /// What can be done.
+    pub fn operations(&self) -> Operations {
+        self.operations
+    }
+
+    /// The error for an operation that the plan leaves out.
+    pub(crate) fn expect(&self, op: &'static str, is_there: impl Fn(&Operations) -> bool) -> Result<()> {
+        if is_there(&self.operations) { Ok(()) } else { Err(missing(op)) }
+    }
+
+    /// Kernels and scratch memory of a GPU; `None` for the processor.
+    pub(crate) fn gpu(&self) -> Option<&GpuPlan> {
+        self.gpu.as_ref()
+    }
+
+    /// The first position that no token is rotated at; 0 for native positions.
+    pub(crate) fn num_positions(&self) -> usize {
+        self.num_positions
+    }
+
+    /// 32-bit words that the kernels use among themselves.
+    pub(crate) fn scratch_words(&self) -> usize {
+        self.gpu.as_ref().map_or(0, |gpu| gpu.scratch.words())
+    }
+
+    /// Whether tokens are chosen by their votes as they are: not by a max-pool of these.
+    pub(crate) fn votes_are_chosen_from(&self) -> bool {
+        self.config.vote_pool_window <= 1
+    }
+
+    /// Places for logits, somewhat more than `max_kv_tokens`.
+    pub(crate) fn num_logit_places(&self) -> usize {
+        let tiles = max_logit_tiles(self.limits.max_kv_tokens as u64, self.limits.max_rows as u64);
+        (tiles * u64::from(LOGIT_TILE)) as usize
+    }
+
+    /// Places of a selected list: `n_init + top_k + n_local + max_block_len`, no more than `max_kv_tokens`.
+    pub(crate) fn list_width(&self) -> usize {
+        self.config.max_selected(self.limits.max_block_len).min(self.limits.max_kv_tokens)
+    }
+
+    /// Shape of the selected lists: `[max_rows, width]`, `n_init + top_k + n_local + max_block_len` wide, no wider than
+    /// `max_kv_tokens`.
+    pub fn selected_shape(&self) -> Shape {
+        [self.limits.max_rows, self.list_width()].into()
+    }
+
+    /// Checks that a batch is within the limits.
+    ///
+    /// # Errors
+    /// [`Error::Limit`], naming the limit.
+    pub fn check(&self, batch: &Batch) -> Result<()> {
+        let needs = [
+            ("max_rows", self.limits.max_rows, batch.num_rows()),
+            ("max_block_len", self.limits.max_block_len, batch.max_block_len()),
+            ("max_kv_tokens", self.limits.max_kv_tokens, batch.num_token_places()),
+        ];
+        for (what, limit, got) in needs {
+            if got > limit {
+                return Err(Error::Limit { what, limit, got });
+            }
+        }
+        if batch.is_partial() {
+            // Everything outside a partial row's candidates is selected, so its windows need checking.
+            let limit = self.config.max_selected(self.limits.max_block_len);
+            for row in 0..batch.num_rows() {
+                let candidates = batch.candidates(row, &self.config).len();
+                let got = batch.kv_len(row) - candidates + candidates.min(self.config.top_k);
+                if got > limit {
+                    return Err(Error::Limit { what: "selected tokens of a row", limit, got });
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Device {
+    /// Whether this device can run steps of a configuration: what [`TokenSelect::new`](crate::TokenSelect::new) would say,
+    /// without its allocations.
+    ///
+    /// # Errors
+    /// [`Error::Config`] for a configuration that breaks a rule, [`Error::Unsupported`] for one that the device has no kernels
+    /// for, naming what it lacks.
+    pub fn supports(&self, config: &SelectConfig) -> Result<()> {
+        Plan::new(self, config.clone(), Limits::default(), Operations::ALL).map(drop)
+    }
+}
+
+/// The error for an operation that a plan leaves out.
+pub(crate) fn missing(op: &'static str) -> Error {
+    Error::Missing { op, needs: "a plan with this operation" }
+}

@@ -1,0 +1,159 @@
+//! What arguments must be.
+
+use super::{StepOutput, TokenSelect};
+use crate::backend::{Ranks, Selection};
+use crate::batch::{Batch, Needs};
+use crate::dtype::DType;
+use crate::error::{Error, Result};
+use crate::kv::{KvView, KvViewMut};
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::TensorView;
+
+impl TokenSelect {
+    /// A batch within the limits, which no other one has replaced in its slot.
+    pub(super) fn check_batch(&self, batch: &Batch) -> Result<()> {
+        self.plan.check(batch)?;
+        batch.expect_latest()?;
+        let limits = self.plan.limits();
+        self.note_needs(batch, Needs { max_kv_tokens: limits.max_kv_tokens, ..Needs::NONE });
+        Ok(())
+    }
+
+    /// While work is recorded: what a batch must keep that is put in the slot later.
+    fn note_needs(&self, batch: &Batch, needs: Needs) {
+        if self.device().is_recording() {
+            batch.identity().need(needs);
+        }
+    }
+
+    /// A layer that is appended to, and what is.
+    pub(super) fn check_append(
+        &self,
+        batch: &Batch,
+        kv: &KvViewMut<'_>,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<()> {
+        let config = self.config();
+        kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        self.check_pages(batch, kv.shape().num_pages)?;
+        let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
+        k.expect("k", &[config.dtype], shape)?;
+        v.expect("v", &[config.dtype], shape)?;
+        if batch.is_partial() {
+            return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
+        }
+        self.note_needs(batch, Needs { appends: true, ..Needs::NONE });
+        batch.check_written_pages()
+    }
+
+    /// A layer that is read.
+    pub(super) fn check_kv(&self, batch: &Batch, kv: &KvView<'_>) -> Result<()> {
+        let config = self.config();
+        kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        self.check_pages(batch, kv.shape().num_pages)
+    }
+
+    /// Page numbers within the pool.
+    fn check_pages(&self, batch: &Batch, num_pages: usize) -> Result<()> {
+        self.note_needs(batch, Needs { num_pages, ..Needs::NONE });
+        batch.check_pages(num_pages)
+    }
+
+    pub(super) fn check_queries(&self, batch: &Batch, q: &TensorView<'_>) -> Result<()> {
+        let config = self.config();
+        let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
+        q.expect("q", &[config.dtype], shape)
+    }
+
+    pub(super) fn check_output(&self, batch: &Batch, output: &StepOutput<'_>) -> Result<()> {
+        let config = self.config();
+        let (tokens, hq) = (batch.num_query_tokens(), config.heads.num_qo_heads);
+        let allowed: &[DType] =
+            if config.dtype == DType::F32 { &[DType::F32] } else { &[config.dtype, DType::F32] };
+        output.out.expect("out", allowed, [tokens, hq, config.heads.head_dim])?;
+        match &output.lse {
+            Some(lse) => lse.expect("lse", &[DType::F32], [tokens, hq]),
+            None => Ok(()),
+        }
+    }
+
+    /// Cached selections, if any are given.
+    pub(super) fn check_cached(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
+        let Some(cached) = cached else { return Ok(()) };
+        let config = self.config();
+        let limit = cached.ages.shape().dims().first().copied().unwrap_or(0);
+        let query_len = config.heads.num_qo_heads * config.heads.head_dim;
+        cached.queries.expect("cached.queries", &[DType::F32], [limit, query_len])?;
+        cached.selections.expect("cached.selections", &[DType::U32], [limit, config.top_k])?;
+        cached.ages.expect("cached.ages", &[DType::U32], [limit])?;
+        cached.made_at.expect("cached.made_at", &[DType::U32], [limit])?;
+        cached.counters.expect("cached.counters", &[DType::U64], [3])?;
+        self.note_needs(batch, Needs { num_sequences: limit, ..Needs::NONE });
+        batch.check_sequences(limit)
+    }
+
+    /// Parts of sequences need the ranks of their tokens.
+    pub(super) fn check_ranks(&self, batch: &Batch, ranks: Option<&Ranks<'_>>) -> Result<()> {
+        if ranks.is_none() && batch.is_partial() {
+            return Err(Error::Missing { op: "attend", needs: "ranks for a batch of parts of sequences" });
+        }
+        Ok(())
+    }
+
+    /// What lists of the caller's must be, as far as that is known without waiting for a device.
+    pub(super) fn check_lists(&self, batch: &Batch, selection: &Selection<'_>) -> Result<()> {
+        let rows = selection.len.shape().dims().first().copied().unwrap_or(0);
+        if rows < batch.num_rows() {
+            let (expected, got) = ([batch.num_rows()].into(), [rows].into());
+            return Err(Error::Shape { what: "selection.len", expected, got });
+        }
+        let width = selection.tokens.shape().dims().last().copied().unwrap_or(0);
+        selection.len.expect("selection.len", &[DType::U32], [rows])?;
+        selection.tokens.expect("selection.tokens", &[DType::U32], [rows, width])?;
+        if let Some(ranks) = &selection.ranks {
+            ranks.ranks.expect("selection.ranks", &[DType::U32], [rows, width])?;
+            ranks.total_len.expect("selection.total_len", &[DType::U32], [rows])?;
+        }
+        self.check_ranks(batch, selection.ranks.as_ref())?;
+        if !selection.len.is_on_host() {
+            return Ok(()); // looking at the lists would wait for the device
+        }
+        let lens = selection.len.as_slice::<u32>()?;
+        let tokens = selection.tokens.as_slice::<u32>()?;
+        for row in (0..batch.num_rows()).filter(|&row| batch.block_len(row) > 0) {
+            let len = lens[row] as usize;
+            if len > width {
+                return Err(Error::table(row, "selection.len", format!("at most {width}"), len));
+            }
+            let list = &tokens[row * width..][..len];
+            check_list(row, "selection.tokens", list, batch.kv_len(row))?;
+            let mut total = len;
+            if let Some(ranks) = &selection.ranks {
+                total = ranks.total_len.as_slice::<u32>()?[row] as usize;
+                let list = &ranks.ranks.as_slice::<u32>()?[row * width..][..len];
+                check_list(row, "selection.ranks", list, total)?;
+            }
+            if total > 0 && total < batch.block_len(row) {
+                let rule = format!("0 or at least the block's length, {}", batch.block_len(row));
+                return Err(Error::table(row, "length of the selected list", rule, total));
+            }
+            let limit = self.plan.num_positions();
+            if total > limit && self.config().positions.are_reassigned() {
+                return Err(Error::Limit { what: "positions", limit, got: total });
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Checks that a list ascends strictly and stays below `limit`.
+fn check_list(row: usize, what: &'static str, list: &[u32], limit: usize) -> Result<()> {
+    if let Some(pair) = list.windows(2).find(|pair| pair[0] >= pair[1]) {
+        return Err(Error::table(row, what, format!("ascending, so above {}", pair[0]), pair[1]));
+    }
+    match list.last() {
+        Some(&last) if last as usize >= limit => Err(Error::table(row, what, format!("below {limit}"), last)),
+        _ => Ok(()),
+    }
+}

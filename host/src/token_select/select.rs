@@ -1,0 +1,237 @@
+//! The operations of a selection.
+
+use super::{StepInput, TokenSelect};
+use crate::backend::{self, SelectedKv};
+use crate::batch::Batch;
+use crate::error::{Error, Result};
+use crate::kv::{KvView, KvViewMut};
+use crate::selection_cache::SelectionCacheLayer;
+use crate::tensor::TensorView;
+use crate::workspace::{RowAction, Stage};
+
+impl TokenSelect {
+    /// Writes the keys and values of each row's block into its pages.
+    ///
+    /// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type: rotated by
+    /// the model for native positions, not rotated for reassigned ones.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`] for a page number beyond the pool, or
+    /// [`Error::Table`] for a page that is written and appears twice in the batch.
+    pub fn append(
+        &self,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+    ) -> Result<()> {
+        self.plan.expect("append", |ops| ops.append)?;
+        self.check_batch(batch)?;
+        self.check_append(batch, &kv, &k, &v)?;
+        self.backend().append(batch, kv, k, v)
+    }
+
+    /// [`append`](Self::append), then [`select`](Self::select), in fewer launches where blocks are short. With
+    /// [`attend`](Self::attend) after it, a step over a borrowed cache.
+    ///
+    /// # Errors
+    /// Those of the two; then nothing was written.
+    pub fn append_select(
+        &mut self,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        input: StepInput<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.plan.expect("append_select", |ops| ops.select())?;
+        self.check_batch(batch)?;
+        self.check_append(batch, &kv, &input.k, &input.v)?;
+        self.check_queries(batch, &input.q)?;
+        self.check_cached(batch, cached.as_ref())?;
+        self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)
+    }
+
+    /// [`pool`](Self::pool), [`score`](Self::score), [`vote`](Self::vote) and [`top_k`](Self::top_k): the tokens to attend
+    /// to, left in [`Workspace::selected`](crate::Workspace::selected).
+    ///
+    /// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type; `cached` the layer's
+    /// cached selections, `None` to select anew.
+    ///
+    /// # Errors
+    /// Those of the four operations.
+    pub fn select(
+        &mut self,
+        batch: &Batch,
+        kv: KvView<'_>,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.plan.expect("select", |ops| ops.pool && ops.score && ops.vote)?;
+        self.check_batch(batch)?;
+        self.check_kv(batch, &kv)?;
+        self.check_queries(batch, &q)?;
+        self.check_cached(batch, cached.as_ref())?;
+        self.run_select(batch, SelectedKv::Read(kv), q, cached)
+    }
+
+    /// A selection of checked arguments.
+    pub(super) fn run_select(
+        &mut self,
+        batch: &Batch,
+        kv: SelectedKv<'_>,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        let cached = cached.filter(|_| self.caches(batch));
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.begin(Stage::Pooled);
+        workspace.progress.begin(Stage::Selected);
+        backend::of(plan).select(plan, batch, workspace, kv, q, cached)?;
+        for stage in [Stage::Pooled, Stage::Scored, Stage::Voted, Stage::Selected] {
+            workspace.progress.finish(stage, batch);
+        }
+        Ok(())
+    }
+
+    /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
+    /// with the cached one, and what is to be done for the row.
+    ///
+    /// Writes `Queries`, `Similarities` and `Actions` of the workspace. Changes nothing in `cached`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
+    pub fn pool(
+        &mut self,
+        batch: &Batch,
+        q: TensorView<'_>,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.plan.expect("pool", |ops| ops.pool)?;
+        self.check_batch(batch)?;
+        self.check_queries(batch, &q)?;
+        self.check_cached(batch, cached.as_ref())?;
+        let cached = cached.filter(|_| self.caches(batch));
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.begin(Stage::Pooled);
+        backend::of(plan).pool(plan, batch, workspace, q, cached)?;
+        workspace.progress.finish(Stage::Pooled, batch);
+        Ok(())
+    }
+
+    /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics.
+    ///
+    /// Reads `Queries` and `Actions` of the workspace, writes `Logits` and `Stats`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without
+    /// [`pool`](Self::pool) of the same batch before it.
+    pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
+        self.plan.expect("score", |ops| ops.score)?;
+        self.check_batch(batch)?;
+        self.check_kv(batch, &kv)?;
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.expect("score", Stage::Pooled, batch)?;
+        workspace.progress.begin(Stage::Scored);
+        backend::of(plan).score(plan, batch, workspace, kv)?;
+        workspace.progress.finish(Stage::Scored, batch);
+        Ok(())
+    }
+
+    /// Votes: softmax probabilities of the candidates, summed over heads. (The max-pool, where there is one, is part of
+    /// [`top_k`](Self::top_k): it comes after the votes of tensor-parallel ranks are summed.)
+    ///
+    /// Reads `Actions`, `Logits` and `Stats` of the workspace, writes `Votes`.
+    ///
+    /// # Errors
+    /// [`Error::Limit`]; [`Error::Order`] without [`score`](Self::score) of the same batch before it.
+    pub fn vote(&mut self, batch: &Batch) -> Result<()> {
+        self.plan.expect("vote", |ops| ops.vote)?;
+        self.check_batch(batch)?;
+        self.check_order("vote", Stage::Scored, batch)?;
+        self.run_vote(batch, false)
+    }
+
+    /// Votes of a batch that was scored; if `counts`, they are also counted, for the choice that must follow.
+    fn run_vote(&mut self, batch: &Batch, counts: bool) -> Result<()> {
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.begin(Stage::Voted);
+        backend::of(plan).vote(plan, batch, workspace, counts)?;
+        workspace.progress.finish(Stage::Voted, batch);
+        Ok(())
+    }
+
+    /// The `top_k` largest votes of each row, max-pooled if the configuration says so (larger first, equal votes by
+    /// smaller index, NaN last), and the selected list: initial tokens, chosen tokens, local tokens and block, ascending.
+    ///
+    /// Reads `Actions`, `Votes` and `Queries` of the workspace, writes `PooledVotes`, `TopK`, `Selected` and
+    /// `SelectedLen`. With `cached`, reused rows take their tokens from it, scored rows replace what it
+    /// holds, and every row is counted; pass what was passed to [`pool`](Self::pool).
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without [`pool`](Self::pool) and
+    /// [`vote`](Self::vote) of the same batch before it.
+    pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.expect("top_k", |ops| ops.vote)?;
+        self.check_batch(batch)?;
+        self.check_cached(batch, cached.as_ref())?;
+        self.check_order("top_k", Stage::Voted, batch)?;
+        self.check_reuse(batch, cached.as_ref())?;
+        self.run_top_k(batch, cached, false)
+    }
+
+    /// [`vote`](Self::vote), then [`top_k`](Self::top_k) of these votes, which takes less than the two one by one.
+    ///
+    /// # Errors
+    /// As the two; then nothing was written.
+    pub fn vote_top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.expect("vote_top_k", |ops| ops.vote)?;
+        self.check_batch(batch)?;
+        self.check_cached(batch, cached.as_ref())?;
+        self.check_order("vote_top_k", Stage::Scored, batch)?;
+        self.check_reuse(batch, cached.as_ref())?; // so that nothing is counted that is not chosen from
+        let counts = self.plan.votes_are_chosen_from();
+        self.run_vote(batch, counts)?;
+        self.run_top_k(batch, cached, counts)
+    }
+
+    /// [`top_k`](Self::top_k) of checked arguments; `votes_are_counted` if [`run_vote`](Self::run_vote) has just done so.
+    fn run_top_k(
+        &mut self,
+        batch: &Batch,
+        cached: Option<SelectionCacheLayer<'_>>,
+        votes_are_counted: bool,
+    ) -> Result<()> {
+        let cached = cached.filter(|_| self.caches(batch));
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        let backend = backend::of(plan);
+        workspace.progress.begin(Stage::Selected);
+        if !plan.votes_are_chosen_from() {
+            backend.smooth(plan, batch, workspace)?;
+        }
+        backend.top_k(plan, batch, workspace, cached, votes_are_counted)?;
+        workspace.progress.finish(Stage::Selected, batch);
+        Ok(())
+    }
+
+    /// What choosing needs of the workspace: actions of this batch, and the stage that it begins with.
+    fn check_order(&self, op: &'static str, stage: Stage, batch: &Batch) -> Result<()> {
+        self.workspace.progress.expect(op, Stage::Pooled, batch)?;
+        self.workspace.progress.expect(op, stage, batch)
+    }
+
+    /// Checks that rows which reuse their selections are given these, as far as that is known without waiting for a device.
+    fn check_reuse(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
+        if (cached.is_some() && self.caches(batch)) || !self.device().is_cpu() {
+            return Ok(());
+        }
+        if self.workspace.actions()?[..batch.num_rows()].contains(&RowAction::Reuse) {
+            return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
+        }
+        Ok(())
+    }
+
+    /// Whether selections of this batch may be cached.
+    fn caches(&self, batch: &Batch) -> bool {
+        self.config().selection_cache.is_some() && batch.has_sequences() && !batch.is_partial()
+    }
+}

@@ -1,0 +1,103 @@
+//! Whole steps over an owned cache.
+
+use super::{StepInput, StepOutput, TokenSelect};
+use crate::backend::SelectedKv;
+use crate::batch::Batch;
+use crate::cache::PagedKvCache;
+use crate::error::{Error, Result};
+use crate::tensor::TensorView;
+use crate::token_select::Over;
+
+impl TokenSelect {
+    /// One step of one layer of an owned cache: append keys and values, select, attend.
+    ///
+    /// `batch` comes from [`PagedKvCache::extend`]. Selections are reused if both the configuration and the
+    /// cache have a Selection Cache.
+    ///
+    /// # Errors
+    /// A typed error for every wrong shape, type, layer, limit, or stale batch, and [`Error::Unwritten`] where the layer was
+    /// left out of an earlier step; then nothing was written. After an error of the device the layer counts as not
+    /// written: the same step may be done again.
+    pub fn step(
+        &mut self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        input: StepInput<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.plan.expect("step", |ops| ops.select() && ops.attend)?;
+        self.check_step(cache, layer, batch, &input.k, &input.v)?;
+        self.check_queries(batch, &input.q)?;
+        self.check_output(batch, &output)?;
+        let parts = cache.parts_mut(layer)?;
+        self.check_cached(batch, parts.selections.as_ref())?;
+        let kv = SelectedKv::Append { kv: parts.kv, k: input.k, v: input.v };
+        self.run_select(batch, kv, input.q, parts.selections)?;
+        cache.wrote(layer, batch);
+        self.run_attend(batch, cache.layer(layer)?, input.q, Over::Selected, output)
+    }
+
+    /// One step of one layer of an owned cache with dense attention: append keys and values, attend to all.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn step_dense(
+        &mut self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        input: StepInput<'_>,
+        output: StepOutput<'_>,
+    ) -> Result<()> {
+        self.plan.expect("step_dense", |ops| ops.append && ops.attend)?;
+        self.check_step(cache, layer, batch, &input.k, &input.v)?;
+        self.check_queries(batch, &input.q)?;
+        self.check_output(batch, &output)?;
+        self.backend().append(batch, cache.parts_mut(layer)?.kv, input.k, input.v)?;
+        cache.wrote(layer, batch);
+        self.run_attend(batch, cache.layer(layer)?, input.q, Over::All, output)
+    }
+
+    /// The first part of a step alone: writes the keys and values of each row's block into a layer of an owned cache. For a
+    /// prefix that is attended to elsewhere, or with [`select`](Self::select) and [`attend`](Self::attend) behind it.
+    ///
+    /// # Errors
+    /// As [`step`](Self::step).
+    pub fn fill(
+        &self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+    ) -> Result<()> {
+        self.plan.expect("fill", |ops| ops.append)?;
+        self.check_step(cache, layer, batch, &k, &v)?;
+        self.backend().append(batch, cache.parts_mut(layer)?.kv, k, v)?;
+        cache.wrote(layer, batch);
+        Ok(())
+    }
+
+    /// What the batch, the layer and the block's keys and values must be.
+    fn check_step(
+        &self,
+        cache: &mut PagedKvCache,
+        layer: usize,
+        batch: &Batch,
+        k: &TensorView<'_>,
+        v: &TensorView<'_>,
+    ) -> Result<()> {
+        cache.check(batch)?;
+        cache.check_layer(layer, batch)?;
+        let (reassigns, expected) =
+            (self.config().positions.are_reassigned(), cache.positions_are_reassigned());
+        if reassigns != expected {
+            let name = |reassigned| if reassigned { "reassigned" } else { "native" };
+            let rule = format!("{}, as those of the cache", name(expected));
+            return Err(Error::config("positions", rule, name(reassigns)));
+        }
+        self.check_batch(batch)?;
+        self.check_append(batch, &cache.parts_mut(layer)?.kv, k, v)
+    }
+}
