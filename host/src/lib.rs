@@ -74,7 +74,7 @@ mod cache;
 mod token_select;
 
 pub use backend::{Ranks, Selection};
-pub use batch::{Batch, BatchRow, BatchSlot};
+pub use batch::{Batch, BatchRow, BatchSlot, TablesOnDevice};
 pub use cache::{CacheConfig, LayerMut, PagedKvCache};
 pub use config::{
     HeadShape, MAX_HEAD_DIM, MAX_HEADS, MAX_SEQUENCE_LEN, Positions, SelectConfig, SelectionCacheConfig,

@@ -77,6 +77,16 @@ impl<'a> DeviceSlice<'a> {
         self.addr
     }
 
+    /// The driver of its device.
+    pub fn driver(&self) -> &'a Arc<dyn Driver> {
+        self.driver
+    }
+
+    /// Bytes of it.
+    pub fn len(&self) -> usize {
+        self.bytes
+    }
+
     /// The bytes `begin..end` of it.
     pub fn part(self, begin: usize, end: usize) -> Self {
         debug_assert!(begin <= end && end <= self.bytes, "{begin}..{end} of {} bytes", self.bytes);

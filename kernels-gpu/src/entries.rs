@@ -67,6 +67,8 @@ pub enum Op {
     AttendStreamMerge,
     /// Merges attention over parts of a sequence: [`merge`](mod@crate::ops::merge).
     Merge,
+    /// Makes tables of a batch from an engine's on the device: [`translate`](mod@crate::ops::translate).
+    Translate,
     /// None that a host calls for: kernels of tests and benchmarks, found by their names.
     Test,
 }
@@ -74,11 +76,17 @@ pub enum Op {
 impl Op {
     /// How it is ordered among launches that overlap.
     pub const fn ordering(self) -> Ordering {
-        let nothing = Ordering { writes_pages: false, reads_constant_pages: false, begins_next_early: false };
+        let nothing = Ordering {
+            writes_pages: false,
+            writes_tables: false,
+            reads_constant_pages: false,
+            begins_next_early: false,
+        };
         match self {
             Op::Append | Op::AppendPool => Ordering { writes_pages: true, ..nothing },
             Op::Score | Op::AttendDecode | Op::Gather => Ordering { reads_constant_pages: true, ..nothing },
             Op::Pool | Op::ScoreStream => Ordering { begins_next_early: true, ..nothing },
+            Op::Translate => Ordering { writes_tables: true, ..nothing },
             Op::Forget
             | Op::Vote
             | Op::VoteByFour
@@ -101,6 +109,8 @@ impl Op {
 pub struct Ordering {
     /// It writes pages of keys and values.
     pub writes_pages: bool,
+    /// It writes tables of a batch: the next launch must not begin before it has ended.
+    pub writes_tables: bool,
     /// It reads pages through the non-coherent path: it must not begin before a launch that writes what it reads has ended.
     pub reads_constant_pages: bool,
     /// It may let the next launch begin before it has waited for those before it.

@@ -38,6 +38,11 @@ impl DeviceTables {
         Ok(copied)
     }
 
+    /// Tables that lie in memory of one's own already, in the order of those of `like`.
+    pub fn bound(like: &Batch, memory: &Arc<DeviceMemory>) -> Self {
+        DeviceTables(OnceLock::from(Arc::new(Copied::at(like, Arc::clone(memory)))))
+    }
+
     /// A copy in memory of one's own, which holds at least [`Copied::bytes`].
     pub fn put(batch: &Batch, memory: &Arc<DeviceMemory>) -> Result<Self> {
         let bytes = Copied::bytes(batch);
@@ -65,7 +70,7 @@ impl Copied {
         tables(batch).iter().flatten().flat_map(|word| word.to_ne_bytes()).collect()
     }
 
-    fn at(batch: &Batch, memory: Arc<DeviceMemory>) -> Self {
+    pub fn at(batch: &Batch, memory: Arc<DeviceMemory>) -> Self {
         let mut end = memory.slice().addr();
         let [qo_indptr, kv_indptr, last_page_len, sequence_indices, candidates, kv_indices] = tables(batch)
             .map(|table| {

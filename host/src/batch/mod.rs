@@ -3,6 +3,7 @@
 mod device_tables;
 mod identity;
 mod slot;
+mod translate;
 
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
@@ -14,11 +15,25 @@ use self::device_tables::DeviceTables;
 use self::identity::Place;
 pub(crate) use self::identity::{Block, Identity, Needs};
 pub use self::slot::BatchSlot;
+pub use self::translate::TablesOnDevice;
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
 use crate::driver::Driver;
 use crate::error::{Error, Result};
 use crate::pages::{MAX_PAGE_SIZE, PageTables};
 use crate::sequence::SequenceId;
+
+/// What the host knows of a batch whose tables a device alone has.
+#[derive(Debug, Clone, Copy)]
+struct Bounds {
+    /// The most tokens that a row can have.
+    max_kv_len: usize,
+    /// The most places for tokens of all rows together.
+    num_places: usize,
+    /// Every page is below.
+    num_pages: usize,
+    /// Every sequence is below.
+    num_sequences: usize,
+}
 
 /// The most rows of a batch.
 pub(crate) const MAX_ROWS: usize = 1 << 24;
@@ -46,6 +61,8 @@ pub struct Batch {
     allocator: u64,
     on_device: DeviceTables,
     identity: Identity,
+    /// What is known of tables that a device alone has.
+    bounds: Option<Bounds>,
     /// The first page that is written and appears twice, looked for at the first append.
     shared_page: OnceLock<Option<(usize, u32)>>,
 }
@@ -118,6 +135,7 @@ impl Batch {
             allocator: 0,
             on_device: DeviceTables::default(),
             identity: Identity::new(),
+            bounds: None,
             shared_page: OnceLock::new(),
         };
         for row in 0..rows {
@@ -157,6 +175,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Table`] where the number of entries is not the number of rows, two rows share one, or one is `u32::MAX`.
     pub fn with_sequence_indices(mut self, indices: Vec<u32>) -> Result<Self> {
+        self.expect_on_host("with_sequence_indices")?;
         if indices.len() != self.num_rows() {
             let rule = format!("of length {}", self.num_rows());
             return Err(Error::table(0, "sequence_indices", rule, indices.len()));
@@ -181,6 +200,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Limit`] where the batch has more rows already.
     pub fn padded(mut self, num_rows: usize, block_len: usize) -> Result<Self> {
+        self.expect_on_host("padded")?;
         let got = self.num_rows();
         let Some(missing) = num_rows.checked_sub(got) else {
             return Err(Error::Limit { what: "num_rows", limit: num_rows, got });
@@ -213,6 +233,36 @@ impl Batch {
         self.on_device = DeviceTables::default();
         self.identity = Identity::new();
         self.shared_page = OnceLock::new();
+    }
+
+    /// Rows and blocks alone.
+    fn without_pages(&self) -> Batch {
+        let rows = self.num_rows();
+        let mut batch = self.clone();
+        batch.tables =
+            PageTables { indptr: vec![0; rows + 1], indices: Vec::new(), last_page_len: vec![0; rows] };
+        batch.sequence_indices = self.sequence_indices.as_ref().map(|_| vec![NO_SEQUENCE; rows]);
+        batch.candidates = self.candidates.as_ref().map(|_| vec![0..0; rows]);
+        (batch.max_page, batch.owners, batch.allocator) = (None, Vec::new(), 0);
+        batch.bounds = None;
+        batch.changed();
+        batch
+    }
+
+    /// The same rows and blocks, with tables that a device alone has.
+    fn on_device(&self, bounds: Bounds) -> Batch {
+        let mut batch = self.clone();
+        batch.changed();
+        batch.bounds = Some(bounds);
+        batch
+    }
+
+    /// Checks that the host has the tables.
+    fn expect_on_host(&self, op: &'static str) -> Result<()> {
+        match self.bounds {
+            None => Ok(()),
+            Some(_) => Err(Error::Missing { op, needs: "tables on the host" }),
+        }
     }
 
     /// Which batch this is.
@@ -271,7 +321,7 @@ impl Batch {
         &self.qo_indptr
     }
 
-    /// The page tables.
+    /// The page tables; without pages where a device alone has them.
     pub fn tables(&self) -> &PageTables {
         &self.tables
     }
@@ -279,8 +329,9 @@ impl Batch {
     /// One row.
     ///
     /// # Errors
-    /// [`Error::Index`] where there is no such row.
+    /// [`Error::Index`] where there is no such row, [`Error::Missing`] where a device alone has the tables.
     pub fn row(&self, row: usize) -> Result<BatchRow<'_>> {
+        self.expect_on_host("row")?;
         let limit = self.num_rows();
         if row >= limit {
             return Err(Error::Index { what: "row", limit, got: row });
@@ -322,8 +373,11 @@ impl Batch {
         self.tables.indptr[row] as usize * self.page_size
     }
 
-    /// Places in such arrays: all pages of all rows.
+    /// Places in buffers with one for every token: all pages of all rows. At most so many where a device alone has the tables.
     pub fn num_token_places(&self) -> usize {
+        if let Some(bounds) = self.bounds {
+            return bounds.num_places;
+        }
         self.tables.indices.len() * self.page_size
     }
 
@@ -332,8 +386,11 @@ impl Batch {
         (0..self.num_rows()).map(|row| self.block_len(row)).max().unwrap_or(0)
     }
 
-    /// The most tokens cached by one row.
+    /// The most tokens cached by one row. At most so many where a device alone has the tables.
     pub fn max_kv_len(&self) -> usize {
+        if let Some(bounds) = self.bounds {
+            return bounds.max_kv_len;
+        }
         (0..self.num_rows()).map(|row| self.kv_len(row)).max().unwrap_or(0)
     }
 
@@ -402,7 +459,8 @@ impl Batch {
     /// # Errors
     /// [`Error::Index`].
     pub(crate) fn check_pages(&self, limit: usize) -> Result<()> {
-        match self.max_page {
+        let of_bounds = self.bounds.map(|bounds| saturating_last(bounds.num_pages));
+        match of_bounds.or(self.max_page) {
             Some(page) if page as usize >= limit => {
                 Err(Error::Index { what: "page", limit, got: page as usize })
             }
@@ -416,7 +474,8 @@ impl Batch {
     /// [`Error::Index`].
     pub(crate) fn check_sequences(&self, limit: usize) -> Result<()> {
         let indices = (0..self.num_rows()).filter_map(|row| self.sequence_index(row));
-        match indices.max() {
+        let of_bounds = self.bounds.filter(|bounds| self.has_sequences() && bounds.num_sequences > 0);
+        match of_bounds.map(|bounds| bounds.num_sequences - 1).or_else(|| indices.max()) {
             Some(got) if got >= limit => Err(Error::Index { what: "sequence index", limit, got }),
             _ => Ok(()),
         }
@@ -428,7 +487,7 @@ impl Batch {
     /// # Errors
     /// [`Error::Table`].
     pub(crate) fn check_written_pages(&self) -> Result<()> {
-        if self.allocator != 0 {
+        if self.allocator != 0 || self.bounds.is_some() {
             return Ok(());
         }
         match self.shared_page.get_or_init(|| self.find_shared_page()) {
@@ -495,6 +554,11 @@ impl BatchRow<'_> {
     pub fn candidates(&self, config: &SelectConfig) -> Range<usize> {
         candidates(self.candidates.as_ref(), self.kv_len, self.block_len(), config)
     }
+}
+
+/// The last of so many pages.
+fn saturating_last(num_pages: usize) -> u32 {
+    u32::try_from(num_pages.saturating_sub(1)).unwrap_or(u32::MAX)
 }
 
 fn candidates(

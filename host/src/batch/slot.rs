@@ -19,13 +19,23 @@ use crate::memory::{DeviceMemory, DeviceSlice};
 /// [`TokenSelect::step_dense`]: crate::TokenSelect::step_dense
 #[derive(Debug)]
 pub struct BatchSlot {
-    qo_indptr: Vec<u32>,
-    page_size: usize,
-    has_sequences: bool,
-    is_partial: bool,
-    max_pages: usize,
-    memory: Arc<DeviceMemory>,
+    /// Rows and blocks, without pages.
+    pub(super) like: Batch,
+    pub(super) page_size: usize,
+    pub(super) max_pages: usize,
+    /// Tables, room for page numbers, and a word for faults.
+    pub(super) memory: Arc<DeviceMemory>,
     place: Arc<Place>,
+}
+
+/// Where the parts of a slot lie.
+pub(super) struct Addresses {
+    pub qo_indptr: u64,
+    pub kv_indptr: u64,
+    pub kv_indices: u64,
+    pub last_page_len: u64,
+    pub sequence_indices: u64,
+    pub faults: u64,
 }
 
 impl BatchSlot {
@@ -36,21 +46,39 @@ impl BatchSlot {
     /// counted, [`Error::OutOfMemory`].
     pub fn new(device: &Device, like: &Batch, max_pages: usize) -> Result<Self> {
         let Some(driver) = device.driver() else { return Err(DeviceSlice::not_on_device("device")) };
-        let fixed = Copied::bytes(like).len() - 4 * like.tables.indices.len();
-        // Page numbers are told from each other by their places, which are counted with 32 bits.
+        // Tokens are told from each other by their places, which are counted with 32 bits.
         let limit = u32::MAX as usize / like.page_size;
         if max_pages > limit {
             return Err(Error::Limit { what: "pages of a slot", limit, got: max_pages });
         }
+        let like = like.without_pages();
+        let tables = Copied::bytes(&like);
+        let memory = DeviceMemory::zeros(driver, tables.len() + 4 * max_pages + 4)?;
+        memory.slice().part(0, tables.len()).write(&tables)?;
         Ok(BatchSlot {
-            qo_indptr: like.qo_indptr.clone(),
             page_size: like.page_size,
-            has_sequences: like.has_sequences(),
-            is_partial: like.is_partial(),
+            like,
             max_pages,
-            memory: Arc::new(DeviceMemory::zeros(driver, fixed + 4 * max_pages)?),
+            memory: Arc::new(memory),
             place: Place::new(),
         })
+    }
+
+    pub(super) fn num_rows(&self) -> usize {
+        self.like.num_rows()
+    }
+
+    pub(super) fn addresses(&self) -> Addresses {
+        let at = Copied::at(&self.like, Arc::clone(&self.memory));
+        let slice = self.memory.slice();
+        Addresses {
+            qo_indptr: at.qo_indptr,
+            kv_indptr: at.kv_indptr,
+            kv_indices: at.kv_indices,
+            last_page_len: at.last_page_len,
+            sequence_indices: at.sequence_indices,
+            faults: slice.addr() + slice.len() as u64 - 4,
+        }
     }
 
     /// Puts a batch in this place, after the device's earlier work, and returns it bound there: work captured with the
@@ -61,15 +89,16 @@ impl BatchSlot {
     /// for too many pages. What was recorded with a batch of this slot stays within its bounds: what the recorded
     /// operations would refuse is refused here, with the same errors. Then the slot holds what it held before.
     pub fn put(&mut self, mut batch: Batch) -> Result<Batch> {
-        let rows = batch.num_rows();
-        if batch.qo_indptr != self.qo_indptr {
-            let rule = format!("that of the slot, {:?}", self.qo_indptr);
+        batch.expect_on_host("put")?;
+        let (like, rows) = (&self.like, batch.num_rows());
+        if batch.qo_indptr != like.qo_indptr {
+            let rule = format!("that of the slot, {:?}", like.qo_indptr);
             return Err(Error::table(rows, "qo_indptr", rule, format!("{:?}", batch.qo_indptr)));
         }
         for (what, expected, got) in [
-            ("page_size", self.page_size, batch.page_size),
-            ("sequence_indices", usize::from(self.has_sequences), usize::from(batch.has_sequences())),
-            ("candidates", usize::from(self.is_partial), usize::from(batch.is_partial())),
+            ("page_size", like.page_size, batch.page_size),
+            ("sequence_indices", usize::from(like.has_sequences()), usize::from(batch.has_sequences())),
+            ("candidates", usize::from(like.is_partial()), usize::from(batch.is_partial())),
         ] {
             if got != expected {
                 return Err(Error::table(rows, what, format!("as in the slot, {expected}"), got));
@@ -79,6 +108,13 @@ impl BatchSlot {
         if got > self.max_pages {
             return Err(Error::Limit { what: "pages of a slot", limit: self.max_pages, got });
         }
+        self.check_needs(&batch)?;
+        batch.on_device = DeviceTables::put(&batch, &self.memory)?;
+        Ok(self.occupy(batch))
+    }
+
+    /// Checks that a batch stays within the limits of what was recorded with this slot's batches.
+    fn check_needs(&self, batch: &Batch) -> Result<()> {
         let needs = self.place.occupied().needs;
         let (limit, got) = (needs.max_kv_tokens, batch.num_token_places());
         if got > limit {
@@ -86,14 +122,21 @@ impl BatchSlot {
         }
         batch.check_pages(needs.num_pages)?;
         batch.check_sequences(needs.num_sequences)?;
-        if needs.appends {
-            batch.check_written_pages()?;
-        }
-        batch.on_device = DeviceTables::put(&batch, &self.memory)?;
+        if needs.appends { batch.check_written_pages() } else { Ok(()) }
+    }
+
+    /// Binds a batch whose tables are, or will be, in the slot's memory.
+    pub(super) fn bind(&mut self, mut batch: Batch) -> Result<Batch> {
+        self.check_needs(&batch)?;
+        batch.on_device = DeviceTables::bound(&self.like, &self.memory);
+        Ok(self.occupy(batch))
+    }
+
+    fn occupy(&mut self, mut batch: Batch) -> Batch {
         let mut occupied = self.place.occupied();
         (occupied.number, occupied.blocks) = (batch.number(), batch.blocks());
         drop(occupied);
         batch.identity = batch.identity.placed(&self.place);
-        Ok(batch)
+        batch
     }
 }

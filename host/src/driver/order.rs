@@ -17,6 +17,8 @@ pub(crate) struct LaunchOrder(Mutex<InFlight>);
 #[derive(Debug)]
 struct InFlight {
     pages: bool,
+    /// Tables of a batch, which kernels read before they wait.
+    tables: bool,
     /// Addresses of an output of attention.
     output: Range<u64>,
     /// The next launch reads it.
@@ -26,7 +28,7 @@ struct InFlight {
 impl Default for InFlight {
     /// Anything: nothing is known of the launches before.
     fn default() -> Self {
-        InFlight { pages: true, output: 0..u64::MAX, output_is_read: false }
+        InFlight { pages: true, tables: true, output: 0..u64::MAX, output_is_read: false }
     }
 }
 
@@ -64,12 +66,13 @@ impl LaunchOrder {
         let mut in_flight = self.in_flight();
         let ordering = op.ordering();
         let pages_are_read = ordering.reads_constant_pages && !pages_are_older;
-        let overlaps = !(in_flight.pages && pages_are_read || in_flight.output_is_read);
+        let overlaps = !(in_flight.pages && pages_are_read || in_flight.tables || in_flight.output_is_read);
         launch(overlaps)?;
         if !(overlaps && ordering.begins_next_early) {
-            *in_flight = InFlight { pages: false, output: 0..0, output_is_read: false };
+            *in_flight = InFlight { pages: false, tables: false, output: 0..0, output_is_read: false };
         }
         in_flight.pages |= ordering.writes_pages;
+        in_flight.tables |= ordering.writes_tables;
         Ok(())
     }
 }
@@ -128,12 +131,18 @@ mod tests {
     }
 
     #[test]
+    fn what_follows_tables_waits_for_them() {
+        for next in [Op::Append, Op::ScoreStream, Op::Vote, Op::AttendPrefill, Op::Pool] {
+            assert!(!overlaps(&[Op::Translate, next]), "{next:?}");
+            assert!(overlaps(&[Op::Translate, Op::Vote, next]), "{next:?}");
+        }
+    }
+
+    #[test]
     fn what_is_not_known_may_have_written_pages() {
         let order = LaunchOrder::default();
         assert!(!launch(&order, Op::Gather, false));
         assert!(launch(&order, Op::Gather, false));
-        order.forget();
-        assert!(launch(&order, Op::Score, true));
         order.forget();
         assert!(!launch(&order, Op::Score, false));
         order.launch(Op::Append, false, |_| Err(while_capturing("waiting"))).unwrap_err();

@@ -15,8 +15,8 @@
 //!
 //! What is still at work when a kernel begins? The launch before it; and the one before that, if the launch before lets others
 //! begin before it has itself waited, and so on. Those are `score_stream`, and `pool` behind `append`; all others let the next
-//! begin when they have waited ([`Op::ordering`](crate::entries::Op::ordering)). Tables of a batch and of angles are written by copies alone, which end before later launches begin: they may
-//! be read at once.
+//! begin when they have waited ([`Op::ordering`](crate::entries::Op::ordering)). Tables of a batch and of angles are written by copies and by `translate`, which end before later launches begin: they may be
+//! read at once.
 //!
 //! `attend_decode`, `gather` and `score` read pages through that path, since attention is 8 % slower over all tokens without
 //! (`docs/performance.md`). While a launch that writes pages may be at work a host therefore launches them so that they do not

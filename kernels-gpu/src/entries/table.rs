@@ -12,6 +12,7 @@ use crate::ops::pool::PoolParams;
 use crate::ops::score::{ScoreParams, tile_tokens};
 use crate::ops::smooth::SmoothParams;
 use crate::ops::top_k::TopKParams;
+use crate::ops::translate::TranslateParams;
 use crate::ops::vote::VoteParams;
 #[cfg(feature = "kernels")]
 use {
@@ -20,7 +21,7 @@ use {
     crate::ops::attend_stream::kernel::{attend_stream, attend_stream_merge},
     crate::ops::score::kernel::score,
     crate::ops::score_stream::kernel::score_stream,
-    crate::ops::{append, append_pool, forget, gather, merge, pool, smooth, top_k, vote},
+    crate::ops::{append, append_pool, forget, gather, merge, pool, smooth, top_k, translate, vote},
 };
 
 /// Writes a table of entries as `static ENTRIES`, and for a GPU the kernels themselves, if the condition holds.
@@ -275,6 +276,7 @@ entries! {
     };
     AttendStreamMerge: attend_stream_merge(AttendParams<T>) = attend_stream_merge::<T>, for T;
     Merge: merge(MergeParams<T>) = merge::kernel::merge::<T>, for T;
+    Translate: translate(TranslateParams) = translate::kernel::translate;
 }
 
 /// Entries of this table and, with the feature `conformance`, of the one for tests: all have an [`index`](Entry::index)

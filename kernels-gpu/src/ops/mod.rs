@@ -17,4 +17,5 @@ pub mod score;
 pub mod score_stream;
 pub mod smooth;
 pub mod top_k;
+pub mod translate;
 pub mod vote;

@@ -2,7 +2,7 @@
 
 use crate::common::block::strided;
 use crate::common::layout::Tokens;
-use crate::ops::pool::{COMPLETE, REUSE, SCORE, SKIP};
+use crate::ops::pool::{COMPLETE, EMPTY, REUSE, SCORE, SKIP};
 use crate::ops::top_k::TopKParams;
 use crate::simt::global::GlobalMut;
 use crate::simt::{thread, warp};
@@ -17,7 +17,7 @@ pub(super) unsafe fn row_of_block(params: &TopKParams) -> Row<'_> {
     let tables = params.batch.row(row);
     let candidates = params.batch.candidates_of(row, &tables, params.n_init, params.n_local);
     let caches = params.cached_queries.addr() != 0;
-    let sequence = if caches { params.sequence_indices.add(row as u64).load() } else { 0 };
+    let sequence = if caches { params.sequence_indices.add(row as u64).load() } else { EMPTY };
     // The list is too short only where a caller has changed the actions.
     let whole = tables.kv_len.min(params.max_selected);
     let (candidates, kv_len) = match action {
@@ -27,7 +27,9 @@ pub(super) unsafe fn row_of_block(params: &TopKParams) -> Row<'_> {
     };
     let chosen = params.k.min(candidates.len());
     let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
-    Row { params, row, action, candidates, kv_len, before_block, chosen, caches, sequence: sequence as u64 }
+    let keeps = sequence != EMPTY;
+    let sequence = sequence as u64;
+    Row { params, row, action, candidates, kv_len, before_block, chosen, caches, keeps, sequence }
 }
 
 /// A row, its cached selection, and where its lists lie.
@@ -41,8 +43,11 @@ pub(super) struct Row<'a> {
     before_block: u32,
     /// Candidates to be chosen.
     pub chosen: u32,
+    /// Whether anything is cached.
     caches: bool,
-    /// Its entry in the cached tables, where anything is cached.
+    /// Whether this row has an entry in the cached tables.
+    keeps: bool,
+    /// That entry.
     sequence: u64,
 }
 
@@ -59,17 +64,14 @@ impl Row<'_> {
     /// - Every thread of every block of the row calls it.
     pub unsafe fn prefetch(&self) -> Prefetched {
         let mut prefetched = Prefetched { token: 0, query: 0.0, age: 0, count: 0 };
-        if !self.caches {
-            return prefetched;
-        }
         let index = thread_of_row();
-        if self.action == REUSE && index < self.params.k {
+        if self.keeps && self.action == REUSE && index < self.params.k {
             prefetched.token = self.cached(index).load();
         }
-        if self.action == REUSE && index == 0 {
+        if self.keeps && self.action == REUSE && index == 0 {
             prefetched.age = self.params.cached_ages.add(self.sequence).load() + 1;
         }
-        if self.action == SCORE && index < self.params.query_len {
+        if self.keeps && self.action == SCORE && index < self.params.query_len {
             prefetched.query = self.query(index);
         }
         if self.counts_actions() {
@@ -97,8 +99,8 @@ impl Row<'_> {
             self.params.cached_counters.add(warp::lane_id() as u64).store(prefetched.count);
         }
         match self.action {
-            REUSE if self.caches => reuse(self, prefetched), // else `pool` was given cached selections and `top_k` was not
-            SCORE if self.caches => keep_query(self, prefetched),
+            REUSE if self.keeps => reuse(self, prefetched), // else `pool` was given cached selections and `top_k` was not
+            SCORE if self.keeps => keep_query(self, prefetched),
             _ => {}
         }
     }
@@ -165,7 +167,7 @@ impl Row<'_> {
     pub unsafe fn choose(&self, index: u32, token: u32) {
         self.list(self.candidates.begin + index).store(token);
         self.chosen_at(index).store(token);
-        if self.caches {
+        if self.keeps {
             self.cached(index).store(token);
         }
     }
