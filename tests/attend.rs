@@ -17,7 +17,7 @@ use tokenselect::{
 on_devices! {
     all:
         later_tokens_of_the_block_have_no_influence, a_query_that_sees_only_minus_infinity_gets_nothing,
-        empty_lists_give_zero_and_minus_infinity;
+        empty_lists_give_zero_and_minus_infinity, a_part_of_a_list_longer_than_what_is_held;
     cpu:
         lists_of_every_kind, parts_of_lists, list_lengths_around_every_cut, block_lengths_around_every_cut,
         causal_mask_across_parts, dense, a_single_token_returns_its_value,
@@ -348,6 +348,21 @@ fn empty_lists_give_zero_and_minus_infinity(device: &Device) {
         assert!(out.iter().all(|&x| x == 0.0));
         assert!(lse.iter().all(|&x| x == f64::NEG_INFINITY));
     }
+}
+
+/// One rank of several holds fewer tokens than the list has: the positions are those of the whole list all the same.
+fn a_part_of_a_list_longer_than_what_is_held(device: &Device) {
+    let base = SelectConfig { positions: Positions::Reassigned(Rope::default()), ..small_config() };
+    let SelectConfig { heads, dtype, .. } = least(device, 2);
+    // More than 256 positions, for which tables of angles have two levels.
+    let config = SelectConfig { heads, dtype, top_k: 300, ..base };
+    let whole = config.n_init + config.top_k + config.n_local + 1;
+    let problem = Problem::new(&config, &[(8, 1)], Content::Peaked, 4);
+    let pool = Pool::full(&problem, 8, Storage::Nhd, 1);
+    let part = [0, 1, 2, 5, 6, 9, whole - 2, whole - 1].into_iter().zip(0..8).collect();
+    let lists = Lists { parts: vec![part], totals: vec![whole] };
+    let got = attend_to(device, &problem, &pool, &lists, true, DType::F32);
+    assert_same(device, "a part", &problem, &got, &expected(&problem, &lists), DType::F32);
 }
 
 /// One token: its value, exactly, and its logit.

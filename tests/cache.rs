@@ -141,7 +141,7 @@ impl Machine {
         true
     }
 
-    /// Batches that name `id` may be stale from now on.
+    /// Batches that name `id` are stale from now on.
     fn touch(&mut self, id: SequenceId, touched: bool) {
         for held in self.held.iter_mut().filter(|held| held.rows.iter().any(|row| row.0 == id)) {
             held.untouched &= !touched;
@@ -283,6 +283,8 @@ impl Machine {
                 |id: &SequenceId| self.model.iter().find(|(other, _)| other == id).map(|(_, tokens)| tokens);
             if held.untouched {
                 assert_eq!(verdict, Ok(()), "growth alone does not make a batch stale");
+            } else {
+                assert!(verdict.is_err(), "a batch passed for fresh after a fork, a rollback or a move");
             }
             if verdict.is_ok() {
                 for (row, (id, tokens)) in held.rows.iter().enumerate() {

@@ -25,7 +25,7 @@ on_devices! {
         caches_that_do_not_fit_an_operation, lists_that_contradict_themselves,
         a_list_longer_than_the_table_of_angles, merging_parts_of_wrong_shapes,
         operations_that_lack_something, sequences_and_pages, stale_batches,
-        batches_with_a_page_that_moved_are_stale;
+        batches_made_before_a_fork_are_stale, batches_with_a_page_that_moved_are_stale;
 }
 
 /// Asserts the whole text: argument, rule and numbers stand in it.
@@ -538,6 +538,14 @@ fn stale_batches(device: &Device) {
     f.refuses(|f| f.step(|_| ()), &stale(b, 30));
     f.cache.free(b).unwrap();
     f.refuses(|f| f.step(|_| ()), &format!("{b} is not in this cache"));
+}
+
+/// The old batch would write into a page that the fork holds, too.
+fn batches_made_before_a_fork_are_stale(device: &Device) {
+    let mut f = Fixture::new(device);
+    let [_, b] = f.ids;
+    f.cache.fork(b).unwrap();
+    f.refuses(|f| f.step(|_| ()), &stale(b, 30));
 }
 
 /// A page that moved: the fork and the sequence it came from now write into pages of their own.

@@ -14,15 +14,16 @@ use half::bf16;
 use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
-    CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, PagedKvCache, Positions, Rope,
-    SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
+    Batch, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut,
+    Limits, PageTables, PagedKvCache, Positions, Rope, SelectConfig, SelectionCache, StepOutput, Tensor,
+    TensorView, TokenSelect,
 };
 
 on_devices! {
     gpus:
         tensors_move_between_host_and_device, cached_selections_are_forked_and_forgotten,
         forks_are_copied_on_write, every_layer_caches_selections, what_has_no_kernel_is_refused,
-        tensors_must_be_where_the_device_works, kernels_are_launched_by_name;
+        tensors_must_be_where_the_device_works, strides_that_break_pieces_are_refused, kernels_are_launched_by_name;
     cuda: work_joins_the_stream_of_the_caller;
 }
 
@@ -184,6 +185,41 @@ fn what_has_no_kernel_is_refused(device: &Device) {
     let text = attend_error(device, partial);
     let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
     assert_eq!(text, format!("{name} has no `attend` for {rest}"));
+}
+
+/// Kernels move pieces of 8 elements, which must lie at multiples of 8.
+fn strides_that_break_pieces_are_refused(device: &Device) {
+    let config = config(64, 2, DType::Bf16);
+    let shape = KvShape { num_pages: 3, page_size: 4, num_kv_heads: 2, head_dim: 64 };
+    let good = KvStrides { page: 576, token: 144, head: 72 };
+    let memory = Tensor::zeros_on(device, DType::Bf16, [2000]).unwrap();
+    let (q, kv) = (
+        Tensor::zeros_on(device, DType::Bf16, [1, 4, 64]).unwrap(),
+        Tensor::zeros_on(device, DType::Bf16, [1, 2, 64]).unwrap(),
+    );
+    let tables = PageTables { indptr: vec![0, 3], indices: vec![2, 0, 1], last_page_len: vec![4] };
+    let batch = Batch::new(4, vec![0, 1], tables).unwrap();
+    let mut ts = TokenSelect::new(device, config, limits(&batch)).unwrap();
+    let mut outcome = |strides| {
+        let mut own = to_device(device, &Tensor::zeros(DType::Bf16, [2000]).unwrap());
+        let mut values = to_device(device, &Tensor::zeros(DType::Bf16, [2000]).unwrap());
+        let to = KvViewMut::strided(own.view_mut(), values.view_mut(), shape, strides).unwrap();
+        let appended = ts.append(&batch, to, kv.view(), kv.view());
+        let from = KvView::strided(memory.view(), memory.view(), shape, strides).unwrap();
+        let scored = ts.pool(&batch, q.view(), None).and_then(|()| ts.score(&batch, from));
+        [appended, scored].map(|result| result.err().map(|error| error.to_string()))
+    };
+    assert_eq!(outcome(good), [None, None]);
+    for (strides, field, got) in [
+        (KvStrides { page: 580, ..good }, "page", 580),
+        (KvStrides { token: 140, ..good }, "token", 140),
+        (KvStrides { head: 68, ..good }, "head", 68),
+    ] {
+        let text = format!(
+            "configuration field `strides.{field}` must be a multiple of 8 elements on a GPU, got {got}"
+        );
+        assert_eq!(outcome(strides), [Some(text.clone()), Some(text)]);
+    }
 }
 
 /// The error of dense attention.

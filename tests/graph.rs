@@ -249,6 +249,7 @@ fn a_slot_takes_what_it_was_made_for(device: &Device) {
     };
     let mut slot = BatchSlot::new(device, &batch(&[(20, 1), (9, 1)], 4), 10).unwrap();
     slot.put(batch(&[(8, 1), (24, 1)], 4)).unwrap();
+    slot.put(batch(&[(8, 1), (32, 1)], 4)).unwrap(); // all of the 10 pages
     let refused = [
         (
             batch(&[(8, 2), (24, 1)], 4),

@@ -114,9 +114,15 @@ fn append_and_pool_in_one(device: &Device) {
         let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
         let dtype = [DType::Bf16, DType::F16][i % 2];
         // Keys are asked for early in pages of 16, unless copies may reach into a block for want of local tokens.
-        for (page_size, n_local, caches) in
-            [(7, 4, false), (7, 4, true), (16, 4, true), (16, 15, true), (16, 14, false)]
-        {
+        for (page_size, n_local, caches) in [
+            (7, 4, false),
+            (7, 4, true),
+            (16, 4, true),
+            (16, 4, false),
+            (16, 15, false),
+            (16, 15, true),
+            (16, 14, false),
+        ] {
             let base = SelectConfig { heads, dtype, n_local, positions: positions.clone(), ..small_config() };
             let config = if caches { cached(base, 0.5, Some(3)) } else { base };
             let problem = Problem::new(&config, lengths[i % 4], Content::Peaked, i as u64);

@@ -9,7 +9,7 @@ use common::run::{Inputs, outputs, select_and_attend, selected_lists};
 use common::{Random, cases, naive, naive_config, on_devices, tensor, values};
 use proptest::prelude::*;
 use tokenselect::{
-    CacheConfig, DType, Device, Limits, PagedKvCache, RowAction, SelectConfig, SelectionCache,
+    Batch, CacheConfig, DType, Device, Limits, PagedKvCache, RowAction, SelectConfig, SelectionCache,
     SelectionStats, SequenceId, StepOutput, TokenSelect,
 };
 
@@ -20,7 +20,7 @@ on_devices! {
         a_rollback_forgets_exactly_what_it_must, forks_inherit_and_part_ways,
         a_new_sequence_in_an_old_place_starts_afresh, short_sequences_are_complete_and_cache_nothing,
         rolled_back_tokens_are_never_selected, stands_alone_for_other_engines, rows_may_change_places,
-        off_means_off, a_reused_selection_attends_like_the_same_list;
+        parts_of_sequences_are_not_cached, off_means_off, a_reused_selection_attends_like_the_same_list;
 }
 
 /// An owned cache with one layer, and the means to decode in it.
@@ -342,6 +342,22 @@ fn rows_may_change_places(device: &Device) {
     let width = 4 * 16;
     let (a, b) = (values(&first.out), values(&second.out));
     common::assert_close("row 0", &a[..width], &b[width..], 16, 1e-6);
+}
+
+/// A rank that holds a part of a sequence knows neither the whole choice nor what may be dropped from it: it does not cache.
+fn parts_of_sequences_are_not_cached(device: &Device) {
+    let (problem, pool) = borrowed();
+    let candidates = vec![3..55, 3..45];
+    let part = Batch::partial(pool.shape.page_size, problem.qo_indptr(), pool.tables.clone(), candidates);
+    let part = part.unwrap().with_sequence_indices(vec![0, 1]).unwrap();
+    let mut ts = TokenSelect::new(device, problem.config.clone(), limits(&part)).unwrap();
+    let mut cache = SelectionCache::new(device, &problem.config, 1, 2).unwrap();
+    let q = Inputs::new(&problem).q;
+    for _ in 0..2 {
+        ts.select(&part, pool.view(), q.view(), Some(cache.layer_mut(0).unwrap())).unwrap();
+        assert_eq!(ts.workspace().actions().unwrap(), [RowAction::Score; 2]);
+    }
+    assert_eq!(cache.stats().unwrap(), SelectionStats::default());
 }
 
 /// A configuration without Selection Cache does not touch one that is passed.
