@@ -6,14 +6,27 @@ use common::paged::{Pool, STORAGES, Storage};
 use common::problem::{self, Content, Problem, Row, around, small_config};
 use common::run::{Inputs, outputs, outputs_on, queries, token_select};
 use common::{
-    Random, all_devices, assert_close, assert_lse, attention_tolerance, cases, devices, gpu_tolerance, gpus,
-    naive, naive_config, tensor, to_device, values,
+    Random, assert_close, assert_lse, attention_tolerance, cases, gpu_tolerance, naive, naive_config,
+    on_devices, tensor, to_device, values,
 };
 use proptest::prelude::*;
 use tokenselect::{
     Batch, DType, Device, HeadShape, Over, Positions, Ranks, Rope, SelectConfig, Selection, StepOutput,
     Tensor,
 };
+
+on_devices! {
+    all:
+        later_tokens_of_the_block_have_no_influence, a_query_that_sees_only_minus_infinity_gets_nothing,
+        empty_lists_give_zero_and_minus_infinity, a_part_of_a_list_longer_than_what_is_held;
+    cpu:
+        lists_of_every_kind, parts_of_lists, list_lengths_around_every_cut, block_lengths_around_every_cut,
+        causal_mask_across_parts, dense, a_single_token_returns_its_value,
+        lse_may_be_left_out_and_padding_has_no_rows;
+    gpus:
+        gpu_lists_of_every_kind, gpu_list_lengths_around_every_cut, gpu_block_lengths_around_every_cut,
+        gpu_values_that_are_not_finite, gpu_dense_decoding, gpu_streamed_lengths_around_every_cut;
+}
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
 struct Lists {
@@ -125,11 +138,8 @@ fn poison_others(row: &mut Row, list: &[usize]) {
     }
 }
 
-proptest! {
-    #![proptest_config(cases(128))]
-
-    #[test]
-    fn lists_of_every_kind(
+fn lists_of_every_kind(device: &Device) {
+    proptest!(cases(128), |(
         config in problem::config(512),
         lengths in problem::lengths(150),
         content in problem::content(),
@@ -137,7 +147,7 @@ proptest! {
         storage in prop::sample::select(STORAGES.to_vec()),
         (with_ranks, narrow) in any::<(bool, bool)>(),
         seed in any::<u64>(),
-    ) {
+    )| {
         let mut problem = Problem::new(&config, &lengths, content, seed);
         let mut random = Random(seed);
         let lists: Vec<Vec<usize>> = problem.rows.iter().map(|row| random_list(row, &mut random)).collect();
@@ -146,20 +156,19 @@ proptest! {
         let lists = Lists::whole(&lists);
         let want = expected(&problem, &lists);
         let out_dtype = if narrow { config.dtype } else { DType::F32 };
-        for device in devices() {
-            let got = attend_to(&device, &problem, &pool, &lists, with_ranks, out_dtype);
-            assert_same(&device, "attention", &problem, &got, &want, out_dtype);
-        }
-    }
+        let got = attend_to(device, &problem, &pool, &lists, with_ranks, out_dtype);
+        assert_same(device, "attention", &problem, &got, &want, out_dtype);
+    });
+}
 
-    /// Lists dealt out to up to four ranks, some of which get nothing: each part alone, and merged.
-    #[test]
-    fn parts_of_lists(
+/// Lists dealt out to up to four ranks, some of which get nothing: each part alone, and merged.
+fn parts_of_lists(device: &Device) {
+    proptest!(cases(128), |(
         config in problem::config(512),
         lengths in problem::lengths(120),
         num_parts in 1usize..5,
         seed in any::<u64>(),
-    ) {
+    )| {
         let problem = Problem::new(&config, &lengths, Content::Peaked, seed);
         let mut random = Random(seed);
         let whole = Lists::whole(
@@ -174,23 +183,21 @@ proptest! {
             }
         }
         let (tokens, heads) = (problem.num_query_tokens(), config.heads);
-        for device in devices() {
-            let (mut outs, mut lses) = (Vec::new(), Vec::new());
-            for part in &parts {
-                let got = attend_to(&device, &problem, &pool, part, true, DType::F32);
-                assert_same(&device, "part", &problem, &got, &expected(&problem, part), DType::F32);
-                outs.extend(got.0);
-                lses.extend(got.1);
-            }
-            let ts = token_select(&device, &problem, &pool.batch(&problem));
-            let outs = tensor(DType::F32, &outs, [num_parts, tokens, heads.num_qo_heads, heads.head_dim]);
-            let lses = tensor(DType::F32, &lses, [num_parts, tokens, heads.num_qo_heads]);
-            let (mut out, mut lse) = outputs(&problem, DType::F32);
-            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.merge(outs.view(), lses.view(), output).unwrap();
-            assert_same(&device, "merged", &problem, &(values(&out), values(&lse)), &expected(&problem, &whole), DType::F32);
+        let (mut outs, mut lses) = (Vec::new(), Vec::new());
+        for part in &parts {
+            let got = attend_to(device, &problem, &pool, part, true, DType::F32);
+            assert_same(device, "part", &problem, &got, &expected(&problem, part), DType::F32);
+            outs.extend(got.0);
+            lses.extend(got.1);
         }
-    }
+        let ts = token_select(device, &problem, &pool.batch(&problem));
+        let outs = tensor(DType::F32, &outs, [num_parts, tokens, heads.num_qo_heads, heads.head_dim]);
+        let lses = tensor(DType::F32, &lses, [num_parts, tokens, heads.num_qo_heads]);
+        let (mut out, mut lse) = outputs(&problem, DType::F32);
+        let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+        ts.merge(outs.view(), lses.view(), output).unwrap();
+        assert_same(device, "merged", &problem, &(values(&out), values(&lse)), &expected(&problem, &whole), DType::F32);
+    });
 }
 
 /// Attention of a problem over all tokens, for a batch of its rows: `(out, lse)`.
@@ -227,62 +234,48 @@ fn tiny(group: usize) -> SelectConfig {
     }
 }
 
-#[test]
-fn list_lengths_around_every_cut() {
-    for device in devices() {
-        for n in [1, 2, 31, 63, 64, 65, 127, 128, 129, 191, 193, 4095, 4096, 4097, 4160, 8193] {
-            for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2)] {
-                check_dense(&device, &tiny(group), n, t.min(n), Content::Peaked);
-            }
+fn list_lengths_around_every_cut(device: &Device) {
+    for n in [1, 2, 31, 63, 64, 65, 127, 128, 129, 191, 193, 4095, 4096, 4097, 4160, 8193] {
+        for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2)] {
+            check_dense(device, &tiny(group), n, t.min(n), Content::Peaked);
         }
     }
 }
 
-#[test]
-fn block_lengths_around_every_cut() {
-    for device in devices() {
-        for group in [1, 3, 7, 8] {
-            for t in [1, 2, 8, 9, 15, 16, 17, 18, 19, 42, 43, 63, 65, 127, 128, 129] {
-                check_dense(&device, &tiny(group), t, t, Content::Peaked);
-                check_dense(&device, &tiny(group), t + 61, t, Content::Wild);
-            }
+fn block_lengths_around_every_cut(device: &Device) {
+    for group in [1, 3, 7, 8] {
+        for t in [1, 2, 8, 9, 15, 16, 17, 18, 19, 42, 43, 63, 65, 127, 128, 129] {
+            check_dense(device, &tiny(group), t, t, Content::Peaked);
+            check_dense(device, &tiny(group), t + 61, t, Content::Wild);
         }
     }
 }
 
 /// A few queries whose last tokens begin in the second part of a list that is cut for parallelism.
-#[test]
-fn causal_mask_across_parts() {
-    for device in devices() {
-        for n in 4094..4102 {
-            check_dense(&device, &tiny(2), n, 4, Content::Peaked);
-        }
+fn causal_mask_across_parts(device: &Device) {
+    for n in 4094..4102 {
+        check_dense(device, &tiny(2), n, 4, Content::Peaked);
     }
 }
 
-proptest! {
-    #![proptest_config(cases(24))]
-
-    #[test]
-    fn dense(
+fn dense(device: &Device) {
+    proptest!(cases(24), |(
         config in problem::config(512),
         lengths in problem::lengths(150),
         content in problem::content(),
         seed in any::<u64>(),
-    ) {
+    )| {
         let problem = Problem::new(&config, &lengths, content, seed);
         let pool = Pool::full(&problem, 16, Storage::Hnd, seed);
         let batch = pool.batch(&problem);
         let all: Vec<Vec<usize>> = problem.rows.iter().map(|row| (0..row.n).collect()).collect();
         let want = expected(&problem, &Lists::whole(&all));
-        for device in devices() {
-            let ts = token_select(&device, &problem, &batch);
-            let (mut out, mut lse) = outputs(&problem, DType::F32);
-            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
-            assert_same(&device, "attention", &problem, &(values(&out), values(&lse)), &want, DType::F32);
-        }
-    }
+        let ts = token_select(device, &problem, &batch);
+        let (mut out, mut lse) = outputs(&problem, DType::F32);
+        let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+        ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
+        assert_same(device, "attention", &problem, &(values(&out), values(&lse)), &want, DType::F32);
+    });
 }
 
 /// The smallest configuration that a device has kernels for.
@@ -295,125 +288,118 @@ fn least(device: &Device, group: usize) -> SelectConfig {
 }
 
 /// The last token of a block is NaN: no earlier query of the block may notice.
-#[test]
-fn later_tokens_of_the_block_have_no_influence() {
-    for device in all_devices() {
-        for (t, group) in [(2, 2), (9, 1), (40, 4), (130, 1)] {
-            let config = least(&device, group);
-            let d = config.heads.head_dim;
-            let mut problem = Problem::new(&config, &[(t + 70, t)], Content::Peaked, 4);
-            let last = problem.rows[0].k.len() - d;
-            problem.rows[0].k[last..].fill(f64::NAN);
-            problem.rows[0].v[last..].fill(f64::NAN);
-            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
-            let list = Lists::whole(&[(0..t + 70).collect()]);
-            let (out, lse) = attend_to(&device, &problem, &pool, &list, false, DType::F32);
-            let before_last = (t - 1) * group;
-            assert!(out[..before_last * d].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
-            assert!(lse[..before_last].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
-            assert!(out[before_last * d..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
-            assert!(lse[before_last..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
-        }
+fn later_tokens_of_the_block_have_no_influence(device: &Device) {
+    for (t, group) in [(2, 2), (9, 1), (40, 4), (130, 1)] {
+        let config = least(device, group);
+        let d = config.heads.head_dim;
+        let mut problem = Problem::new(&config, &[(t + 70, t)], Content::Peaked, 4);
+        let last = problem.rows[0].k.len() - d;
+        problem.rows[0].k[last..].fill(f64::NAN);
+        problem.rows[0].v[last..].fill(f64::NAN);
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+        let list = Lists::whole(&[(0..t + 70).collect()]);
+        let (out, lse) = attend_to(device, &problem, &pool, &list, false, DType::F32);
+        let before_last = (t - 1) * group;
+        assert!(out[..before_last * d].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
+        assert!(lse[..before_last].iter().all(|x| x.is_finite()), "T = {t}: NaN reached back");
+        assert!(out[before_last * d..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
+        assert!(lse[before_last..].iter().all(|x| x.is_nan()), "T = {t}: a NaN seen stays NaN");
     }
 }
 
 /// Every logit of the first head is -inf; the second head is as usual.
-#[test]
-fn a_query_that_sees_only_minus_infinity_gets_nothing() {
-    for device in all_devices() {
-        let one = least(&device, 1);
-        let d = one.heads.head_dim;
-        let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: d };
-        let config = SelectConfig { heads, ..one };
-        for (n, t) in [(5, 1), (100, 1), (100, 12), (5000, 1), (100, 70)] {
-            let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 4);
-            let row = &mut problem.rows[0];
-            (0..n).for_each(|token| row.k[token * 2 * d] = f64::NEG_INFINITY);
-            (0..t).for_each(|t| row.q[t * 2 * d] = 1.0);
-            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
-            let lists = Lists::whole(&[(0..n).collect()]);
-            let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
-            for t in 0..t {
-                assert!(got.0[t * 2 * d..][..d].iter().all(|&x| x == 0.0));
-                assert_eq!(got.1[t * 2], f64::NEG_INFINITY);
-            }
-            assert_same(&device, "attention", &problem, &got, &expected(&problem, &lists), DType::F32);
+fn a_query_that_sees_only_minus_infinity_gets_nothing(device: &Device) {
+    let one = least(device, 1);
+    let d = one.heads.head_dim;
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: d };
+    let config = SelectConfig { heads, ..one };
+    for (n, t) in [(5, 1), (100, 1), (100, 12), (5000, 1), (100, 70)] {
+        let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 4);
+        let row = &mut problem.rows[0];
+        (0..n).for_each(|token| row.k[token * 2 * d] = f64::NEG_INFINITY);
+        (0..t).for_each(|t| row.q[t * 2 * d] = 1.0);
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+        let lists = Lists::whole(&[(0..n).collect()]);
+        let got = attend_to(device, &problem, &pool, &lists, false, DType::F32);
+        for t in 0..t {
+            assert!(got.0[t * 2 * d..][..d].iter().all(|&x| x == 0.0));
+            assert_eq!(got.1[t * 2], f64::NEG_INFINITY);
         }
+        assert_same(device, "attention", &problem, &got, &expected(&problem, &lists), DType::F32);
     }
 }
 
 /// An empty list is a padded row of a captured graph: nothing is attended to, nothing is read.
-#[test]
-fn empty_lists_give_zero_and_minus_infinity() {
-    let config =
+fn empty_lists_give_zero_and_minus_infinity(device: &Device) {
+    let mut config =
         SelectConfig { positions: tokenselect::Positions::Reassigned(Default::default()), ..small_config() };
-    let on_gpus = gpus().into_iter().map(|device| {
+    if device.name() != "cpu" {
         let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
-        (device, SelectConfig { heads, dtype: DType::F16, ..config.clone() })
-    });
-    for (device, config) in std::iter::once((Device::cpu(), config.clone())).chain(on_gpus) {
-        let mut problem = Problem::new(&config, &[(40, 3), (30, 1), (20, 2)], Content::Peaked, 4);
-        for row in &mut problem.rows {
-            row.k.fill(f64::NAN);
-            row.v.fill(f64::NAN);
-        }
-        let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
-        for (with_ranks, totals) in [(false, vec![0; 3]), (true, vec![0; 3]), (true, vec![9, 7, 5])] {
-            let lists = Lists { parts: vec![Vec::new(); 3], totals };
-            let (out, lse) = attend_to(&device, &problem, &pool, &lists, with_ranks, DType::F32);
-            assert!(out.iter().all(|&x| x == 0.0));
-            assert!(lse.iter().all(|&x| x == f64::NEG_INFINITY));
-        }
+        config = SelectConfig { heads, dtype: DType::F16, ..config };
+    }
+    let mut problem = Problem::new(&config, &[(40, 3), (30, 1), (20, 2)], Content::Peaked, 4);
+    for row in &mut problem.rows {
+        row.k.fill(f64::NAN);
+        row.v.fill(f64::NAN);
+    }
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+    for (with_ranks, totals) in [(false, vec![0; 3]), (true, vec![0; 3]), (true, vec![9, 7, 5])] {
+        let lists = Lists { parts: vec![Vec::new(); 3], totals };
+        let (out, lse) = attend_to(device, &problem, &pool, &lists, with_ranks, DType::F32);
+        assert!(out.iter().all(|&x| x == 0.0));
+        assert!(lse.iter().all(|&x| x == f64::NEG_INFINITY));
     }
 }
 
+/// One rank of several holds fewer tokens than the list has: the positions are those of the whole list all the same.
+fn a_part_of_a_list_longer_than_what_is_held(device: &Device) {
+    let base = SelectConfig { positions: Positions::Reassigned(Rope::default()), ..small_config() };
+    let SelectConfig { heads, dtype, .. } = least(device, 2);
+    // More than 256 positions, for which tables of angles have two levels.
+    let config = SelectConfig { heads, dtype, top_k: 300, ..base };
+    let whole = config.n_init + config.top_k + config.n_local + 1;
+    let problem = Problem::new(&config, &[(8, 1)], Content::Peaked, 4);
+    let pool = Pool::full(&problem, 8, Storage::Nhd, 1);
+    let part = [0, 1, 2, 5, 6, 9, whole - 2, whole - 1].into_iter().zip(0..8).collect();
+    let lists = Lists { parts: vec![part], totals: vec![whole] };
+    let got = attend_to(device, &problem, &pool, &lists, true, DType::F32);
+    assert_same(device, "a part", &problem, &got, &expected(&problem, &lists), DType::F32);
+}
+
 /// One token: its value, exactly, and its logit.
-#[test]
-fn a_single_token_returns_its_value() {
-    for device in devices() {
-        for dtype in [DType::F16, DType::Bf16, DType::F32] {
-            let config = SelectConfig { dtype, sm_scale: Some(1.0), ..small_config() };
-            let problem = Problem::new(&config, &[(40, 1)], Content::Peaked, 4);
-            let pool = Pool::full(&problem, 4, Storage::Hnd, 1);
-            let row = &problem.rows[0];
-            for token in [0, 3, 4, 39] {
-                let (out, _) =
-                    attend_to(&device, &problem, &pool, &Lists::whole(&[vec![token]]), false, dtype);
-                for head in 0..4 {
-                    assert_eq!(
-                        out[head * 16..][..16],
-                        row.v[(token * 2 + head / 2) * 16..][..16],
-                        "token {token}"
-                    );
-                }
+fn a_single_token_returns_its_value(device: &Device) {
+    for dtype in [DType::F16, DType::Bf16, DType::F32] {
+        let config = SelectConfig { dtype, sm_scale: Some(1.0), ..small_config() };
+        let problem = Problem::new(&config, &[(40, 1)], Content::Peaked, 4);
+        let pool = Pool::full(&problem, 4, Storage::Hnd, 1);
+        let row = &problem.rows[0];
+        for token in [0, 3, 4, 39] {
+            let (out, _) = attend_to(device, &problem, &pool, &Lists::whole(&[vec![token]]), false, dtype);
+            for head in 0..4 {
+                assert_eq!(
+                    out[head * 16..][..16],
+                    row.v[(token * 2 + head / 2) * 16..][..16],
+                    "token {token}"
+                );
             }
         }
     }
 }
 
-#[test]
-fn lse_may_be_left_out_and_padding_has_no_rows() {
+fn lse_may_be_left_out_and_padding_has_no_rows(device: &Device) {
     let problem = Problem::new(&small_config(), &[(20, 0), (30, 2), (0, 0)], Content::Peaked, 4);
     let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
     let batch: Batch = pool.batch(&problem);
-    for device in devices() {
-        let ts = token_select(&device, &problem, &batch);
-        let inputs = Inputs::new(&problem);
-        let [with, without] = [true, false].map(|with_lse| {
-            let (mut out, mut lse) = outputs(&problem, DType::F32);
-            let lse = with_lse.then(|| lse.view_mut());
-            ts.attend(
-                &batch,
-                pool.view(),
-                inputs.q.view(),
-                Over::All,
-                StepOutput { out: out.view_mut(), lse },
-            )
+    let ts = token_select(device, &problem, &batch);
+    let inputs = Inputs::new(&problem);
+    let [with, without] = [true, false].map(|with_lse| {
+        let (mut out, mut lse) = outputs(&problem, DType::F32);
+        let lse = with_lse.then(|| lse.view_mut());
+        ts.attend(&batch, pool.view(), inputs.q.view(), Over::All, StepOutput { out: out.view_mut(), lse })
             .unwrap();
-            values(&out)
-        });
-        assert_eq!(with, without);
-    }
+        values(&out)
+    });
+    assert_eq!(with, without);
 }
 
 /// A configuration that GPU kernels serve: their head dimensions and types, groups up to 16, every kind of position.
@@ -437,12 +423,9 @@ fn gpu_config() -> impl Strategy<Value = SelectConfig> {
     })
 }
 
-proptest! {
-    #![proptest_config(cases(24))]
-
-    /// Few queries and many, lists and parts of lists, keys used as they are, rotated in registers and gathered.
-    #[test]
-    fn gpu_lists_of_every_kind(
+/// Few queries and many, lists and parts of lists, keys used as they are, rotated in registers and gathered.
+fn gpu_lists_of_every_kind(device: &Device) {
+    proptest!(cases(24), |(
         config in gpu_config(),
         lengths in problem::lengths(150),
         content in problem::content(),
@@ -450,7 +433,7 @@ proptest! {
         storage in prop::sample::select(STORAGES.to_vec()),
         (parted, with_ranks, narrow) in any::<(bool, bool, bool)>(),
         seed in any::<u64>(),
-    ) {
+    )| {
         let mut problem = Problem::new(&config, &lengths, content, seed);
         let mut random = Random(seed);
         let lists: Vec<Vec<usize>> = problem.rows.iter().map(|row| random_list(row, &mut random)).collect();
@@ -462,74 +445,60 @@ proptest! {
         }
         let want = expected(&problem, &lists);
         let out_dtype = if narrow { config.dtype } else { DType::F32 };
-        for device in gpus() {
-            let got = attend_to(&device, &problem, &pool, &lists, with_ranks || parted, out_dtype);
-            assert_same(&device, "attention", &problem, &got, &want, out_dtype);
-        }
-    }
+        let got = attend_to(device, &problem, &pool, &lists, with_ranks || parted, out_dtype);
+        assert_same(device, "attention", &problem, &got, &want, out_dtype);
+    });
 }
 
 /// Dense attention around the places where lists are cut: into tiles, and into shares for the blocks.
-#[test]
-fn gpu_list_lengths_around_every_cut() {
-    for device in gpus() {
-        for (i, n) in [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 250, 1030].into_iter().enumerate() {
-            for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2), (16, 5)] {
-                let heads =
-                    HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [64, 128, 96][i % 3] };
-                let dtype = [DType::F16, DType::Bf16][i % 2];
-                let positions = match i % 4 {
-                    0 => Positions::Reassigned(Rope::default()),
-                    _ => Positions::Native,
-                };
-                let config = SelectConfig { heads, dtype, positions, ..SelectConfig::default() };
-                check_dense(&device, &config, n, t.min(n), Content::Peaked);
-            }
+fn gpu_list_lengths_around_every_cut(device: &Device) {
+    for (i, n) in [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 250, 1030].into_iter().enumerate() {
+        for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2), (16, 5)] {
+            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [64, 128, 96][i % 3] };
+            let dtype = [DType::F16, DType::Bf16][i % 2];
+            let positions = match i % 4 {
+                0 => Positions::Reassigned(Rope::default()),
+                _ => Positions::Native,
+            };
+            let config = SelectConfig { heads, dtype, positions, ..SelectConfig::default() };
+            check_dense(device, &config, n, t.min(n), Content::Peaked);
         }
     }
 }
 
 /// Blocks around the places where query rows are cut, and where the prefill kernel takes over.
-#[test]
-fn gpu_block_lengths_around_every_cut() {
-    for device in gpus() {
-        for (i, t) in [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129].into_iter().enumerate() {
-            for group in [1, 4, 5] {
-                let heads =
-                    HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [128, 64, 96][i % 3] };
-                let dtype = [DType::F16, DType::Bf16][i % 2];
-                let config = SelectConfig { heads, dtype, ..SelectConfig::default() };
-                check_dense(&device, &config, t + [0, 61][group % 2], t, Content::Peaked);
-            }
+fn gpu_block_lengths_around_every_cut(device: &Device) {
+    for (i, t) in [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129].into_iter().enumerate() {
+        for group in [1, 4, 5] {
+            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [128, 64, 96][i % 3] };
+            let dtype = [DType::F16, DType::Bf16][i % 2];
+            let config = SelectConfig { heads, dtype, ..SelectConfig::default() };
+            check_dense(device, &config, t + [0, 61][group % 2], t, Content::Peaked);
         }
     }
 }
 
 /// Values of the block's own tokens that are infinite or NaN here and there: each query has those that it sees.
-#[test]
-fn gpu_values_that_are_not_finite() {
-    for device in gpus() {
-        for (t, group, head_dim) in
-            [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128)]
-        {
-            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
-            let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
-            let n = t + 45;
-            let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 5);
-            let mut random = Random(t as u64);
-            for _ in 0..t {
-                let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)];
-                let token = n - 1 - random.below(t);
-                problem.rows[0].v[token * head_dim + random.below(head_dim)] = odd;
-            }
-            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
-            let lists = Lists::whole(&[(0..n).collect()]);
-            let want = expected(&problem, &lists);
-            let got = attend_to(&device, &problem, &pool, &lists, false, DType::F32);
-            assert_same(&device, "odd values", &problem, &got, &want, DType::F32);
-            let got = attend_dense(&device, &problem, &pool, &pool.batch(&problem), DType::F32);
-            assert_same(&device, "odd values, dense", &problem, &got, &want, DType::F32);
+fn gpu_values_that_are_not_finite(device: &Device) {
+    for (t, group, head_dim) in [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128)]
+    {
+        let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
+        let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
+        let n = t + 45;
+        let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 5);
+        let mut random = Random(t as u64);
+        for _ in 0..t {
+            let odd = [f64::NAN, f64::INFINITY, f64::NEG_INFINITY][random.below(3)];
+            let token = n - 1 - random.below(t);
+            problem.rows[0].v[token * head_dim + random.below(head_dim)] = odd;
         }
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+        let lists = Lists::whole(&[(0..n).collect()]);
+        let want = expected(&problem, &lists);
+        let got = attend_to(device, &problem, &pool, &lists, false, DType::F32);
+        assert_same(device, "odd values", &problem, &got, &want, DType::F32);
+        let got = attend_dense(device, &problem, &pool, &pool.batch(&problem), DType::F32);
+        assert_same(device, "odd values, dense", &problem, &got, &want, DType::F32);
     }
 }
 
@@ -565,12 +534,9 @@ fn decode_lengths() -> impl Strategy<Value = (Vec<(usize, usize)>, usize)> {
     ]
 }
 
-proptest! {
-    #![proptest_config(cases(32))]
-
-    /// Dense decoding by both kernels that do it: streamed, or loaded to registers.
-    #[test]
-    fn gpu_dense_decoding(
+/// Dense decoding by both kernels that do it: streamed, or loaded to registers.
+fn gpu_dense_decoding(device: &Device) {
+    proptest!(cases(32), |(
         config in decode_config(),
         (mut lengths, padding) in decode_lengths(),
         content in problem::content(),
@@ -578,7 +544,7 @@ proptest! {
         storage in prop::sample::select([&STORAGES[..], &[Storage::Nhd, Storage::CombinedNhd]].concat()),
         (narrow, odd_values, few_queries) in (any::<bool>(), any::<bool>(), prop::bool::weighted(0.9)),
         seed in any::<u64>(),
-    ) {
+    )| {
         let HeadShape { num_qo_heads, num_kv_heads, head_dim } = config.heads;
         let most = if few_queries { (8 * num_kv_heads / num_qo_heads).max(1) } else { 7 };
         lengths.iter_mut().for_each(|(n, t)| *t = (*t).min(*n).min(most));
@@ -601,27 +567,22 @@ proptest! {
         let all: Vec<Vec<usize>> = problem.rows.iter().map(|row| (0..row.n).collect()).collect();
         let want = expected(&problem, &Lists::whole(&all));
         let out_dtype = if narrow { config.dtype } else { DType::F32 };
-        for device in gpus() {
-            let batch = Batch::new(page_size, problem.qo_indptr()[..=num_rows].to_vec(), tables.clone());
-            let batch = batch.unwrap().padded(lengths.len(), 1).unwrap();
-            let got = attend_dense(&device, &problem, &pool, &batch, out_dtype);
-            assert_same(&device, "dense decoding", &problem, &got, &want, out_dtype);
-        }
-    }
+        let batch = Batch::new(page_size, problem.qo_indptr()[..=num_rows].to_vec(), tables.clone());
+        let batch = batch.unwrap().padded(lengths.len(), 1).unwrap();
+        let got = attend_dense(device, &problem, &pool, &batch, out_dtype);
+        assert_same(device, "dense decoding", &problem, &got, &want, out_dtype);
+    });
 }
 
 /// The lengths around every cut of the stages and shares that stream, for one stream and for eight.
-#[test]
-fn gpu_streamed_lengths_around_every_cut() {
-    for device in gpus() {
-        for (num_kv_heads, head_dim) in [(1, 128), (2, 64), (3, 96), (8, 64)] {
-            let heads = HeadShape { num_qo_heads: num_kv_heads, num_kv_heads, head_dim };
-            let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
-            let stage = 16 * (8 / num_kv_heads);
-            for edge in [16, stage, 3 * stage, 12 * stage] {
-                for n in [edge - 1, edge, edge + 1] {
-                    check_dense(&device, &config, n, 1 + n % 2, Content::Peaked);
-                }
+fn gpu_streamed_lengths_around_every_cut(device: &Device) {
+    for (num_kv_heads, head_dim) in [(1, 128), (2, 64), (3, 96), (8, 64)] {
+        let heads = HeadShape { num_qo_heads: num_kv_heads, num_kv_heads, head_dim };
+        let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
+        let stage = 16 * (8 / num_kv_heads);
+        for edge in [16, stage, 3 * stage, 12 * stage] {
+            for n in [edge - 1, edge, edge + 1] {
+                check_dense(device, &config, n, 1 + n % 2, Content::Peaked);
             }
         }
     }

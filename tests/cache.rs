@@ -7,12 +7,16 @@ use std::collections::{HashMap, HashSet};
 
 use common::problem::{cached, small_config};
 use common::reader::{Reader, readable};
-use common::{cases, devices, tensor};
+use common::{cases, on_devices, tensor};
 use proptest::prelude::*;
 use tokenselect::{
     Batch, CacheConfig, DType, Device, Error, KvLayout, Limits, PageAllocator, PagedKvCache, SequenceId,
     TokenSelect,
 };
+
+on_devices! {
+    cpu: behaves_like_lists_of_tokens;
+}
 
 const NUM_PAGES: usize = 14;
 const MAX_SEQUENCES: usize = 5;
@@ -137,7 +141,7 @@ impl Machine {
         true
     }
 
-    /// Batches that name `id` may be stale from now on.
+    /// Batches that name `id` are stale from now on.
     fn touch(&mut self, id: SequenceId, touched: bool) {
         for held in self.held.iter_mut().filter(|held| held.rows.iter().any(|row| row.0 == id)) {
             held.untouched &= !touched;
@@ -279,6 +283,8 @@ impl Machine {
                 |id: &SequenceId| self.model.iter().find(|(other, _)| other == id).map(|(_, tokens)| tokens);
             if held.untouched {
                 assert_eq!(verdict, Ok(()), "growth alone does not make a batch stale");
+            } else {
+                assert!(verdict.is_err(), "a batch passed for fresh after a fork, a rollback or a move");
             }
             if verdict.is_ok() {
                 for (row, (id, tokens)) in held.rows.iter().enumerate() {
@@ -304,34 +310,29 @@ fn contents(tokens: &[u32], layer: usize, value: bool) -> Vec<f64> {
     tokens.iter().flat_map(|&token| (0..KV_HEADS * 8).map(move |i| element(token, i))).collect()
 }
 
-proptest! {
-    #![proptest_config(cases(64))]
-
-    #[test]
-    fn behaves_like_lists_of_tokens(
+fn behaves_like_lists_of_tokens(device: &Device) {
+    proptest!(cases(64), |(
         (page_size, ops) in prop::sample::select(vec![1usize, 2, 3, 8])
             .prop_flat_map(|page_size| (Just(page_size), prop::collection::vec(op(page_size), 1..32))),
         layout in prop::sample::select(vec![KvLayout::Nhd, KvLayout::Hnd]),
-    ) {
-        for device in devices() {
-            let mut machine = Machine::new(&device, page_size, layout);
-            for (step, op) in ops.iter().enumerate() {
-                machine.run(op);
-                machine.check_tables();
-                machine.check_batches();
-                // Reading is slow: one layer at a time, and only where something was written.
-                if matches!(op, Op::Extend(_)) {
-                    machine.check_contents(step % NUM_LAYERS..step % NUM_LAYERS + 1);
-                }
+    )| {
+        let mut machine = Machine::new(device, page_size, layout);
+        for (step, op) in ops.iter().enumerate() {
+            machine.run(op);
+            machine.check_tables();
+            machine.check_batches();
+            // Reading is slow: one layer at a time, and only where something was written.
+            if matches!(op, Op::Extend(_)) {
+                machine.check_contents(step % NUM_LAYERS..step % NUM_LAYERS + 1);
             }
-            machine.check();
-            while !machine.model.is_empty() {
-                machine.run(&Op::Free(0));
-            }
-            machine.check();
-            prop_assert_eq!(machine.cache.pages().num_free_pages(), NUM_PAGES, "everything comes back");
         }
-    }
+        machine.check();
+        while !machine.model.is_empty() {
+            machine.run(&Op::Free(0));
+        }
+        machine.check();
+        prop_assert_eq!(machine.cache.pages().num_free_pages(), NUM_PAGES, "everything comes back");
+    });
 }
 
 fn machine_with_fork(page_size: usize, len: usize) -> Machine {

@@ -10,7 +10,7 @@ use common::paged::{Pool, Storage, append};
 use common::problem::{Content, Problem, cached, small_config};
 use common::reader::{Reader, readable};
 use common::run::{Inputs, outputs, queries};
-use common::{bits, devices, tensor};
+use common::{bits, on_devices, tensor};
 use half::bf16;
 use tokenselect::{
     Batch, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvShape, KvStrides, KvView,
@@ -18,6 +18,15 @@ use tokenselect::{
     Positions, Ranks, Rope, RopeTable, SelectConfig, Selection, SelectionCache, SequenceId, StepOutput,
     Tensor, TensorView, TensorViewMut, TokenSelect,
 };
+
+on_devices! {
+    cpu:
+        wrong_shapes_and_types_of_a_step, batches_that_do_not_fit_a_step,
+        caches_that_do_not_fit_an_operation, lists_that_contradict_themselves,
+        a_list_longer_than_the_table_of_angles, merging_parts_of_wrong_shapes,
+        operations_that_lack_something, sequences_and_pages, stale_batches,
+        batches_made_before_a_fork_are_stale, batches_with_a_page_that_moved_are_stale;
+}
 
 /// Asserts the whole text: argument, rule and numbers stand in it.
 #[track_caller]
@@ -272,67 +281,54 @@ struct Args {
     lse: Option<Tensor>,
 }
 
-fn fixtures() -> impl Iterator<Item = Fixture> {
-    devices().into_iter().map(|device| Fixture::new(&device))
+fn wrong_shapes_and_types_of_a_step(device: &Device) {
+    let mut f = Fixture::new(device);
+    f.refuses(
+        |f| f.step(|a| a.inputs.q = f32s(&[2, 16, 8])),
+        "`q` must have shape [3, 16, 8], got [2, 16, 8]",
+    );
+    f.refuses(|f| f.step(|a| a.inputs.k = f32s(&[3, 8, 2])), "`k` must have shape [3, 2, 8], got [3, 8, 2]");
+    f.refuses(|f| f.step(|a| a.inputs.v = f32s(&[3, 16])), "`v` must have shape [3, 2, 8], got [3, 16]");
+    f.refuses(
+        |f| f.step(|a| a.out = Some(f32s(&[3, 16, 16]))),
+        "`out` must have shape [3, 16, 8], got [3, 16, 16]",
+    );
+    f.refuses(|f| f.step(|a| a.lse = Some(f32s(&[3, 2]))), "`lse` must have shape [3, 16], got [3, 2]");
+    let half = || tensor(DType::F16, &[0.0; TOKENS * 128], [TOKENS, 16, 8]);
+    f.refuses(|f| f.step(|a| a.inputs.q = half()), "`q` must be f32, got f16");
+    f.refuses(|f| f.step(|a| a.out = Some(half())), "`out` must be f32, got f16");
+    f.refuses(
+        |f| f.step(|a| a.lse = Some(tensor(DType::U32, &[0.0; 48], [3, 16]))),
+        "`lse` must be f32, got u32",
+    );
+    f.refuses(|f| f.step(|a| a.layer = 2), "`layer` must be below 2, got 2");
+    f.step(|_| ()).expect("the step itself is right");
 }
 
-#[test]
-fn wrong_shapes_and_types_of_a_step() {
-    for mut f in fixtures() {
-        f.refuses(
-            |f| f.step(|a| a.inputs.q = f32s(&[2, 16, 8])),
-            "`q` must have shape [3, 16, 8], got [2, 16, 8]",
-        );
-        f.refuses(
-            |f| f.step(|a| a.inputs.k = f32s(&[3, 8, 2])),
-            "`k` must have shape [3, 2, 8], got [3, 8, 2]",
-        );
-        f.refuses(|f| f.step(|a| a.inputs.v = f32s(&[3, 16])), "`v` must have shape [3, 2, 8], got [3, 16]");
-        f.refuses(
-            |f| f.step(|a| a.out = Some(f32s(&[3, 16, 16]))),
-            "`out` must have shape [3, 16, 8], got [3, 16, 16]",
-        );
-        f.refuses(|f| f.step(|a| a.lse = Some(f32s(&[3, 2]))), "`lse` must have shape [3, 16], got [3, 2]");
-        let half = || tensor(DType::F16, &[0.0; TOKENS * 128], [TOKENS, 16, 8]);
-        f.refuses(|f| f.step(|a| a.inputs.q = half()), "`q` must be f32, got f16");
-        f.refuses(|f| f.step(|a| a.out = Some(half())), "`out` must be f32, got f16");
-        f.refuses(
-            |f| f.step(|a| a.lse = Some(tensor(DType::U32, &[0.0; 48], [3, 16]))),
-            "`lse` must be f32, got u32",
-        );
-        f.refuses(|f| f.step(|a| a.layer = 2), "`layer` must be below 2, got 2");
-        f.step(|_| ()).expect("the step itself is right");
-    }
-}
-
-#[test]
-fn batches_that_do_not_fit_a_step() {
-    for mut f in fixtures() {
-        let text = "`step` needs a batch made by this cache's `extend`";
-        f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), text);
-        let small =
-            |limits: Limits| Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL).unwrap();
-        let text = "`max_rows` is limited to 1 by the plan, the batch needs 2";
-        says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), text);
-        let text = "`max_block_len` is limited to 1 by the plan, the batch needs 2";
-        says(small(Limits { max_rows: 2, max_block_len: 1, ..Limits::default() }).check(&f.batch), text);
-        // 40 and 30 tokens in pages of 8 take 5 and 4 pages.
-        let text = "`max_kv_tokens` is limited to 71 by the plan, the batch needs 72";
-        says(small(Limits { max_rows: 2, max_kv_tokens: 71, ..Limits::default() }).check(&f.batch), text);
-        small(Limits { max_rows: 2, max_block_len: 2, max_kv_tokens: 72 }).check(&f.batch).unwrap();
-        // All operations check limits.
-        let four = Batch::new(8, vec![0; 5], tables(&[0; 5], &[], &[0; 4])).unwrap();
-        let text = "`max_rows` is limited to 3 by the plan, the batch needs 4";
-        f.refuses(|f| f.ts.pool(&four, f32s(&[0, 16, 8]).view(), None), text);
-        f.refuses(|f| f.ts.vote(&four), text);
-        f.refuses(|f| f.ts.top_k(&four, None), text);
-        f.refuses(|f| f.ts.score(&four, f.cache.layer(0)?), text);
-        // A part of a sequence with more tokens outside its candidates than the windows hold.
-        let part =
-            Batch::partial(8, vec![0, 1], tables(&[0, 8], &[0; 8], &[8]), std::iter::once(0..3).collect());
-        let text = "`selected tokens of a row` is limited to 51 by the plan, the batch needs 64";
-        f.refuses(|f| f.ts.vote(&part.unwrap()), text);
-    }
+fn batches_that_do_not_fit_a_step(device: &Device) {
+    let mut f = Fixture::new(device);
+    let text = "`step` needs a batch made by this cache's `extend`";
+    f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), text);
+    let small = |limits: Limits| Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL).unwrap();
+    let text = "`max_rows` is limited to 1 by the plan, the batch needs 2";
+    says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), text);
+    let text = "`max_block_len` is limited to 1 by the plan, the batch needs 2";
+    says(small(Limits { max_rows: 2, max_block_len: 1, ..Limits::default() }).check(&f.batch), text);
+    // 40 and 30 tokens in pages of 8 take 5 and 4 pages.
+    let text = "`max_kv_tokens` is limited to 71 by the plan, the batch needs 72";
+    says(small(Limits { max_rows: 2, max_kv_tokens: 71, ..Limits::default() }).check(&f.batch), text);
+    small(Limits { max_rows: 2, max_block_len: 2, max_kv_tokens: 72 }).check(&f.batch).unwrap();
+    // All operations check limits.
+    let four = Batch::new(8, vec![0; 5], tables(&[0; 5], &[], &[0; 4])).unwrap();
+    let text = "`max_rows` is limited to 3 by the plan, the batch needs 4";
+    f.refuses(|f| f.ts.pool(&four, f32s(&[0, 16, 8]).view(), None), text);
+    f.refuses(|f| f.ts.vote(&four), text);
+    f.refuses(|f| f.ts.top_k(&four, None), text);
+    f.refuses(|f| f.ts.score(&four, f.cache.layer(0)?), text);
+    // A part of a sequence with more tokens outside its candidates than the windows hold.
+    let part = Batch::partial(8, vec![0, 1], tables(&[0, 8], &[0; 8], &[8]), std::iter::once(0..3).collect());
+    let text = "`selected tokens of a row` is limited to 51 by the plan, the batch needs 64";
+    f.refuses(|f| f.ts.vote(&part.unwrap()), text);
 }
 
 /// The same tables, as another engine would hand them over.
@@ -340,56 +336,52 @@ fn foreign_of(batch: &Batch) -> Batch {
     Batch::new(batch.page_size(), batch.qo_indptr().to_vec(), batch.tables().clone()).unwrap()
 }
 
-#[test]
-fn caches_that_do_not_fit_an_operation() {
-    for mut f in fixtures() {
-        let q = queries(&f.problem);
-        // The cache's pages are 8 tokens, its heads 2 of 8; there are 12 pages.
-        let pages = |dims: [usize; 4]| f32s(&dims);
-        let text = "`kv` must have shape [12, 8, 2, 8], got [12, 16, 2, 8]";
-        let wrong = pages([12, 16, 2, 8]);
-        f.refuses(|f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?), text);
-        let wrong = pages([12, 8, 4, 8]);
-        let text = "`kv` must have shape [12, 8, 2, 8], got [12, 8, 4, 8]";
-        f.refuses(
-            |f| {
-                f.ts.select(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?, q.view(), None)
-            },
-            text,
-        );
-        let wrong = tensor(DType::Bf16, &[0.0; 1536], [12, 8, 2, 8]);
-        f.refuses(
-            |f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?),
-            "`kv` must be f32, got bf16",
-        );
-        let largest = *f.batch.tables().indices.iter().max().unwrap() as usize;
-        let wrong = pages([largest, 8, 2, 8]);
-        let text = format!("`page` must be below {largest}, got {largest}");
-        f.refuses(|f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?), &text);
+fn caches_that_do_not_fit_an_operation(device: &Device) {
+    let mut f = Fixture::new(device);
+    let q = queries(&f.problem);
+    // The cache's pages are 8 tokens, its heads 2 of 8; there are 12 pages.
+    let pages = |dims: [usize; 4]| f32s(&dims);
+    let text = "`kv` must have shape [12, 8, 2, 8], got [12, 16, 2, 8]";
+    let wrong = pages([12, 16, 2, 8]);
+    f.refuses(|f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?), text);
+    let wrong = pages([12, 8, 4, 8]);
+    let text = "`kv` must have shape [12, 8, 2, 8], got [12, 8, 4, 8]";
+    f.refuses(
+        |f| f.ts.select(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?, q.view(), None),
+        text,
+    );
+    let wrong = tensor(DType::Bf16, &[0.0; 1536], [12, 8, 2, 8]);
+    f.refuses(
+        |f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?),
+        "`kv` must be f32, got bf16",
+    );
+    let largest = *f.batch.tables().indices.iter().max().unwrap() as usize;
+    let wrong = pages([largest, 8, 2, 8]);
+    let text = format!("`page` must be below {largest}, got {largest}");
+    f.refuses(|f| f.ts.score(&f.batch, KvView::new(wrong.view(), wrong.view(), KvLayout::Nhd)?), &text);
 
-        // A Selection Cache for other sizes, and for too few sequences.
-        let config = f.ts.config().clone();
-        let mut few = SelectionCache::new(&Device::cpu(), &config, 1, 1).unwrap();
-        let text = "`sequence index` must be below 1, got 1";
-        f.refuses(|f| f.ts.pool(&f.batch, q.view(), Some(few.layer_mut(0)?)), text);
-        let mut other =
-            SelectionCache::new(&Device::cpu(), &SelectConfig { top_k: 9, ..config.clone() }, 1, 3).unwrap();
-        let text = "`cached.selections` must have shape [3, 5], got [3, 9]";
-        f.refuses(|f| f.ts.top_k(&f.batch, Some(other.layer_mut(0)?)), text);
-        let heads = HeadShape { num_qo_heads: 2, ..config.heads };
-        let mut other = SelectionCache::new(&Device::cpu(), &SelectConfig { heads, ..config }, 1, 3).unwrap();
-        let text = "`cached.queries` must have shape [3, 128], got [3, 16]";
-        f.refuses(|f| f.ts.pool(&f.batch, q.view(), Some(other.layer_mut(0)?)), text);
-        let mut layers = SelectionCache::new(&Device::cpu(), f.ts.config(), 2, 3).unwrap();
-        says(layers.layer_mut(2), "`layer` must be below 2, got 2");
-        says(layers.layer_stats(7), "`layer` must be below 2, got 7");
-        says(layers.clear(3), "`sequence index` must be below 3, got 3");
-        says(layers.truncate(4, 0), "`sequence index` must be below 3, got 4");
-        says(layers.fork(0, 3), "`sequence index` must be below 3, got 3");
-        says(f.ts.workspace().selected(3), "`row` must be below 3, got 3");
-        says(f.cache.layer(2), "`layer` must be below 2, got 2");
-        says(f.cache.layer_mut(3).map(|_| ()), "`layer` must be below 2, got 3");
-    }
+    // A Selection Cache for other sizes, and for too few sequences.
+    let config = f.ts.config().clone();
+    let mut few = SelectionCache::new(&Device::cpu(), &config, 1, 1).unwrap();
+    let text = "`sequence index` must be below 1, got 1";
+    f.refuses(|f| f.ts.pool(&f.batch, q.view(), Some(few.layer_mut(0)?)), text);
+    let mut other =
+        SelectionCache::new(&Device::cpu(), &SelectConfig { top_k: 9, ..config.clone() }, 1, 3).unwrap();
+    let text = "`cached.selections` must have shape [3, 5], got [3, 9]";
+    f.refuses(|f| f.ts.top_k(&f.batch, Some(other.layer_mut(0)?)), text);
+    let heads = HeadShape { num_qo_heads: 2, ..config.heads };
+    let mut other = SelectionCache::new(&Device::cpu(), &SelectConfig { heads, ..config }, 1, 3).unwrap();
+    let text = "`cached.queries` must have shape [3, 128], got [3, 16]";
+    f.refuses(|f| f.ts.pool(&f.batch, q.view(), Some(other.layer_mut(0)?)), text);
+    let mut layers = SelectionCache::new(&Device::cpu(), f.ts.config(), 2, 3).unwrap();
+    says(layers.layer_mut(2), "`layer` must be below 2, got 2");
+    says(layers.layer_stats(7), "`layer` must be below 2, got 7");
+    says(layers.clear(3), "`sequence index` must be below 3, got 3");
+    says(layers.truncate(4, 0), "`sequence index` must be below 3, got 4");
+    says(layers.fork(0, 3), "`sequence index` must be below 3, got 3");
+    says(f.ts.workspace().selected(3), "`row` must be below 3, got 3");
+    says(f.cache.layer(2), "`layer` must be below 2, got 2");
+    says(f.cache.layer_mut(3).map(|_| ()), "`layer` must be below 2, got 3");
 }
 
 /// Lists for the fixture's two rows: `[2, 4]` with the given row 1.
@@ -397,172 +389,165 @@ fn lists(row: [u32; 4]) -> Tensor {
     Tensor::from_vec([&[0, 1, 2, 3][..], &row[..]].concat(), [2, 4]).unwrap()
 }
 
-#[test]
-fn lists_that_contradict_themselves() {
+fn lists_that_contradict_themselves(device: &Device) {
     let counts = |a: u32, b: u32| Tensor::from_vec(vec![a, b], [2]).unwrap();
-    for mut f in fixtures() {
-        let mut refuse = |tokens: &Tensor, len: &Tensor, ranks: Option<(&Tensor, &Tensor)>, text: &str| {
-            let q = queries(&f.problem);
-            f.refuses(
-                |f| {
-                    let ranks =
-                        ranks.map(|(ranks, total)| Ranks { ranks: ranks.view(), total_len: total.view() });
-                    let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
-                    let output = StepOutput { out: f.out.view_mut(), lse: Some(f.lse.view_mut()) };
-                    f.ts.attend(&f.batch, f.cache.layer(0)?, q.view(), Over::Lists(&selection), output)
-                },
-                text,
-            );
-        };
-        let (good, full) = (lists([0, 7, 8, 29]), counts(4, 4));
-        let row = |text: &str| format!("batch row 1: {text}");
-        refuse(&good, &counts(4, 5), None, &row("`selection.len` must be at most 4, got 5"));
-        refuse(
-            &lists([0, 7, 7, 29]),
-            &full,
-            None,
-            &row("`selection.tokens` must be ascending, so above 7, got 7"),
+    let mut f = Fixture::new(device);
+    let mut refuse = |tokens: &Tensor, len: &Tensor, ranks: Option<(&Tensor, &Tensor)>, text: &str| {
+        let q = queries(&f.problem);
+        f.refuses(
+            |f| {
+                let ranks =
+                    ranks.map(|(ranks, total)| Ranks { ranks: ranks.view(), total_len: total.view() });
+                let selection = Selection { tokens: tokens.view(), len: len.view(), ranks };
+                let output = StepOutput { out: f.out.view_mut(), lse: Some(f.lse.view_mut()) };
+                f.ts.attend(&f.batch, f.cache.layer(0)?, q.view(), Over::Lists(&selection), output)
+            },
+            text,
         );
-        refuse(
-            &lists([0, 9, 8, 29]),
-            &full,
-            None,
-            &row("`selection.tokens` must be ascending, so above 9, got 8"),
-        );
-        refuse(&lists([0, 7, 8, 30]), &full, None, &row("`selection.tokens` must be below 30, got 30"));
-        let text = row("`length of the selected list` must be 0 or at least the block's length, 2, got 1");
-        refuse(&good, &counts(4, 1), None, &text);
-        let text = row("`selection.ranks` must be ascending, so above 3, got 2");
-        refuse(&good, &full, Some((&lists([0, 3, 2, 9]), &counts(9, 10))), &text);
-        let text = row("`selection.ranks` must be below 9, got 9");
-        refuse(&good, &full, Some((&lists([0, 3, 4, 9]), &counts(9, 9))), &text);
-        let text = "`selection.len` must have shape [2], got [1]";
-        refuse(&good, &Tensor::from_vec(vec![4u32], [1]).unwrap(), None, text);
-        let wide = Tensor::from_vec(vec![0u32; 12], [3, 4]).unwrap();
-        refuse(&wide, &full, None, "`selection.tokens` must have shape [2, 4], got [3, 4]");
-        refuse(&f32s(&[2, 4]), &full, None, "`selection.tokens` must be u32, got f32");
-        let text = "`selection.ranks` must have shape [2, 4], got [3, 4]";
-        refuse(&good, &full, Some((&wide, &full)), text);
-        let text = "`selection.total_len` must have shape [2], got [3]";
-        refuse(&good, &full, Some((&good, &Tensor::from_vec(vec![9u32; 3], [3]).unwrap())), text);
-    }
-    // A whole list longer than the table of angles: 100 tokens, as the limits say.
+    };
+    let (good, full) = (lists([0, 7, 8, 29]), counts(4, 4));
+    let row = |text: &str| format!("batch row 1: {text}");
+    refuse(&good, &counts(4, 5), None, &row("`selection.len` must be at most 4, got 5"));
+    refuse(
+        &lists([0, 7, 7, 29]),
+        &full,
+        None,
+        &row("`selection.tokens` must be ascending, so above 7, got 7"),
+    );
+    refuse(
+        &lists([0, 9, 8, 29]),
+        &full,
+        None,
+        &row("`selection.tokens` must be ascending, so above 9, got 8"),
+    );
+    refuse(&lists([0, 7, 8, 30]), &full, None, &row("`selection.tokens` must be below 30, got 30"));
+    let text = row("`length of the selected list` must be 0 or at least the block's length, 2, got 1");
+    refuse(&good, &counts(4, 1), None, &text);
+    let text = row("`selection.ranks` must be ascending, so above 3, got 2");
+    refuse(&good, &full, Some((&lists([0, 3, 2, 9]), &counts(9, 10))), &text);
+    let text = row("`selection.ranks` must be below 9, got 9");
+    refuse(&good, &full, Some((&lists([0, 3, 4, 9]), &counts(9, 9))), &text);
+    let text = "`selection.len` must have shape [2], got [1]";
+    refuse(&good, &Tensor::from_vec(vec![4u32], [1]).unwrap(), None, text);
+    let wide = Tensor::from_vec(vec![0u32; 12], [3, 4]).unwrap();
+    refuse(&wide, &full, None, "`selection.tokens` must have shape [2, 4], got [3, 4]");
+    refuse(&f32s(&[2, 4]), &full, None, "`selection.tokens` must be u32, got f32");
+    let text = "`selection.ranks` must have shape [2, 4], got [3, 4]";
+    refuse(&good, &full, Some((&wide, &full)), text);
+    let text = "`selection.total_len` must have shape [2], got [3]";
+    refuse(&good, &full, Some((&good, &Tensor::from_vec(vec![9u32; 3], [3]).unwrap())), text);
+}
+
+/// A whole list longer than the table of angles: 100 tokens, as the limits say.
+fn a_list_longer_than_the_table_of_angles(device: &Device) {
     let config =
         SelectConfig { positions: Positions::Reassigned(Rope::default()), ..readable(2, small_config()) };
     let problem = Problem::new(&config, &[(10, 1)], Content::Peaked, 3);
     let pool = Pool::full(&problem, 8, Storage::Nhd, 3);
     let limits = Limits { max_rows: 1, max_block_len: 1, max_kv_tokens: 100 };
-    for device in devices() {
-        let ts = TokenSelect::new(&device, config.clone(), limits).unwrap();
-        let (mut out, _) = outputs(&problem, DType::F32);
-        let [one, total] = [1u32, 101].map(|x| Tensor::from_vec(vec![x], [1]).unwrap());
-        let tokens = Tensor::from_vec(vec![0u32], [1, 1]).unwrap();
-        let ranks = Some(Ranks { ranks: tokens.view(), total_len: total.view() });
-        let selection = Selection { tokens: tokens.view(), len: one.view(), ranks };
-        let output = StepOutput { out: out.view_mut(), lse: None };
-        let attempt = ts.attend(
-            &pool.batch(&problem),
-            pool.view(),
-            queries(&problem).view(),
-            Over::Lists(&selection),
-            output,
-        );
-        says(attempt, "`positions` is limited to 100 by the plan, the batch needs 101");
-    }
+    let ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+    let (mut out, _) = outputs(&problem, DType::F32);
+    let [one, total] = [1u32, 101].map(|x| Tensor::from_vec(vec![x], [1]).unwrap());
+    let tokens = Tensor::from_vec(vec![0u32], [1, 1]).unwrap();
+    let ranks = Some(Ranks { ranks: tokens.view(), total_len: total.view() });
+    let selection = Selection { tokens: tokens.view(), len: one.view(), ranks };
+    let output = StepOutput { out: out.view_mut(), lse: None };
+    let attempt = ts.attend(
+        &pool.batch(&problem),
+        pool.view(),
+        queries(&problem).view(),
+        Over::Lists(&selection),
+        output,
+    );
+    says(attempt, "`positions` is limited to 100 by the plan, the batch needs 101");
 }
 
-#[test]
-fn merging_parts_of_wrong_shapes() {
-    for mut f in fixtures() {
-        let (parts, lses) = (f32s(&[2, TOKENS, 16, 8]), f32s(&[2, TOKENS, 16]));
-        let mut refuse = |parts: &Tensor, lses: &Tensor, text: &str| {
-            f.refuses(
-                |f| {
-                    let output = StepOutput { out: f.out.view_mut(), lse: Some(f.lse.view_mut()) };
-                    f.ts.merge(parts.view(), lses.view(), output)
-                },
-                text,
-            );
-        };
-        refuse(&f32s(&[2, 3, 8, 8]), &lses, "`parts` must have shape [2, 3, 16, 8], got [2, 3, 8, 8]");
-        refuse(&parts, &f32s(&[3, 3, 16]), "`part_lses` must have shape [2, 3, 16], got [3, 3, 16]");
-        let text = "`out` must have shape [5, 16, 8], got [3, 16, 8]";
-        refuse(&f32s(&[2, 5, 16, 8]), &f32s(&[2, 5, 16]), text);
-        let half = tensor(DType::F16, &[0.0; 768], [2, 3, 16, 8]);
-        refuse(&half, &lses, "`parts` must be f32, got f16");
-    }
-}
-
-#[test]
-fn operations_that_lack_something() {
-    for mut f in fixtures() {
-        let q = queries(&f.problem);
-        let candidates = vec![0..40, 0..30];
-        let b = &f.batch;
-        let part = Batch::partial(8, b.qo_indptr().to_vec(), b.tables().clone(), candidates).unwrap();
-        let inputs = Inputs::new(&f.problem);
+fn merging_parts_of_wrong_shapes(device: &Device) {
+    let mut f = Fixture::new(device);
+    let (parts, lses) = (f32s(&[2, TOKENS, 16, 8]), f32s(&[2, TOKENS, 16]));
+    let mut refuse = |parts: &Tensor, lses: &Tensor, text: &str| {
         f.refuses(
-            |f| f.ts.append(&part, f.cache.layer_mut(0)?.kv, inputs.k.view(), inputs.v.view()),
-            "`append` needs a batch of whole sequences",
+            |f| {
+                let output = StepOutput { out: f.out.view_mut(), lse: Some(f.lse.view_mut()) };
+                f.ts.merge(parts.view(), lses.view(), output)
+            },
+            text,
         );
-        let dense = |f: &mut Fixture| {
-            let output = StepOutput { out: f.out.view_mut(), lse: None };
-            f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)
-        };
-        f.refuses(dense, "`attend` needs a batch of whole sequences");
-        f.ts.workspace_mut().provide(Buffer::Selected, &part).unwrap();
-        let attend = |f: &mut Fixture| {
-            let output = StepOutput { out: f.out.view_mut(), lse: None };
-            f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::Selected, output)
-        };
-        f.refuses(attend, "`attend` needs ranks for a batch of parts of sequences");
-        // `pool` decided to reuse (the fixture has made the same step before); `top_k` must know what.
-        let cached = f.cache.layer_mut(0).unwrap().selections.unwrap();
-        f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
-        f.ts.workspace_mut().provide(Buffer::Votes, &f.batch).unwrap();
-        let text = "`top_k` needs the cached selections that `pool` was given";
-        f.refuses(|f| f.ts.top_k(&f.batch, None), text);
-        let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);
-        let len = f.batch.row(0).unwrap().kv_len;
-        for ((row, token, head), what) in
-            [((rows, 0, 0), "row"), ((0, len, 0), "token"), ((0, 0, heads), "query head")]
-        {
-            let error = f.ts.logit_index(&f.batch, row, token, head).unwrap_err();
-            assert!(error.to_string().contains(what), "{error}");
-        }
+    };
+    refuse(&f32s(&[2, 3, 8, 8]), &lses, "`parts` must have shape [2, 3, 16, 8], got [2, 3, 8, 8]");
+    refuse(&parts, &f32s(&[3, 3, 16]), "`part_lses` must have shape [2, 3, 16], got [3, 3, 16]");
+    let text = "`out` must have shape [5, 16, 8], got [3, 16, 8]";
+    refuse(&f32s(&[2, 5, 16, 8]), &f32s(&[2, 5, 16]), text);
+    let half = tensor(DType::F16, &[0.0; 768], [2, 3, 16, 8]);
+    refuse(&half, &lses, "`parts` must be f32, got f16");
+}
+
+fn operations_that_lack_something(device: &Device) {
+    let mut f = Fixture::new(device);
+    let q = queries(&f.problem);
+    let candidates = vec![0..40, 0..30];
+    let b = &f.batch;
+    let part = Batch::partial(8, b.qo_indptr().to_vec(), b.tables().clone(), candidates).unwrap();
+    let inputs = Inputs::new(&f.problem);
+    f.refuses(
+        |f| f.ts.append(&part, f.cache.layer_mut(0)?.kv, inputs.k.view(), inputs.v.view()),
+        "`append` needs a batch of whole sequences",
+    );
+    let dense = |f: &mut Fixture| {
+        let output = StepOutput { out: f.out.view_mut(), lse: None };
+        f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)
+    };
+    f.refuses(dense, "`attend` needs a batch of whole sequences");
+    f.ts.workspace_mut().provide(Buffer::Selected, &part).unwrap();
+    let attend = |f: &mut Fixture| {
+        let output = StepOutput { out: f.out.view_mut(), lse: None };
+        f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::Selected, output)
+    };
+    f.refuses(attend, "`attend` needs ranks for a batch of parts of sequences");
+    // `pool` decided to reuse (the fixture has made the same step before); `top_k` must know what.
+    let cached = f.cache.layer_mut(0).unwrap().selections.unwrap();
+    f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
+    f.ts.workspace_mut().provide(Buffer::Votes, &f.batch).unwrap();
+    let text = "`top_k` needs the cached selections that `pool` was given";
+    f.refuses(|f| f.ts.top_k(&f.batch, None), text);
+    let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);
+    let len = f.batch.row(0).unwrap().kv_len;
+    for ((row, token, head), what) in
+        [((rows, 0, 0), "row"), ((0, len, 0), "token"), ((0, 0, heads), "query head")]
+    {
+        let error = f.ts.logit_index(&f.batch, row, token, head).unwrap_err();
+        assert!(error.to_string().contains(what), "{error}");
     }
 }
 
-#[test]
-fn sequences_and_pages() {
-    for mut f in fixtures() {
-        let [a, b] = f.ids;
-        // 12 pages, of which 5 and 4 are taken; a grows by 8 to its sixth page, b by 24 to seven.
-        f.refuses(|f| f.cache.extend(&[(a, 8), (b, 24)]), "out of pages: 4 needed, 3 free");
-        let text = format!("{a} appears in rows 0 and 2 of one batch");
-        f.refuses(|f| f.cache.extend(&[(a, 1), (b, 1), (a, 1)]), &text);
-        let text =
-            format!("{b} cannot grow to {} tokens, the limit is {MAX_SEQUENCE_LEN}", MAX_SEQUENCE_LEN + 30);
-        f.refuses(|f| f.cache.extend(&[(a, 1), (b, MAX_SEQUENCE_LEN)]), &text);
-        let text = format!("{a} holds 40 tokens and cannot be truncated to 41");
-        f.refuses(|f| f.cache.truncate(a, 41), &text);
-        let third = f.cache.create().unwrap();
-        f.refuses(|f| f.cache.create(), "the cache holds at most 3 sequences");
-        f.refuses(|f| f.cache.fork(a), "the cache holds at most 3 sequences");
-        f.cache.free(third).unwrap();
-        let text = format!("{third} is not in this cache");
-        f.refuses(|f| f.cache.len(third), &text);
-        f.refuses(|f| f.cache.fork(third), &text);
-        f.refuses(|f| f.cache.truncate(third, 0), &text);
-        f.refuses(|f| f.cache.free(third), &text);
-        f.refuses(|f| f.cache.extend(&[(a, 1), (third, 1)]), &text);
-        f.refuses(|f| f.cache.pages().pages(third).map(<[u32]>::len), &text);
-        f.refuses(|f| f.cache.pages().tables(&[a, third]), &text);
-        f.refuses(|f| f.cache.pages().ref_count(12), "`page` must be below 12, got 12");
-        // What just fits is not refused.
-        f.cache.extend(&[(a, 8), (b, 18)]).unwrap();
-        assert_eq!(f.cache.pages().num_free_pages(), 0);
-    }
+fn sequences_and_pages(device: &Device) {
+    let mut f = Fixture::new(device);
+    let [a, b] = f.ids;
+    // 12 pages, of which 5 and 4 are taken; a grows by 8 to its sixth page, b by 24 to seven.
+    f.refuses(|f| f.cache.extend(&[(a, 8), (b, 24)]), "out of pages: 4 needed, 3 free");
+    let text = format!("{a} appears in rows 0 and 2 of one batch");
+    f.refuses(|f| f.cache.extend(&[(a, 1), (b, 1), (a, 1)]), &text);
+    let text =
+        format!("{b} cannot grow to {} tokens, the limit is {MAX_SEQUENCE_LEN}", MAX_SEQUENCE_LEN + 30);
+    f.refuses(|f| f.cache.extend(&[(a, 1), (b, MAX_SEQUENCE_LEN)]), &text);
+    let text = format!("{a} holds 40 tokens and cannot be truncated to 41");
+    f.refuses(|f| f.cache.truncate(a, 41), &text);
+    let third = f.cache.create().unwrap();
+    f.refuses(|f| f.cache.create(), "the cache holds at most 3 sequences");
+    f.refuses(|f| f.cache.fork(a), "the cache holds at most 3 sequences");
+    f.cache.free(third).unwrap();
+    let text = format!("{third} is not in this cache");
+    f.refuses(|f| f.cache.len(third), &text);
+    f.refuses(|f| f.cache.fork(third), &text);
+    f.refuses(|f| f.cache.truncate(third, 0), &text);
+    f.refuses(|f| f.cache.free(third), &text);
+    f.refuses(|f| f.cache.extend(&[(a, 1), (third, 1)]), &text);
+    f.refuses(|f| f.cache.pages().pages(third).map(<[u32]>::len), &text);
+    f.refuses(|f| f.cache.pages().tables(&[a, third]), &text);
+    f.refuses(|f| f.cache.pages().ref_count(12), "`page` must be below 12, got 12");
+    // What just fits is not refused.
+    f.cache.extend(&[(a, 8), (b, 18)]).unwrap();
+    assert_eq!(f.cache.pages().num_free_pages(), 0);
 }
 
 fn stale(id: SequenceId, now: usize) -> String {
@@ -572,27 +557,35 @@ fn stale(id: SequenceId, now: usize) -> String {
     )
 }
 
-#[test]
-fn stale_batches() {
-    for mut f in fixtures() {
-        let [_, b] = f.ids;
-        f.cache.truncate(b, 29).unwrap();
-        let text = stale(b, 29);
-        f.refuses(|f| f.step(|_| ()), &text);
-        // The length is back, the tokens are not.
-        f.cache.extend(&[(b, 1)]).unwrap();
-        f.refuses(|f| f.step(|_| ()), &stale(b, 30));
-        f.cache.free(b).unwrap();
-        f.refuses(|f| f.step(|_| ()), &format!("{b} is not in this cache"));
-    }
-    // A page that moved: the fork and the sequence it came from now write into pages of their own.
-    for mut f in fixtures() {
-        let [_, b] = f.ids;
-        f.cache.fork(b).unwrap();
-        f.cache.extend(&[(b, 1)]).unwrap();
-        let text = stale(b, 31);
-        f.refuses(|f| f.step(|_| ()), &text);
-    }
+fn stale_batches(device: &Device) {
+    let mut f = Fixture::new(device);
+    let [_, b] = f.ids;
+    f.cache.truncate(b, 29).unwrap();
+    let text = stale(b, 29);
+    f.refuses(|f| f.step(|_| ()), &text);
+    // The length is back, the tokens are not.
+    f.cache.extend(&[(b, 1)]).unwrap();
+    f.refuses(|f| f.step(|_| ()), &stale(b, 30));
+    f.cache.free(b).unwrap();
+    f.refuses(|f| f.step(|_| ()), &format!("{b} is not in this cache"));
+}
+
+/// The old batch would write into a page that the fork holds, too.
+fn batches_made_before_a_fork_are_stale(device: &Device) {
+    let mut f = Fixture::new(device);
+    let [_, b] = f.ids;
+    f.cache.fork(b).unwrap();
+    f.refuses(|f| f.step(|_| ()), &stale(b, 30));
+}
+
+/// A page that moved: the fork and the sequence it came from now write into pages of their own.
+fn batches_with_a_page_that_moved_are_stale(device: &Device) {
+    let mut f = Fixture::new(device);
+    let [_, b] = f.ids;
+    f.cache.fork(b).unwrap();
+    f.cache.extend(&[(b, 1)]).unwrap();
+    let text = stale(b, 31);
+    f.refuses(|f| f.step(|_| ()), &text);
 }
 
 /// Pools one query that lies nowhere on the emulated GPU.

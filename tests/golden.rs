@@ -10,9 +10,15 @@ use common::paged::{Pool, Storage, owned};
 use common::problem::{Problem, Row};
 use common::run::{Inputs, Outcome, outputs_on, select_and_attend, step, token_select};
 use common::{
-    all_devices, announce, assert_close, assert_lse, gpu_tolerance, naive, naive_config, round, values,
+    announce, assert_close, assert_lse, gpu_tolerance, naive, naive_config, on_devices, round, values,
 };
 use tokenselect::{Buffer, Device, KvLayout, Limits, Over, RowAction, StepOutput, TokenSelect};
+
+on_devices! {
+    all:
+        every_device_matches_on_borrowed_memory, every_device_matches_on_an_owned_cache,
+        every_device_matches_over_steps, outputs_in_the_storage_type_are_rounded_once;
+}
 
 /// The promise: `out` and `lse` within this of float64, `out` relative to the largest element of its head.
 const GOLDEN_TOLERANCE: f64 = 1e-3;
@@ -66,48 +72,40 @@ fn assert_golden(what: &str, device: &Device, case: &Case, outcome: &Outcome) ->
     worst * tolerance
 }
 
-#[test]
-fn every_device_matches_on_borrowed_memory() {
-    for device in all_devices() {
-        let mut worst: f64 = 0.0;
-        each_case(&format!("{} on borrowed memory", device.name()), false, |case| {
-            let problem = case.problem();
-            for (page_size, storage) in page_sizes(&device)
-                .iter()
-                .copied()
-                .flat_map(|p| [Storage::Nhd, Storage::Hnd, Storage::CombinedNhd].map(|s| (p, s)))
-            {
-                let what = format!("{} on {}, page size {page_size}, {storage:?}", case.name, device.name());
-                let pool = Pool::full(&problem, page_size, storage, page_size as u64).to(&device);
-                let batch = pool.batch(&problem);
-                let mut ts = token_select(&device, &problem, &batch);
-                let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-                worst = worst.max(assert_golden(&what, &device, case, &outcome));
-            }
-        });
-        announce(&format!("golden: {}: largest error of out {worst:.1e}", device.name()));
-    }
+fn every_device_matches_on_borrowed_memory(device: &Device) {
+    let mut worst: f64 = 0.0;
+    each_case(&format!("{} on borrowed memory", device.name()), false, |case| {
+        let problem = case.problem();
+        for (page_size, storage) in page_sizes(device)
+            .iter()
+            .copied()
+            .flat_map(|p| [Storage::Nhd, Storage::Hnd, Storage::CombinedNhd].map(|s| (p, s)))
+        {
+            let what = format!("{} on {}, page size {page_size}, {storage:?}", case.name, device.name());
+            let pool = Pool::full(&problem, page_size, storage, page_size as u64).to(device);
+            let batch = pool.batch(&problem);
+            let mut ts = token_select(device, &problem, &batch);
+            let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
+            worst = worst.max(assert_golden(&what, device, case, &outcome));
+        }
+    });
+    announce(&format!("golden: {}: largest error of out {worst:.1e}", device.name()));
 }
 
-#[test]
-fn every_device_matches_on_an_owned_cache() {
-    for device in all_devices() {
-        each_case(&format!("{} on an owned cache", device.name()), false, |case| {
-            let problem = case.problem();
-            for (page_size, layout) in page_sizes(&device)
-                .iter()
-                .copied()
-                .flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
-            {
-                let what = format!("{} on {}, page size {page_size}, {layout:?}", case.name, device.name());
-                let (mut cache, ids) = owned(&device, &problem, page_size, layout, 1, page_size as u64);
-                let batch = cache.extend(&[(ids[0], problem.rows[0].t)]).unwrap();
-                let mut ts = token_select(&device, &problem, &batch);
-                let outcome = step(&mut ts, &mut cache, 0, &batch, &problem);
-                assert_golden(&what, &device, case, &outcome);
-            }
-        });
-    }
+fn every_device_matches_on_an_owned_cache(device: &Device) {
+    each_case(&format!("{} on an owned cache", device.name()), false, |case| {
+        let problem = case.problem();
+        for (page_size, layout) in
+            page_sizes(device).iter().copied().flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
+        {
+            let what = format!("{} on {}, page size {page_size}, {layout:?}", case.name, device.name());
+            let (mut cache, ids) = owned(device, &problem, page_size, layout, 1, page_size as u64);
+            let batch = cache.extend(&[(ids[0], problem.rows[0].t)]).unwrap();
+            let mut ts = token_select(device, &problem, &batch);
+            let outcome = step(&mut ts, &mut cache, 0, &batch, &problem);
+            assert_golden(&what, device, case, &outcome);
+        }
+    });
 }
 
 /// The decode steps of a run with the Selection Cache, as problems of one row.
@@ -145,20 +143,15 @@ fn naive_matches_numpy_over_steps() {
     });
 }
 
-#[test]
-fn every_device_matches_over_steps() {
-    for device in all_devices() {
-        each_case(&format!("{} over steps", device.name()), true, |case| {
-            let problems = decode_steps(case);
-            for (page_size, layout) in page_sizes(&device)
-                .iter()
-                .copied()
-                .flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
-            {
-                check_steps(case, &problems, &device, page_size, layout);
-            }
-        });
-    }
+fn every_device_matches_over_steps(device: &Device) {
+    each_case(&format!("{} over steps", device.name()), true, |case| {
+        let problems = decode_steps(case);
+        for (page_size, layout) in
+            page_sizes(device).iter().copied().flat_map(|p| [KvLayout::Nhd, KvLayout::Hnd].map(|l| (p, l)))
+        {
+            check_steps(case, &problems, device, page_size, layout);
+        }
+    });
 }
 
 fn check_steps(case: &Case, problems: &[Problem], device: &Device, page_size: usize, layout: KvLayout) {
@@ -192,22 +185,19 @@ fn check_steps(case: &Case, problems: &[Problem], device: &Device, page_size: us
 }
 
 /// Golden cases are written in the storage type's own numbers; outputs may be in that type, too.
-#[test]
-fn outputs_in_the_storage_type_are_rounded_once() {
-    for device in all_devices() {
-        each_case(&format!("{} into the storage type", device.name()), false, |case| {
-            let problem = case.problem();
-            let pool = Pool::full(&problem, 16, Storage::Nhd, 1).to(&device);
-            let batch = pool.batch(&problem);
-            let mut ts = token_select(&device, &problem, &batch);
-            let exact = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-            let (mut out, _) = outputs_on(&device, &problem, case.config.dtype);
-            let inputs = Inputs::new(&problem).to(&device);
-            let output = StepOutput { out: out.view_mut(), lse: None };
-            ts.attend(&batch, pool.view(), inputs.q.view(), Over::Selected, output).unwrap();
-            let rounded: Vec<f64> = values(&exact.out).iter().map(|&x| round(case.config.dtype, x)).collect();
-            let wrong = values(&out).iter().zip(&rounded).position(|(got, want)| got != want);
-            assert_eq!(wrong, None, "{}: first element rounded otherwise", case.name);
-        });
-    }
+fn outputs_in_the_storage_type_are_rounded_once(device: &Device) {
+    each_case(&format!("{} into the storage type", device.name()), false, |case| {
+        let problem = case.problem();
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 1).to(device);
+        let batch = pool.batch(&problem);
+        let mut ts = token_select(device, &problem, &batch);
+        let exact = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
+        let (mut out, _) = outputs_on(device, &problem, case.config.dtype);
+        let inputs = Inputs::new(&problem).to(device);
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        ts.attend(&batch, pool.view(), inputs.q.view(), Over::Selected, output).unwrap();
+        let rounded: Vec<f64> = values(&exact.out).iter().map(|&x| round(case.config.dtype, x)).collect();
+        let wrong = values(&out).iter().zip(&rounded).position(|(got, want)| got != want);
+        assert_eq!(wrong, None, "{}: first element rounded otherwise", case.name);
+    });
 }

@@ -8,37 +8,43 @@ use std::ptr::null_mut;
 use common::paged::{Pool, Storage, limits};
 use common::problem::{Content, Problem, cached, small_config};
 use common::run::Inputs;
-use common::{bits, cuda, gpus, tensor, to_device};
+use common::{bits, on_devices, tensor, to_device};
 use cust::sys;
 use half::bf16;
 use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
-    Buffer, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, Limits, Operations, Over, PagedKvCache,
-    Plan, Positions, Rope, SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
+    Batch, Buffer, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, KvShape, KvStrides, KvView,
+    KvViewMut, Limits, Operations, Over, PageTables, PagedKvCache, Plan, Positions, Rope, SelectConfig,
+    SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
 };
+
+on_devices! {
+    gpus:
+        tensors_move_between_host_and_device, cached_selections_are_forked_and_forgotten,
+        forks_are_copied_on_write, every_layer_caches_selections, what_has_no_kernel_is_refused,
+        tensors_must_be_where_the_device_works, strides_that_break_pieces_are_refused, kernels_are_launched_by_name;
+    cuda: work_joins_the_stream_of_the_caller;
+}
 
 fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
     let heads = HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim };
     SelectConfig { heads, dtype, ..small_config() }
 }
 
-#[test]
-fn tensors_move_between_host_and_device() {
-    for device in gpus() {
-        let numbers: Vec<u32> = (0..1000).collect();
-        let mut tensor = Tensor::from_slice_on(&device, &numbers, [10, 100]).unwrap();
-        assert_eq!(tensor.to_vec::<u32>().unwrap(), numbers);
-        assert_eq!(tensor.view().tail(990).unwrap().to_vec::<u32>().unwrap(), numbers[990..]);
-        let text = tensor.as_slice::<u32>().unwrap_err().to_string();
-        assert_eq!(text, format!("`tensor` must be on cpu, it is on {}", device.name()));
-        let zeros = Tensor::zeros_on(&device, DType::U32, [10, 100]).unwrap();
-        tensor.copy_from(zeros.view()).unwrap();
-        assert_eq!(tensor.to_vec::<u32>().unwrap(), [0; 1000]);
-        let elsewhere = Tensor::zeros_on(&Device::emulated(), DType::U32, [10, 100]).unwrap();
-        let text = tensor.copy_from(elsewhere.view()).unwrap_err().to_string();
-        assert!(text.starts_with("`from` must be on "), "{text}");
-    }
+fn tensors_move_between_host_and_device(device: &Device) {
+    let numbers: Vec<u32> = (0..1000).collect();
+    let mut tensor = Tensor::from_slice_on(device, &numbers, [10, 100]).unwrap();
+    assert_eq!(tensor.to_vec::<u32>().unwrap(), numbers);
+    assert_eq!(tensor.view().tail(990).unwrap().to_vec::<u32>().unwrap(), numbers[990..]);
+    let text = tensor.as_slice::<u32>().unwrap_err().to_string();
+    assert_eq!(text, format!("`tensor` must be on cpu, it is on {}", device.name()));
+    let zeros = Tensor::zeros_on(device, DType::U32, [10, 100]).unwrap();
+    tensor.copy_from(zeros.view()).unwrap();
+    assert_eq!(tensor.to_vec::<u32>().unwrap(), [0; 1000]);
+    let elsewhere = Tensor::zeros_on(&Device::emulated(), DType::U32, [10, 100]).unwrap();
+    let text = tensor.copy_from(elsewhere.view()).unwrap_err().to_string();
+    assert!(text.starts_with("`from` must be on "), "{text}");
 }
 
 /// `made_at` of every layer and sequence, and the first word of each selection.
@@ -53,72 +59,66 @@ fn entries(cache: &mut SelectionCache) -> Vec<(Vec<u32>, Vec<u32>)> {
         .collect()
 }
 
-#[test]
-fn cached_selections_are_forked_and_forgotten() {
+fn cached_selections_are_forked_and_forgotten(device: &Device) {
     const NONE: u32 = u32::MAX;
-    for device in gpus() {
-        let config = cached(config(64, 2, DType::Bf16), 0.9, None);
-        let mut cache = SelectionCache::new(&device, &config, 3, 4).unwrap();
-        for layer in 0..3 {
-            let base = 10 * layer as u32;
-            let layer = cache.layer_mut(layer).unwrap();
-            let made_at = [base, base + 1, base + 2, NONE];
-            let selections: Vec<u32> =
-                (0..4).flat_map(|row| (0..config.top_k as u32).map(move |i| base + row + i)).collect();
-            layer.made_at.copy_from(TensorView::new(&made_at, [4]).unwrap()).unwrap();
-            layer.selections.copy_from(TensorView::new(&selections, [4, config.top_k]).unwrap()).unwrap();
-        }
-        cache.fork(1, 3).unwrap();
-        let want = |made_at: [[u32; 4]; 3]| {
-            let firsts = |base: u32| vec![base, base + 1, base + 2, base + 1];
-            made_at.iter().zip([0, 10, 20]).map(|(m, base)| (m.to_vec(), firsts(base))).collect::<Vec<_>>()
-        };
-        assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, 21, 22, 21]]));
-        // Kept if made with at most so many tokens before the block.
-        cache.truncate(1, 11).unwrap();
-        assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, NONE, 22, 21]]));
-        cache.truncate(2, 11).unwrap();
-        cache.clear(0).unwrap();
-        let left = [[NONE, 1, 2, 1], [NONE, 11, NONE, 11], [NONE, NONE, NONE, 21]];
-        assert_eq!(entries(&mut cache), want(left));
+    let config = cached(config(64, 2, DType::Bf16), 0.9, None);
+    let mut cache = SelectionCache::new(device, &config, 3, 4).unwrap();
+    for layer in 0..3 {
+        let base = 10 * layer as u32;
+        let layer = cache.layer_mut(layer).unwrap();
+        let made_at = [base, base + 1, base + 2, NONE];
+        let selections: Vec<u32> =
+            (0..4).flat_map(|row| (0..config.top_k as u32).map(move |i| base + row + i)).collect();
+        layer.made_at.copy_from(TensorView::new(&made_at, [4]).unwrap()).unwrap();
+        layer.selections.copy_from(TensorView::new(&selections, [4, config.top_k]).unwrap()).unwrap();
     }
+    cache.fork(1, 3).unwrap();
+    let want = |made_at: [[u32; 4]; 3]| {
+        let firsts = |base: u32| vec![base, base + 1, base + 2, base + 1];
+        made_at.iter().zip([0, 10, 20]).map(|(m, base)| (m.to_vec(), firsts(base))).collect::<Vec<_>>()
+    };
+    assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, 21, 22, 21]]));
+    // Kept if made with at most so many tokens before the block.
+    cache.truncate(1, 11).unwrap();
+    assert_eq!(entries(&mut cache), want([[0, 1, 2, 1], [10, 11, 12, 11], [20, NONE, 22, 21]]));
+    cache.truncate(2, 11).unwrap();
+    cache.clear(0).unwrap();
+    let left = [[NONE, 1, 2, 1], [NONE, 11, NONE, 11], [NONE, NONE, NONE, 21]];
+    assert_eq!(entries(&mut cache), want(left));
 }
 
-#[test]
-fn forks_are_copied_on_write() {
-    for device in gpus() {
-        for layout in [KvLayout::Nhd, KvLayout::Hnd] {
-            let config = config(64, 1, DType::Bf16);
-            let cache_config =
-                CacheConfig { num_layers: 2, num_pages: 6, page_size: 4, max_sequences: 2, layout };
-            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
-            let ts = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
-            let grow = |cache: &mut PagedKvCache, id, tokens: usize, value: f32| {
-                let batch = cache.extend(&[(id, tokens)]).unwrap();
-                let data = vec![bf16::from_f32(value); tokens * 2 * 64];
-                let new = Tensor::from_slice_on(&device, &data, [tokens, 2, 64]).unwrap();
-                for layer in 0..2 {
-                    ts.append(&batch, cache.layer_mut(layer).unwrap().kv, new.view(), new.view()).unwrap();
-                }
-            };
-            let parent = cache.create().unwrap();
-            grow(&mut cache, parent, 6, 1.0);
-            let child = cache.fork(parent).unwrap();
-            grow(&mut cache, child, 1, 2.0);
-            grow(&mut cache, parent, 1, 3.0);
-            for (id, last) in [(parent, 3.0), (child, 2.0)] {
-                let page = cache.pages().pages(id).unwrap()[1] as usize;
-                for layer in 0..2 {
-                    let kv = cache.layer(layer).unwrap();
-                    for memory in [kv.k(), kv.v()] {
-                        let all = memory.to_vec::<bf16>().unwrap();
-                        let at = |token: usize, head: usize| match layout {
-                            KvLayout::Nhd => all[((page * 4 + token) * 2 + head) * 64].to_f32(),
-                            KvLayout::Hnd => all[((page * 2 + head) * 4 + token) * 64].to_f32(),
-                        };
-                        let got: Vec<f32> = (0..3).flat_map(|t| [at(t, 0), at(t, 1)]).collect();
-                        assert_eq!(got, [1.0, 1.0, 1.0, 1.0, last, last], "on {}", device.name());
-                    }
+fn forks_are_copied_on_write(device: &Device) {
+    for layout in [KvLayout::Nhd, KvLayout::Hnd] {
+        let config = config(64, 1, DType::Bf16);
+        let cache_config =
+            CacheConfig { num_layers: 2, num_pages: 6, page_size: 4, max_sequences: 2, layout };
+        let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
+        let ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+        let grow = |cache: &mut PagedKvCache, id, tokens: usize, value: f32| {
+            let batch = cache.extend(&[(id, tokens)]).unwrap();
+            let data = vec![bf16::from_f32(value); tokens * 2 * 64];
+            let new = Tensor::from_slice_on(device, &data, [tokens, 2, 64]).unwrap();
+            for layer in 0..2 {
+                ts.append(&batch, cache.layer_mut(layer).unwrap().kv, new.view(), new.view()).unwrap();
+            }
+        };
+        let parent = cache.create().unwrap();
+        grow(&mut cache, parent, 6, 1.0);
+        let child = cache.fork(parent).unwrap();
+        grow(&mut cache, child, 1, 2.0);
+        grow(&mut cache, parent, 1, 3.0);
+        for (id, last) in [(parent, 3.0), (child, 2.0)] {
+            let page = cache.pages().pages(id).unwrap()[1] as usize;
+            for layer in 0..2 {
+                let kv = cache.layer(layer).unwrap();
+                for memory in [kv.k(), kv.v()] {
+                    let all = memory.to_vec::<bf16>().unwrap();
+                    let at = |token: usize, head: usize| match layout {
+                        KvLayout::Nhd => all[((page * 4 + token) * 2 + head) * 64].to_f32(),
+                        KvLayout::Hnd => all[((page * 2 + head) * 4 + token) * 64].to_f32(),
+                    };
+                    let got: Vec<f32> = (0..3).flat_map(|t| [at(t, 0), at(t, 1)]).collect();
+                    assert_eq!(got, [1.0, 1.0, 1.0, 1.0, last, last], "on {}", device.name());
                 }
             }
         }
@@ -126,64 +126,89 @@ fn forks_are_copied_on_write() {
 }
 
 /// Tables of single integers, one after the other for each layer, begin anywhere.
-#[test]
-fn every_layer_caches_selections() {
+fn every_layer_caches_selections(device: &Device) {
     const LAYERS: usize = 3;
-    for device in gpus() {
-        for max_sequences in [1, 2, 5] {
-            let config = cached(SelectConfig { top_k: 7, ..config(64, 2, DType::Bf16) }, 0.9, None);
-            let cache_config = CacheConfig { num_layers: LAYERS, max_sequences, ..CacheConfig::default() };
-            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
-            let mut ts = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
-            let id = cache.create().unwrap();
-            for block in [40, 1, 1] {
-                let batch = cache.extend(&[(id, block)]).unwrap();
-                let inputs = Inputs::new(&Problem::new(&config, &[(block, block)], Content::Peaked, 1));
-                let inputs = inputs.to(&device);
-                let mut out = Tensor::zeros_on(&device, config.dtype, inputs.q.shape()).unwrap();
-                for layer in 0..LAYERS {
-                    let output = StepOutput { out: out.view_mut(), lse: None };
-                    ts.step(&mut cache, layer, &batch, inputs.step(), output).unwrap();
-                }
+    for max_sequences in [1, 2, 5] {
+        let config = cached(SelectConfig { top_k: 7, ..config(64, 2, DType::Bf16) }, 0.9, None);
+        let cache_config = CacheConfig { num_layers: LAYERS, max_sequences, ..CacheConfig::default() };
+        let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
+        let mut ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+        let id = cache.create().unwrap();
+        for block in [40, 1, 1] {
+            let batch = cache.extend(&[(id, block)]).unwrap();
+            let inputs = Inputs::new(&Problem::new(&config, &[(block, block)], Content::Peaked, 1));
+            let inputs = inputs.to(device);
+            let mut out = Tensor::zeros_on(device, config.dtype, inputs.q.shape()).unwrap();
+            for layer in 0..LAYERS {
+                let output = StepOutput { out: out.view_mut(), lse: None };
+                ts.step(&mut cache, layer, &batch, inputs.step(), output).unwrap();
             }
-            let selections = cache.selections().unwrap();
-            let first = selections.layer_stats(0).unwrap();
-            assert_eq!((first.complete, first.scored + first.reused), (1, 2), "on {}", device.name());
-            assert!(first.scored >= 1);
-            (1..LAYERS).for_each(|layer| assert_eq!(selections.layer_stats(layer).unwrap(), first));
         }
+        let selections = cache.selections().unwrap();
+        let first = selections.layer_stats(0).unwrap();
+        assert_eq!((first.complete, first.scored + first.reused), (1, 2), "on {}", device.name());
+        assert!(first.scored >= 1);
+        (1..LAYERS).for_each(|layer| assert_eq!(selections.layer_stats(layer).unwrap(), first));
     }
 }
 
-#[test]
-fn what_has_no_kernel_is_refused() {
-    for device in gpus() {
-        let name = device.name();
-        let score_error = |config: SelectConfig| refused(&device, config, Operations::SELECTION);
-        let error = |config: SelectConfig| refused(&device, config, Operations::ALL);
-        assert_eq!(device.supports(&config(128, 4, DType::F16)), Ok(()));
-        let selects =
-            Plan::new(&device, config(256, 2, DType::Bf16), Limits::default(), Operations::SELECTION);
-        assert!(selects.is_ok(), "the processor may attend");
-        let text = score_error(config(128, 17, DType::F16));
-        assert_eq!(text, format!("{name} has no `score` for groups of 17 heads, only up to 16"));
-        let text = score_error(config(80, 4, DType::Bf16));
-        assert_eq!(
-            text,
-            format!("{name} has no `score` for bf16, head dimension 80; there are 64, 96, 128, 256")
+fn what_has_no_kernel_is_refused(device: &Device) {
+    let name = device.name();
+    let score_error = |config: SelectConfig| refused(device, config, Operations::SELECTION);
+    let error = |config: SelectConfig| refused(device, config, Operations::ALL);
+    assert_eq!(device.supports(&config(128, 4, DType::F16)), Ok(()));
+    let selects = Plan::new(device, config(256, 2, DType::Bf16), Limits::default(), Operations::SELECTION);
+    assert!(selects.is_ok(), "the engine may attend with a kernel of its own");
+    let text = score_error(config(128, 17, DType::F16));
+    assert_eq!(text, format!("{name} has no `score` for groups of 17 heads, only up to 16"));
+    let text = score_error(config(80, 4, DType::Bf16));
+    assert_eq!(
+        text,
+        format!("{name} has no `score` for bf16, head dimension 80; there are 64, 96, 128, 256")
+    );
+    let text = score_error(config(128, 4, DType::F32));
+    assert_eq!(text, format!("{name} has no `append` for f32, only for f16 and bf16"));
+    let text = error(config(256, 2, DType::Bf16));
+    assert_eq!(text, format!("{name} has no `attend` for bf16, head dimension 256; there are 64, 96, 128"));
+    let rope = Rope { rotary_dim: Some(32), ..Rope::default() };
+    let partial = SelectConfig { positions: Positions::Reassigned(rope), ..config(64, 2, DType::F16) };
+    let text = attend_error(device, partial);
+    let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
+    assert_eq!(text, format!("{name} has no `attend` for {rest}"));
+}
+
+/// Kernels move pieces of 8 elements, which must lie at multiples of 8.
+fn strides_that_break_pieces_are_refused(device: &Device) {
+    let config = config(64, 2, DType::Bf16);
+    let shape = KvShape { num_pages: 3, page_size: 4, num_kv_heads: 2, head_dim: 64 };
+    let good = KvStrides { page: 576, token: 144, head: 72 };
+    let memory = Tensor::zeros_on(device, DType::Bf16, [2000]).unwrap();
+    let (q, kv) = (
+        Tensor::zeros_on(device, DType::Bf16, [1, 4, 64]).unwrap(),
+        Tensor::zeros_on(device, DType::Bf16, [1, 2, 64]).unwrap(),
+    );
+    let tables = PageTables { indptr: vec![0, 3], indices: vec![2, 0, 1], last_page_len: vec![4] };
+    let batch = Batch::new(4, vec![0, 1], tables).unwrap();
+    let mut ts = TokenSelect::new(device, config, limits(&batch)).unwrap();
+    let mut outcome = |strides| {
+        let mut own = to_device(device, &Tensor::zeros(DType::Bf16, [2000]).unwrap());
+        let mut values = to_device(device, &Tensor::zeros(DType::Bf16, [2000]).unwrap());
+        let to = KvViewMut::strided(own.view_mut(), values.view_mut(), shape, [strides; 2]).unwrap();
+        let appended = ts.append(&batch, to, kv.view(), kv.view());
+        let from = KvView::strided(memory.view(), memory.view(), shape, [strides; 2]).unwrap();
+        let scored = ts.pool(&batch, q.view(), None).and_then(|()| ts.score(&batch, from));
+        [appended, scored].map(|result| result.err().map(|error| error.to_string()))
+    };
+    assert_eq!(outcome(good), [None, None]);
+    for (strides, field, got) in [
+        (KvStrides { page: 580, ..good }, "page", 580),
+        (KvStrides { token: 140, ..good }, "token", 140),
+        (KvStrides { head: 68, ..good }, "head", 68),
+    ] {
+        let text = format!(
+            "configuration field `strides.{field}` must be a multiple of 8 elements on a GPU, got {got}"
         );
-        let text = score_error(config(128, 4, DType::F32));
-        assert_eq!(text, format!("{name} has no `append` for f32, only for f16 and bf16"));
-        let text = error(config(256, 2, DType::Bf16));
-        assert_eq!(
-            text,
-            format!("{name} has no `attend` for bf16, head dimension 256; there are 64, 96, 128")
-        );
-        let rope = Rope { rotary_dim: Some(32), ..Rope::default() };
-        let partial = SelectConfig { positions: Positions::Reassigned(rope), ..config(64, 2, DType::F16) };
-        let text = attend_error(&device, partial);
-        let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
-        assert_eq!(text, format!("{name} has no `attend` for {rest}"));
+        assert_eq!(outcome(strides), [Some(text.clone()), Some(text)]);
     }
 }
 
@@ -209,18 +234,15 @@ fn attend_error(device: &Device, config: SelectConfig) -> String {
     ts.attend(&batch, cache.layer(0).unwrap(), q.view(), Over::All, output).unwrap_err().to_string()
 }
 
-#[test]
-fn tensors_must_be_where_the_device_works() {
-    for device in gpus() {
-        let config = config(64, 2, DType::Bf16);
-        let mut cache = PagedKvCache::new(&device, &config, &CacheConfig::default()).unwrap();
-        let mut ts = TokenSelect::new(&device, config, Limits::default()).unwrap();
-        let id = cache.create().unwrap();
-        let batch = cache.extend(&[(id, 1)]).unwrap();
-        let q = Tensor::zeros(DType::Bf16, [1, 4, 64]).unwrap();
-        let text = ts.pool(&batch, q.view(), None).unwrap_err().to_string();
-        assert_eq!(text, "`q` must be on a GPU, it is on cpu");
-    }
+fn tensors_must_be_where_the_device_works(device: &Device) {
+    let config = config(64, 2, DType::Bf16);
+    let mut cache = PagedKvCache::new(device, &config, &CacheConfig::default()).unwrap();
+    let mut ts = TokenSelect::new(device, config, Limits::default()).unwrap();
+    let id = cache.create().unwrap();
+    let batch = cache.extend(&[(id, 1)]).unwrap();
+    let q = Tensor::zeros(DType::Bf16, [1, 4, 64]).unwrap();
+    let text = ts.pool(&batch, q.view(), None).unwrap_err().to_string();
+    assert_eq!(text, "`q` must be on a GPU, it is on cpu");
 }
 
 #[test]
@@ -276,10 +298,8 @@ fn current_context() -> sys::CUcontext {
 }
 
 /// A stream of the caller's, in the primary context and in one that the caller has made.
-#[test]
-fn work_joins_the_stream_of_the_caller() {
-    let Some(own_stream) = cuda() else { return };
-    let want = append_pool_score(&own_stream);
+fn work_joins_the_stream_of_the_caller(own_stream: &Device) {
+    let want = append_pool_score(own_stream);
     let (mut primary, mut made) = (null_mut(), null_mut());
     driver!(cuDevicePrimaryCtxRetain(&mut primary, 0));
     driver!(cuCtxCreate_v2(&mut made, 0, 0));
@@ -326,34 +346,30 @@ fn copies_are_ordered(device: &Device, stream: sys::CUstream) {
 /// The helper of the test above gives the same bits under every schedule of the emulator.
 #[test]
 fn steps_have_the_same_bits_again() {
-    let mut results = gpus().into_iter().filter(|device| device.name() == "emulated");
-    let first = append_pool_score(&results.next().unwrap());
-    assert!(results.all(|device| append_pool_score(&device) == first));
+    let [first, second] = [Device::emulated(), Device::emulated_random(7)];
+    assert!(append_pool_score(&first) == append_pool_score(&second));
+}
+
+fn kernels_are_launched_by_name(device: &Device) {
+    let name = device.name();
+    let out = Tensor::zeros_on(device, DType::U32, [16 * 24 * 96]).unwrap();
+    let params = IndicesParams { out: GlobalMut::from_addr(out.view().device_addr().unwrap()) };
+    let text = |entry, dims| {
+        // SAFETY: what is launched at all is the conformance kernel, as it is meant to be.
+        let launched = unsafe { device.launch(entry, dims, &params) };
+        launched.map_or_else(|error| error.to_string(), |()| "launched".into())
+    };
+    assert_eq!(text("conformance_indices", INDICES_DIMS), "launched");
+    assert_eq!(out.to_vec::<u32>().unwrap()[16 * 95..][..2], [7, 5], "the last thread of the first block");
+    assert_eq!(text("nothing", INDICES_DIMS), format!("{name} has no `launch` for an entry `nothing`"));
+    let expected = format!("{name}: kernel `forget`: takes 24 bytes of parameters, got 8");
+    assert_eq!(text("forget", INDICES_DIMS), expected);
+    let refused = text("conformance_indices", Dims { block: [2048, 1, 1], ..INDICES_DIMS });
+    assert!(refused.contains("2048 threads along x, the device launches 1 to 1024"), "{refused}");
 }
 
 #[test]
-fn kernels_are_launched_by_name() {
-    for device in gpus() {
-        let name = device.name();
-        let out = Tensor::zeros_on(&device, DType::U32, [16 * 24 * 96]).unwrap();
-        let params = IndicesParams { out: GlobalMut::from_addr(out.view().device_addr().unwrap()) };
-        let text = |entry, dims| {
-            // SAFETY: what is launched at all is the conformance kernel, as it is meant to be.
-            let launched = unsafe { device.launch(entry, dims, &params) };
-            launched.map_or_else(|error| error.to_string(), |()| "launched".into())
-        };
-        assert_eq!(text("conformance_indices", INDICES_DIMS), "launched");
-        assert_eq!(
-            out.to_vec::<u32>().unwrap()[16 * 95..][..2],
-            [7, 5],
-            "the last thread of the first block"
-        );
-        assert_eq!(text("nothing", INDICES_DIMS), format!("{name} has no `launch` for an entry `nothing`"));
-        let expected = format!("{name}: kernel `forget`: takes 24 bytes of parameters, got 8");
-        assert_eq!(text("forget", INDICES_DIMS), expected);
-        let refused = text("conformance_indices", Dims { block: [2048, 1, 1], ..INDICES_DIMS });
-        assert!(refused.contains("2048 threads along x, the device launches 1 to 1024"), "{refused}");
-    }
+fn tensors_of_the_host_have_no_address_on_a_device() {
     let host = Tensor::zeros(DType::U32, [1]).unwrap();
     assert_eq!(host.view().device_addr().unwrap_err().to_string(), "`tensor` must be on a GPU, it is on cpu");
 }

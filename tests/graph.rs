@@ -4,11 +4,18 @@ mod common;
 
 use common::problem::{Content, Problem, Row, cached, small_config};
 use common::run::{Inputs, outputs_on};
-use common::{bits, gpus, tensor, to_device};
+use common::{bits, on_devices, tensor, to_device};
 use tokenselect::{
     Batch, BatchSlot, CacheConfig, DType, Device, Error, Graph, HeadShape, Limits, PagedKvCache, Positions,
     Rope, SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TokenSelect,
 };
+
+on_devices! {
+    gpus:
+        replays_equal_eager_steps, several_layers_in_one_graph, padding_gets_zero_and_minus_infinity,
+        what_cannot_be_recorded_is_refused, launches_repeat_what_was_recorded,
+        a_slot_takes_what_it_was_made_for;
+}
 
 const STEPS: usize = 64;
 /// Sequences that decode together; the last ends half-way and is padding from then on.
@@ -105,171 +112,159 @@ fn step_problem(config: &SelectConfig, step: usize) -> Problem {
     problem
 }
 
-#[test]
-fn replays_equal_eager_steps() {
-    for device in gpus() {
-        for positions in [Positions::Native, Positions::Reassigned(Rope::default())] {
-            let config = config(positions);
-            let (mut eager, mut captured) = (Run::new(&device, &config), Run::new(&device, &config));
-            let mut slot_and_graph = None;
-            for step in 0..STEPS {
-                let batch = eager.grow(step);
-                eager.step(&batch).unwrap();
+fn replays_equal_eager_steps(device: &Device) {
+    for positions in [Positions::Native, Positions::Reassigned(Rope::default())] {
+        let config = config(positions);
+        let (mut eager, mut captured) = (Run::new(device, &config), Run::new(device, &config));
+        let mut slot_and_graph = None;
+        for step in 0..STEPS {
+            let batch = eager.grow(step);
+            eager.step(&batch).unwrap();
 
-                let batch = captured.grow(step);
-                let (slot, graph) = match &mut slot_and_graph {
-                    Some((slot, graph)) => (slot, graph),
-                    none => {
-                        let max_pages = ROWS * MAX_TOKENS / PAGE_SIZE;
-                        let mut slot = BatchSlot::new(&device, &batch, max_pages).unwrap();
-                        let batch = slot.put(batch.clone()).unwrap();
-                        let graph = device.capture(|| captured.step(&batch)).unwrap();
-                        let (slot, graph) = none.insert((slot, graph));
-                        (slot, graph)
-                    }
-                };
-                slot.put(batch).unwrap();
-                // SAFETY: `captured` and the slot are alive, and none of their tensors was replaced.
-                unsafe { graph.launch().unwrap() };
-                assert!(eager.results() == captured.results(), "{}, step {step}", device.name());
-                if step + 1 == STEPS / 2 {
-                    for run in [&mut eager, &mut captured] {
-                        run.cache.free(run.ids[ROWS - 1]).unwrap();
-                    }
+            let batch = captured.grow(step);
+            let (slot, graph) = match &mut slot_and_graph {
+                Some((slot, graph)) => (slot, graph),
+                none => {
+                    let max_pages = ROWS * MAX_TOKENS / PAGE_SIZE;
+                    let mut slot = BatchSlot::new(device, &batch, max_pages).unwrap();
+                    let batch = slot.put(batch.clone()).unwrap();
+                    let graph = device.capture(|| captured.step(&batch)).unwrap();
+                    let (slot, graph) = none.insert((slot, graph));
+                    (slot, graph)
+                }
+            };
+            slot.put(batch).unwrap();
+            // SAFETY: `captured` and the slot are alive, and none of their tensors was replaced.
+            unsafe { graph.launch().unwrap() };
+            assert!(eager.results() == captured.results(), "{}, step {step}", device.name());
+            if step + 1 == STEPS / 2 {
+                for run in [&mut eager, &mut captured] {
+                    run.cache.free(run.ids[ROWS - 1]).unwrap();
                 }
             }
-            let stats = captured.cache.selection_stats().unwrap();
-            assert_eq!(stats, eager.cache.selection_stats().unwrap());
-            assert!(stats.reused > 0 && stats.scored > 0, "the run is to reuse and to score: {stats:?}");
         }
+        let stats = captured.cache.selection_stats().unwrap();
+        assert_eq!(stats, eager.cache.selection_stats().unwrap());
+        assert!(stats.reused > 0 && stats.scored > 0, "the run is to reuse and to score: {stats:?}");
     }
 }
 
 /// The loop of the README, over several layers: the first step eager, the others from its recording.
-#[test]
-fn several_layers_in_one_graph() {
+fn several_layers_in_one_graph(device: &Device) {
     const LAYERS: usize = 2;
     let config = config(Positions::Reassigned(Rope::default()));
     let cache_config =
         CacheConfig { num_layers: LAYERS, page_size: PAGE_SIZE, max_sequences: 1, ..CacheConfig::default() };
     let problem = |step: u64| Problem::new(&config, &[(1, 1)], Content::Peaked, 7 + step / 3);
-    for device in gpus() {
-        let run = |captures: bool| {
-            let mut cache = PagedKvCache::new(&device, &config, &cache_config).unwrap();
-            let mut select = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
-            let id = cache.create().unwrap();
-            let mut inputs = Inputs::new(&problem(0)).to(&device);
-            let (mut out, _) = outputs_on(&device, &problem(0), DType::F32);
-            let mut slot_and_graph: Option<(BatchSlot, Graph)> = None;
-            let mut outs = Vec::new();
-            for step in 0..40 {
-                let fresh = Inputs::new(&problem(step));
-                inputs.q.copy_from(fresh.q.view()).unwrap();
-                inputs.k.copy_from(fresh.k.view()).unwrap();
-                inputs.v.copy_from(fresh.v.view()).unwrap();
-                let batch = cache.extend(&[(id, 1)]).unwrap();
-                if let Some((slot, graph)) = &mut slot_and_graph {
-                    slot.put(batch).unwrap();
-                    // SAFETY: all that was recorded is alive, and none of its tensors was replaced.
-                    unsafe { graph.launch().unwrap() };
-                } else {
-                    let mut slot = BatchSlot::new(&device, &batch, MAX_TOKENS / PAGE_SIZE).unwrap();
-                    let batch = slot.put(batch).unwrap();
-                    let mut all_layers = || {
-                        (0..LAYERS).try_for_each(|layer| {
-                            let output = StepOutput { out: out.view_mut(), lse: None };
-                            select.step(&mut cache, layer, &batch, inputs.step(), output)
-                        })
-                    };
-                    all_layers().unwrap();
-                    slot_and_graph = captures.then(|| (slot, device.capture(all_layers).unwrap()));
-                }
-                outs.push(bits(&out));
+    let run = |captures: bool| {
+        let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
+        let mut select = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+        let id = cache.create().unwrap();
+        let mut inputs = Inputs::new(&problem(0)).to(device);
+        let (mut out, _) = outputs_on(device, &problem(0), DType::F32);
+        let mut slot_and_graph: Option<(BatchSlot, Graph)> = None;
+        let mut outs = Vec::new();
+        for step in 0..40 {
+            let fresh = Inputs::new(&problem(step));
+            inputs.q.copy_from(fresh.q.view()).unwrap();
+            inputs.k.copy_from(fresh.k.view()).unwrap();
+            inputs.v.copy_from(fresh.v.view()).unwrap();
+            let batch = cache.extend(&[(id, 1)]).unwrap();
+            if let Some((slot, graph)) = &mut slot_and_graph {
+                slot.put(batch).unwrap();
+                // SAFETY: all that was recorded is alive, and none of its tensors was replaced.
+                unsafe { graph.launch().unwrap() };
+            } else {
+                let mut slot = BatchSlot::new(device, &batch, MAX_TOKENS / PAGE_SIZE).unwrap();
+                let batch = slot.put(batch).unwrap();
+                let mut all_layers = || {
+                    (0..LAYERS).try_for_each(|layer| {
+                        let output = StepOutput { out: out.view_mut(), lse: None };
+                        select.step(&mut cache, layer, &batch, inputs.step(), output)
+                    })
+                };
+                all_layers().unwrap();
+                slot_and_graph = captures.then(|| (slot, device.capture(all_layers).unwrap()));
             }
-            (outs, cache.selection_stats().unwrap())
-        };
-        let ((eager, stats), captured) = (run(false), run(true));
-        assert!((&eager, stats) == (&captured.0, captured.1), "on {}", device.name());
-        assert!(stats.reused > 0 && stats.scored > 0, "{stats:?}");
-    }
+            outs.push(bits(&out));
+        }
+        (outs, cache.selection_stats().unwrap())
+    };
+    let ((eager, stats), captured) = (run(false), run(true));
+    assert!((&eager, stats) == (&captured.0, captured.1), "on {}", device.name());
+    assert!(stats.reused > 0 && stats.scored > 0, "{stats:?}");
 }
 
 /// Padding rows have queries of their own, and nothing to attend to.
-#[test]
-fn padding_gets_zero_and_minus_infinity() {
-    for device in gpus() {
-        let config = config(Positions::Native);
-        let mut run = Run::new(&device, &config);
-        let batch = run.grow(STEPS); // two rows and padding
-        run.step(&batch).unwrap();
-        let width = config.heads.num_qo_heads * config.heads.head_dim;
-        let (out, lse) = (common::values(&run.out), common::values(&run.lse));
-        assert!(out[..2 * width].iter().all(|x| *x != -77.0));
-        assert!(out[2 * width..].iter().all(|&x| x == 0.0));
-        assert!(lse[2 * config.heads.num_qo_heads..].iter().all(|&x| x == f64::NEG_INFINITY));
-        assert_eq!(run.select.workspace().selected(2).unwrap(), [0u32; 0]);
+fn padding_gets_zero_and_minus_infinity(device: &Device) {
+    let config = config(Positions::Native);
+    let mut run = Run::new(device, &config);
+    let batch = run.grow(STEPS); // two rows and padding
+    run.step(&batch).unwrap();
+    let width = config.heads.num_qo_heads * config.heads.head_dim;
+    let (out, lse) = (common::values(&run.out), common::values(&run.lse));
+    assert!(out[..2 * width].iter().all(|x| *x != -77.0));
+    assert!(out[2 * width..].iter().all(|&x| x == 0.0));
+    assert!(lse[2 * config.heads.num_qo_heads..].iter().all(|&x| x == f64::NEG_INFINITY));
+    assert_eq!(run.select.workspace().selected(2).unwrap(), [0u32; 0]);
+}
+
+fn what_cannot_be_recorded_is_refused(device: &Device) {
+    let numbers = to_device(device, &tensor(DType::U32, &[1.0, 2.0], [2]));
+    let allocate = device.capture(|| Tensor::zeros_on(device, DType::U32, [8]).map(drop));
+    let read = device.capture(|| numbers.to_vec::<u32>().map(drop));
+    let wait = device.capture(|| device.synchronize());
+    for (result, op) in [(allocate, "allocating"), (read, "copying to the host"), (wait, "waiting")] {
+        let text = result.unwrap_err().to_string();
+        assert_eq!(text, format!("`{op}` needs to happen before the capture: run the work once first"));
     }
+    // The device works on as before.
+    assert_eq!(numbers.to_vec::<u32>().unwrap(), [1, 2]);
 }
 
 #[test]
-fn what_cannot_be_recorded_is_refused() {
-    for device in gpus() {
-        let numbers = to_device(&device, &tensor(DType::U32, &[1.0, 2.0], [2]));
-        let allocate = device.capture(|| Tensor::zeros_on(&device, DType::U32, [8]).map(drop));
-        let read = device.capture(|| numbers.to_vec::<u32>().map(drop));
-        let wait = device.capture(|| device.synchronize());
-        for (result, op) in [(allocate, "allocating"), (read, "copying to the host"), (wait, "waiting")] {
-            let text = result.unwrap_err().to_string();
-            assert_eq!(text, format!("`{op}` needs to happen before the capture: run the work once first"));
-        }
-        // The device works on as before.
-        assert_eq!(numbers.to_vec::<u32>().unwrap(), [1, 2]);
-    }
+fn the_processor_records_nothing() {
     let text = Device::cpu().capture(|| Ok(())).unwrap_err().to_string();
     assert_eq!(text, "cpu has no `capture` for any work");
 }
 
 /// Copies and zeroing are recorded in order, and done at each launch.
-#[test]
-fn launches_repeat_what_was_recorded() {
-    for device in gpus() {
-        let numbers = to_device(&device, &tensor(DType::U32, &[1.0, 2.0], [2]));
-        let mut copy = Tensor::zeros_on(&device, DType::U32, [2]).unwrap();
-        let graph = device.capture(|| copy.copy_from(numbers.view())).unwrap();
-        assert_eq!(copy.to_vec::<u32>().unwrap(), [0, 0], "recorded, not done");
-        // SAFETY: both tensors are alive.
-        unsafe { graph.launch().unwrap() };
-        assert_eq!(copy.to_vec::<u32>().unwrap(), [1, 2]);
+fn launches_repeat_what_was_recorded(device: &Device) {
+    let numbers = to_device(device, &tensor(DType::U32, &[1.0, 2.0], [2]));
+    let mut copy = Tensor::zeros_on(device, DType::U32, [2]).unwrap();
+    let graph = device.capture(|| copy.copy_from(numbers.view())).unwrap();
+    assert_eq!(copy.to_vec::<u32>().unwrap(), [0, 0], "recorded, not done");
+    // SAFETY: both tensors are alive.
+    unsafe { graph.launch().unwrap() };
+    assert_eq!(copy.to_vec::<u32>().unwrap(), [1, 2]);
+}
+
+fn a_slot_takes_what_it_was_made_for(device: &Device) {
+    let config = config(Positions::Native);
+    let problem = |lengths: &[(usize, usize)]| Problem::new(&config, lengths, Content::Peaked, 1);
+    let batch = |lengths: &[(usize, usize)], page_size: usize| {
+        let problem = problem(lengths);
+        let pool = common::paged::Pool::full(&problem, page_size, common::paged::Storage::Nhd, 1);
+        pool.batch(&problem)
+    };
+    let mut slot = BatchSlot::new(device, &batch(&[(20, 1), (9, 1)], 4), 10).unwrap();
+    slot.put(batch(&[(8, 1), (24, 1)], 4)).unwrap();
+    slot.put(batch(&[(8, 1), (32, 1)], 4)).unwrap(); // all of the 10 pages
+    let refused = [
+        (
+            batch(&[(8, 2), (24, 1)], 4),
+            "batch row 2: `qo_indptr` must be that of the slot, [0, 1, 2], got [0, 2, 3]",
+        ),
+        (batch(&[(8, 1), (24, 1)], 8), "batch row 2: `page_size` must be as in the slot, 4, got 8"),
+        (batch(&[(8, 1), (36, 1)], 4), "`pages of a slot` is limited to 10 by the plan, the batch needs 11"),
+    ];
+    for (batch, want) in refused {
+        assert_eq!(slot.put(batch).unwrap_err().to_string(), want);
     }
 }
 
 #[test]
-fn a_slot_takes_what_it_was_made_for() {
-    let config = config(Positions::Native);
-    for device in gpus() {
-        let problem = |lengths: &[(usize, usize)]| Problem::new(&config, lengths, Content::Peaked, 1);
-        let batch = |lengths: &[(usize, usize)], page_size: usize| {
-            let problem = problem(lengths);
-            let pool = common::paged::Pool::full(&problem, page_size, common::paged::Storage::Nhd, 1);
-            pool.batch(&problem)
-        };
-        let mut slot = BatchSlot::new(&device, &batch(&[(20, 1), (9, 1)], 4), 10).unwrap();
-        slot.put(batch(&[(8, 1), (24, 1)], 4)).unwrap();
-        let refused = [
-            (
-                batch(&[(8, 2), (24, 1)], 4),
-                "batch row 2: `qo_indptr` must be that of the slot, [0, 1, 2], got [0, 2, 3]",
-            ),
-            (batch(&[(8, 1), (24, 1)], 8), "batch row 2: `page_size` must be as in the slot, 4, got 8"),
-            (
-                batch(&[(8, 1), (36, 1)], 4),
-                "`pages of a slot` is limited to 10 by the plan, the batch needs 11",
-            ),
-        ];
-        for (batch, want) in refused {
-            assert_eq!(slot.put(batch).unwrap_err().to_string(), want);
-        }
-    }
+fn tables_of_no_rows_need_one_entry() {
     let batch = Batch::new(4, vec![0], Default::default());
     assert!(matches!(batch, Err(Error::Table { .. })), "tables of no rows need one entry");
 }

@@ -11,14 +11,19 @@ mod common;
 use std::ops::Range;
 
 use common::{
-    all_devices, announce, assert_close, assert_lse, cuda, gpu_tolerance, is_short_run, naive, naive_config,
-    tensor, to_device, values,
+    announce, assert_close, assert_lse, gpu_tolerance, is_short_run, naive, naive_config, on_devices, tensor,
+    to_device, values,
 };
 use half::bf16;
 use tokenselect::{
     Batch, CacheConfig, DType, Device, Error, HeadShape, Limits, Over, PagedKvCache, Positions, SelectConfig,
     SequenceId, StepInput, StepOutput, Tensor, TokenSelect,
 };
+
+on_devices! {
+    all: planted_tokens_are_found;
+    cuda: more_elements_than_32_bits_count;
+}
 
 const PAGE_SIZE: usize = 16;
 /// Of the ordinary tokens, the one that resembles the queries.
@@ -300,25 +305,30 @@ fn config(heads: HeadShape, n_init: usize, top_k: usize, n_local: usize) -> Sele
 }
 
 /// The same contents in small, on every device.
-#[test]
-fn planted_tokens_are_found() {
+fn planted_tokens_are_found(device: &Device) {
     let heads = HeadShape { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
     let contents = Contents::new(config(heads, 5, 40, 9), 1280, 64, 32, 24);
-    all_devices().iter().for_each(|device| contents.check(device));
+    contents.check(device);
 }
 
 /// 4.3 M tokens: 2^32 elements are passed by 131072 tokens. 18 GB of keys and values.
-#[test]
-fn cuda_more_elements_than_32_bits_count() {
+fn more_than_32_bits_count() -> Contents {
     let heads = HeadShape { num_qo_heads: 32, num_kv_heads: 8, head_dim: 128 };
     let chunk = 1 << 14;
-    let contents = Contents::new(config(heads, 128, 2048, 512), 264 * chunk, chunk, 1 << 10, 64);
+    Contents::new(config(heads, 128, 2048, 512), 264 * chunk, chunk, 1 << 10, 64)
+}
+
+#[test]
+fn planted_tokens_lie_behind_2_to_the_32_elements() {
+    let contents = more_than_32_bits_count();
     let last = *contents.planted.last().unwrap();
     assert!(last * contents.width() > u32::MAX as usize, "token {last}");
     assert_eq!(contents.selected(contents.filled + 1, 1).len(), 128 + 2048 + 512 + 1);
-    let Some(device) = cuda() else { return };
+}
+
+fn more_elements_than_32_bits_count(device: &Device) {
     if is_short_run() {
         return announce("SKIPPED: a cache of 2^32 elements, in a run of few cases");
     }
-    contents.check(&device);
+    more_than_32_bits_count().check(device);
 }

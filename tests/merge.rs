@@ -3,9 +3,13 @@
 mod common;
 
 use common::problem::small_config;
-use common::{Random, all_devices, assert_close, assert_lse, cases, tensor, to_device, tolerance, values};
+use common::{Random, assert_close, assert_lse, cases, on_devices, tensor, to_device, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{DType, Device, HeadShape, Limits, Operations, SelectConfig, Shape, StepOutput};
+
+on_devices! {
+    all: weighs_parts_by_their_sums, parts_without_tokens_do_not_count, nan_is_passed_on;
+}
 
 /// `parts` of `tokens * hq` rows of `d`, and their log-sum-exps.
 struct Parts {
@@ -67,57 +71,42 @@ impl Parts {
     }
 }
 
-proptest! {
-    #![proptest_config(cases(96))]
-
-    #[test]
-    fn weighs_parts_by_their_sums(
+fn weighs_parts_by_their_sums(device: &Device) {
+    proptest!(cases(96), |(
         (group, kv) in (1usize..9, 1usize..4),
         d in prop::sample::select(vec![8usize, 24, 80, 256]),
         (num_parts, tokens) in (0usize..6, 0usize..5),
         out_dtype in prop::sample::select(vec![DType::F32, DType::F16, DType::Bf16]),
         seed in any::<u64>(),
-    ) {
+    )| {
         let heads = HeadShape { num_qo_heads: group * kv, num_kv_heads: kv, head_dim: d };
         let parts = Parts::random(heads, num_parts, tokens, seed);
         let want = parts.expected();
-        for device in all_devices() {
-            let got = parts.merge(&device, out_dtype);
-            // A log-sum-exp near 100 has an error of 4e-6, which exp passes on to the weights.
-            let allowed = tolerance(out_dtype, 16) + 1e-5;
-            assert_close(device.name(), &got.0, &want.0, d, allowed);
-            assert_lse(device.name(), &got.1, &want.1, tolerance(DType::F32, 16));
-        }
-    }
+        let got = parts.merge(device, out_dtype);
+        // A log-sum-exp near 100 has an error of 4e-6, which exp passes on to the weights.
+        let allowed = tolerance(out_dtype, 16) + 1e-5;
+        assert_close(device.name(), &got.0, &want.0, d, allowed);
+        assert_lse(device.name(), &got.1, &want.1, tolerance(DType::F32, 16));
+    });
 }
 
 const ONE_HEAD: HeadShape = HeadShape { num_qo_heads: 1, num_kv_heads: 1, head_dim: 8 };
 
 /// What a part without tokens holds does not count, be it NaN.
-#[test]
-fn parts_without_tokens_do_not_count() {
+fn parts_without_tokens_do_not_count(device: &Device) {
     let mut outs = vec![f64::NAN; 24];
     outs[8..16].copy_from_slice(&[1.0, -2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]);
     let lses = vec![f64::NEG_INFINITY, 0.25, f64::NEG_INFINITY];
     let parts = Parts { heads: ONE_HEAD, num_parts: 3, tokens: 1, outs: outs.clone(), lses };
-    for device in all_devices() {
-        assert_eq!(
-            parts.merge(&device, DType::F32),
-            (outs[8..16].to_vec(), vec![0.25]),
-            "the one part, exactly"
-        );
-        let none = Parts { lses: vec![f64::NEG_INFINITY; 3], outs: outs.clone(), ..parts };
-        assert_eq!(none.merge(&device, DType::F32), (vec![0.0; 8], vec![f64::NEG_INFINITY]));
-    }
+    assert_eq!(parts.merge(device, DType::F32), (outs[8..16].to_vec(), vec![0.25]), "the one part, exactly");
+    let none = Parts { lses: vec![f64::NEG_INFINITY; 3], outs: outs.clone(), ..parts };
+    assert_eq!(none.merge(device, DType::F32), (vec![0.0; 8], vec![f64::NEG_INFINITY]));
 }
 
 /// A NaN that counts stays NaN: an error elsewhere must not look like an answer.
-#[test]
-fn nan_is_passed_on() {
-    for device in all_devices() {
-        let outs = vec![1.0; 16];
-        let parts = Parts { heads: ONE_HEAD, num_parts: 2, tokens: 1, outs, lses: vec![0.5, f64::NAN] };
-        let (out, lse) = parts.merge(&device, DType::F32);
-        assert!(out.iter().chain(&lse).all(|x| x.is_nan()), "{out:?} {lse:?}");
-    }
+fn nan_is_passed_on(device: &Device) {
+    let outs = vec![1.0; 16];
+    let parts = Parts { heads: ONE_HEAD, num_parts: 2, tokens: 1, outs, lses: vec![0.5, f64::NAN] };
+    let (out, lse) = parts.merge(device, DType::F32);
+    assert!(out.iter().chain(&lse).all(|x| x.is_nan()), "{out:?} {lse:?}");
 }

@@ -7,12 +7,18 @@ mod common;
 use common::paged::{Pool, Storage, limits};
 use common::problem::{Content, Problem, cached, small_config};
 use common::run::{Inputs, outputs_on};
-use common::{assert_close, gpu_tolerance, gpus, values};
+use common::{assert_close, gpu_tolerance, on_devices, values};
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Graph, HeadShape, Limits, Over, PagedKvCache,
     Positions, Result, Rope, SelectConfig, SequenceId, StepInput, StepOutput, Tensor, TensorView,
     TokenSelect,
 };
+
+on_devices! {
+    gpus:
+        steps_give_the_same_with_and_without_waiting, what_was_just_appended_can_be_scored,
+        a_recording_does_not_hide_what_was_appended, an_output_can_be_read_by_the_next_operation;
+}
 
 const LAYERS: usize = 2;
 const STEPS: u64 = 2;
@@ -159,8 +165,7 @@ fn run(device: &Device, config: &SelectConfig, block: usize, page_size: usize, w
     all
 }
 
-#[test]
-fn steps_give_the_same_with_and_without_waiting() {
+fn steps_give_the_same_with_and_without_waiting(device: &Device) {
     let base = SelectConfig {
         heads: HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 },
         dtype: DType::Bf16,
@@ -178,24 +183,22 @@ fn steps_give_the_same_with_and_without_waiting() {
         (33, cached(SelectConfig { positions: reassigned(), ..base.clone() }, 0.7, None)),
         (7, base),
     ];
-    for device in gpus() {
-        let cases = cases.iter().enumerate().flat_map(|case| PAGE_SIZES.map(|page_size| (case, page_size)));
-        for ((case, (block, config)), page_size) in cases {
-            let want = run(&device, config, *block, page_size, Way::Waits);
-            for way in [Way::Overlaps, Way::Replayed] {
-                let got = run(&device, config, *block, page_size, way);
-                let what = format!("case {case}, pages of {page_size}, {way:?}, on {}", device.name());
-                for (got, want) in got.iter().zip(&want) {
-                    let ([.., dense], [.., want_dense]) = (got, want);
-                    assert!(got[..3] == want[..3], "{what}");
-                    if way == Way::Replayed {
-                        let width = config.heads.head_dim;
-                        let tolerance = gpu_tolerance(config.dtype);
-                        assert_close(&what, &dense[0], &want_dense[0], width, tolerance);
-                        assert_close(&what, &dense[1], &want_dense[1], 1, 1e-5);
-                    } else {
-                        assert!(dense == want_dense, "{what}");
-                    }
+    let cases = cases.iter().enumerate().flat_map(|case| PAGE_SIZES.map(|page_size| (case, page_size)));
+    for ((case, (block, config)), page_size) in cases {
+        let want = run(device, config, *block, page_size, Way::Waits);
+        for way in [Way::Overlaps, Way::Replayed] {
+            let got = run(device, config, *block, page_size, way);
+            let what = format!("case {case}, pages of {page_size}, {way:?}, on {}", device.name());
+            for (got, want) in got.iter().zip(&want) {
+                let ([.., dense], [.., want_dense]) = (got, want);
+                assert!(got[..3] == want[..3], "{what}");
+                if way == Way::Replayed {
+                    let width = config.heads.head_dim;
+                    let tolerance = gpu_tolerance(config.dtype);
+                    assert_close(&what, &dense[0], &want_dense[0], width, tolerance);
+                    assert_close(&what, &dense[1], &want_dense[1], 1, 1e-5);
+                } else {
+                    assert!(dense == want_dense, "{what}");
                 }
             }
         }
@@ -204,113 +207,104 @@ fn steps_give_the_same_with_and_without_waiting() {
 
 /// Operations one by one may score what was appended a moment ago, which no step does: here all tokens, as a part of
 /// sequences of which the block is another part.
-#[test]
-fn what_was_just_appended_can_be_scored() {
+fn what_was_just_appended_can_be_scored(device: &Device) {
     let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
     let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 2, n_local: 3, ..small_config() };
     let lengths = [(40, 1), (75, 9)];
     let problem = Problem::new(&config, &lengths, Content::Peaked, 3);
-    for device in gpus() {
-        for page_size in PAGE_SIZES {
-            let [want, got] = [true, false].map(|waits| {
-                let wait = || {
-                    if waits {
-                        device.synchronize().unwrap()
-                    }
-                };
-                let mut pool = Pool::before_block(&problem, page_size, Storage::Nhd, 4).to(&device);
-                let inputs = Inputs::new(&problem).to(&device);
-                let whole = pool.batch(&problem);
-                let candidates = lengths.map(|(len, _)| 0..len as u32).into();
-                let part = Batch::partial(page_size, problem.qo_indptr(), pool.tables.clone(), candidates);
-                let part = part.unwrap();
-                let mut select = TokenSelect::new(&device, config.clone(), limits(&whole)).unwrap();
-                select.pool(&part, inputs.q.view(), None).unwrap();
-                wait();
-                select.append(&whole, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
-                wait();
-                select.score(&part, pool.view()).unwrap();
-                values(select.workspace().buffer(Buffer::Logits))
-            });
-            assert!(got == want, "pages of {page_size} on {}", device.name());
-        }
-    }
-}
-
-/// What is recorded is not launched, and so says nothing of what runs before the next launch.
-#[test]
-fn a_recording_does_not_hide_what_was_appended() {
-    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
-    let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 2, n_local: 20, ..small_config() };
-    for device in gpus() {
-        let mut run = Run::new(&device, &config, 1, PAGE_SIZES[0]);
-        let batch = run.grow(1, 0);
-        run.step(&batch, false).unwrap();
-        let Run { cache, select, inputs, outs: [selected, ..], .. } = &mut run;
-        let mut attend = |select: &mut TokenSelect, between: &mut dyn FnMut(&mut TokenSelect)| {
-            select.append(&batch, cache.layer_mut(0).unwrap().kv, inputs.k.view(), inputs.v.view()).unwrap();
-            between(select);
-            let output = StepOutput { out: selected.0.view_mut(), lse: None };
-            select.attend(&batch, cache.layer(0).unwrap(), inputs.q.view(), Over::Selected, output).unwrap();
-            values(&selected.0)
-        };
-        let want = attend(select, &mut |_| device.synchronize().unwrap());
-        for fails in [false, true] {
-            let got = attend(select, &mut |select| {
-                let recorded = device.capture(|| {
-                    select.vote(&batch)?;
-                    if fails { device.synchronize() } else { Ok(()) }
-                });
-                assert_eq!(recorded.is_err(), fails);
-            });
-            assert!(got == want, "on {}", device.name());
-        }
-    }
-}
-
-/// An output may be the queries, keys or values of the next operation.
-#[test]
-fn an_output_can_be_read_by_the_next_operation() {
-    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 64 };
-    let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 2, n_local: 20, ..small_config() };
-    for device in gpus() {
+    for page_size in PAGE_SIZES {
         let [want, got] = [true, false].map(|waits| {
             let wait = || {
                 if waits {
                     device.synchronize().unwrap()
                 }
             };
-            let mut run = Run::new(&device, &config, 1, PAGE_SIZES[0]);
-            let batch = run.grow(1, 0);
-            run.step(&batch, false).unwrap();
-            let Run { cache, select, inputs, outs: [(out, lse), ..], .. } = &mut run;
-            let [mut first, mut second] =
-                [(); 2].map(|()| Tensor::zeros_on(&device, config.dtype, inputs.q.view().shape()).unwrap());
-            let mut results = Vec::new();
-            for reader in 0..4 {
-                let part = as_part(&device, out).unwrap();
-                let lses = as_part(&device, lse).unwrap();
-                select.merge(part, lses, StepOutput { out: first.view_mut(), lse: None }).unwrap();
-                wait();
-                let kv = cache.layer_mut(0).unwrap().kv;
-                match reader {
-                    0 => select.pool(&batch, first.view(), None).unwrap(),
-                    1 => select.append(&batch, kv, first.view(), inputs.v.view()).unwrap(),
-                    2 => select.append(&batch, kv, inputs.k.view(), first.view()).unwrap(),
-                    _ => {}
-                }
-                wait();
-                let output = StepOutput { out: second.view_mut(), lse: None };
-                select.attend(&batch, cache.layer(0).unwrap(), first.view(), Over::Selected, output).unwrap();
-                wait();
-                // Attention's own output is the next step's queries.
-                let input = StepInput { q: second.view(), k: second.view(), v: second.view() };
-                let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-                select.step(cache, 0, &batch, input, output).unwrap();
-                results.push((values(&second), values(out)));
-            }
-            results
+            let mut pool = Pool::before_block(&problem, page_size, Storage::Nhd, 4).to(device);
+            let inputs = Inputs::new(&problem).to(device);
+            let whole = pool.batch(&problem);
+            let candidates = lengths.map(|(len, _)| 0..len as u32).into();
+            let part = Batch::partial(page_size, problem.qo_indptr(), pool.tables.clone(), candidates);
+            let part = part.unwrap();
+            let mut select = TokenSelect::new(device, config.clone(), limits(&whole)).unwrap();
+            select.pool(&part, inputs.q.view(), None).unwrap();
+            wait();
+            select.append(&whole, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
+            wait();
+            select.score(&part, pool.view()).unwrap();
+            values(select.workspace().buffer(Buffer::Logits))
+        });
+        assert!(got == want, "pages of {page_size} on {}", device.name());
+    }
+}
+
+/// What is recorded is not launched, and so says nothing of what runs before the next launch.
+fn a_recording_does_not_hide_what_was_appended(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 2, n_local: 20, ..small_config() };
+    let mut run = Run::new(device, &config, 1, PAGE_SIZES[0]);
+    let batch = run.grow(1, 0);
+    run.step(&batch, false).unwrap();
+    let Run { cache, select, inputs, outs: [selected, ..], .. } = &mut run;
+    let mut attend = |select: &mut TokenSelect, between: &mut dyn FnMut(&mut TokenSelect)| {
+        select.append(&batch, cache.layer_mut(0).unwrap().kv, inputs.k.view(), inputs.v.view()).unwrap();
+        between(select);
+        let output = StepOutput { out: selected.0.view_mut(), lse: None };
+        select.attend(&batch, cache.layer(0).unwrap(), inputs.q.view(), Over::Selected, output).unwrap();
+        values(&selected.0)
+    };
+    let want = attend(select, &mut |_| device.synchronize().unwrap());
+    for fails in [false, true] {
+        let got = attend(select, &mut |select| {
+            let recorded = device.capture(|| {
+                select.vote(&batch)?;
+                if fails { device.synchronize() } else { Ok(()) }
+            });
+            assert_eq!(recorded.is_err(), fails);
         });
         assert!(got == want, "on {}", device.name());
     }
+}
+
+/// An output may be the queries, keys or values of the next operation.
+fn an_output_can_be_read_by_the_next_operation(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, n_init: 2, n_local: 20, ..small_config() };
+    let [want, got] = [true, false].map(|waits| {
+        let wait = || {
+            if waits {
+                device.synchronize().unwrap()
+            }
+        };
+        let mut run = Run::new(device, &config, 1, PAGE_SIZES[0]);
+        let batch = run.grow(1, 0);
+        run.step(&batch, false).unwrap();
+        let Run { cache, select, inputs, outs: [(out, lse), ..], .. } = &mut run;
+        let [mut first, mut second] =
+            [(); 2].map(|()| Tensor::zeros_on(device, config.dtype, inputs.q.view().shape()).unwrap());
+        let mut results = Vec::new();
+        for reader in 0..4 {
+            let part = as_part(device, out).unwrap();
+            let lses = as_part(device, lse).unwrap();
+            select.merge(part, lses, StepOutput { out: first.view_mut(), lse: None }).unwrap();
+            wait();
+            let kv = cache.layer_mut(0).unwrap().kv;
+            match reader {
+                0 => select.pool(&batch, first.view(), None).unwrap(),
+                1 => select.append(&batch, kv, first.view(), inputs.v.view()).unwrap(),
+                2 => select.append(&batch, kv, inputs.k.view(), first.view()).unwrap(),
+                _ => {}
+            }
+            wait();
+            let output = StepOutput { out: second.view_mut(), lse: None };
+            select.attend(&batch, cache.layer(0).unwrap(), first.view(), Over::Selected, output).unwrap();
+            wait();
+            // Attention's own output is the next step's queries.
+            let input = StepInput { q: second.view(), k: second.view(), v: second.view() };
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            select.step(cache, 0, &batch, input, output).unwrap();
+            results.push((values(&second), values(out)));
+        }
+        results
+    });
+    assert!(got == want, "on {}", device.name());
 }

@@ -8,56 +8,58 @@ use common::problem::{self, Content, Problem, Row, around, cached, small_config}
 use common::run::{
     Inputs, Outcome, assert_outcome, outputs, queries, select_and_attend, selected_lists, step, token_select,
 };
-use common::{attention_tolerance, bits, cases, devices, naive, naive_config, tensor, tolerance, values};
+use common::{attention_tolerance, bits, cases, naive, naive_config, on_devices, tensor, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{
     Batch, Buffer, CacheConfig, DType, Device, HeadShape, KvLayout, Limits, Over, PagedKvCache, Positions,
     Ranks, Rope, RowAction, SelectConfig, Selection, SequenceId, StepOutput, TokenSelect,
 };
 
-proptest! {
-    #![proptest_config(cases(128))]
+on_devices! {
+    cpu:
+        a_step_over_borrowed_memory, a_step_of_an_owned_cache, runs_of_blocks_through_all_layers,
+        dense_equals_selected_where_all_is_selected, dense_blocks_equal_one_block,
+        results_do_not_depend_on_threads_or_chance, tensor_parallel_equals_one_device,
+        tensor_parallel_with_max_pool, sequence_parallel_equals_one_device;
+}
 
-    #[test]
-    fn a_step_over_borrowed_memory(
+fn a_step_over_borrowed_memory(device: &Device) {
+    proptest!(cases(128), |(
         config in problem::config(512),
         lengths in problem::lengths(200),
         content in problem::content(),
         page_size in around(&[1, 16, 64]).prop_map(|size| size.max(1)),
         storage in prop::sample::select(STORAGES.to_vec()),
         seed in any::<u64>(),
-    ) {
+    )| {
         let problem = Problem::new(&config, &lengths, content, seed);
-        for device in devices() {
-            let mut pool = Pool::before_block(&problem, page_size, storage, seed);
-            let batch = pool.batch(&problem);
-            let mut ts = token_select(&device, &problem, &batch);
-            let inputs = Inputs::new(&problem);
-            ts.append(&batch, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
-            let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-            assert_outcome(device.name(), &problem, &outcome);
-        }
-    }
+        let mut pool = Pool::before_block(&problem, page_size, storage, seed);
+        let batch = pool.batch(&problem);
+        let mut ts = token_select(device, &problem, &batch);
+        let inputs = Inputs::new(&problem);
+        ts.append(&batch, pool.view_mut(), inputs.k.view(), inputs.v.view()).unwrap();
+        let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
+        assert_outcome(device.name(), &problem, &outcome);
+    });
+}
 
-    #[test]
-    fn a_step_of_an_owned_cache(
+fn a_step_of_an_owned_cache(device: &Device) {
+    proptest!(cases(128), |(
         config in problem::config(512),
         lengths in problem::lengths(200),
         content in problem::content(),
         page_size in around(&[1, 16, 64, 256]).prop_map(|size| size.clamp(1, 256)),
         layout in prop::sample::select(vec![KvLayout::Nhd, KvLayout::Hnd]),
         seed in any::<u64>(),
-    ) {
+    )| {
         let problem = Problem::new(&config, &lengths, content, seed);
-        for device in devices() {
-            let (mut cache, ids) = owned(&device, &problem, page_size, layout, 1, seed);
-            let growth: Vec<_> = ids.iter().copied().zip(problem.rows.iter().map(|row| row.t)).collect();
-            let batch = cache.extend(&growth).unwrap();
-            let mut ts = token_select(&device, &problem, &batch);
-            let outcome = step(&mut ts, &mut cache, 0, &batch, &problem);
-            assert_outcome(device.name(), &problem, &outcome);
-        }
-    }
+        let (mut cache, ids) = owned(device, &problem, page_size, layout, 1, seed);
+        let growth: Vec<_> = ids.iter().copied().zip(problem.rows.iter().map(|row| row.t)).collect();
+        let batch = cache.extend(&growth).unwrap();
+        let mut ts = token_select(device, &problem, &batch);
+        let outcome = step(&mut ts, &mut cache, 0, &batch, &problem);
+        assert_outcome(device.name(), &problem, &outcome);
+    });
 }
 
 /// The first `n` tokens of a row, the last `t` of which are the block. Queries stand for all tokens.
@@ -151,40 +153,32 @@ fn assert_rows(what: &str, problem: &Problem, outcome: &Outcome, fresh: &[usize]
     }
 }
 
-#[test]
-fn runs_of_blocks_through_all_layers() {
+fn runs_of_blocks_through_all_layers(device: &Device) {
     let decode = |steps: usize| vec![vec![1, 1, 0]; steps];
     let prefill = vec![vec![30, 7, 0], vec![30, 0, 64], vec![30, 13, 30], vec![1, 1, 1], vec![0, 64, 5]];
     let blocks = [prefill, decode(20), vec![vec![4, 17, 1]; 3], decode(20)].concat();
     // Heads of a random layer resemble each other over time by construction: cosines are about 0.75.
     let base = SelectConfig { n_init: 2, n_local: 6, top_k: 12, ..small_config() };
-    for device in devices() {
-        for (positions, layout) in
-            [(Positions::Native, KvLayout::Hnd), (Positions::Reassigned(Rope::default()), KvLayout::Nhd)]
+    for (positions, layout) in
+        [(Positions::Native, KvLayout::Hnd), (Positions::Reassigned(Rope::default()), KvLayout::Nhd)]
+    {
+        for (config, seed) in
+            [(cached(base.clone(), 0.7, Some(3)), 1), (cached(base.clone(), 0.8, None), 2), (base.clone(), 3)]
         {
-            for (config, seed) in [
-                (cached(base.clone(), 0.7, Some(3)), 1),
-                (cached(base.clone(), 0.8, None), 2),
-                (base.clone(), 3),
-            ] {
-                let config = SelectConfig { positions: positions.clone(), ..config };
-                run_blocks(&device, &config, &blocks, layout, seed);
-            }
+            let config = SelectConfig { positions: positions.clone(), ..config };
+            run_blocks(device, &config, &blocks, layout, seed);
         }
     }
 }
 
-proptest! {
-    #![proptest_config(cases(32))]
-
-    /// Where everything is selected, selection changes nothing.
-    #[test]
-    fn dense_equals_selected_where_all_is_selected(
+/// Where everything is selected, selection changes nothing.
+fn dense_equals_selected_where_all_is_selected(device: &Device) {
+    proptest!(cases(32), |(
         config in problem::config(512),
         lengths in problem::lengths(150),
         scored in any::<bool>(),
         seed in any::<u64>(),
-    ) {
+    )| {
         // Either too few candidates to score, or a first block whose window covers all.
         let config = match scored {
             true => SelectConfig { top_k: 200, ..config },
@@ -193,59 +187,52 @@ proptest! {
         let problem = Problem::new(&config, &lengths, Content::Peaked, seed);
         let pool = Pool::full(&problem, 16, Storage::CombinedNhd, seed);
         let batch = pool.batch(&problem);
-        for device in devices() {
-            let mut ts = token_select(&device, &problem, &batch);
-            let selected = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-            for (row, list) in problem.rows.iter().zip(&selected.selected) {
-                prop_assert_eq!(list.len(), if row.t == 0 { 0 } else { row.n });
-            }
-            let (mut out, mut lse) = outputs(&problem, DType::F32);
-            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-            ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
-            let d = config.heads.head_dim;
-            common::assert_close("out", &values(&selected.out), &values(&out), d, tolerance(DType::F32, 16));
-            common::assert_lse("lse", &values(&selected.lse), &values(&lse), tolerance(DType::F32, 16));
+        let mut ts = token_select(device, &problem, &batch);
+        let selected = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
+        for (row, list) in problem.rows.iter().zip(&selected.selected) {
+            prop_assert_eq!(list.len(), if row.t == 0 { 0 } else { row.n });
         }
-    }
+        let (mut out, mut lse) = outputs(&problem, DType::F32);
+        let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+        ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
+        let d = config.heads.head_dim;
+        common::assert_close("out", &values(&selected.out), &values(&out), d, tolerance(DType::F32, 16));
+        common::assert_lse("lse", &values(&selected.lse), &values(&lse), tolerance(DType::F32, 16));
+    });
 }
 
 /// Dense attention block by block through an owned cache is dense attention over the whole.
-#[test]
-fn dense_blocks_equal_one_block() {
+fn dense_blocks_equal_one_block(device: &Device) {
     let rope = Rope::default();
-    for device in devices() {
-        for config in
-            [small_config(), SelectConfig { positions: Positions::Reassigned(rope), ..small_config() }]
-        {
-            let whole = Problem::new(&config, &[(90, 90)], Content::Peaked, 5);
-            let naive_config = naive_config(&config);
-            let mut cache = PagedKvCache::new(&device, &config, &CacheConfig::default()).unwrap();
-            let id = cache.create().unwrap();
-            let mut ts = TokenSelect::new(&device, config.clone(), Limits::default()).unwrap();
-            let mut n = 0;
-            for t in [1, 40, 0, 16, 32, 1] {
-                n += t;
-                let rows = vec![prefix(&whole.rows[0], n, t, &config)];
-                let problem = Problem { config: config.clone(), rows };
-                let batch = cache.extend(&[(id, t)]).unwrap();
-                let (mut out, mut lse) = outputs(&problem, DType::F32);
-                let inputs = Inputs::new(&problem);
-                let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-                ts.step_dense(&mut cache, 0, &batch, inputs.step(), output).unwrap();
-                let (row, all) = (&problem.rows[0], naive::ranked(&(0..n).collect::<Vec<_>>()));
-                let (want, want_lse) = naive::attend(&naive_config, &row.q, &row.k, &row.v, &all, n);
-                let allowed = attention_tolerance(DType::F32, &naive_config, &row.q, &row.k, n);
-                common::assert_close("out", &values(&out), &want, 16, allowed);
-                common::assert_lse("lse", &values(&lse), &want_lse, allowed);
-            }
-            assert_eq!(cache.selection_stats().unwrap().scored, 0, "dense steps select nothing");
+    for config in [small_config(), SelectConfig { positions: Positions::Reassigned(rope), ..small_config() }]
+    {
+        let whole = Problem::new(&config, &[(90, 90)], Content::Peaked, 5);
+        let naive_config = naive_config(&config);
+        let mut cache = PagedKvCache::new(device, &config, &CacheConfig::default()).unwrap();
+        let id = cache.create().unwrap();
+        let mut ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
+        let mut n = 0;
+        for t in [1, 40, 0, 16, 32, 1] {
+            n += t;
+            let rows = vec![prefix(&whole.rows[0], n, t, &config)];
+            let problem = Problem { config: config.clone(), rows };
+            let batch = cache.extend(&[(id, t)]).unwrap();
+            let (mut out, mut lse) = outputs(&problem, DType::F32);
+            let inputs = Inputs::new(&problem);
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            ts.step_dense(&mut cache, 0, &batch, inputs.step(), output).unwrap();
+            let (row, all) = (&problem.rows[0], naive::ranked(&(0..n).collect::<Vec<_>>()));
+            let (want, want_lse) = naive::attend(&naive_config, &row.q, &row.k, &row.v, &all, n);
+            let allowed = attention_tolerance(DType::F32, &naive_config, &row.q, &row.k, n);
+            common::assert_close("out", &values(&out), &want, 16, allowed);
+            common::assert_lse("lse", &values(&lse), &want_lse, allowed);
         }
+        assert_eq!(cache.selection_stats().unwrap().scored, 0, "dense steps select nothing");
     }
 }
 
 /// The same bits from run to run and for every number of threads.
-#[test]
-fn results_do_not_depend_on_threads_or_chance() {
+fn results_do_not_depend_on_threads_or_chance(device: &Device) {
     let heads = HeadShape { num_qo_heads: 14, num_kv_heads: 2, head_dim: 24 };
     let positions = Positions::Reassigned(Rope::default());
     let config = SelectConfig {
@@ -261,31 +248,29 @@ fn results_do_not_depend_on_threads_or_chance() {
     let problem = Problem::new(&config, &lengths, Content::Peaked, 77);
     let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
     let batch = pool.batch(&problem);
-    for device in devices() {
-        let run = || {
-            let mut ts = token_select(&device, &problem, &batch);
-            let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
-            let dense = {
-                let (mut out, mut lse) = outputs(&problem, DType::F32);
-                let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
-                ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
-                [bits(&out), bits(&lse)]
-            };
-            let workspace = ts.workspace();
-            let between = [
-                workspace.buffer(Buffer::Queries),
-                workspace.buffer(Buffer::Stats),
-                workspace.buffer(Buffer::Votes),
-            ]
-            .map(bits);
-            (outcome.selected, bits(&outcome.out), bits(&outcome.lse), dense, between)
+    let run = || {
+        let mut ts = token_select(device, &problem, &batch);
+        let outcome = select_and_attend(&mut ts, &problem, &batch, pool.view(), None);
+        let dense = {
+            let (mut out, mut lse) = outputs(&problem, DType::F32);
+            let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+            ts.attend(&batch, pool.view(), Inputs::new(&problem).q.view(), Over::All, output).unwrap();
+            [bits(&out), bits(&lse)]
         };
-        let first = run();
-        assert!(first == run(), "{}: from run to run", device.name());
-        for threads in [1, 2, 3, 8] {
-            let threads_pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
-            assert!(first == threads_pool.install(run), "{}: {threads} threads", device.name());
-        }
+        let workspace = ts.workspace();
+        let between = [
+            workspace.buffer(Buffer::Queries),
+            workspace.buffer(Buffer::Stats),
+            workspace.buffer(Buffer::Votes),
+        ]
+        .map(bits);
+        (outcome.selected, bits(&outcome.out), bits(&outcome.lse), dense, between)
+    };
+    let first = run();
+    assert!(first == run(), "{}: from run to run", device.name());
+    for threads in [1, 2, 3, 8] {
+        let threads_pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+        assert!(first == threads_pool.install(run), "{}: {threads} threads", device.name());
     }
 }
 
@@ -502,46 +487,41 @@ fn attend_in_parts(problem: &Problem, ranks: &[Rank], selected: Vec<Vec<usize>>)
     Outcome { selected, out, lse }
 }
 
-proptest! {
-    #![proptest_config(cases(48))]
-
-    #[test]
-    fn tensor_parallel_equals_one_device(
+fn tensor_parallel_equals_one_device(device: &Device) {
+    proptest!(cases(48), |(
         config in problem::config(512).prop_filter("two KV heads", |config| config.heads.num_kv_heads > 1),
         lengths in problem::lengths(150),
         content in prop::sample::select(vec![Content::Peaked, Content::Tied]),
         split in 1usize..4,
         seed in any::<u64>(),
-    ) {
+    )| {
         let split = split.min(config.heads.num_kv_heads - 1);
         let config = SelectConfig { vote_pool_window: 1, ..config };
         let problem = Problem::new(&config, &lengths, content, seed);
-        for device in devices() {
-            assert_outcome("two ranks", &problem, &tensor_parallel(&device, &problem, split, seed));
-        }
-    }
+        assert_outcome("two ranks", &problem, &tensor_parallel(device, &problem, split, seed));
+    });
+}
 
-    #[test]
-    fn tensor_parallel_with_max_pool(
+fn tensor_parallel_with_max_pool(device: &Device) {
+    proptest!(cases(48), |(
         config in problem::config(512).prop_filter("two KV heads", |config| config.heads.num_kv_heads > 1),
         lengths in problem::lengths(150),
         seed in any::<u64>(),
-    ) {
+    )| {
         let config = SelectConfig { vote_pool_window: 3, ..config };
         let problem = Problem::new(&config, &lengths, Content::Peaked, seed);
-        for device in devices() {
-            assert_outcome("two ranks", &problem, &tensor_parallel(&device, &problem, 1, seed));
-        }
-    }
+        assert_outcome("two ranks", &problem, &tensor_parallel(device, &problem, 1, seed));
+    });
+}
 
-    #[test]
-    fn sequence_parallel_equals_one_device(
+fn sequence_parallel_equals_one_device(device: &Device) {
+    proptest!(cases(48), |(
         config in problem::config(512),
         lengths in problem::lengths(150),
         content in prop::sample::select(vec![Content::Peaked, Content::Tied]),
         num_ranks in 2usize..4,
         seed in any::<u64>(),
-    ) {
+    )| {
         // A max-pool would have to look across the cuts.
         let config = SelectConfig { vote_pool_window: 1, ..config };
         let problem = Problem::new(&config, &lengths, content, seed);
@@ -552,8 +532,6 @@ proptest! {
             cuts.push(last.iter().zip(&lengths).map(|(&cut, &(n, _))| cut + random.below(n - cut + 1)).collect());
         }
         cuts.push(lengths.iter().map(|&(n, _)| n).collect());
-        for device in devices() {
-            assert_outcome("ranks", &problem, &sequence_parallel(&device, &problem, &cuts, seed));
-        }
-    }
+        assert_outcome("ranks", &problem, &sequence_parallel(device, &problem, &cuts, seed));
+    });
 }

@@ -5,11 +5,15 @@ mod common;
 use common::paged::{Pool, Storage};
 use common::problem::{Content, Problem, small_config};
 use common::run::{Inputs, selection};
-use common::{bits, gpus};
+use common::{bits, on_devices};
 use tokenselect::{
     Buffer, DType, Device, Error, HeadShape, Limits, Positions, Rope, RowAction, SelectConfig, TokenSelect,
     Workspace,
 };
+
+on_devices! {
+    gpus: a_selection_leaves_what_its_operations_leave;
+}
 
 /// Everything that a selection leaves in a workspace.
 fn left(workspace: &Workspace) -> Vec<(&'static str, Vec<u64>)> {
@@ -44,8 +48,7 @@ fn config(heads: [usize; 3], window: usize, positions: Positions) -> SelectConfi
 
 /// The statistics of the chunks are folded by another kernel then, and keys are asked for ahead: the bits are the same.
 /// Groups, chunks and heads of each kernel that scores; rows of every action but `Reuse`.
-#[test]
-fn a_selection_leaves_what_its_operations_leave() {
+fn a_selection_leaves_what_its_operations_leave(device: &Device) {
     let rope = || Positions::Reassigned(Rope::default());
     let rows: [&[(usize, usize)]; 3] =
         [&[(700, 1)], &[(150, 4), (0, 0), (20, 1), (90, 0), (333, 2)], &[(120, 6), (60, 1)]];
@@ -62,21 +65,19 @@ fn a_selection_leaves_what_its_operations_leave() {
         for rows in rows {
             let config = config(heads, window, positions.clone());
             let problem = Problem::new(&config, rows, Content::Peaked, 3);
-            for device in gpus() {
-                let pool = Pool::full(&problem, page_size, Storage::Nhd, 4).to(&device);
-                let batch = pool.batch(&problem);
-                let q = Inputs::new(&problem).to(&device).q;
-                let [mut whole, mut apart] = [0, 1].map(|_| selection(&device, &problem, &batch));
-                whole.select(&batch, pool.view(), q.view(), None).unwrap();
-                apart.pool(&batch, q.view(), None).unwrap();
-                apart.score(&batch, pool.view()).unwrap();
-                apart.vote(&batch).unwrap();
-                apart.top_k(&batch, None).unwrap();
-                let what = format!("{}: {heads:?}, pages of {page_size}, {rows:?}", device.name());
-                assert!(whole.workspace().actions().unwrap().contains(&RowAction::Score), "{what}");
-                for ((name, got), (_, want)) in left(whole.workspace()).iter().zip(left(apart.workspace())) {
-                    assert!(*got == want, "{what}: {name}");
-                }
+            let pool = Pool::full(&problem, page_size, Storage::Nhd, 4).to(device);
+            let batch = pool.batch(&problem);
+            let q = Inputs::new(&problem).to(device).q;
+            let [mut whole, mut apart] = [0, 1].map(|_| selection(device, &problem, &batch));
+            whole.select(&batch, pool.view(), q.view(), None).unwrap();
+            apart.pool(&batch, q.view(), None).unwrap();
+            apart.score(&batch, pool.view()).unwrap();
+            apart.vote(&batch).unwrap();
+            apart.top_k(&batch, None).unwrap();
+            let what = format!("{}: {heads:?}, pages of {page_size}, {rows:?}", device.name());
+            assert!(whole.workspace().actions().unwrap().contains(&RowAction::Score), "{what}");
+            for ((name, got), (_, want)) in left(whole.workspace()).iter().zip(left(apart.workspace())) {
+                assert!(*got == want, "{what}: {name}");
             }
         }
     }

@@ -4,11 +4,20 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::small_config;
-use common::{Random, all_devices, cases, cuda, devices, gpus, is_short_run, naive, tensor, to_device};
+use common::{Random, cases, is_short_run, naive, on_devices, tensor, to_device};
 use proptest::prelude::*;
 use tokenselect::{
     Batch, Buffer, DType, Device, Operations, RowAction, SelectConfig, Tensor, TensorView, TokenSelect,
 };
+
+on_devices! {
+    all: nan_is_chosen_last_and_by_index;
+    cpu:
+        chooses_in_the_total_order, k_around_the_number_of_candidates, a_hundred_thousand_equal_votes,
+        a_million_votes;
+    gpus: gpu_adversarial_votes, gpu_ragged_rows;
+    cuda: a_million_votes, a_million_votes_in_the_same_bits;
+}
 
 /// Marks tokens in buffers where nothing may be written.
 const UNTOUCHED: u32 = 7_000_000;
@@ -187,17 +196,14 @@ fn votes(len: usize, kinds: usize, seed: u64) -> Vec<f64> {
     (0..len).map(|_| f64::from(kind(&mut random) as f32)).collect()
 }
 
-proptest! {
-    #![proptest_config(cases(128))]
-
-    #[test]
-    fn chooses_in_the_total_order(
+fn chooses_in_the_total_order(device: &Device) {
+    proptest!(cases(128), |(
         n_init in 0usize..5,
         n_local in 0usize..5,
         top_k in prop::sample::select(vec![1usize, 2, 3, 15, 16, 17, 64, 127]),
         rows in prop::collection::vec((1usize..300, 0usize..12, 1usize..4, any::<u64>()), 1..4),
         others in prop::sample::select(vec![None, Some(RowAction::Skip), Some(RowAction::Complete)]),
-    ) {
+    )| {
         let config = SelectConfig { n_init, n_local, top_k, ..small_config() };
         let mut rows: Vec<Row> = rows
             .into_iter()
@@ -209,28 +215,24 @@ proptest! {
             rows.insert(rows.len() / 2, Row { votes: vec![1.0; len], block, action });
         }
         let case = Case::new(&config, rows);
-        for device in devices() {
-            case.check(&device, top_k);
-        }
-    }
+        case.check(device, top_k);
+    });
 }
 
-#[test]
-fn k_around_the_number_of_candidates() {
+fn k_around_the_number_of_candidates(device: &Device) {
     for top_k in [1, 2, 31, 32, 33, 1023, 1024, 1025] {
         let config = SelectConfig { top_k, ..small_config() };
         for candidates in [top_k - 1, top_k, top_k + 1, 2 * top_k, 3 * top_k + 1] {
             for kinds in [0, 2, 9] {
                 let votes = votes(candidates, kinds, top_k as u64);
-                devices().iter().for_each(|device| check(device, &config, vec![scored(votes.clone())]));
+                check(device, &config, vec![scored(votes.clone())]);
             }
         }
     }
 }
 
 /// More equal votes than any table of a clever algorithm may hold.
-#[test]
-fn a_hundred_thousand_equal_votes() {
+fn a_hundred_thousand_equal_votes(device: &Device) {
     // The single larger vote is last.
     let mut larger = vec![0.5; 100_000];
     larger[99_999] = 0.75;
@@ -238,14 +240,11 @@ fn a_hundred_thousand_equal_votes() {
     let bits = |j: u32| f64::from(f32::from_bits(0.5f32.to_bits() + j.wrapping_mul(2_654_435_761) % 3000));
     for votes in [vec![0.5; 100_000], larger, (0..100_000).map(bits).collect()] {
         let case = Case::new(&small_config(), vec![scored(votes)]);
-        for device in devices() {
-            [1, 2048, 99_999].into_iter().for_each(|top_k| case.check(&device, top_k));
-        }
+        [1, 2048, 99_999].into_iter().for_each(|top_k| case.check(device, top_k));
     }
 }
 
-#[test]
-fn nan_is_chosen_last_and_by_index() {
+fn nan_is_chosen_last_and_by_index(device: &Device) {
     let config = SelectConfig { top_k: 4, ..small_config() };
     let nan = f64::NAN;
     for votes in [
@@ -254,7 +253,7 @@ fn nan_is_chosen_last_and_by_index() {
         vec![nan; 9],
         vec![-nan, nan, 0.0, -nan, -0.0, nan],
     ] {
-        all_devices().iter().for_each(|device| check(device, &config, vec![scored(votes.clone())]));
+        check(device, &config, vec![scored(votes.clone())]);
     }
 }
 
@@ -303,37 +302,31 @@ fn check_adversarial(device: &Device, len: usize, top_ks: &[usize]) {
 }
 
 /// Shares of every size, and `k` at both ends.
-#[test]
-fn gpu_adversarial_votes() {
-    for device in gpus() {
-        for len in [257, 3001] {
-            check_adversarial(&device, len, &[1, 64, len - 1]);
-        }
+fn gpu_adversarial_votes(device: &Device) {
+    for len in [257, 3001] {
+        check_adversarial(device, len, &[1, 64, len - 1]);
     }
 }
 
 /// More contenders than a block holds in shared memory: they pass through it window by window.
 #[test]
-fn gpu_contenders_in_several_windows() {
-    let device = gpus().remove(0);
+fn emulated_contenders_in_several_windows() {
+    let device = Device::emulated();
     for len in [4096 + 3, 3 * 4096 - 1] {
         check_adversarial(&device, len, &[1, 9000.min(len - 1)]);
     }
 }
 
-#[test]
-fn gpu_ragged_rows() {
+fn gpu_ragged_rows(device: &Device) {
     let config = SelectConfig { top_k: 40, n_local: 3, ..small_config() };
-    for device in gpus() {
-        let mut rows: Vec<Row> = [41, 40, 39, 1, 255, 256, 257, 1025]
-            .into_iter()
-            .zip(0..)
-            .map(|(len, seed)| scored(votes(len, seed as usize % 4, seed)))
-            .collect();
-        rows.insert(2, Row { votes: vec![1.0; 12], block: 2, action: RowAction::Complete });
-        rows.insert(5, Row { votes: vec![1.0; 9], block: 0, action: RowAction::Skip });
-        check(&device, &config, rows);
-    }
+    let mut rows: Vec<Row> = [41, 40, 39, 1, 255, 256, 257, 1025]
+        .into_iter()
+        .zip(0..)
+        .map(|(len, seed)| scored(votes(len, seed as usize % 4, seed)))
+        .collect();
+    rows.insert(2, Row { votes: vec![1.0; 12], block: 2, action: RowAction::Complete });
+    rows.insert(5, Row { votes: vec![1.0; 9], block: 0, action: RowAction::Skip });
+    check(device, &config, rows);
 }
 
 /// As many candidates as the largest tests have, but for runs under slow tools.
@@ -342,27 +335,19 @@ fn a_million() -> usize {
 }
 
 /// A million votes and three, exact.
-fn check_a_million(device: &Device) {
+fn a_million_votes(device: &Device) {
     let len = a_million();
     check_adversarial(device, len, &[1, 2048, 8192, len - 1]);
 }
 
-#[test]
-fn a_million_votes() {
-    devices().iter().for_each(check_a_million);
-}
-
-/// The same on a GPU, and the same bits in 20 runs.
-#[test]
-fn cuda_a_million_votes() {
-    let Some(device) = cuda() else { return };
-    check_a_million(&device);
+/// The same bits in 20 runs.
+fn a_million_votes_in_the_same_bits(device: &Device) {
     let config = SelectConfig { top_k: 2048, ..small_config() };
     for seed in [0, 2] {
         let case = Case::new(&config, vec![scored(votes(a_million(), seed, 5))]);
-        let mut select = case.select(&device, config.top_k);
+        let mut select = case.select(device, config.top_k);
         let first = case.run(&mut select);
-        case.assert_results(&device, config.top_k, &first);
+        case.assert_results(device, config.top_k, &first);
         for run in 1..20 {
             assert!(case.run(&mut select) == first, "run {run} differs");
         }

@@ -6,7 +6,7 @@ mod common;
 use common::paged::{Pool, Storage};
 use common::problem::{Content, Problem, Row};
 use common::run::{Inputs, outputs_on};
-use common::{Random, gpus, values};
+use common::{Random, on_devices, values};
 use tokenselect::{
     Batch, BatchSlot, DType, Device, Error, HeadShape, Limits, Over, PageTables, SelectConfig,
     SelectionCache, SelectionCacheConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TokenSelect,
@@ -58,8 +58,8 @@ impl Engine {
             let to = &mut entries[order[r] as usize * width..][..width];
             if slots {
                 let size = batch.page_size();
-                for token in 0..row.kv_len {
-                    to[token] = row.pages[token / size] * size as u32 + (token % size) as u32;
+                for (token, to) in to[..row.kv_len].iter_mut().enumerate() {
+                    *to = row.pages[token / size] * size as u32 + (token % size) as u32;
                 }
             } else {
                 to[..row.pages.len()].copy_from_slice(row.pages);
@@ -227,111 +227,104 @@ fn steps_agree(device: &Device, page_size: usize, slots: bool, shuffles: bool) {
     }
 }
 
-#[test]
-fn steps_with_tables_on_the_device() {
-    for device in gpus() {
-        steps_agree(&device, 16, false, true);
-        steps_agree(&device, 16, true, true);
-        steps_agree(&device, 1, false, false);
-        steps_agree(&device, 7, true, false);
-    }
+on_devices! {
+    gpus: steps_with_tables_on_the_device, tables_that_are_wrong, faults_are_counted;
+}
+
+fn steps_with_tables_on_the_device(device: &Device) {
+    steps_agree(device, 16, false, true);
+    steps_agree(device, 16, true, true);
+    steps_agree(device, 1, false, false);
+    steps_agree(device, 7, true, false);
 }
 
 /// Wrong tables leave rows empty or name pages that are there; nothing is read or written out of bounds.
-#[test]
-fn tables_that_are_wrong() {
-    for device in gpus() {
-        let config = config();
-        let (mut random, mut done_rounds) = (Random(3), 0);
-        for round in 0..12 {
-            let (page_size, rows) = ([1, 4, 16][round % 3], 4);
-            let num_pages = 1 + random.below(20);
-            let max_pages = 1 + random.below(30);
-            let like =
-                PageTables { indptr: vec![0; rows + 1], indices: vec![], last_page_len: vec![0; rows] };
-            let like = Batch::new(page_size, vec![0, 1, 1, 2, 3], like).unwrap();
-            let like = like.with_sequence_indices(vec![0, 1, 2, 3]).unwrap();
-            let mut slot = BatchSlot::new(&device, &like, max_pages).unwrap();
-            let limits = Limits { max_rows: 4, max_block_len: 1, max_kv_tokens: 30 * page_size };
-            let mut ts = TokenSelect::new(&device, config.clone(), limits).unwrap();
-            let mut cache = SelectionCache::new(&device, &config, 1, 4).unwrap();
-            let heads = config.heads;
-            let zeros = |shape: [usize; 4]| Tensor::zeros_on(&device, DType::Bf16, shape).unwrap();
-            let shape = [num_pages, page_size, heads.num_kv_heads, heads.head_dim];
-            let (mut k, mut v) = (zeros(shape), zeros(shape));
-            let mut any = |count: usize, limit: usize| -> Vec<u32> {
-                let one = |random: &mut Random| match random.below(4) {
-                    0 => random.bits() as u32,
-                    1 => 0,
-                    _ => random.below(limit) as u32,
-                };
-                (0..count).map(|_| one(&mut random)).collect()
+fn tables_that_are_wrong(device: &Device) {
+    let config = config();
+    let (mut random, mut done_rounds) = (Random(3), 0);
+    for round in 0..12 {
+        let (page_size, rows) = ([1, 4, 16][round % 3], 4);
+        let num_pages = 1 + random.below(20);
+        let max_pages = 1 + random.below(30);
+        let like = PageTables { indptr: vec![0; rows + 1], indices: vec![], last_page_len: vec![0; rows] };
+        let like = Batch::new(page_size, vec![0, 1, 1, 2, 3], like).unwrap();
+        let like = like.with_sequence_indices(vec![0, 1, 2, 3]).unwrap();
+        let mut slot = BatchSlot::new(device, &like, max_pages).unwrap();
+        let limits = Limits { max_rows: 4, max_block_len: 1, max_kv_tokens: 30 * page_size };
+        let mut ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+        let mut cache = SelectionCache::new(device, &config, 1, 4).unwrap();
+        let heads = config.heads;
+        let zeros = |shape: [usize; 4]| Tensor::zeros_on(device, DType::Bf16, shape).unwrap();
+        let shape = [num_pages, page_size, heads.num_kv_heads, heads.head_dim];
+        let (mut k, mut v) = (zeros(shape), zeros(shape));
+        let mut any = |count: usize, limit: usize| -> Vec<u32> {
+            let one = |random: &mut Random| match random.below(4) {
+                0 => random.bits() as u32,
+                1 => 0,
+                _ => random.below(limit) as u32,
             };
-            let width = 10;
-            let given = Given {
-                entries: ints(&device, &any(6 * width, num_pages + 2), &[6, width]),
-                rows: Some(ints(&device, &any(rows, 7), &[rows])),
-                lens: ints(&device, &any(rows, 11 * page_size), &[rows]),
-            };
-            let sequences = ints(&device, &any(rows, 6), &[rows]);
-            let tables =
-                TablesOnDevice { num_sequences: 4, ..given.tables(round % 2 == 0, &sequences, num_pages) };
-            let batch = slot.translate(&tables).unwrap();
-            let q = Tensor::zeros_on(&device, DType::Bf16, [3, heads.num_qo_heads, heads.head_dim]).unwrap();
-            let new =
-                Tensor::zeros_on(&device, DType::Bf16, [3, heads.num_kv_heads, heads.head_dim]).unwrap();
-            let mut out = Tensor::zeros_on(&device, DType::F32, q.shape()).unwrap();
-            let input = StepInput { q: q.view(), k: new.view(), v: new.view() };
-            let pages =
-                tokenselect::KvViewMut::new(k.view_mut(), v.view_mut(), tokenselect::KvLayout::Nhd).unwrap();
-            // Two rows may name one page or one sequence: who writes last is not said, and the emulator reports it.
-            let done = ts.append_select(&batch, pages, input, Some(cache.layer_mut(0).unwrap()));
-            if let Err(error) = done {
-                let text = error.to_string();
-                assert!(text.contains("Race]") || text.contains("[Overlap]"), "{text}");
-                continue;
-            }
-            let kv = tokenselect::KvView::new(k.view(), v.view(), tokenselect::KvLayout::Nhd).unwrap();
-            let output = StepOutput { out: out.view_mut(), lse: None };
-            ts.attend(&batch, kv, q.view(), Over::Selected, output).unwrap();
-            let output = StepOutput { out: out.view_mut(), lse: None };
-            ts.attend(&batch, kv, q.view(), Over::All, output).unwrap();
-            device.synchronize().unwrap();
-            done_rounds += 1;
+            (0..count).map(|_| one(&mut random)).collect()
+        };
+        let width = 10;
+        let given = Given {
+            entries: ints(device, &any(6 * width, num_pages + 2), &[6, width]),
+            rows: Some(ints(device, &any(rows, 7), &[rows])),
+            lens: ints(device, &any(rows, 11 * page_size), &[rows]),
+        };
+        let sequences = ints(device, &any(rows, 6), &[rows]);
+        let tables =
+            TablesOnDevice { num_sequences: 4, ..given.tables(round % 2 == 0, &sequences, num_pages) };
+        let batch = slot.translate(&tables).unwrap();
+        let q = Tensor::zeros_on(device, DType::Bf16, [3, heads.num_qo_heads, heads.head_dim]).unwrap();
+        let new = Tensor::zeros_on(device, DType::Bf16, [3, heads.num_kv_heads, heads.head_dim]).unwrap();
+        let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
+        let input = StepInput { q: q.view(), k: new.view(), v: new.view() };
+        let pages =
+            tokenselect::KvViewMut::new(k.view_mut(), v.view_mut(), tokenselect::KvLayout::Nhd).unwrap();
+        // Two rows may name one page or one sequence: who writes last is not said, and the emulator reports it.
+        let done = ts.append_select(&batch, pages, input, Some(cache.layer_mut(0).unwrap()));
+        if let Err(error) = done {
+            let text = error.to_string();
+            assert!(text.contains("Race]") || text.contains("[Overlap]"), "{text}");
+            continue;
         }
-        assert!(done_rounds > 2, "{done_rounds} rounds to the end on {}", device.name());
+        let kv = tokenselect::KvView::new(k.view(), v.view(), tokenselect::KvLayout::Nhd).unwrap();
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        ts.attend(&batch, kv, q.view(), Over::Selected, output).unwrap();
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        ts.attend(&batch, kv, q.view(), Over::All, output).unwrap();
+        device.synchronize().unwrap();
+        done_rounds += 1;
     }
+    assert!(done_rounds > 2, "{done_rounds} rounds to the end on {}", device.name());
 }
 
-#[test]
-fn faults_are_counted() {
-    for device in gpus() {
-        let like = PageTables { indptr: vec![0; 4], indices: vec![], last_page_len: vec![0; 3] };
-        let like = Batch::new(4, vec![0, 2, 3, 4], like).unwrap();
-        let mut slot = BatchSlot::new(&device, &like, 5).unwrap();
-        let entries = ints(&device, &[0, 1, 2, 9, 4, 5, 6, 7, 8], &[3, 3]);
-        let mut faults = |lens: [u32; 3], num_pages: usize| {
-            let kv_lens = ints(&device, &lens, &[3]);
-            let before = slot.faults().unwrap();
-            let tables = TablesOnDevice {
-                entries: entries.view(),
-                slots: false,
-                rows: None,
-                kv_lens: kv_lens.view(),
-                sequences: None,
-                num_pages,
-                num_sequences: 0,
-            };
-            slot.translate(&tables).unwrap();
-            slot.faults().unwrap() - before
+fn faults_are_counted(device: &Device) {
+    let like = PageTables { indptr: vec![0; 4], indices: vec![], last_page_len: vec![0; 3] };
+    let like = Batch::new(4, vec![0, 2, 3, 4], like).unwrap();
+    let mut slot = BatchSlot::new(device, &like, 5).unwrap();
+    let entries = ints(device, &[0, 1, 2, 9, 4, 5, 6, 7, 8], &[3, 3]);
+    let mut faults = |lens: [u32; 3], num_pages: usize| {
+        let kv_lens = ints(device, &lens, &[3]);
+        let before = slot.faults().unwrap();
+        let tables = TablesOnDevice {
+            entries: entries.view(),
+            slots: false,
+            rows: None,
+            kv_lens: kv_lens.view(),
+            sequences: None,
+            num_pages,
+            num_sequences: 0,
         };
-        assert_eq!(faults([4, 8, 8], 10), 0);
-        assert_eq!(faults([0, 0, 0], 10), 0);
-        assert_eq!(faults([1, 8, 8], 10), 1, "a block of two in a row of one token");
-        assert_eq!(faults([13, 4, 4], 10), 1, "more pages than entries");
-        assert_eq!(faults([4, 4, 4], 8), 1, "page 9 of a pool of 8");
-        assert_eq!(faults([8, 8, 8], 10), 3, "six pages where there is room for five: no row has tokens");
-    }
+        slot.translate(&tables).unwrap();
+        slot.faults().unwrap() - before
+    };
+    assert_eq!(faults([4, 8, 8], 10), 0);
+    assert_eq!(faults([0, 0, 0], 10), 0);
+    assert_eq!(faults([1, 8, 8], 10), 1, "a block of two in a row of one token");
+    assert_eq!(faults([13, 4, 4], 10), 1, "more pages than entries");
+    assert_eq!(faults([4, 4, 4], 8), 1, "page 9 of a pool of 8");
+    assert_eq!(faults([8, 8, 8], 10), 3, "six pages where there is room for five: no row has tokens");
 }
 
 #[test]

@@ -4,9 +4,15 @@ mod common;
 
 use common::paged::{limits, shuffled_tables};
 use common::problem::{around, small_config};
-use common::{Random, all_devices, assert_close, cases, devices, gpus, naive, tolerance, values};
+use common::{Random, assert_close, cases, naive, on_devices, tolerance, values};
 use proptest::prelude::*;
 use tokenselect::{Batch, Buffer, DType, Device, HeadShape, Operations, RowAction, SelectConfig};
+
+on_devices! {
+    all: rules_for_nan_and_infinities, max_pool_passes_over_nan, other_rows_are_left_alone;
+    cpu: votes_and_max_pool, sizes_around_every_cut, votes_sum_to_the_number_of_heads;
+    gpus: gpu_heads_and_sizes;
+}
 
 const UNTOUCHED: f64 = -77.0;
 
@@ -106,50 +112,38 @@ fn logits(hq: usize, candidates: usize, odd: usize, seed: u64) -> Logits {
     row
 }
 
-proptest! {
-    #![proptest_config(cases(96))]
-
-    #[test]
-    fn votes_and_max_pool(
+fn votes_and_max_pool(device: &Device) {
+    proptest!(cases(96), |(
         hq in prop::sample::select(vec![1usize, 2, 7, 8, 14, 33]),
         sizes in prop::collection::vec(around(&[64, 128]).prop_map(|n| n.max(1)), 1..4),
         window in prop::sample::select(vec![1usize, 1, 3, 5, 63, 65, 1001]),
         odd in prop::sample::select(vec![0usize, 0, 1, 9]),
         seed in any::<u64>(),
-    ) {
+    )| {
         let rows: Vec<Logits> =
             sizes.iter().zip(seed..).map(|(&size, seed)| logits(hq, size, odd, seed)).collect();
-        for device in devices() {
-            check(&device, window, &rows);
-        }
-    }
+        check(device, window, &rows);
+    });
 }
 
-#[test]
-fn sizes_around_every_cut() {
-    for device in devices() {
-        for candidates in [1, 2, 3, 511, 512, 513, 1021, 1023, 1024, 1025, 2047, 2048, 2049, 3001] {
-            for window in [1, 3, 1023] {
-                check(&device, window, &[logits(3, candidates, candidates / 100, 4)]);
-            }
+fn sizes_around_every_cut(device: &Device) {
+    for candidates in [1, 2, 3, 511, 512, 513, 1021, 1023, 1024, 1025, 2047, 2048, 2049, 3001] {
+        for window in [1, 3, 1023] {
+            check(device, window, &[logits(3, candidates, candidates / 100, 4)]);
         }
     }
 }
 
 /// Every head has one vote to give.
-#[test]
-fn votes_sum_to_the_number_of_heads() {
-    for device in devices() {
-        for hq in [1, 8, 33] {
-            let votes = run(&device, 1, &[logits(hq, 5000, 0, 3)], &[RowAction::Score]);
-            let sum: f64 = votes[0].iter().sum();
-            assert!((sum / hq as f64 - 1.0).abs() < 1e-5, "{hq} heads gave {sum} votes");
-        }
+fn votes_sum_to_the_number_of_heads(device: &Device) {
+    for hq in [1, 8, 33] {
+        let votes = run(device, 1, &[logits(hq, 5000, 0, 3)], &[RowAction::Score]);
+        let sum: f64 = votes[0].iter().sum();
+        assert!((sum / hq as f64 - 1.0).abs() < 1e-5, "{hq} heads gave {sum} votes");
     }
 }
 
-#[test]
-fn rules_for_nan_and_infinities() {
+fn rules_for_nan_and_infinities(device: &Device) {
     let (nan, inf) = (f64::NAN, f64::INFINITY);
     for (logits, want) in [
         // A NaN counts for no one else.
@@ -163,50 +157,39 @@ fn rules_for_nan_and_infinities() {
         (vec![nan; 5], vec![nan; 5]),
     ] {
         assert_close("naive", &naive::votes(std::slice::from_ref(&logits)), &want, 1, 1e-12);
-        for device in all_devices() {
-            let got = run(&device, 1, &[Vec::from([logits.clone()])], &[RowAction::Score]);
-            assert_close(device.name(), &got[0], &want, 1, 1e-6);
-        }
+        let got = run(device, 1, &[Vec::from([logits.clone()])], &[RowAction::Score]);
+        assert_close(device.name(), &got[0], &want, 1, 1e-6);
     }
 }
 
 /// The pool takes the largest number in reach; a NaN neither spreads nor heals.
-#[test]
-fn max_pool_passes_over_nan() {
+fn max_pool_passes_over_nan(device: &Device) {
     // One head whose votes are 4/8, 2/8, 1/8, 1/8 around two NaNs.
     let ln = f64::ln;
     let row = [[f64::NAN, ln(4.0), ln(2.0), f64::NAN, 0.0, 0.0]];
     let row: Logits = row.iter().map(|head| head.iter().map(|&x| f64::from(x as f32)).collect()).collect();
     let want = [f64::NAN, 0.5, 0.5, f64::NAN, 0.125, 0.125];
-    for device in all_devices() {
-        let got = run(&device, 3, std::slice::from_ref(&row), &[RowAction::Score]);
-        assert_close(device.name(), &got[0], &want, 1, 1e-6);
-    }
+    let got = run(device, 3, std::slice::from_ref(&row), &[RowAction::Score]);
+    assert_close(device.name(), &got[0], &want, 1, 1e-6);
 }
 
-#[test]
-fn other_rows_are_left_alone() {
+fn other_rows_are_left_alone(device: &Device) {
     let rows: Vec<Logits> = (0..4).map(|seed| logits(2, 70, 0, seed)).collect();
-    for device in all_devices() {
-        // The pool is part of `top_k`, which reuses only what it is given.
-        for (window, last) in [(1, RowAction::Reuse), (5, RowAction::Skip)] {
-            let actions = [RowAction::Skip, RowAction::Score, RowAction::Complete, last];
-            let got = run(&device, window, &rows, &actions);
-            let want = naive::max_pool(&naive::votes(&rows[1]), window);
-            assert_close(device.name(), &got[1], &want, want.len(), 1e-5);
-        }
+    // The pool is part of `top_k`, which reuses only what it is given.
+    for (window, last) in [(1, RowAction::Reuse), (5, RowAction::Skip)] {
+        let actions = [RowAction::Skip, RowAction::Score, RowAction::Complete, last];
+        let got = run(device, window, &rows, &actions);
+        let want = naive::max_pool(&naive::votes(&rows[1]), window);
+        assert_close(device.name(), &got[1], &want, want.len(), 1e-5);
     }
 }
 
 /// Every mapping of heads to lanes, ragged rows, and shares of one token to several tiles.
-#[test]
-fn gpu_heads_and_sizes() {
+fn gpu_heads_and_sizes(device: &Device) {
     for (i, hq) in [1usize, 2, 4, 7, 8, 12, 33, 40, 64, 96, 132].into_iter().enumerate() {
         let sizes = [1, 255, 256, 257, 700 + 13 * i, 2];
         let rows: Vec<Logits> =
             sizes.iter().zip(0..).map(|(&size, seed)| logits(hq, size, i % 3, seed)).collect();
-        for device in gpus() {
-            check(&device, [1, 3][i % 2], &rows);
-        }
+        check(device, [1, 3][i % 2], &rows);
     }
 }

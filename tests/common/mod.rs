@@ -1,5 +1,6 @@
-//! What the test files share: devices, typed data, tolerances and comparisons.
+//! What the test files share: typed data, tolerances and comparisons, and:
 //!
+//! - `devices`: one test a device
 //! - `naive`: the definitions in f64, sharing no code with the crate
 //! - `cases`: the golden files
 //! - `problem`: random ragged batches
@@ -8,9 +9,10 @@
 //! - `run`: whole steps on a device, compared with `naive`
 
 // Every test file is a crate of its own and uses a part of this.
-#![allow(dead_code)]
+#![allow(dead_code, unused_imports, unused_macros)]
 
 pub mod cases;
+pub mod devices;
 pub mod naive;
 pub mod naive_rope;
 pub mod paged;
@@ -19,41 +21,14 @@ pub mod reader;
 pub mod run;
 
 use std::io::Write;
-use std::sync::Once;
 
+pub(crate) use devices::on_devices;
 use half::{bf16, f16};
 use proptest::prelude::ProptestConfig;
 use tokenselect::{
     Buffer, DType, Device, Error, Positions, RopePairing, RopeScaling, SelectConfig, Shape, Tensor,
     TensorView, TokenSelect,
 };
-
-/// The devices for cases of every size and type: the processor.
-pub fn devices() -> Vec<Device> {
-    vec![Device::cpu()]
-}
-
-/// Every device that runs the GPU kernels: emulated in two schedules, and the first CUDA device where there is one.
-pub fn gpus() -> Vec<Device> {
-    [Device::emulated(), Device::emulated_random(7)].into_iter().chain(cuda()).collect()
-}
-
-/// The first CUDA device. Where there is none, that is said, once.
-pub fn cuda() -> Option<Device> {
-    static ONCE: Once = Once::new();
-    match Device::cuda(0) {
-        Ok(device) => Some(device),
-        Err(error) => {
-            ONCE.call_once(|| announce(&format!("SKIPPED: device cuda: {error}")));
-            None
-        }
-    }
-}
-
-/// The processor and every device that runs the GPU kernels.
-pub fn all_devices() -> Vec<Device> {
-    devices().into_iter().chain(gpus()).collect()
-}
 
 /// Prints past the test harness, which hides the output of tests that pass.
 pub fn announce(line: &str) {

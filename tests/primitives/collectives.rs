@@ -2,11 +2,14 @@
 
 use super::*;
 
-#[test]
-fn indices_and_sizes() {
+on_machines! {
+    indices_and_sizes, shuffles_of_the_whole_warp, collectives_with_masks, barriers_that_order_and_count
+}
+
+fn indices_and_sizes(on: On) {
     let (grid, block) = (INDICES_DIMS.grid, INDICES_DIMS.block);
     let threads = INDICES_DIMS.num_threads() as u32;
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let out = machine.alloc("out", (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
         machine.launch("conformance_indices", INDICES_DIMS, IndicesParams { out });
         let found = machine.read(out, (INDICES_DIMS.num_blocks() as u32 * threads * 16) as usize);
@@ -29,10 +32,9 @@ fn cube([nx, ny, nz]: [u32; 3]) -> impl Iterator<Item = (u32, u32, u32)> {
     (0..nz).flat_map(move |z| (0..ny).flat_map(move |y| (0..nx).map(move |x| (z, y, x))))
 }
 
-#[test]
-fn shuffles_of_the_whole_warp() {
+fn shuffles_of_the_whole_warp(on: On) {
     let values: [u32; 32] = take(1, 1 << 20);
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = ShufflesParams {
             values: machine.input("values", &values),
             words: machine.alloc("words", 4 * 32 * 32),
@@ -68,8 +70,7 @@ fn shuffles_of_the_whole_warp() {
     }
 }
 
-#[test]
-fn collectives_with_masks() {
+fn collectives_with_masks(on: On) {
     let masks = [FULL, 1, 1 << 31, 0xffff, 0xffff_0000, 0x5555_5555, 0x0f0f_00f1, FULL - 1, 0x8000_0001];
     for (case, mask) in masks.into_iter().enumerate() {
         for (kind, values) in
@@ -82,7 +83,7 @@ fn collectives_with_masks() {
                 let all: Vec<_> = members(lane as u32).collect();
                 all[(lane * 5 + kind) % all.len()]
             });
-            for mut machine in machines() {
+            for mut machine in on.machines() {
                 let params = MaskedParams {
                     values: machine.input("values", &values),
                     sources: machine.input("sources", &sources),
@@ -112,11 +113,10 @@ fn collectives_with_masks() {
     }
 }
 
-#[test]
-fn barriers_that_order_and_count() {
+fn barriers_that_order_and_count(on: On) {
     let mut values: [u32; 128] = take(5, 900);
     values[77] = 5;
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = BarriersParams {
             consumed: machine.alloc("consumed", 64),
             counts: machine.alloc("counts", 3 * 128),

@@ -22,18 +22,56 @@ pub enum Machine {
     },
 }
 
-/// The emulator under five schedules, and the first CUDA device where there is one.
-pub fn machines() -> impl Iterator<Item = Machine> {
-    let fixed = [Order::Forward, Order::Reverse].map(|order| Options { order, ..Options::default() });
-    let schedules = fixed.into_iter().chain((0..3).map(Options::random));
-    let emulated = schedules.map(|options| Machine::emulated(Options { threads: 2, ..options }));
-    emulated.chain(Machine::gpu())
+/// Where the kernels of a case run.
+#[derive(Clone, Copy)]
+pub enum On {
+    Emulator,
+    Gpu,
 }
 
-/// The emulator under one schedule, and the first CUDA device where there is one.
-pub fn machines_with(options: Options) -> impl Iterator<Item = Machine> {
-    std::iter::once(Machine::emulated(options)).chain(Machine::gpu())
+impl On {
+    /// The emulator under five schedules, or the first CUDA device.
+    pub fn machines(self) -> Vec<Machine> {
+        if let On::Gpu = self {
+            return vec![Machine::gpu()];
+        }
+        let fixed = [Order::Forward, Order::Reverse].map(|order| Options { order, ..Options::default() });
+        let schedules = fixed.into_iter().chain((0..3).map(Options::random));
+        schedules.map(|options| Machine::emulated(Options { threads: 2, ..options })).collect()
+    }
+
+    /// The emulator under one schedule, or the first CUDA device.
+    pub fn machine(self, options: Options) -> Machine {
+        match self {
+            On::Emulator => Machine::emulated(options),
+            On::Gpu => Machine::gpu(),
+        }
+    }
 }
+
+/// Two cases of each test, which is a function of [`On`]: as `common::on_devices`, for single kernels.
+macro_rules! on_machines {
+    ($($case:ident),+ $(,)?) => {
+        mod emulated {
+            $(
+                #[test]
+                fn $case() {
+                    super::$case($crate::machine::On::Emulator);
+                }
+            )+
+        }
+        mod cuda {
+            $(
+                #[test]
+                #[ignore = "needs a GPU"]
+                fn $case() {
+                    super::$case($crate::machine::On::Gpu);
+                }
+            )+
+        }
+    };
+}
+pub(crate) use on_machines;
 
 impl Machine {
     fn emulated(options: Options) -> Machine {
@@ -41,9 +79,8 @@ impl Machine {
         Machine::Emulated { memory: Memory::new(), options: Options { overlap: true, ..options } }
     }
 
-    /// The first CUDA device, where there is one.
-    fn gpu() -> Option<Machine> {
-        common::cuda().map(|device| Machine::Gpu { device, tensors: Vec::new() })
+    fn gpu() -> Machine {
+        Machine::Gpu { device: common::devices::cuda(), tensors: Vec::new() }
     }
 
     /// An allocation that holds `values` and that kernels do not write, which the emulator checks.

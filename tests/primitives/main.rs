@@ -18,7 +18,7 @@ use kernels_gpu::emu::Options;
 use kernels_gpu::simt::data::{V2, V4};
 use kernels_gpu::simt::global::GlobalMut;
 use kernels_gpu::simt::shared::{Carve, Region};
-use machine::{Machine, machines, machines_with};
+use machine::{Machine, On, on_machines};
 
 const FULL: u32 = u32::MAX;
 

@@ -2,6 +2,10 @@
 
 use super::*;
 
+on_machines! {
+    arithmetic_and_conversions, every_f16_and_bf16_survives_its_conversion
+}
+
 /// A 16-bit float: exponent and mantissa bits.
 #[derive(Clone, Copy)]
 struct Format {
@@ -128,16 +132,14 @@ fn interesting_floats() -> Vec<f32> {
     positive.iter().copied().chain(positive.iter().map(|x| -x)).chain(random).chain(moderate).collect()
 }
 
-#[test]
-fn arithmetic_and_conversions() {
+fn arithmetic_and_conversions(on: On) {
     let mut x = interesting_floats();
     let mut y: Vec<f32> = x.iter().rev().copied().collect();
     // Rounding the product first would lose the last term.
     x.push(1.0 + 2f32.powi(-12));
     y.push(-1.0 - 2f32.powi(-12));
-    for mut machine in machines_with(Options::default()) {
-        check_arithmetic(&mut machine, &x, &y);
-    }
+    let mut machine = on.machine(Options::default());
+    check_arithmetic(&mut machine, &x, &y);
 }
 
 /// The last pair is one whose product cannot be rounded before the sum.
@@ -190,28 +192,26 @@ fn check_arithmetic(machine: &mut Machine, x: &[f32], y: &[f32]) {
     assert_eq!(fused, -(2f32.powi(-12)) - 2f32.powi(-24));
 }
 
-#[test]
-fn every_f16_and_bf16_survives_its_conversion() {
+fn every_f16_and_bf16_survives_its_conversion(on: On) {
     let decode = |format: Format| (0..=u16::MAX).map(move |bits| format.decode(bits)).filter(|x| !x.is_nan());
     let x: Vec<f32> = decode(F16).chain(decode(BF16)).collect();
     let n = x.len();
     // Two bytes of every value in one cell of the shadow each: the slow check adds nothing here.
-    for mut machine in machines_with(Options { global_races: false, ..Options::default() }) {
-        let input = machine.input("x", &x);
-        let params = MathParams {
-            x: input,
-            y: input,
-            floats: machine.alloc("floats", 8 * n),
-            packed: machine.alloc("packed", 4 * n),
-            num_values: n as u32,
-            reserved: 0,
-        };
-        machine.launch("conformance_math", GRID_DIMS, params);
-        let floats = machine.read(params.floats, 8 * n);
-        let num_f16 = decode(F16).count();
-        for (i, &x) in x.iter().enumerate() {
-            let back = floats[8 * i + if i < num_f16 { 4 } else { 6 }];
-            assert_eq!(back.to_bits(), x.to_bits(), "{x:e}");
-        }
+    let mut machine = on.machine(Options { global_races: false, ..Options::default() });
+    let input = machine.input("x", &x);
+    let params = MathParams {
+        x: input,
+        y: input,
+        floats: machine.alloc("floats", 8 * n),
+        packed: machine.alloc("packed", 4 * n),
+        num_values: n as u32,
+        reserved: 0,
+    };
+    machine.launch("conformance_math", GRID_DIMS, params);
+    let floats = machine.read(params.floats, 8 * n);
+    let num_f16 = decode(F16).count();
+    for (i, &x) in x.iter().enumerate() {
+        let back = floats[8 * i + if i < num_f16 { 4 } else { 6 }];
+        assert_eq!(back.to_bits(), x.to_bits(), "{x:e}");
     }
 }

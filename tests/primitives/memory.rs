@@ -2,6 +2,12 @@
 
 use super::*;
 
+on_machines! {
+    shared_memory_in_every_width, global_memory_in_every_form, global_atomics,
+    last_block_sums_again_and_again, async_copies_of_all_lengths, bulk_copies_through_two_stages,
+    clusters_add_each_others_values
+}
+
 #[test]
 fn carve_aligns_and_counts() {
     let mut carve = Carve::new();
@@ -21,11 +27,10 @@ fn carve_refuses_a_small_alignment() {
     Carve::new().array::<V4<f32>>(1, 8);
 }
 
-#[test]
-fn shared_memory_in_every_width() {
+fn shared_memory_in_every_width(on: On) {
     let numbers: [u32; 256] = take(6, 1 << 32);
     let input: Vec<_> = numbers.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = SharedParams {
             input: machine.input("input", &input),
             out: machine.alloc("out", 64),
@@ -39,15 +44,14 @@ fn shared_memory_in_every_width() {
     }
 }
 
-#[test]
-fn global_memory_in_every_form() {
+fn global_memory_in_every_form(on: On) {
     for n in [0usize, 1, 287, 288, 289, 1000] {
         let words: Vec<u32> = numbers(n as u64, 1 << 32).take(4 * n).collect();
         let halves: Vec<_> = words[..n].iter().map(|&w| w as u16).collect();
         let floats: Vec<_> = words[..n].iter().map(|&w| w as f32).collect();
         let pairs: Vec<_> = words[..2 * n].chunks(2).map(|c| V2([c[0] as f32, c[1] as f32])).collect();
         let quads: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
-        for mut machine in machines() {
+        for mut machine in on.machines() {
             let params = GlobalParams {
                 halves: machine.input("halves", &halves),
                 words: machine.input("words", &floats),
@@ -69,10 +73,9 @@ fn global_memory_in_every_form() {
     }
 }
 
-#[test]
-fn global_atomics() {
+fn global_atomics(on: On) {
     let values: [u32; 320] = take(8, 1000);
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = AtomicsParams {
             words: machine.buffer("words", &[0; 6]),
             float: machine.buffer("float", &[0.0]),
@@ -91,11 +94,10 @@ fn global_atomics() {
     }
 }
 
-#[test]
-fn last_block_sums_again_and_again() {
+fn last_block_sums_again_and_again(on: On) {
     for blocks in [1usize, 2, 7, 40] {
         let values: Vec<u32> = numbers(blocks as u64, 1 << 20).take(blocks * 64).collect();
-        for mut machine in machines() {
+        for mut machine in on.machines() {
             let params = LastBlockParams {
                 values: machine.input("values", &values),
                 partial: machine.alloc("partial", 2 * blocks),
@@ -112,12 +114,11 @@ fn last_block_sums_again_and_again() {
     }
 }
 
-#[test]
-fn async_copies_of_all_lengths() {
+fn async_copies_of_all_lengths(on: On) {
     let words: [u32; 512] = take(9, 1 << 32);
     let input: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
     let lengths: Vec<u32> = (0..128).map(|i| i % 17).collect();
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = AsyncCopyParams {
             input: machine.input("input", &input),
             lengths: machine.input("lengths", &lengths),
@@ -132,11 +133,10 @@ fn async_copies_of_all_lengths() {
     }
 }
 
-#[test]
-fn bulk_copies_through_two_stages() {
+fn bulk_copies_through_two_stages(on: On) {
     let words: Vec<u32> = numbers(10, 1 << 32).take(BULK_ROUNDS as usize * 256).collect();
     let input: Vec<_> = words.chunks(4).map(|c| V4([c[0], c[1], c[2], c[3]])).collect();
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = BulkCopyParams {
             input: machine.input("input", &input),
             out: machine.alloc("out", input.len()),
@@ -152,8 +152,7 @@ fn bulk_copies_through_two_stages() {
     }
 }
 
-#[test]
-fn clusters_add_each_others_values() {
+fn clusters_add_each_others_values(on: On) {
     const CLUSTERS: usize = 3;
     let blocks = CLUSTERS * CLUSTER_BLOCKS as usize;
     let values: Vec<u32> = numbers(11, 1 << 20).take(blocks * 64).collect();
@@ -165,7 +164,7 @@ fn clusters_add_each_others_values() {
         };
         values.chunks(CLUSTER_BLOCKS as usize * 64).flat_map(of_cluster).collect()
     };
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = ClusterParams {
             values: machine.input("values", &values),
             out: machine.alloc("out", 2 * values.len()),

@@ -2,8 +2,11 @@
 
 use super::*;
 
-#[test]
-fn ldmatrix_plain_and_transposed() {
+on_machines! {
+    ldmatrix_plain_and_transposed, mma_f16, mma_bf16
+}
+
+fn ldmatrix_plain_and_transposed(on: On) {
     // Element (tile, row, column) is told from all others by its number.
     let element =
         |tile: usize, row: usize, column: usize| (tile * 64 + row * 8 + column) as u32 * 251 % 65536;
@@ -15,7 +18,7 @@ fn ldmatrix_plain_and_transposed() {
             }))
         })
         .collect();
-    for mut machine in machines() {
+    for mut machine in on.machines() {
         let params = LdMatrixParams { rows: machine.input("rows", &rows), out: machine.alloc("out", 64) };
         machine.launch("conformance_ldmatrix", WARP_SHARED_DIMS, params);
         let out = machine.read(params.out, 64);
@@ -33,7 +36,7 @@ fn ldmatrix_plain_and_transposed() {
 }
 
 /// `a·b + c` in f64, and the f32 results of the tensor core within the error of 16 additions.
-fn mma_is_a_product<T: Element>(name: &str, to_bits: fn(T) -> u16) {
+fn mma_is_a_product<T: Element>(on: On, name: &str, to_bits: fn(T) -> u16) {
     for seed in 0..4 {
         let mut numbers = numbers(seed, 4001);
         let mut draw = |len: usize| -> Vec<f32> {
@@ -42,7 +45,7 @@ fn mma_is_a_product<T: Element>(name: &str, to_bits: fn(T) -> u16) {
         let round = |values: Vec<f32>| -> Vec<T> { values.into_iter().map(T::from_f32).collect() };
         let (a, b, c) = (round(draw(256)), round(draw(128)), draw(128));
         let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
-        for mut machine in machines() {
+        for mut machine in on.machines() {
             let params = MmaParams {
                 a: machine.input("a", &bits(&a)),
                 b: machine.input("b", &bits(&b)),
@@ -66,12 +69,10 @@ fn mma_is_a_product<T: Element>(name: &str, to_bits: fn(T) -> u16) {
     }
 }
 
-#[test]
-fn mma_f16() {
-    mma_is_a_product::<f16>("conformance_mma_f16", f16::to_bits);
+fn mma_f16(on: On) {
+    mma_is_a_product::<f16>(on, "conformance_mma_f16", f16::to_bits);
 }
 
-#[test]
-fn mma_bf16() {
-    mma_is_a_product::<bf16>("conformance_mma_bf16", bf16::to_bits);
+fn mma_bf16(on: On) {
+    mma_is_a_product::<bf16>(on, "conformance_mma_bf16", bf16::to_bits);
 }
