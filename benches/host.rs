@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 
 use criterion::{Criterion, criterion_group, criterion_main};
 use tokenselect::{
-    Batch, BatchSlot, CacheConfig, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, Limits, Over,
-    PageTables, PagedKvCache, Result, SelectConfig, SelectionCache, StepInput, StepOutput, Tensor,
+    Batch, BatchSlot, CacheConfig, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, LayerMut, Limits,
+    Over, PageTables, PagedKvCache, Result, SelectConfig, SelectionCache, StepInput, StepOutput, Tensor,
     TokenSelect,
 };
 
@@ -73,7 +73,11 @@ fn host(c: &mut Criterion) {
         bencher.iter_custom(|iterations| {
             recorded(&device, iterations, || {
                 let pages = KvViewMut::new(k_pages.view_mut(), v_pages.view_mut(), KvLayout::Nhd)?;
-                ts.append_select(&batch, pages, input, Some(selections.layer_mut(0)?))?;
+                ts.append_select(
+                    &batch,
+                    LayerMut { kv: pages, selections: Some(selections.layer_mut(0)?) },
+                    input,
+                )?;
                 let kv = KvView::new(k_pages.view(), v_pages.view(), KvLayout::Nhd)?;
                 ts.attend(&batch, kv, q.view(), Over::Selected, StepOutput { out: out.view_mut(), lse: None })
             })

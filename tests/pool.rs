@@ -201,7 +201,7 @@ fn pool_after_append(device: &Device, problem: &Problem, page_size: usize, fused
         ts.append(&batch, kv, inputs.k.view(), inputs.v.view()).unwrap();
         ts.pool(&batch, inputs.q.view(), selections).unwrap();
     } else {
-        ts.append_select(&batch, kv, inputs.step(), selections).unwrap();
+        ts.append_select(&batch, LayerMut { kv, selections }, inputs.step()).unwrap();
     }
     Some(Pooled {
         actions: ts.workspace().actions().unwrap(),

@@ -8,7 +8,7 @@ use common::problem::{Content, Problem, Row};
 use common::run::{Inputs, outputs_on};
 use common::{Random, on_devices, values};
 use tokenselect::{
-    Batch, BatchSlot, DType, Device, Error, HeadShape, Limits, Over, PageTables, SelectConfig,
+    Batch, BatchSlot, DType, Device, Error, HeadShape, LayerMut, Limits, Over, PageTables, SelectConfig,
     SelectionCache, SelectionCacheConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TokenSelect,
 };
 
@@ -120,7 +120,11 @@ fn step(
     selections: &mut SelectionCache,
     out: &mut Tensor,
 ) -> Result<(), Error> {
-    ts.append_select(batch, pool.view_mut(), input, Some(selections.layer_mut(0)?))?;
+    ts.append_select(
+        batch,
+        LayerMut { kv: pool.view_mut(), selections: Some(selections.layer_mut(0)?) },
+        input,
+    )?;
     let output = StepOutput { out: out.view_mut(), lse: None };
     ts.attend(batch, pool.view(), input.q, Over::Selected, output)
 }
@@ -211,7 +215,11 @@ fn steps_agree(device: &Device, page_size: usize, slots: bool, shuffles: bool) {
                     fixed.1.view_mut(),
                     tokenselect::KvLayout::Nhd,
                 )?;
-                recorded.append_select(&batch, pages, kept.step(), Some(caches[2].layer_mut(0)?))?;
+                recorded.append_select(
+                    &batch,
+                    LayerMut { kv: pages, selections: Some(caches[2].layer_mut(0)?) },
+                    kept.step(),
+                )?;
                 let kv =
                     tokenselect::KvView::new(fixed.0.view(), fixed.1.view(), tokenselect::KvLayout::Nhd)?;
                 let output = StepOutput { out: out.view_mut(), lse: None };
@@ -282,7 +290,11 @@ fn tables_that_are_wrong(device: &Device) {
         let pages =
             tokenselect::KvViewMut::new(k.view_mut(), v.view_mut(), tokenselect::KvLayout::Nhd).unwrap();
         // Two rows may name one page or one sequence: who writes last is not said, and the emulator reports it.
-        let done = ts.append_select(&batch, pages, input, Some(cache.layer_mut(0).unwrap()));
+        let done = ts.append_select(
+            &batch,
+            LayerMut { kv: pages, selections: Some(cache.layer_mut(0).unwrap()) },
+            input,
+        );
         if let Err(error) = done {
             let text = error.to_string();
             assert!(text.contains("Race]") || text.contains("[Overlap]"), "{text}");

@@ -8,9 +8,10 @@ pub mod timer;
 
 use half::{bf16, f16};
 use tokenselect::{
-    Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, Limits,
-    Over, PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache, SelectionCacheConfig,
-    SelectionStats, StepInput, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
+    Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, LayerMut,
+    Limits, Over, PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache,
+    SelectionCacheConfig, SelectionStats, StepInput, StepOutput, Tensor, TensorView, TensorViewMut,
+    TokenSelect,
 };
 
 /// Heads of Llama 3 8B.
@@ -347,7 +348,7 @@ impl<'a> Layer<'a> {
         let kv = self.pools.view_mut(&device, self.spec.config.dtype, self.shape)?;
         let cached = if reuse { Some(self.cache.layer_mut(0)?) } else { None };
         let input = StepInput { q: self.q.view(), k: self.new_k.view(), v: self.new_v.view() };
-        self.select.append_select(&self.batch, kv, input, cached)
+        self.select.append_select(&self.batch, LayerMut { kv, selections: cached }, input)
     }
 
     /// Attention over the selected lists.

@@ -8,8 +8,9 @@ use arbitrary::{Arbitrary, Unstructured};
 use libfuzzer_sys::fuzz_target;
 use tables::Tables;
 use tokenselect::{
-    Batch, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, Limits, Over, PageTables, Positions, Rope,
-    SelectConfig, SelectionCache, SelectionCacheConfig, StepInput, StepOutput, Tensor, TokenSelect,
+    Batch, DType, Device, HeadShape, KvLayout, KvView, KvViewMut, LayerMut, Limits, Over, PageTables,
+    Positions, Rope, SelectConfig, SelectionCache, SelectionCacheConfig, StepInput, StepOutput, Tensor,
+    TokenSelect,
 };
 
 /// Pages of the pool that operations run on.
@@ -180,7 +181,11 @@ fn operate(batch: &Batch, config: SelectConfig, hnd: bool) {
     }
     let kv = KvViewMut::new(k.view_mut(), v.view_mut(), layout).expect("a dense pool");
     let input = StepInput { q: q.view(), k: new.view(), v: new.view() };
-    let _ = ts.append_select(batch, kv, input, Some(cache.layer_mut(0).expect("one layer")));
+    let _ = ts.append_select(
+        batch,
+        LayerMut { kv, selections: Some(cache.layer_mut(0).expect("one layer")) },
+        input,
+    );
 }
 
 fn tensor(dtype: DType, values: Vec<f32>, dims: impl Into<tokenselect::Shape>) -> Tensor {

@@ -13,6 +13,9 @@ use crate::selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats
 use crate::sequence::SequenceId;
 use crate::tensor::Tensor;
 
+/// The most layers of a cache.
+const MAX_LAYERS: usize = 1 << 16;
+
 /// Size and layout of a [`PagedKvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct CacheConfig {
@@ -71,15 +74,27 @@ pub struct LayerMut<'a> {
     pub selections: Option<SelectionCacheLayer<'a>>,
 }
 
-/// How many leading tokens of each sequence have keys and values, `[num_layers][max_sequences]`.
+/// How many leading tokens of each sequence have keys and values, by layer and index of the sequence; 0 beyond the end.
 #[derive(Debug, Clone)]
 struct Written(Vec<Vec<usize>>);
 
 impl Written {
+    fn get(&self, layer: usize, sequence: usize) -> usize {
+        self.0[layer].get(sequence).copied().unwrap_or(0)
+    }
+
+    /// The entry of a sequence in a layer.
+    fn entry(layer: &mut Vec<usize>, sequence: usize) -> &mut usize {
+        if layer.len() <= sequence {
+            layer.resize(sequence + 1, 0);
+        }
+        &mut layer[sequence]
+    }
+
     /// The blocks are there, but for those that begin where nothing was written yet.
     fn add(&mut self, layer: usize, blocks: &[Block]) {
         for block in blocks {
-            let len = &mut self.0[layer][block.id.index()];
+            let len = Written::entry(&mut self.0[layer], block.id.index());
             if *len >= block.begin {
                 *len = block.end.max(*len);
             }
@@ -106,8 +121,8 @@ impl PagedKvCache {
     /// [`Error::Config`] where a field of either configuration breaks its rule.
     pub fn new(device: &Device, config: &SelectConfig, cache: &CacheConfig) -> Result<Self> {
         config.validate()?;
-        if cache.num_layers == 0 {
-            return Err(Error::config("num_layers", "at least 1", cache.num_layers));
+        if cache.num_layers == 0 || cache.num_layers > MAX_LAYERS {
+            return Err(Error::config("num_layers", format!("from 1 to {MAX_LAYERS}"), cache.num_layers));
         }
         let pages = PageAllocator::new(cache.num_pages, cache.page_size, cache.max_sequences)?;
         let shape = KvShape {
@@ -125,10 +140,6 @@ impl PagedKvCache {
             Some(_) => Some(SelectionCache::new(device, config, cache.num_layers, cache.max_sequences)?),
             None => None,
         };
-        let mut written = Vec::new();
-        for _ in 0..cache.num_layers {
-            written.push(vec![0; cache.max_sequences]);
-        }
         Ok(PagedKvCache {
             pages,
             shape,
@@ -137,7 +148,7 @@ impl PagedKvCache {
             positions_are_reassigned: config.positions.are_reassigned(),
             layers,
             selections,
-            written: Arc::new(Mutex::new(Written(written))),
+            written: Arc::new(Mutex::new(Written(vec![Vec::new(); cache.num_layers]))),
             device: device.clone(),
         })
     }
@@ -176,7 +187,7 @@ impl PagedKvCache {
     /// [`Error::TooManySequences`].
     pub fn create(&mut self) -> Result<SequenceId> {
         let id = self.pages.create()?;
-        self.written().0.iter_mut().for_each(|layer| layer[id.index()] = 0);
+        self.written().0.iter_mut().for_each(|layer| *Written::entry(layer, id.index()) = 0);
         if let Some(selections) = &mut self.selections {
             selections.clear(id.index())?;
         }
@@ -190,7 +201,10 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`], [`Error::TooManySequences`].
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
         let child = self.pages.fork(id)?;
-        self.written().0.iter_mut().for_each(|layer| layer[child.index()] = layer[id.index()]);
+        for layer in &mut self.written().0 {
+            let of_parent = *Written::entry(layer, id.index());
+            *Written::entry(layer, child.index()) = of_parent;
+        }
         if let Some(selections) = &mut self.selections {
             selections.fork(id.index(), child.index())?;
         }
@@ -205,7 +219,8 @@ impl PagedKvCache {
     pub fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
         self.pages.truncate(id, len)?;
         for layer in &mut self.written().0 {
-            layer[id.index()] = layer[id.index()].min(len);
+            let written = Written::entry(layer, id.index());
+            *written = len.min(*written);
         }
         match &mut self.selections {
             Some(selections) => selections.truncate(id.index(), len),
@@ -313,9 +328,11 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`], [`Error::Index`] where there is no such layer.
     pub fn written_len(&self, layer: usize, id: SequenceId) -> Result<usize> {
         self.pages.len(id)?;
-        let (written, limit) = (self.written(), self.layers.len());
-        let layer = written.0.get(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
-        Ok(layer[id.index()])
+        let limit = self.layers.len();
+        if layer >= limit {
+            return Err(Error::Index { what: "layer", limit, got: layer });
+        }
+        Ok(self.written().get(layer, id.index()))
     }
 
     /// Checks that the layer has all tokens before the blocks of a batch.

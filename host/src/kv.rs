@@ -77,14 +77,13 @@ pub struct KvStrides {
 impl KvStrides {
     /// Strides of a dense pool.
     pub fn dense(shape: KvShape, layout: KvLayout) -> Self {
-        let page = shape.page_size * shape.num_kv_heads * shape.head_dim;
+        // Saturated: what does not fit the address space reaches beyond every tensor.
+        let of_token = shape.num_kv_heads.saturating_mul(shape.head_dim);
+        let page = shape.page_size.saturating_mul(of_token);
+        let head = shape.page_size.saturating_mul(shape.head_dim);
         match layout {
-            KvLayout::Nhd => {
-                KvStrides { page, token: shape.num_kv_heads * shape.head_dim, head: shape.head_dim }
-            }
-            KvLayout::Hnd => {
-                KvStrides { page, token: shape.head_dim, head: shape.page_size * shape.head_dim }
-            }
+            KvLayout::Nhd => KvStrides { page, token: of_token, head: shape.head_dim },
+            KvLayout::Hnd => KvStrides { page, token: shape.head_dim, head },
         }
     }
 
@@ -318,6 +317,17 @@ impl<'a> KvViewMut<'a> {
     /// Checks heads and type against a configuration.
     pub(crate) fn expect(&self, heads: &HeadShape, dtype: DType, page_size: usize) -> Result<()> {
         expect(self.shape, self.dtype(), heads, dtype, page_size)
+    }
+}
+
+impl KvStorageMut<'_> {
+    /// The tensors, with their names.
+    pub(crate) fn tensors(&self) -> impl Iterator<Item = (&'static str, TensorView<'_>)> {
+        let (first, second) = match self {
+            KvStorageMut::Separate { k, v } => (("k pages", k.as_view()), Some(("v pages", v.as_view()))),
+            KvStorageMut::Combined { kv, .. } => (("kv pages", kv.as_view()), None),
+        };
+        std::iter::once(first).chain(second)
     }
 }
 

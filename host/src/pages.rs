@@ -51,12 +51,50 @@ pub struct PageAllocator {
     /// Unlike that of any other allocator of the process.
     id: u64,
     page_size: usize,
-    /// Free pages; the last is handed out first.
-    free: Vec<u32>,
-    /// Sequences that hold each page; 0 for a free page.
-    ref_counts: Vec<u32>,
+    free: FreePages,
+    /// Sequences that there have been at once; the others have never been alive.
     sequences: Vec<Sequence>,
+    /// Indices among them of those that are not alive.
     free_indices: Vec<u32>,
+    max_sequences: usize,
+}
+
+/// Which pages are free, and how many sequences hold each of the others.
+#[derive(Debug)]
+struct FreePages {
+    /// Pages given back; the last is handed out first.
+    returned: Vec<u32>,
+    /// Pages that were handed out so far, by number: how many sequences hold each; 0 for one given back. So a pool costs
+    /// nothing before it is used.
+    ref_counts: Vec<u32>,
+    num_pages: usize,
+}
+
+impl FreePages {
+    fn len(&self) -> usize {
+        self.num_pages - self.ref_counts.len() + self.returned.len()
+    }
+
+    /// A free page; the caller has made sure that there is one.
+    fn take(&mut self) -> u32 {
+        let page = self.returned.pop().unwrap_or_else(|| {
+            self.ref_counts.push(0);
+            self.ref_counts.len() as u32 - 1
+        });
+        debug_assert!((page as usize) < self.num_pages, "more pages than there are");
+        debug_assert_eq!(self.ref_counts[page as usize], 0, "page {page} was handed out twice");
+        self.ref_counts[page as usize] = 1;
+        page
+    }
+
+    /// Drops one reference; the last one frees the page.
+    fn give(&mut self, page: u32) {
+        let count = &mut self.ref_counts[page as usize];
+        *count -= 1;
+        if *count == 0 {
+            self.returned.push(page);
+        }
+    }
 }
 
 impl PageAllocator {
@@ -77,10 +115,10 @@ impl PageAllocator {
         Ok(PageAllocator {
             id: NEXT_ID.fetch_add(1, Ordering::Relaxed),
             page_size,
-            free: (0..num_pages as u32).rev().collect(),
-            ref_counts: vec![0; num_pages],
-            sequences: vec![Sequence::default(); max_sequences],
-            free_indices: (0..max_sequences as u32).rev().collect(),
+            free: FreePages { returned: Vec::new(), ref_counts: Vec::new(), num_pages },
+            sequences: Vec::new(),
+            free_indices: Vec::new(),
+            max_sequences,
         })
     }
 
@@ -91,7 +129,7 @@ impl PageAllocator {
 
     /// Pages in all.
     pub fn num_pages(&self) -> usize {
-        self.ref_counts.len()
+        self.free.num_pages
     }
 
     /// Pages that no sequence holds.
@@ -101,7 +139,7 @@ impl PageAllocator {
 
     /// Sequences that may be alive at once.
     pub fn max_sequences(&self) -> usize {
-        self.sequences.len()
+        self.max_sequences
     }
 
     /// Sequences alive.
@@ -114,9 +152,11 @@ impl PageAllocator {
     /// # Errors
     /// [`Error::Index`] where there is no such page.
     pub fn ref_count(&self, page: u32) -> Result<usize> {
-        let got = page as usize;
-        let count = self.ref_counts.get(got);
-        count.map(|&c| c as usize).ok_or(Error::Index { what: "page", limit: self.ref_counts.len(), got })
+        let (got, limit) = (page as usize, self.free.num_pages);
+        if got >= limit {
+            return Err(Error::Index { what: "page", limit, got });
+        }
+        Ok(self.free.ref_counts.get(got).map_or(0, |&count| count as usize))
     }
 
     /// Tokens of a sequence.
@@ -150,8 +190,15 @@ impl PageAllocator {
     /// # Errors
     /// [`Error::TooManySequences`].
     pub fn create(&mut self) -> Result<SequenceId> {
-        let limit = self.sequences.len();
-        let index = self.free_indices.pop().ok_or(Error::TooManySequences { limit })?;
+        let limit = self.max_sequences;
+        let index = match self.free_indices.pop() {
+            Some(index) => index,
+            None if self.sequences.len() < limit => {
+                self.sequences.push(Sequence::default());
+                self.sequences.len() as u32 - 1
+            }
+            None => return Err(Error::TooManySequences { limit }),
+        };
         let sequence = &mut self.sequences[index as usize];
         sequence.alive = true;
         Ok(SequenceId { index, generation: sequence.generation })
@@ -166,7 +213,7 @@ impl PageAllocator {
         let (len, pages) = (parent.len, parent.pages.clone());
         let child = self.create()?;
         for &page in &pages {
-            self.ref_counts[page as usize] += 1;
+            self.free.ref_counts[page as usize] += 1;
         }
         // Batches made before would write into pages that are now shared.
         self.sequences[id.index()].revision += 1;
@@ -210,8 +257,8 @@ impl PageAllocator {
         for (&(id, num_tokens), copy) in growth.iter().zip(copies) {
             let sequence = &mut self.sequences[id.index()];
             if let Some(src) = copy {
-                let dst = take_page(&mut self.free, &mut self.ref_counts);
-                self.ref_counts[src as usize] -= 1;
+                let dst = self.free.take();
+                self.free.ref_counts[src as usize] -= 1;
                 if let Some(last) = sequence.pages.last_mut() {
                     *last = dst;
                 }
@@ -220,7 +267,7 @@ impl PageAllocator {
             }
             sequence.len += num_tokens;
             while sequence.pages.len() < sequence.len.div_ceil(self.page_size) {
-                sequence.pages.push(take_page(&mut self.free, &mut self.ref_counts));
+                sequence.pages.push(self.free.take());
             }
         }
         Ok(done)
@@ -231,7 +278,7 @@ impl PageAllocator {
     fn shared_tail(&self, sequence: &Sequence, released: &mut HashMap<u32, u32>) -> Option<u32> {
         let &page = sequence.pages.last().filter(|_| !sequence.len.is_multiple_of(self.page_size))?;
         let gone = released.entry(page).or_default();
-        let shared = self.ref_counts[page as usize] - *gone > 1;
+        let shared = self.free.ref_counts[page as usize] - *gone > 1;
         *gone += u32::from(shared);
         shared.then_some(page)
     }
@@ -252,7 +299,7 @@ impl PageAllocator {
         }
         sequence.len = len;
         for page in sequence.pages.drain(kept..).rev() {
-            give_page(&mut self.free, &mut self.ref_counts, page);
+            self.free.give(page);
         }
         Ok(())
     }
@@ -299,22 +346,5 @@ impl PageAllocator {
     fn get(&self, id: SequenceId) -> Result<&Sequence> {
         let found = self.sequences.get(id.index()).filter(|s| s.alive && s.generation == id.generation);
         found.ok_or(Error::UnknownSequence(id))
-    }
-}
-
-/// Takes a free page; the caller has made sure that there is one.
-fn take_page(free: &mut Vec<u32>, ref_counts: &mut [u32]) -> u32 {
-    let page = free.pop().unwrap_or_default();
-    debug_assert_eq!(ref_counts[page as usize], 0, "page {page} was handed out twice");
-    ref_counts[page as usize] = 1;
-    page
-}
-
-/// Drops one reference; the last one frees the page.
-fn give_page(free: &mut Vec<u32>, ref_counts: &mut [u32], page: u32) {
-    let count = &mut ref_counts[page as usize];
-    *count -= 1;
-    if *count == 0 {
-        free.push(page);
     }
 }

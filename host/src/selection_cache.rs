@@ -80,7 +80,6 @@ impl SelectionCache {
         config.validate()?;
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
         let per_sequence = [num_layers, num_sequences];
-        let empty = vec![EMPTY; num_layers.saturating_mul(num_sequences)];
         let zeros = |dtype, shape: Shape| Tensor::zeros_on(device, dtype, shape);
         Ok(SelectionCache {
             num_layers,
@@ -88,7 +87,7 @@ impl SelectionCache {
             queries: zeros(DType::F32, [num_layers, num_sequences, query_len].into())?,
             selections: zeros(DType::U32, [num_layers, num_sequences, config.top_k].into())?,
             ages: zeros(DType::U32, per_sequence.into())?,
-            made_at: Tensor::from_slice_on(device, &empty, per_sequence)?,
+            made_at: Tensor::filled_on(device, EMPTY, per_sequence)?,
             counters: zeros(DType::U64, [num_layers, 3].into())?,
             device: device.clone(),
         })

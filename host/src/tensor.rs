@@ -173,6 +173,26 @@ impl Tensor {
         Ok(Tensor { shape, data: Owned::Device(DeviceMemory::zeros(driver, bytes)?, dtype) })
     }
 
+    /// A tensor of one value where `device` works.
+    pub(crate) fn filled_on<T: Element>(device: &Device, value: T, shape: impl Into<Shape>) -> Result<Self> {
+        /// Elements that are copied to a device at a time.
+        const PIECE: usize = 1 << 16;
+        let mut tensor = Tensor::zeros_on(device, T::DTYPE, shape)?;
+        let len = tensor.shape.checked_len().unwrap_or(0);
+        match &mut tensor.data {
+            Owned::Host(_) => tensor.as_mut_slice::<T>()?.fill(value),
+            Owned::Device(memory, _) => {
+                let piece = vec![value; len.min(PIECE)];
+                for begin in (0..len).step_by(PIECE) {
+                    let count = PIECE.min(len - begin);
+                    let to = memory.slice().part(begin * size_of::<T>(), (begin + count) * size_of::<T>());
+                    to.write(as_bytes(&piece[..count]))?;
+                }
+            }
+        }
+        Ok(tensor)
+    }
+
     /// Takes a vector of elements, outermost dimension first.
     ///
     /// # Errors
@@ -381,6 +401,23 @@ impl<'a> TensorView<'a> {
     /// [`Error::WrongDevice`] where the tensor is on the host.
     pub fn device_addr(&self) -> Result<u64> {
         Ok(self.device_slice("tensor")?.addr())
+    }
+
+    /// Checks that the argument called `what` lies where `device` works: on a GPU at a multiple of `align` bytes, which is what
+    /// its kernels move at a time.
+    pub(crate) fn expect_on(&self, what: &'static str, device: &Device, align: u64) -> Result<()> {
+        let Some(driver) = device.driver() else {
+            return match self.data {
+                Borrowed::Host(_) => Ok(()),
+                Borrowed::Device(slice, _) => Err(slice.not_on_host(what)),
+            };
+        };
+        let slice = self.device_slice(what)?;
+        slice.expect_on(driver, what)?;
+        if !slice.addr().is_multiple_of(align) {
+            return Err(Error::config(what, format!("at an address divisible by {align}"), slice.addr()));
+        }
+        Ok(())
     }
 
     /// Whether the memory is the host's.

@@ -151,7 +151,7 @@ impl Life {
             Way::Dense => return ts.step_dense(cache, layer, batch, input, output).unwrap(),
             Way::AppendSelect => {
                 let LayerMut { kv, selections } = cache.layer_mut(layer).unwrap();
-                ts.append_select(batch, kv, input, selections).unwrap();
+                ts.append_select(batch, LayerMut { kv, selections }, input).unwrap();
             }
             Way::AppendOnly | Way::Apart | Way::OneByOne | Way::Uncached => {
                 let LayerMut { mut kv, selections: mut cached } = cache.layer_mut(layer).unwrap();

@@ -3,8 +3,8 @@
 use std::ffi::c_void;
 
 use tokenselect::{
-    Batch, DType, Device, Over, Ranks, Selection, SelectionCacheLayer, StepInput, StepOutput, TensorView,
-    TokenSelect,
+    Batch, DType, Device, LayerMut, Over, Ranks, Selection, SelectionCacheLayer, StepInput, StepOutput,
+    TensorView, TokenSelect,
 };
 
 use crate::batch::ts_batch;
@@ -256,7 +256,11 @@ pub unsafe extern "C" fn ts_append_select(
         // SAFETY: as above, and pages are apart from what is read.
         let ((k, v), q, pages) =
             unsafe { (new.views(device)?, queries.view(device)?, kv.view_mut(device, dtype)?) };
-        Ok(context.select.append_select(batch, pages, StepInput { q, k, v }, cached)?)
+        Ok(context.select.append_select(
+            batch,
+            LayerMut { kv: pages, selections: cached },
+            StepInput { q, k, v },
+        )?)
     })
 }
 

@@ -112,6 +112,12 @@ impl TokenSelect {
         if let Some(lse) = &output.lse {
             lse.expect("lse", &[DType::F32], [tokens, hq])?;
         }
+        self.check_place("parts", &parts)?;
+        self.check_place("part_lses", &part_lses)?;
+        self.check_place("out", &output.out.as_view())?;
+        if let Some(lse) = &output.lse {
+            self.check_place("lse", &lse.as_view())?;
+        }
         self.backend().merge(MergeArgs { parts, part_lses, out: output.out, lse: output.lse })
     }
 }

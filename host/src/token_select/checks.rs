@@ -1,13 +1,18 @@
 //! What arguments must be.
 
+use kernels_gpu::ops::append::PIECE;
+
 use super::{StepOutput, TokenSelect};
 use crate::backend::{Ranks, Selection};
 use crate::batch::{Batch, Needs};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kv::{KvView, KvViewMut};
+use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
+
+/// Kernels move 16 bytes at a time.
+const ALIGN: u64 = 16;
 
 impl TokenSelect {
     /// A batch within the limits, which no other one has replaced in its slot.
@@ -40,6 +45,18 @@ impl TokenSelect {
         let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
         k.expect("k", &[config.dtype], shape)?;
         v.expect("v", &[config.dtype], shape)?;
+        if let KvStorageMut::Combined { offsets, .. } = &kv.storage {
+            for &offset in offsets {
+                self.check_pieces("offsets", offset)?;
+            }
+        }
+        for (what, pages) in kv.storage.tensors() {
+            self.check_place(what, &pages)?;
+        }
+        self.check_place("k", k)?;
+        self.check_place("v", v)?;
+        self.check_strides(kv.k_strides)?;
+        self.check_strides(kv.v_strides)?;
         if batch.is_partial() {
             return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
         }
@@ -51,7 +68,31 @@ impl TokenSelect {
     pub(super) fn check_kv(&self, batch: &Batch, kv: &KvView<'_>) -> Result<()> {
         let config = self.config();
         kv.expect(&config.heads, config.dtype, batch.page_size())?;
+        self.check_place("k pages", &kv.k)?;
+        self.check_place("v pages", &kv.v)?;
+        self.check_strides(kv.k_strides)?;
+        self.check_strides(kv.v_strides)?;
         self.check_pages(batch, kv.shape().num_pages)
+    }
+
+    /// A tensor where the device works, as it needs it.
+    pub(super) fn check_place(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<()> {
+        tensor.expect_on(what, self.device(), ALIGN)
+    }
+
+    /// Strides of whole pieces.
+    fn check_strides(&self, strides: KvStrides) -> Result<()> {
+        self.check_pieces("strides.page", strides.page)?;
+        self.check_pieces("strides.token", strides.token)?;
+        self.check_pieces("strides.head", strides.head)
+    }
+
+    /// A distance that a GPU, which moves whole pieces, can go.
+    fn check_pieces(&self, field: &'static str, got: usize) -> Result<()> {
+        if self.device().is_cpu() || got.is_multiple_of(PIECE as usize) {
+            return Ok(());
+        }
+        Err(Error::config(field, format!("a multiple of {PIECE} elements on a GPU"), got))
     }
 
     /// Page numbers within the pool.
@@ -63,7 +104,8 @@ impl TokenSelect {
     pub(super) fn check_queries(&self, batch: &Batch, q: &TensorView<'_>) -> Result<()> {
         let config = self.config();
         let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
-        q.expect("q", &[config.dtype], shape)
+        q.expect("q", &[config.dtype], shape)?;
+        self.check_place("q", q)
     }
 
     pub(super) fn check_output(&self, batch: &Batch, output: &StepOutput<'_>) -> Result<()> {
@@ -72,10 +114,12 @@ impl TokenSelect {
         let allowed: &[DType] =
             if config.dtype == DType::F32 { &[DType::F32] } else { &[config.dtype, DType::F32] };
         output.out.expect("out", allowed, [tokens, hq, config.heads.head_dim])?;
-        match &output.lse {
-            Some(lse) => lse.expect("lse", &[DType::F32], [tokens, hq]),
-            None => Ok(()),
+        self.check_place("out", &output.out.as_view())?;
+        if let Some(lse) = &output.lse {
+            lse.expect("lse", &[DType::F32], [tokens, hq])?;
+            self.check_place("lse", &lse.as_view())?;
         }
+        Ok(())
     }
 
     /// Cached selections, if any are given.
@@ -89,6 +133,16 @@ impl TokenSelect {
         cached.ages.expect("cached.ages", &[DType::U32], [limit])?;
         cached.made_at.expect("cached.made_at", &[DType::U32], [limit])?;
         cached.counters.expect("cached.counters", &[DType::U64], [3])?;
+        self.check_place("cached.queries", &cached.queries.as_view())?;
+        // Kernels read these one at a time: a layer's part may begin anywhere.
+        for (what, table) in [
+            ("cached.selections", &cached.selections),
+            ("cached.ages", &cached.ages),
+            ("cached.made_at", &cached.made_at),
+            ("cached.counters", &cached.counters),
+        ] {
+            table.as_view().expect_on(what, self.device(), table.dtype().size() as u64)?;
+        }
         self.note_needs(batch, Needs { num_sequences: limit, ..Needs::NONE });
         batch.check_sequences(limit)
     }
@@ -114,7 +168,11 @@ impl TokenSelect {
         if let Some(ranks) = &selection.ranks {
             ranks.ranks.expect("selection.ranks", &[DType::U32], [rows, width])?;
             ranks.total_len.expect("selection.total_len", &[DType::U32], [rows])?;
+            self.check_place("selection.ranks", &ranks.ranks)?;
+            self.check_place("selection.total_len", &ranks.total_len)?;
         }
+        self.check_place("selection.tokens", &selection.tokens)?;
+        self.check_place("selection.len", &selection.len)?;
         self.check_ranks(batch, selection.ranks.as_ref())?;
         if !selection.len.is_on_host() {
             return Ok(()); // looking at the lists would wait for the device

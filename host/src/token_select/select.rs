@@ -3,6 +3,7 @@
 use super::{StepInput, TokenSelect};
 use crate::backend::{self, SelectedKv};
 use crate::batch::Batch;
+use crate::cache::LayerMut;
 use crate::error::{Error, Result};
 use crate::kv::{KvView, KvViewMut};
 use crate::selection_cache::SelectionCacheLayer;
@@ -36,13 +37,8 @@ impl TokenSelect {
     ///
     /// # Errors
     /// Those of the two; then nothing was written.
-    pub fn append_select(
-        &mut self,
-        batch: &Batch,
-        kv: KvViewMut<'_>,
-        input: StepInput<'_>,
-        cached: Option<SelectionCacheLayer<'_>>,
-    ) -> Result<()> {
+    pub fn append_select(&mut self, batch: &Batch, layer: LayerMut<'_>, input: StepInput<'_>) -> Result<()> {
+        let LayerMut { kv, selections: cached } = layer;
         self.plan.expect("append_select", |ops| ops.select())?;
         self.check_batch(batch)?;
         self.check_append(batch, &kv, &input.k, &input.v)?;

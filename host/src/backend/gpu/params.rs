@@ -3,7 +3,7 @@
 use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
 use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
-use kernels_gpu::ops::append::{AppendParams, PIECE};
+use kernels_gpu::ops::append::AppendParams;
 use kernels_gpu::ops::attend::AttendParams;
 use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
@@ -26,61 +26,12 @@ use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::{Tensor, TensorView, TensorViewMut};
 use crate::workspace::Workspace;
 
-/// Kernels move 16 bytes at a time.
-const ALIGN: u64 = 16;
-
 /// Strides as kernels take them.
-///
-/// # Errors
-/// [`Error::Config`] where one is not a multiple of 8 elements.
-pub(super) fn page_strides(strides: KvStrides) -> Result<PageStrides> {
-    for (field, got) in
-        [("strides.page", strides.page), ("strides.token", strides.token), ("strides.head", strides.head)]
-    {
-        if !got.is_multiple_of(PIECE as usize) {
-            return Err(Error::config(field, format!("a multiple of {PIECE} elements on a GPU"), got));
-        }
-    }
-    Ok(PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 })
+fn page_strides(strides: KvStrides) -> PageStrides {
+    PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 }
 }
 
 impl GpuPlan {
-    /// Address of an argument on this device, a multiple of `align`.
-    fn aligned_addr(&self, what: &'static str, tensor: &TensorView<'_>, align: u64) -> Result<u64> {
-        let slice = tensor.device_slice(what)?;
-        slice.expect_on(&self.driver, what)?;
-        if !slice.addr().is_multiple_of(align) {
-            return Err(Error::config(what, format!("at an address divisible by {align}"), slice.addr()));
-        }
-        Ok(slice.addr())
-    }
-
-    /// Address of an argument.
-    fn addr(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<u64> {
-        self.aligned_addr(what, tensor, ALIGN)
-    }
-
-    /// Pointer to an argument.
-    fn pointer<T>(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<GlobalPtr<T>> {
-        Ok(GlobalPtr::from_addr(self.addr(what, tensor)?))
-    }
-
-    /// Pointer to a writable argument.
-    fn pointer_mut<T>(&self, what: &'static str, tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
-        Ok(GlobalMut::from_addr(self.addr(what, &tensor.as_view())?))
-    }
-
-    /// Pointer to an argument that may be absent: address 0.
-    fn optional<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
-        tensor.map_or(Ok(absent_mut()), |tensor| self.pointer_mut(what, tensor))
-    }
-
-    /// Pointer to one layer's part of a table of integers, which kernels read one at a time; address 0 where it is absent.
-    fn part<T>(&self, what: &'static str, tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
-        let Some(tensor) = tensor else { return Ok(absent_mut()) };
-        Ok(GlobalMut::from_addr(self.aligned_addr(what, &tensor.as_view(), size_of::<T>() as u64)?))
-    }
-
     /// Places in the workspace's scratch memory.
     fn scratch(&self, workspace: &Workspace) -> Result<Scratch> {
         Ok(self.scratch.at(workspace.scratch.view().device_addr()?))
@@ -101,26 +52,20 @@ impl GpuPlan {
     ) -> Result<AppendParams> {
         let (shape, dtype_size) = (kv.shape, kv.dtype().size() as u64);
         let (k_pages, v_pages) = match &kv.storage {
-            KvStorageMut::Separate { k, v } => {
-                (self.pointer_mut("k pages", k)?, self.pointer_mut("v pages", v)?)
-            }
+            KvStorageMut::Separate { k, v } => (pointer_mut(k)?, pointer_mut(v)?),
             KvStorageMut::Combined { kv, offsets } => {
-                if let Some(offset) = offsets.iter().find(|offset| !offset.is_multiple_of(PIECE as usize)) {
-                    let rule = format!("multiples of {PIECE} elements on a GPU");
-                    return Err(Error::config("offsets", rule, offset));
-                }
-                let base = self.addr("kv pages", &kv.as_view())?;
+                let base = kv.as_view().device_addr()?;
                 let at = |offset: usize| GlobalMut::from_addr(base + offset as u64 * dtype_size);
                 (at(offsets[0]), at(offsets[1]))
             }
         };
         Ok(AppendParams {
-            k: self.pointer("k", k)?,
-            v: self.pointer("v", v)?,
+            k: pointer(k)?,
+            v: pointer(v)?,
             k_pages,
             v_pages,
             batch: self.tables(batch)?,
-            stride: page_strides(kv.k_strides)?,
+            stride: page_strides(kv.k_strides),
             num_tokens: batch.num_query_tokens() as u32,
             num_kv_heads: shape.num_kv_heads as u32,
             head_dim: shape.head_dim as u32,
@@ -138,10 +83,10 @@ impl GpuPlan {
     ) -> Result<PoolParams<T>> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         Ok(PoolParams {
-            q: self.pointer("q", q)?,
-            cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?.as_const(),
-            cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?.as_const(),
-            cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
+            q: pointer(q)?,
+            cached_queries: optional(cached.map(|c| &c.queries))?.as_const(),
+            cached_ages: optional(cached.map(|c| &c.ages))?.as_const(),
+            cached_made_at: optional(cached.map(|c| &c.made_at))?.as_const(),
             sequence_indices: batch.device_sequence_indices(&self.driver)?,
             queries: own_mut(&workspace.queries)?,
             similarities: own_mut(&workspace.similarities)?,
@@ -170,7 +115,7 @@ impl GpuPlan {
     ) -> Result<ScoreParams<T>> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         Ok(ScoreParams {
-            k_pages: self.pointer("k pages", &kv.k)?,
+            k_pages: pointer(&kv.k)?,
             queries: own(&workspace.queries)?,
             actions: own(&workspace.actions)?,
             logits: own_mut(&workspace.logits)?,
@@ -178,7 +123,7 @@ impl GpuPlan {
             partial: GlobalMut::from_addr(scratch.score_partial),
             counters: GlobalMut::from_addr(scratch.counters),
             batch: self.tables(batch)?,
-            stride: page_strides(kv.k_strides)?,
+            stride: page_strides(kv.k_strides),
             num_kv_heads: config.heads.num_kv_heads as u32,
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
@@ -259,11 +204,11 @@ impl GpuPlan {
             top_k: own_mut(&workspace.top_k)?,
             selected: own_mut(&workspace.selected)?,
             selected_len: own_mut(&workspace.selected_len)?,
-            cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?,
-            cached_selections: self.part("cached.selections", cached.map(|c| &c.selections))?,
-            cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?,
-            cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?,
-            cached_counters: self.part("cached.counters", cached.map(|c| &c.counters))?,
+            cached_queries: optional(cached.map(|c| &c.queries))?,
+            cached_selections: optional(cached.map(|c| &c.selections))?,
+            cached_ages: optional(cached.map(|c| &c.ages))?,
+            cached_made_at: optional(cached.map(|c| &c.made_at))?,
+            cached_counters: optional(cached.map(|c| &c.counters))?,
             counts: GlobalMut::from_addr(scratch.share_counts),
             contenders: GlobalMut::from_addr(scratch.contenders),
             radix: scratch.radix(),
@@ -289,25 +234,24 @@ impl GpuPlan {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         let lists = args.lists.as_ref();
         let ranks = lists.and_then(|lists| lists.ranks.as_ref());
-        let pointer =
-            |what, tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), |t| self.pointer(what, t));
+        let list = |tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), pointer);
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
         Ok(AttendParams {
-            q: self.pointer("q", &args.q)?,
-            k_pages: self.pointer("k pages", &args.kv.k)?,
-            v_pages: self.pointer("v pages", &args.kv.v)?,
-            selected: pointer("selection.tokens", lists.map(|lists| &lists.tokens))?,
-            selected_len: pointer("selection.len", lists.map(|lists| &lists.len))?,
-            ranks: pointer("selection.ranks", ranks.map(|ranks| &ranks.ranks))?,
-            total_len: pointer("selection.total_len", ranks.map(|ranks| &ranks.total_len))?,
-            out: self.pointer_mut("out", &args.out)?,
-            lse: self.optional("lse", args.lse.as_ref())?,
+            q: pointer(&args.q)?,
+            k_pages: pointer(&args.kv.k)?,
+            v_pages: pointer(&args.kv.v)?,
+            selected: list(lists.map(|lists| &lists.tokens))?,
+            selected_len: list(lists.map(|lists| &lists.len))?,
+            ranks: list(ranks.map(|ranks| &ranks.ranks))?,
+            total_len: list(ranks.map(|ranks| &ranks.total_len))?,
+            out: pointer_mut(&args.out)?,
+            lse: optional(args.lse.as_ref())?,
             partial: GlobalMut::from_addr(scratch.attend_partial),
             partial_stats: GlobalMut::from_addr(scratch.attend_stats),
             counters: GlobalMut::from_addr(scratch.attend_counters),
             batch: self.tables(batch)?,
-            k_stride: page_strides(args.kv.k_strides)?,
-            v_stride: page_strides(args.kv.v_strides)?,
+            k_stride: page_strides(args.kv.k_strides),
+            v_stride: page_strides(args.kv.v_strides),
             rope: self.angles(workspace)?,
             num_kv_heads: config.heads.num_kv_heads as u32,
             group: config.heads.group() as u32,
@@ -343,10 +287,10 @@ impl GpuPlan {
             return Err(Error::config("parts", "four-dimensional", dims));
         };
         Ok(MergeParams {
-            parts: self.pointer("parts", &args.parts)?,
-            part_lses: self.pointer("part_lses", &args.part_lses)?,
-            out: self.pointer_mut("out", &args.out)?,
-            lse: self.optional("lse", args.lse.as_ref())?,
+            parts: pointer(&args.parts)?,
+            part_lses: pointer(&args.part_lses)?,
+            out: pointer_mut(&args.out)?,
+            lse: optional(args.lse.as_ref())?,
             num_parts: num_parts as u32,
             num_heads: (tokens * heads) as u32,
             head_dim: head_dim as u32,
@@ -355,9 +299,24 @@ impl GpuPlan {
     }
 }
 
+/// Pointer to a tensor on the device.
+fn pointer<T>(tensor: &TensorView<'_>) -> Result<GlobalPtr<T>> {
+    Ok(GlobalPtr::from_addr(tensor.device_addr()?))
+}
+
+/// Pointer to a writable tensor on the device.
+fn pointer_mut<T>(tensor: &TensorViewMut<'_>) -> Result<GlobalMut<T>> {
+    Ok(GlobalMut::from_addr(tensor.as_view().device_addr()?))
+}
+
+/// Pointer to a tensor that may be absent: address 0.
+fn optional<T>(tensor: Option<&TensorViewMut<'_>>) -> Result<GlobalMut<T>> {
+    tensor.map_or(Ok(absent_mut()), pointer_mut)
+}
+
 /// Pointer to a tensor of the workspace.
 fn own<T>(tensor: &Tensor) -> Result<GlobalPtr<T>> {
-    Ok(GlobalPtr::from_addr(tensor.view().device_addr()?))
+    pointer(&tensor.view())
 }
 
 /// Pointer to a tensor of the workspace, to write.
