@@ -83,22 +83,22 @@ macro_rules! buffers {
             pub(crate) fn new(plan: &Plan) -> Result<Self> {
                 let device = plan.device();
                 Workspace::num_bytes(plan)?;
-                let angles = match &plan.config().positions {
-                    Positions::Native => None,
-                    Positions::Reassigned(rope) => {
-                        Some(RopeTable::new(rope, plan.config().heads.head_dim, plan.num_positions())?)
-                    }
-                };
-                if let (Some(angles), Some(driver)) = (&angles, device.driver()) {
-                    angles.device_tables(driver)?; // now, so that no step allocates
-                }
                 let make = |buffer: Buffer| Tensor::zeros_on(device, buffer.dtype(), buffer.shape(plan));
-                Ok(Workspace {
+                let mut workspace = Workspace {
                     $($field: make(Buffer::$name)?,)*
                     scratch: Tensor::zeros_on(device, DType::U32, [plan.scratch_words()])?,
-                    angles,
+                    angles: None,
                     progress: Progress::new(device),
-                })
+                };
+                // Last, since they are computed: what there is no room for fails before.
+                if let Positions::Reassigned(rope) = &plan.config().positions {
+                    let angles = RopeTable::new(rope, plan.config().heads.head_dim, plan.num_positions())?;
+                    if let Some(driver) = device.driver() {
+                        angles.device_tables(driver)?; // now, so that no step allocates
+                    }
+                    workspace.angles = Some(angles);
+                }
+                Ok(workspace)
             }
 
             /// One of the buffers.

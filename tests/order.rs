@@ -1,0 +1,396 @@
+//! Calls in the wrong order are errors, never results of another batch; what was recorded counts as done when it is done.
+
+mod common;
+
+use std::panic::{AssertUnwindSafe, catch_unwind};
+
+use common::paged::{Pool, Storage, limits};
+use common::problem::{Content, Problem};
+use common::run::{Inputs, outputs_on, token_select};
+use common::{bits, on_devices};
+use tokenselect::{
+    Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, Limits, Over, PageTables,
+    PagedKvCache, Positions, Rope, SelectConfig, StepInput, StepOutput, Tensor, TokenSelect,
+};
+
+on_devices! {
+    all: operations_follow_each_other, a_failed_call_leaves_what_was_selected, positions_are_those_of_the_cache,
+        a_layer_that_missed_a_step_is_known, a_page_of_two_rows_is_not_written;
+    gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
+        a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_panic_ends_a_recording,
+        another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin;
+}
+
+fn config() -> SelectConfig {
+    SelectConfig {
+        heads: HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 },
+        dtype: DType::Bf16,
+        n_init: 2,
+        n_local: 3,
+        top_k: 8,
+        selection_cache: None,
+        ..SelectConfig::default()
+    }
+}
+
+/// The error that a call in the wrong order gives.
+#[track_caller]
+fn early<T: std::fmt::Debug>(result: Result<T, Error>, wanted: (&str, &str)) {
+    match result {
+        Err(Error::Order { op, needs, .. }) => assert_eq!((op, needs), wanted),
+        other => panic!("wanted {wanted:?}, got {other:?}"),
+    }
+}
+
+fn operations_follow_each_other(device: &Device) {
+    let problem = Problem::new(&config(), &[(60, 1), (40, 2)], Content::Peaked, 1);
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 2).to(device);
+    let (batch, other) = (pool.batch(&problem), pool.batch(&problem));
+    let q = Inputs::new(&problem).to(device).q;
+    let (mut out, _) = outputs_on(device, &problem, DType::F32);
+    let mut ts = token_select(device, &problem, &batch);
+    let mut attend = |ts: &TokenSelect, batch: &Batch| {
+        ts.attend(batch, pool.view(), q.view(), Over::Selected, StepOutput { out: out.view_mut(), lse: None })
+    };
+    early(ts.score(&batch, pool.view()), ("score", "pool"));
+    early(ts.vote(&batch), ("vote", "pool"));
+    early(ts.top_k(&batch, None), ("top_k", "pool"));
+    early(attend(&ts, &batch), ("attend", "top_k"));
+    early(ts.workspace_mut().provide(Buffer::Votes, &batch), ("provide", "pool"));
+    ts.pool(&batch, q.view(), None).unwrap();
+    early(ts.vote(&batch), ("vote", "score"));
+    early(ts.top_k(&batch, None), ("top_k", "vote"));
+    early(ts.vote_top_k(&batch, None), ("vote_top_k", "score"));
+    early(ts.score(&other, pool.view()), ("score", "pool"));
+    ts.score(&batch, pool.view()).unwrap();
+    early(ts.top_k(&batch, None), ("top_k", "vote"));
+    early(ts.vote(&other), ("vote", "pool"));
+    ts.vote(&batch).unwrap();
+    ts.top_k(&batch, None).unwrap();
+    attend(&ts, &batch).unwrap();
+    early(attend(&ts, &other), ("attend", "top_k"));
+    // A clone is the same batch; a batch with other sequences is another.
+    attend(&ts, &batch.clone()).unwrap();
+    early(attend(&ts, &batch.clone().with_sequence_indices(vec![0, 1]).unwrap()), ("attend", "top_k"));
+    // Scoring anew drops the votes, not the lists.
+    ts.pool(&batch, q.view(), None).unwrap();
+    early(ts.vote(&batch), ("vote", "score"));
+    attend(&ts, &batch).unwrap();
+    ts.select(&other, pool.view(), q.view(), None).unwrap();
+    early(attend(&ts, &batch), ("attend", "top_k"));
+    attend(&ts, &other).unwrap();
+    // Votes of one's own take the place of `score` and `vote`.
+    ts.pool(&batch, q.view(), None).unwrap();
+    ts.workspace_mut().provide(Buffer::Votes, &batch).unwrap();
+    ts.top_k(&batch, None).unwrap();
+    attend(&ts, &batch).unwrap();
+}
+
+fn a_failed_call_leaves_what_was_selected(device: &Device) {
+    let problem = Problem::new(&config(), &[(60, 1)], Content::Peaked, 1);
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 2).to(device);
+    let (batch, other) = (pool.batch(&problem), pool.batch(&problem));
+    let q = Inputs::new(&problem).to(device).q;
+    let (mut out, _) = outputs_on(device, &problem, DType::F32);
+    let mut ts = token_select(device, &problem, &batch);
+    ts.select(&batch, pool.view(), q.view(), None).unwrap();
+    let short = Tensor::zeros_on(device, DType::Bf16, [1, 4, 32]).unwrap();
+    assert!(ts.select(&other, pool.view(), short.view(), None).is_err());
+    let output = StepOutput { out: out.view_mut(), lse: None };
+    ts.attend(&batch, pool.view(), q.view(), Over::Selected, output).unwrap();
+}
+
+fn positions_are_those_of_the_cache(device: &Device) {
+    let native = config();
+    let reassigned = SelectConfig { positions: Positions::Reassigned(Rope::default()), ..config() };
+    for (of_cache, other, text) in [
+        (&native, &reassigned, "native, as those of the cache, got reassigned"),
+        (&reassigned, &native, "reassigned, as those of the cache, got native"),
+    ] {
+        let mut owner = Owner::new(device, of_cache, 1);
+        owner.ts = TokenSelect::new(device, other.clone(), Limits::default()).unwrap();
+        let id = owner.cache.create().unwrap();
+        let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+        let error = owner.step(0, &batch).unwrap_err().to_string();
+        assert_eq!(error, format!("configuration field `positions` must be {text}"));
+        assert_eq!(owner.cache.written_len(0, id), Ok(0));
+    }
+}
+
+/// An owned cache and what a step of it needs.
+struct Owner {
+    cache: PagedKvCache,
+    ts: TokenSelect,
+}
+
+impl Owner {
+    fn new(device: &Device, config: &SelectConfig, num_layers: usize) -> Self {
+        let pages = CacheConfig { num_layers, num_pages: 16, page_size: 16, ..CacheConfig::default() };
+        Owner {
+            cache: PagedKvCache::new(device, config, &pages).unwrap(),
+            ts: TokenSelect::new(device, config.clone(), Limits { max_rows: 2, ..Limits::default() })
+                .unwrap(),
+        }
+    }
+
+    /// A step of one layer with zeros.
+    fn step(&mut self, layer: usize, batch: &Batch) -> Result<(), Error> {
+        let (device, heads) = (self.ts.device().clone(), self.ts.config().heads);
+        let tokens = batch.num_query_tokens();
+        let zeros =
+            |heads: usize, dim: usize| Tensor::zeros_on(&device, DType::Bf16, [tokens, heads, dim]).unwrap();
+        let (q, kv) = (zeros(heads.num_qo_heads, heads.head_dim), zeros(heads.num_kv_heads, heads.head_dim));
+        let mut out = Tensor::zeros_on(&device, DType::F32, q.shape()).unwrap();
+        let input = StepInput { q: q.view(), k: kv.view(), v: kv.view() };
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        self.ts.step(&mut self.cache, layer, batch, input, output)
+    }
+}
+
+fn a_layer_that_missed_a_step_is_known(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 3);
+    let (a, b) = (owner.cache.create().unwrap(), owner.cache.create().unwrap());
+    let first = owner.cache.extend(&[(a, 20), (b, 5)]).unwrap();
+    (0..3).for_each(|layer| owner.step(layer, &first).unwrap());
+    let second = owner.cache.extend(&[(b, 0), (a, 1)]).unwrap();
+    owner.step(0, &second).unwrap();
+    owner.step(2, &second).unwrap(); // layer 1 was forgotten
+    assert_eq!(
+        (0..3).map(|layer| owner.cache.written_len(layer, a).unwrap()).collect::<Vec<_>>(),
+        [21, 20, 21]
+    );
+    let third = owner.cache.extend(&[(a, 2), (b, 1)]).unwrap();
+    owner.step(0, &third).unwrap();
+    let error = owner.step(1, &third).unwrap_err();
+    assert_eq!(error, Error::Unwritten { layer: 1, id: a, written: 20, begin: 21 });
+    assert_eq!(owner.cache.written_len(1, b), Ok(5), "nothing was written");
+    // One way back: the step that was missed.
+    owner.step(1, &second).unwrap();
+    owner.step(1, &third).unwrap();
+    owner.step(2, &third).unwrap();
+    // Doing a step twice writes the same again.
+    owner.step(2, &third).unwrap();
+    assert_eq!(owner.cache.written_len(2, a), Ok(23));
+    // The other way: back to what all layers have.
+    let fourth = owner.cache.extend(&[(a, 4)]).unwrap();
+    owner.step(0, &fourth).unwrap();
+    let shortest = (0..3).map(|layer| owner.cache.written_len(layer, a).unwrap()).min().unwrap();
+    owner.cache.truncate(a, shortest).unwrap();
+    let again = owner.cache.extend(&[(a, 4)]).unwrap();
+    (0..3).for_each(|layer| owner.step(layer, &again).unwrap());
+    // A fork has what its parent has; a new sequence in an old one's place nothing.
+    let next = owner.cache.extend(&[(a, 1)]).unwrap();
+    owner.step(0, &next).unwrap();
+    let child = owner.cache.fork(a).unwrap();
+    assert_eq!((owner.cache.written_len(0, child), owner.cache.written_len(1, child)), (Ok(28), Ok(27)));
+    owner.cache.free(child).unwrap();
+    let fresh = owner.cache.create().unwrap();
+    assert_eq!((fresh.index(), owner.cache.written_len(0, fresh)), (child.index(), Ok(0)));
+    assert_eq!(owner.cache.written_len(0, child), Err(Error::UnknownSequence(child)));
+    // Who takes a layer's memory answers for it.
+    owner.cache.layer_mut(1).unwrap();
+    assert_eq!(owner.cache.written_len(1, a), Ok(28));
+}
+
+fn a_page_of_two_rows_is_not_written(device: &Device) {
+    let config = config();
+    let limits = Limits { max_rows: 2, ..Limits::default() };
+    let ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+    let zeros = |shape: [usize; 4]| Tensor::zeros_on(device, DType::Bf16, shape).unwrap();
+    let (mut k, mut v) = (zeros([4, 16, 2, 64]), zeros([4, 16, 2, 64]));
+    let new = Tensor::zeros_on(device, DType::Bf16, [2, 2, 64]).unwrap();
+    let mut append = |indices: Vec<u32>, last_page_len: Vec<u32>| {
+        let tables = PageTables { indptr: vec![0, 2, 4], indices, last_page_len };
+        let batch = Batch::new(16, vec![0, 1, 2], tables)?;
+        let pages = tokenselect::KvViewMut::new(k.view_mut(), v.view_mut(), tokenselect::KvLayout::Nhd)?;
+        ts.append(&batch, pages, new.view(), new.view())
+    };
+    append(vec![0, 1, 0, 2], vec![3, 3]).unwrap(); // a shared prefix is read alone
+    for (indices, row) in [(vec![0, 1, 0, 1], 1), (vec![0, 1, 1, 2], 0), (vec![1, 1, 0, 2], 0)] {
+        let page = 1;
+        match append(indices, vec![3, 3]) {
+            Err(Error::Table { row: at, what: "indices", got, .. }) => {
+                assert_eq!((at, got), (row, page.to_string()))
+            }
+            other => panic!("accepted: {other:?}"),
+        }
+    }
+}
+
+/// A slot, recorded work over it, and what that needs.
+struct Recorded {
+    problem: Problem,
+    pool: Pool,
+    q: Tensor,
+    out: Tensor,
+    ts: TokenSelect,
+    slot: BatchSlot,
+}
+
+impl Recorded {
+    fn new(device: &Device) -> Self {
+        let problem = Problem::new(&config(), &[(60, 1), (33, 1)], Content::Peaked, 1);
+        let pool = Pool::full(&problem, 16, Storage::Nhd, 2).to(device);
+        let batch = pool.batch(&problem);
+        Recorded {
+            q: Inputs::new(&problem).to(device).q,
+            out: outputs_on(device, &problem, DType::F32).0,
+            ts: TokenSelect::new(device, config(), limits(&batch)).unwrap(),
+            slot: BatchSlot::new(device, &batch, 40).unwrap(),
+            problem,
+            pool,
+        }
+    }
+
+    fn batch(&self) -> Batch {
+        self.pool.batch(&self.problem)
+    }
+
+    fn select(&mut self, batch: &Batch) -> Result<(), Error> {
+        self.ts.select(batch, self.pool.view(), self.q.view(), None)
+    }
+
+    fn attend(&mut self, batch: &Batch) -> Result<(), Error> {
+        let output = StepOutput { out: self.out.view_mut(), lse: None };
+        self.ts.attend(batch, self.pool.view(), self.q.view(), Over::Selected, output)
+    }
+}
+
+fn recorded_work_counts_when_it_is_done(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let first = r.slot.put(fresh).unwrap();
+    let graph = device.capture(|| r.select(&first).and_then(|()| r.attend(&first))).unwrap();
+    early(r.attend(&first), ("attend", "top_k")); // nothing was done yet
+    // SAFETY: all that was recorded is alive.
+    unsafe { graph.launch().unwrap() };
+    r.attend(&first).unwrap();
+    let fresh = r.batch();
+    let second = r.slot.put(fresh).unwrap();
+    early(r.attend(&second), ("attend", "top_k"));
+    // SAFETY: as above.
+    unsafe { graph.launch().unwrap() };
+    r.attend(&second).unwrap();
+    // A recording that fails leaves things as they were.
+    let fresh = r.batch();
+    assert!(device.capture(|| r.select(&second).and_then(|()| r.attend(&fresh))).is_err());
+    r.attend(&second).unwrap();
+}
+
+fn recorded_layers_count_when_they_are_done(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let heads = config().heads;
+    let zeros = |heads: usize, dim: usize| Tensor::zeros_on(device, DType::Bf16, [1, heads, dim]).unwrap();
+    let (q, kv) = (zeros(heads.num_qo_heads, heads.head_dim), zeros(heads.num_kv_heads, heads.head_dim));
+    let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+    let mut slot = BatchSlot::new(device, &batch, 16).unwrap();
+    let batch = slot.put(batch).unwrap();
+    let Owner { cache, ts } = &mut owner;
+    let graph = device.capture(|| {
+        let input = StepInput { q: q.view(), k: kv.view(), v: kv.view() };
+        ts.step(cache, 0, &batch, input, StepOutput { out: out.view_mut(), lse: None })
+    });
+    let graph = graph.unwrap();
+    assert_eq!(cache.written_len(0, id), Ok(0));
+    for len in 1..5 {
+        // SAFETY: all that was recorded is alive.
+        unsafe { graph.launch().unwrap() };
+        assert_eq!(cache.written_len(0, id), Ok(len));
+        let next = cache.extend(&[(id, 1)]).unwrap();
+        slot.put(next).unwrap();
+    }
+    // A step that the graph missed is missed.
+    let next = cache.extend(&[(id, 1)]).unwrap();
+    slot.put(next).unwrap();
+    // SAFETY: as above.
+    unsafe { graph.launch().unwrap() };
+    assert_eq!(cache.written_len(0, id), Ok(4));
+}
+
+fn a_batch_that_was_replaced_is_refused(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let first = r.slot.put(fresh).unwrap();
+    r.select(&first).unwrap();
+    let fresh = r.batch();
+    r.slot.put(fresh).unwrap();
+    let text = "`batch` needs its slot, in which another batch was put since";
+    assert_eq!(r.select(&first).unwrap_err().to_string(), text);
+    assert_eq!(r.attend(&first).unwrap_err().to_string(), text);
+}
+
+/// What a direct call would refuse is refused where it would be found too late.
+fn a_slot_keeps_what_was_recorded_with_it(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let num_pages = r.pool.view().shape().num_pages;
+    let bound = r.slot.put(fresh).unwrap();
+    device.capture(|| r.select(&bound)).unwrap();
+    let batch = |pages: Vec<u32>| {
+        let count = pages.len() as u32;
+        let tables =
+            PageTables { indptr: vec![0, count - 1, count], indices: pages, last_page_len: vec![16, 16] };
+        Batch::new(16, vec![0, 1, 2], tables).unwrap()
+    };
+    let too_many = batch(vec![0; 20]);
+    let text = "`max_kv_tokens` is limited to 112 by the plan, the batch needs 320";
+    assert_eq!(r.ts.plan().limits().max_kv_tokens, 112);
+    assert_eq!(r.select(&too_many).unwrap_err().to_string(), text);
+    assert_eq!(r.slot.put(too_many).unwrap_err().to_string(), text);
+    let beyond = batch(vec![0, num_pages as u32]);
+    let text = format!("`page` must be below {num_pages}, got {num_pages}");
+    assert_eq!(r.select(&beyond).unwrap_err().to_string(), text);
+    assert_eq!(r.slot.put(beyond).unwrap_err().to_string(), text);
+    r.slot.put(batch(vec![1, 0])).unwrap();
+    let huge = BatchSlot::new(device, &bound, usize::MAX / 4).unwrap_err();
+    assert!(matches!(huge, Error::Limit { what: "pages of a slot", .. }), "{huge}");
+}
+
+fn a_panic_ends_a_recording(device: &Device) {
+    let tensor = Tensor::zeros_on(device, DType::F32, [4]).unwrap();
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        device.capture(|| panic!("in the middle of it")).map(drop).unwrap();
+    }));
+    assert!(panicked.is_err());
+    assert_eq!(bits(&tensor), [0; 4], "the device does its work again");
+    device.synchronize().unwrap();
+}
+
+fn another_thread_is_not_recorded(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let bound = r.slot.put(fresh).unwrap();
+    r.select(&bound).unwrap();
+    let graph = device.capture(|| {
+        let other = std::thread::scope(|scope| scope.spawn(|| r.select(&bound)).join().unwrap());
+        let error = other.unwrap_err().to_string();
+        assert!(error.ends_with("needs the device, which records the work of another thread"), "{error}");
+        Ok(())
+    });
+    graph.unwrap();
+    r.select(&bound).unwrap();
+}
+
+/// Attention's arguments are looked at before keys are appended.
+fn a_step_that_cannot_end_does_not_begin(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+    let zeros = |heads: usize| Tensor::zeros_on(device, DType::Bf16, [1, heads, 64]).unwrap();
+    let (q, kv) = (zeros(4), zeros(2));
+    let input = StepInput { q: q.view(), k: kv.view(), v: kv.view() };
+    let mut on_host = Tensor::zeros(DType::F32, [1, 4, 64]).unwrap();
+    let output = StepOutput { out: on_host.view_mut(), lse: None };
+    let error = owner.ts.step(&mut owner.cache, 0, &batch, input, output).unwrap_err().to_string();
+    assert_eq!(error, "`out` must be on a GPU, it is on cpu");
+    let room = Tensor::zeros_on(device, DType::F32, [300]).unwrap();
+    let addr = room.view().device_addr().unwrap() + 4;
+    // SAFETY: within `room`, which nothing else uses.
+    let odd = unsafe { tokenselect::TensorViewMut::from_device_addr(device, addr, DType::F32, [1, 4, 64]) };
+    let output = StepOutput { out: odd.unwrap(), lse: None };
+    let error = owner.ts.step(&mut owner.cache, 0, &batch, input, output).unwrap_err().to_string();
+    assert_eq!(error, format!("configuration field `out` must be at an address divisible by 16, got {addr}"));
+    assert_eq!(owner.cache.written_len(0, id), Ok(0));
+}
