@@ -51,7 +51,7 @@ pub fn scoring_query(c: &Config, q: &[f64]) -> Vec<f64> {
 }
 
 pub fn candidates(c: &Config, n: usize, block: usize) -> Range<usize> {
-    let end = (n - block).saturating_sub(c.n_local);
+    let end = n.saturating_sub(block + c.n_local);
     c.n_init.min(end)..end
 }
 

@@ -155,12 +155,14 @@ fn copy_pages<T: Float>(args: CopyPagesArgs<'_>) -> Result<()> {
 fn append<T: Float>(args: AppendArgs<'_>) -> Result<()> {
     let (shape, strides, batch) = (args.kv.shape, args.kv.strides, args.batch);
     let write = |data: &mut [T], base: usize, new: &[T]| {
-        let mut heads = new.chunks_exact(shape.head_dim);
+        let width = shape.num_kv_heads * shape.head_dim;
         for row in (0..batch.num_rows()).filter(|&row| batch.kv_len(row) > 0) {
-            let first = batch.kv_len(row) - batch.block_len(row);
-            for token in first..batch.kv_len(row) {
+            let queries = batch.query_range(row);
+            let first = batch.kv_len(row) - queries.len();
+            let block = new[queries.start * width..queries.end * width].chunks_exact(width);
+            for (token, heads) in (first..).zip(block) {
                 let (page, token_in_page) = batch.locate(row, token);
-                for (head, values) in (0..shape.num_kv_heads).zip(&mut heads) {
+                for (head, values) in heads.chunks_exact(shape.head_dim).enumerate() {
                     let at = base + strides.offset(page, token_in_page, head);
                     data[at..at + shape.head_dim].copy_from_slice(values);
                 }
