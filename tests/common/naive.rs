@@ -115,7 +115,7 @@ pub struct Selection {
     /// Of the candidates, pooled; `None` where nothing was scored.
     pub votes: Option<Vec<f64>>,
     pub reused: bool,
-    /// Cosine with the cached query; -1 where there is none.
+    /// Cosine with the cached query; -1 where none is usable.
     pub similarity: f64,
 }
 
@@ -127,11 +127,14 @@ pub fn select(c: &Config, q: &[f64], k: &[f64], cached: &mut Option<Cached>) -> 
     let cosine = |old: &Cached| {
         dot(&old.query, &query) / (dot(&old.query, &old.query).sqrt() * dot(&query, &query).sqrt())
     };
-    let similarity = cached.as_ref().map_or(-1.0, cosine);
+    // Usable where all its tokens are candidates of the row as it is now: it may be another configuration's.
+    let usable = |old: &&mut Cached| old.chosen.iter().all(|token| range.contains(token));
+    let mut usable = cached.as_mut().filter(usable);
+    let similarity = usable.as_deref().map_or(-1.0, cosine);
     if range.len() <= c.top_k {
         return Selection { list: (0..n).collect(), votes: None, reused: false, similarity };
     }
-    if let (Some((threshold, max_reuse)), Some(old)) = (c.reuse, cached.as_mut())
+    if let (Some((threshold, max_reuse)), Some(old)) = (c.reuse, usable.as_mut())
         && similarity >= threshold
         && old.age < max_reuse
     {

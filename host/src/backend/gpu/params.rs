@@ -128,6 +128,7 @@ impl GpuBackend {
             cached_queries: self.optional("cached.queries", cached.map(|c| &c.queries))?.as_const(),
             cached_ages: self.part("cached.ages", cached.map(|c| &c.ages))?.as_const(),
             cached_made_at: self.part("cached.made_at", cached.map(|c| &c.made_at))?.as_const(),
+            cached_selections: self.part("cached.selections", cached.map(|c| &c.selections))?.as_const(),
             sequence_indices: args.batch.device_sequence_indices(&self.driver)?,
             queries: self.pointer_mut("queries", &args.queries)?,
             similarities: self.pointer_mut("similarities", &args.similarities)?,

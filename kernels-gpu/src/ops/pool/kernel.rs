@@ -3,7 +3,7 @@
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
-use crate::common::layout::Row;
+use crate::common::layout::{Row, Tokens};
 use crate::simt::shared::Shared;
 use crate::simt::{grid, math, thread, warp};
 
@@ -58,10 +58,13 @@ pub(crate) struct Cached {
     pub entry: u32,
     made_at: u32,
     age: u32,
+    /// Its first token and its last.
+    first: u32,
+    last: u32,
 }
 
 impl Cached {
-    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY };
+    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY, first: EMPTY, last: EMPTY };
 
     pub unsafe fn load<T: Element>(params: &PoolParams<T>, entry: u32) -> Self {
         if entry == EMPTY {
@@ -69,7 +72,19 @@ impl Cached {
         }
         let made_at = params.cached_made_at.add(entry as u64).load();
         let age = params.cached_ages.add(entry as u64).load();
-        Cached { entry, made_at, age }
+        let tokens = params.cached_selections.add(entry as u64 * params.top_k as u64);
+        let first = tokens.load();
+        let last = tokens.add(params.top_k as u64 - 1).load();
+        Cached { entry, made_at, age, first, last }
+    }
+
+    /// Whether the selection may serve the row as it is now. Its tokens ascend. Where a configuration with other windows made
+    /// it, some may be in this one's windows.
+    fn is_usable(&self, before_block: u32, candidates: Tokens) -> bool {
+        self.entry != EMPTY
+            && self.made_at <= before_block
+            && self.first >= candidates.begin
+            && self.last < candidates.end
     }
 }
 
@@ -182,20 +197,21 @@ pub(crate) unsafe fn conclude<T: Element>(
     cached: &Cached,
     cosine: f32,
 ) {
-    let has_cached = cached.entry != EMPTY && cached.made_at <= tables.kv_len - tables.queries.len();
-    let similarity = if has_cached { cosine } else { -1.0 };
-    let is_similar = has_cached && similarity >= params.similarity_threshold;
-    let action = decide(params, row, tables, is_similar && cached.age < params.max_reuse);
+    let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
+    let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
+    let is_usable = cached.is_usable(before_block, candidates);
+    let similarity = if is_usable { cosine } else { -1.0 };
+    let is_similar = is_usable && similarity >= params.similarity_threshold;
+    let action = decide(params, tables, candidates, is_similar && cached.age < params.max_reuse);
     params.similarities.add(row as u64).store(similarity);
     params.actions.add(row as u64).store(action);
 }
 
-unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, tables: &Row, can_reuse: bool) -> u32 {
+fn decide<T: Element>(params: &PoolParams<T>, tables: &Row, candidates: Tokens, can_reuse: bool) -> u32 {
     let is_partial = params.batch.is_partial();
     if tables.queries.is_empty() || (tables.kv_len == 0 && !is_partial) {
         return SKIP;
     }
-    let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
     if candidates.is_empty() || (candidates.len() <= params.top_k && !is_partial) {
         COMPLETE
     } else if can_reuse {

@@ -5,7 +5,7 @@
 //!     mean[h] = mean over t of rotate(q[t, h], n_local + t)
 //!     partial[r, h] = (mean[h] . cached[h], |mean[h]|^2, |cached[h]|^2)
 //! the last block of row r:
-//!     similarity = sum of partial[r, ..].0 / sqrt(sum of .1 * sum of .2)      heads in order
+//!     similarity = sum of partial[r, ..].0 / sqrt(sum of .1 * sum of .2)      heads in order; -1 if none is usable
 //!     action[r]  = Skip, Complete, Reuse or Score                             (docs/definitions.md)
 //! ```
 //! **Thread mapping.** A block per row and query head; several threads per pair of elements (that RoPE may rotate together),
