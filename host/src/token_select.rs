@@ -377,6 +377,9 @@ impl TokenSelect {
     /// and is rotated at `r` for reassigned positions. Outputs over the parts of a list are combined by
     /// [`merge`](Self::merge).
     ///
+    /// Lists in device memory are not checked, which would wait for the device. Attention over a wrong one gives an output that
+    /// is not specified; nothing is read out of bounds, and other rows are not affected.
+    ///
     /// # Errors
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Table`] where a list
     /// is longer than its row, not ascending, names a token that the row does not hold, or is shorter than the

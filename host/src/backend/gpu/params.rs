@@ -4,7 +4,7 @@ use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
 use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::ops::append::{AppendParams, PIECE};
-use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::attend::{AttendParams, MAX_POSITION};
 use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::PoolParams;
@@ -21,6 +21,7 @@ use crate::backend::{
 };
 use crate::cache::{KvStorageMut, KvStrides};
 use crate::error::{Error, Result};
+use crate::rope::RopeTable;
 use crate::tensor::{DType, TensorView, TensorViewMut};
 
 /// Kernels move 16 bytes at a time.
@@ -39,6 +40,11 @@ pub(super) fn page_strides(strides: KvStrides) -> Result<PageStrides> {
         }
     }
     Ok(PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 })
+}
+
+/// The last position that a table of angles covers.
+fn last_position(rope: &RopeTable) -> u32 {
+    rope.max_positions().saturating_sub(1).min(MAX_POSITION as usize) as u32
 }
 
 /// Addresses of tensors, with a check that they lie on the backend's device.
@@ -281,12 +287,14 @@ impl GpuBackend {
             group: config.heads.group() as u32,
             max_selected: width as u32,
             max_block_len: batch.max_block_len() as u32,
+            last_position: args.rope.map_or(MAX_POSITION, last_position),
             max_len: lists.map_or(batch.max_kv_len(), |_| width) as u32,
             k_is_gathered: 0,
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
             sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
             soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
             num_splits: 0,
+            reserved: 0,
         })
     }
 

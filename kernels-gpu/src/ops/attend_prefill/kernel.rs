@@ -40,10 +40,9 @@ struct Work<'a, T> {
 /// See the module. `K` steps of 16 dimensions, `N = 2 K` column tiles of 8.
 ///
 /// # Safety
-/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; tokens lie in their rows, page numbers
-///   are those of the cache.
+/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
 /// - `head_dim = 16 K`.
-/// - Keys are gathered, or no rope table is given.
+/// - Keys are gathered, or no rope table is given. The rope tables cover `last_position` and the longest block.
 /// - Launched with [`AttendParams::prefill_dims`].
 pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
     grid::wait_for_previous();

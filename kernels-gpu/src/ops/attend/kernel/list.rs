@@ -18,6 +18,8 @@ pub struct List {
     pub queries: Tokens,
     /// Places.
     pub len: u32,
+    /// The row's last token.
+    pub last_token: u32,
     /// The row's first page, as an index into the page tables.
     pub first_page: u32,
     /// Ranks that the first query sees, `m - T + 1`; each later one sees one more.
@@ -32,7 +34,8 @@ pub struct Place {
 }
 
 impl<T> AttendParams<T> {
-    /// The list of a row.
+    /// The list of a row. Lengths that are wrong are brought into their bounds here, tokens in [`place`](Self::place), ranks where
+    /// a key is rotated.
     ///
     /// # Safety
     /// - `row` is a row of the batch, and the tables are as [`AttendParams`] says.
@@ -40,18 +43,19 @@ impl<T> AttendParams<T> {
     pub unsafe fn list(&self, row: u32) -> List {
         let queries = self.batch.queries(row);
         let first_page = self.batch.first_page(row);
-        let listed = self.selected.addr() != 0;
-        let len = if listed {
-            self.selected_len.add(row as u64).load().min(self.max_selected)
+        let kv_len = self.batch.kv_len(row);
+        let len = if self.selected.addr() != 0 {
+            let len = self.selected_len.add(row as u64).load().min(self.max_selected);
+            if kv_len == 0 { 0 } else { len }
         } else {
-            self.batch.kv_len(row)
+            kv_len
         };
         let total = if self.ranks.addr() != 0 { self.total_len.add(row as u64).load() } else { len };
-        let first_bound = (total + 1).saturating_sub(queries.len());
-        List { row, queries, len, first_page, first_bound }
+        let first_bound = (total.min(self.last_position + 1) + 1).saturating_sub(queries.len());
+        List { row, queries, len, last_token: kv_len.saturating_sub(1), first_page, first_bound }
     }
 
-    /// Looks up place `place` of a list that is not empty.
+    /// Looks up place `place` of a list that is not empty. Its rank may be any number.
     ///
     /// # Safety
     /// - As for [`list`](Self::list); `list.len > 0`.
@@ -62,11 +66,11 @@ impl<T> AttendParams<T> {
         let entry = list.row as u64 * self.max_selected as u64 + place as u64;
         let token = if self.selected.addr() != 0 { self.selected.add(entry).load() } else { place };
         let rank = if self.ranks.addr() != 0 { self.ranks.add(entry).load() } else { place };
-        Place { token, rank: if inside { rank } else { NOWHERE } }
+        Place { token: token.min(list.last_token), rank: if inside { rank } else { NOWHERE } }
     }
 
-    /// The token of place `place` of a row's list, if it has so many; anything if not. It can be read before it is known
-    /// how many there are. 0 without lists.
+    /// The token of place `place` of a row's list, if it has so many; anything if not, and wherever the list is wrong. It can be
+    /// read before it is known how many there are. 0 without lists.
     ///
     /// # Safety
     /// - As for [`list`](Self::list).

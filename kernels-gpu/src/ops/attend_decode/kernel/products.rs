@@ -4,7 +4,6 @@ use crate::common::element::{Element, add_low, split};
 use crate::common::fragment::{A, Accumulator, B, lane};
 use crate::common::rope::{HALF_SPLIT, NATIVE};
 use crate::common::words::load_shared;
-use crate::ops::attend::kernel::NOWHERE;
 use crate::ops::attend::kernel::tile::{Key, Work};
 use crate::simt::shared::Shared;
 use crate::simt::warp;
@@ -27,10 +26,9 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
         }
         return d;
     }
-    let position = |half: u32| {
-        let rank = warp::shuffle_idx(warp::FULL, rank, 8 * half + lane().g);
-        if rank == NOWHERE { 0 } else { rank }
-    };
+    // A place that nobody sees, or a wrong rank, may be rotated by any angle.
+    let position =
+        |half: u32| warp::shuffle_idx(warp::FULL, rank, 8 * half + lane().g).min(work.params.last_position);
     let positions = [position(0), position(1)];
     // Of high halves with high halves, and of either with the other's low halves.
     let mut rest = Accumulator::ZERO;
