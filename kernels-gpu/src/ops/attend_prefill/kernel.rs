@@ -4,7 +4,7 @@ use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::{Element, any_not_finite};
 use crate::common::fragment::{A, Accumulator, B, Lane, lane, over_columns};
-use crate::common::softmax::{Running, log_sum_exp};
+use crate::common::softmax::{LARGEST, Running, bounded, log_sum_exp};
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
 use crate::simt::data::V2;
@@ -304,8 +304,14 @@ unsafe fn weigh<T: Element, const N: usize, const MASKED: bool>(
             largest[row] = largest[row].max(*weight);
         }
     }
+    let max = largest.map(|largest| over_columns(largest, f32::max).min(LARGEST));
+    if max[0].max(max[1]) == LARGEST {
+        for n in 0..COLUMNS {
+            weights[n].0 = weights[n].0.map(bounded);
+        }
+    }
     for row in 0..2 {
-        let correction = softmax.raise(row, over_columns(largest[row], f32::max));
+        let correction = softmax.raise(row, max[row]);
         for n in 0..N {
             out[n].0[2 * row] *= correction;
             out[n].0[2 * row + 1] *= correction;

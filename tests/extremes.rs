@@ -1,0 +1,164 @@
+//! Numbers at the ends of their types: infinite logits.
+
+mod common;
+
+use common::paged::{Pool, Storage, limits};
+use common::problem::{Content, Problem, small_config};
+use common::run::{Inputs, outputs_on};
+use common::{
+    Random, all_devices, assert_close, assert_lse, attention_tolerance, gpu_tolerance, naive, naive_config,
+    tensor, to_device, tolerance, values,
+};
+use tokenselect::{
+    DType, Device, Error, HeadShape, Limits, Positions, Rope, RopePairing, SelectConfig, Selection, Shape,
+    StepOutput, TokenSelect,
+};
+
+fn config(heads: (usize, usize, usize), dtype: DType, positions: Positions) -> SelectConfig {
+    let (num_qo_heads, num_kv_heads, head_dim) = heads;
+    // Lists of all lengths used here may be gathered.
+    let heads = HeadShape { num_qo_heads, num_kv_heads, head_dim };
+    SelectConfig { heads, dtype, positions, top_k: 400, ..small_config() }
+}
+
+/// Attention of a problem of one row: over all tokens by way of a list, or as dense attention. `None` where no kernel does it.
+fn attend(device: &Device, problem: &Problem, listed: bool) -> Option<(Vec<f64>, Vec<f64>)> {
+    let pool = Pool::full(problem, 16, Storage::Nhd, 1).to(device);
+    let (batch, inputs) = (pool.batch(problem), Inputs::new(problem).to(device));
+    let ts = TokenSelect::new(device, problem.config.clone(), limits(&batch)).unwrap();
+    let (mut out, mut lse) = outputs_on(device, problem, DType::F32);
+    let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
+    if listed {
+        let n = problem.rows[0].n;
+        let all: Vec<f64> = (0..n).map(|token| token as f64).collect();
+        let tokens = to_device(device, &tensor(DType::U32, &all, [1, n]));
+        let len = to_device(device, &tensor(DType::U32, &[n as f64], [1]));
+        let selection = Selection { tokens: tokens.view(), len: len.view(), ranks: None };
+        ts.attend_to(&batch, pool.view(), inputs.q.view(), selection, output).unwrap();
+    } else {
+        match ts.attend_dense(&batch, pool.view(), inputs.q.view(), output) {
+            Err(Error::Unsupported { .. }) => return None,
+            done => done.unwrap(),
+        }
+    }
+    Some((values(&out), values(&lse)))
+}
+
+/// Compares both ways to attend with the definitions, on every device.
+fn check(what: &str, problem: &Problem) {
+    let (config, row) = (naive_config(&problem.config), &problem.rows[0]);
+    let all: Vec<usize> = (0..row.n).collect();
+    let want = naive::attend(&config, &row.q, &row.k, &row.v, &naive::ranked(&all), row.n);
+    let exact = attention_tolerance(DType::F32, &config, &row.q, &row.k, row.n).min(1e-3);
+    for device in all_devices() {
+        let allowed = if device.is_cpu() { exact } else { exact.max(gpu_tolerance(problem.config.dtype)) };
+        for listed in [true, false] {
+            let what = format!("{what}, {}, n = {}, T = {}, listed: {listed}", device.name(), row.n, row.t);
+            let Some((out, lse)) = attend(&device, problem, listed) else { continue };
+            assert_lse(&what, &lse, &want.1, allowed);
+            assert_close(&what, &out, &want.0, config.d, allowed);
+        }
+    }
+}
+
+/// Native positions, and pairs that are rotated in registers, gathered, or not rotated where the infinities are.
+fn positions() -> [Positions; 3] {
+    let some = |pairing| Rope { pairing, rotary_dim: Some(16), ..Rope::default() };
+    let some = |pairing| Positions::Reassigned(some(pairing));
+    [Positions::Native, some(RopePairing::Interleaved), some(RopePairing::HalfSplit)]
+}
+
+/// `(n, T)`: decoding, a few queries, blocks; lists in one part, and in many.
+const LENGTHS: [(usize, usize); 6] = [(5, 1), (40, 1), (300, 2), (300, 40), (130, 70), (4700, 1)];
+
+/// Tokens whose logit is +inf share the mass, wherever they lie; a NaN that is seen stays NaN.
+#[test]
+fn infinite_logits_share_the_mass() {
+    for (i, positions) in positions().into_iter().enumerate() {
+        let dtype = [DType::F16, DType::Bf16][i % 2];
+        let config = config((4, 2, 64), dtype, positions);
+        let (d, width) = (64, 2 * 64);
+        for (n, t) in LENGTHS {
+            // A list of 4700 tokens is more than the workspace has room to gather.
+            if i > 0 && ![(40, 1), (300, 40)].contains(&(n, t)) {
+                continue;
+            }
+            let mut random = Random(n as u64);
+            let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, i as u64);
+            let row = &mut problem.rows[0];
+            (0..4 * t).for_each(|head| row.q[head * d + 40] = 1.0 + (head % 8) as f64 / 8.0);
+            // One KV head has infinite logits here and there, among them those of the block's last tokens.
+            for token in (0..n).filter(|&token| token == n - 1 || token == 0 || random.below(9) == 0) {
+                row.k[token * width + 40] = f64::INFINITY;
+            }
+            check("infinite keys", &problem);
+            let with_nan = |token: usize| {
+                let mut problem = problem.clone();
+                problem.rows[0].k[token * width + 3] = f64::NAN;
+                problem
+            };
+            check("and a NaN that some see", &with_nan(n - t / 2 - 1));
+            check("and a NaN that all see", &with_nan(0));
+            // Infinite logits of both signs in one query.
+            let mut problem = problem.clone();
+            (0..n / 2).for_each(|token| problem.rows[0].k[token * width + 40] = f64::NEG_INFINITY);
+            check("of both signs", &problem);
+            (0..n).for_each(|token| problem.rows[0].k[token * width + 40] = f64::INFINITY);
+            check("all of them", &problem);
+        }
+    }
+}
+
+/// Products of finite numbers that leave the range of f32.
+#[test]
+fn logits_beyond_the_range_share_the_mass() {
+    for (n, t) in LENGTHS {
+        let config =
+            SelectConfig { sm_scale: Some(1.0), ..config((2, 1, 64), DType::Bf16, Positions::Native) };
+        let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, 1);
+        let row = &mut problem.rows[0];
+        let huge = common::round(DType::Bf16, 1e30);
+        (0..2 * t).for_each(|head| row.q[head * 64 + 9] = huge);
+        for token in 0..n {
+            row.k[token * 64 + 9] = if token % 7 == 3 { huge * (1.0 + token as f64) } else { 0.0 };
+            row.k[token * 64 + 9] = common::round(DType::Bf16, row.k[token * 64 + 9]);
+        }
+        check("huge products", &problem);
+    }
+}
+
+/// Parts that are merged: those with an infinite log-sum-exp count alike, and alone.
+#[test]
+fn infinite_parts_are_merged_alike() {
+    const INF: f64 = f64::INFINITY;
+    let heads = HeadShape { num_qo_heads: 1, num_kv_heads: 1, head_dim: 8 };
+    let part = |x: f64| (0..8).map(move |i| x + i as f64);
+    for (lses, want, lse) in [
+        ([INF, 3.0, INF], 2.0, INF),
+        ([INF, -INF, 1e38], 1.0, INF),
+        ([-INF, INF, -INF], 2.0, INF),
+        ([INF, INF, INF], 2.0, INF),
+        ([INF, f64::NAN, 0.0], f64::NAN, f64::NAN),
+        ([3.0, 3e38, -3e38], 2.0, f64::from(3e38f32).min(f64::from(f32::MAX))),
+    ] {
+        for device in all_devices() {
+            let ts = TokenSelect::new(&device, SelectConfig { heads, ..small_config() }, Limits::default())
+                .unwrap();
+            let on = |values: &[f64], shape: Shape| to_device(&device, &tensor(DType::F32, values, shape));
+            let outs =
+                on(&[1.0, 2.0, 3.0].map(part).into_iter().flatten().collect::<Vec<_>>(), [3, 1, 1, 8].into());
+            let lses = on(&lses, [3, 1, 1].into());
+            let mut out = on(&[-77.0; 8], [1, 1, 8].into());
+            let mut got = on(&[-77.0], [1, 1].into());
+            let output = StepOutput { out: out.view_mut(), lse: Some(got.view_mut()) };
+            ts.merge(outs.view(), lses.view(), output).unwrap();
+            let what = format!("{}: {:?}", device.name(), values(&lses));
+            let want: Vec<f64> = part(want).collect();
+            assert_close(&what, &values(&out), &want, 8, tolerance(DType::F32, 16));
+            if lse.is_finite() {
+                continue; // in base 2, as GPUs have it, this one is infinite
+            }
+            assert_lse(&what, &values(&got), &[lse], 0.0);
+        }
+    }
+}
