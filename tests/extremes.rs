@@ -1,4 +1,4 @@
-//! Numbers at the ends of their types: infinite logits.
+//! Numbers at the ends of their types: infinite logits, soft caps of every size.
 
 mod common;
 
@@ -159,6 +159,23 @@ fn infinite_parts_are_merged_alike() {
                 continue; // in base 2, as GPUs have it, this one is infinite
             }
             assert_lse(&what, &values(&got), &[lse], 0.0);
+        }
+    }
+}
+
+/// Soft caps of every size: a large one changes nothing.
+#[test]
+fn soft_caps_of_every_size() {
+    for (i, positions) in [Positions::Native, Positions::Reassigned(Rope::default())].into_iter().enumerate()
+    {
+        for cap in [1e-44, 0.5, 30.0, 1e3, 1e4, 1e5, 1e7, 1e10, 3e38] {
+            for (n, t) in [(50, 1), (60, 40)] {
+                let dtype = [DType::F16, DType::Bf16][i % 2];
+                let logits_soft_cap = Some(cap as f32);
+                let config = SelectConfig { logits_soft_cap, ..config((2, 1, 64), dtype, positions.clone()) };
+                let problem = Problem::new(&config, &[(n, t)], Content::Peaked, n as u64);
+                check(&format!("soft cap {cap}"), &problem);
+            }
         }
     }
 }

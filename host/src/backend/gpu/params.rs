@@ -266,6 +266,7 @@ impl GpuBackend {
             |what, tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), |t| self.pointer(what, t));
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
         let stride = page_strides(args.kv.strides)?;
+        let soft_cap_log2 = (config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E).min(f32::MAX);
         Ok(AttendParams {
             q: self.pointer("q", &args.q)?,
             k_pages: self.pointer("k pages", &args.kv.k)?,
@@ -292,7 +293,7 @@ impl GpuBackend {
             k_is_gathered: 0,
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
             sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
-            soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
+            soft_cap_log2,
             num_splits: 0,
             reserved: 0,
         })

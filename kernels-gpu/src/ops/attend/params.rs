@@ -61,7 +61,7 @@ pub struct AttendParams<T> {
     pub out_is_f32: u32,
     /// Factor on the products, times log2(e).
     pub sm_scale_log2: f32,
-    /// `c` of the soft cap `c tanh(x / c)`, times log2(e); 0 for none.
+    /// `c` of the soft cap `c tanh(x / c)`, times log2(e), finite; 0 for none.
     pub soft_cap_log2: f32,
     /// Splits that [`attend_stream`](mod@crate::ops::attend_stream) cuts a row's list into; unused by others.
     pub num_splits: u32,

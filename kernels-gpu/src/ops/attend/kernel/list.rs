@@ -123,13 +123,23 @@ impl<T> AttendParams<T> {
         if self.soft_cap_log2 != 0.0 {
             for n in 0..N {
                 for i in 0..4 {
-                    // tanh(y) = 1 - 2 / (1 + exp(2 y)), whose exponential may be 0 or infinite.
-                    let e =
-                        math::ex2(products[n].0[i] / self.soft_cap_log2 * (2.0 * core::f32::consts::LOG2_E));
-                    products[n].0[i] = self.soft_cap_log2 * (1.0 - 2.0 / (1.0 + e));
+                    products[n].0[i] = self.capped(products[n].0[i]);
                 }
             }
         }
+    }
+
+    /// The soft cap `c tanh(x / c)` of a logit.
+    fn capped(&self, x: f32) -> f32 {
+        let y = x / self.soft_cap_log2;
+        let square = y * y;
+        if square < 1.0 / 64.0 {
+            // A series, exact to 3e-7: of a small y, what follows would leave few digits.
+            return x * math::fma(math::fma(2.0 / 15.0, square, -1.0 / 3.0), square, 1.0);
+        }
+        // tanh(y) = 1 - 2 / (1 + exp(2 y)), whose exponential may be 0 or infinite.
+        let e = math::ex2(y * (2.0 * core::f32::consts::LOG2_E));
+        self.soft_cap_log2 * (1.0 - 2.0 / (1.0 + e))
     }
 
     /// Writes four adjacent elements of an output.
