@@ -1,17 +1,18 @@
-//! Numbers at the ends of their types: infinite logits, soft caps of every size.
+//! Numbers at the ends of their types: infinite logits, soft caps of every size, queries
+//! whose squares leave the range of f32.
 
 mod common;
 
 use common::paged::{Pool, Storage, limits};
-use common::problem::{Content, Problem, small_config};
+use common::problem::{Content, Problem, cached, small_config};
 use common::run::{Inputs, outputs_on};
 use common::{
     Random, all_devices, assert_close, assert_lse, attention_tolerance, gpu_tolerance, naive, naive_config,
     tensor, to_device, tolerance, values,
 };
 use tokenselect::{
-    DType, Device, Error, HeadShape, Limits, Positions, Rope, RopePairing, SelectConfig, Selection, Shape,
-    StepOutput, TokenSelect,
+    DType, Device, Error, HeadShape, Limits, Positions, Rope, RopePairing, SelectConfig, Selection,
+    SelectionCache, Shape, StepOutput, TokenSelect,
 };
 
 fn config(heads: (usize, usize, usize), dtype: DType, positions: Positions) -> SelectConfig {
@@ -175,6 +176,54 @@ fn soft_caps_of_every_size() {
                 let config = SelectConfig { logits_soft_cap, ..config((2, 1, 64), dtype, positions.clone()) };
                 let problem = Problem::new(&config, &[(n, t)], Content::Peaked, n as u64);
                 check(&format!("soft cap {cap}"), &problem);
+            }
+        }
+    }
+}
+
+/// The cosine with the cached query does not depend on how large the two are, even where their squares leave the range of f32.
+#[test]
+fn similarity_of_queries_of_every_size() {
+    let config = cached(config((4, 2, 64), DType::Bf16, Positions::Native), -1.0, Some(1000));
+    let config = SelectConfig { top_k: 20, ..config };
+    const SIZES: [f64; 7] = [1e-40, 1e-36, 1e-30, 1.0, 1e19, 1e30, 1e37];
+    // Short blocks are pooled by one kernel, long ones by another.
+    for t in [1, 6] {
+        let [old, new] = [1, 2].map(|seed| Problem::new(&config, &[(90, t)], Content::Peaked, seed));
+        let pool = Pool::full(&old, 16, Storage::Nhd, 1);
+        for device in all_devices() {
+            let on_device = pool.to(&device);
+            let batch = pool.batch(&old).with_sequence_indices(vec![0]).unwrap();
+            let mut ts = TokenSelect::new(&device, config.clone(), limits(&batch)).unwrap();
+            let mut similarity = |old_size: f64, new_size: f64| {
+                let mut cache = SelectionCache::new(&device, &config, 1, 1).unwrap();
+                let sized = |problem: &Problem, size: f64| {
+                    // The two resemble each other.
+                    let of = |i: usize| 0.5 * old.rows[0].q[i] + 0.5 * problem.rows[0].q[i];
+                    (0..old.rows[0].q.len())
+                        .map(|i| common::round(DType::Bf16, of(i) * size))
+                        .collect::<Vec<f64>>()
+                };
+                let queries = [sized(&old, old_size), sized(&new, new_size)];
+                let [first, second] =
+                    [0, 1].map(|i| to_device(&device, &tensor(DType::Bf16, &queries[i], [t, 4, 64])));
+                ts.select(&batch, on_device.view(), first.view(), Some(cache.layer_mut(0).unwrap())).unwrap();
+                ts.pool(&batch, second.view(), Some(cache.layer_mut(0).unwrap())).unwrap();
+                let naive = naive_config(&config);
+                let [a, b] = queries.map(|q| naive::scoring_query(&naive, &q));
+                let dot = |a: &[f64], b: &[f64]| a.iter().zip(b).map(|(a, b)| a * b).sum::<f64>();
+                let want = dot(&a, &b) / (dot(&a, &a).sqrt() * dot(&b, &b).sqrt());
+                (values(&ts.workspace().similarities)[0], want)
+            };
+            for old_size in SIZES {
+                for new_size in SIZES {
+                    let (got, want) = similarity(old_size, new_size);
+                    let what = format!("{}: {new_size} after {old_size}, T = {t}", device.name());
+                    // Elements near the end of the range have few digits.
+                    let allowed = if old_size.min(new_size) < 1e-35 { 1e-2 } else { 1e-5 };
+                    assert!((got - want).abs() < allowed, "{what}: got {got}, want {want}");
+                }
+                assert!(similarity(old_size, 0.0).0.is_nan() && similarity(0.0, old_size).0.is_nan());
             }
         }
     }

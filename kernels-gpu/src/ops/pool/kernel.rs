@@ -31,11 +31,8 @@ pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
         partial.add(1).store(own);
         partial.add(2).store(other);
     }
-    if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads)
-        && thread::thread_idx_x() == 0
-    {
-        let (dot, own, other) = sums_of_heads(&params, row);
-        conclude(&params, row, &tables, &cached, cosine(dot, own, other));
+    if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads) && warp::warp_id() == 0 {
+        conclude(&params, row, &tables, &cached, sums_of_heads(&params, row));
     }
     if params.overlap.waits_last() {
         grid::wait_for_previous(); // the end of this launch says that the appended keys are there
@@ -184,27 +181,70 @@ unsafe fn sums_of_heads<T: Element>(params: &PoolParams<T>, row: u32) -> (f32, f
     (dot, own, other)
 }
 
-/// NaN for a zero vector.
-pub(crate) fn cosine(dot: f32, own: f32, other: f32) -> f32 {
+/// Sums of squares that are less, or infinite, may have lost what counts of their terms.
+const LEAST: f32 = 1.0 / (1u128 << 90) as f32;
+
+/// The cosine of the row's scoring query and the cached one, of whose products these are the sums: mean times cached, mean squared,
+/// cached squared. NaN for a zero vector.
+///
+/// # Safety
+/// - All lanes of a warp call it, with the same values; the row's scoring query has been written, and that is visible.
+unsafe fn cosine<T: Element>(params: &PoolParams<T>, row: u32, entry: u32, sums: (f32, f32, f32)) -> f32 {
+    let leaves_range = |sum: f32| sum < LEAST || sum == f32::INFINITY;
+    let (_, own, other) = sums;
+    let far = leaves_range(own) || leaves_range(other);
+    let (dot, own, other) = if far { scaled_products(params, row, entry) } else { sums };
     dot / (math::sqrt(own) * math::sqrt(other))
 }
 
+/// The sums of products anew, of vectors scaled by powers of two that bring their largest elements to about 1. For the rare query
+/// whose squares leave the range of f32.
+unsafe fn scaled_products<T: Element>(params: &PoolParams<T>, row: u32, entry: u32) -> (f32, f32, f32) {
+    let width = params.num_qo_heads * params.head_dim;
+    let own = params.queries.add(row as u64 * width as u64);
+    let other = params.cached_queries.add(entry as u64 * width as u64);
+    // Bits of absolute values are ordered as the values are.
+    let bits = |x: f32| x.abs().to_bits();
+    let mut largest = [0; 2];
+    for i in strided(warp::lane_id(), width, warp::SIZE) {
+        largest[0] = largest[0].max(bits(own.add(i as u64).load()));
+        largest[1] = largest[1].max(bits(other.add(i as u64).load()));
+    }
+    let scale = |bits: u32| f32::from_bits((254 - (bits >> 23).min(253)) << 23);
+    let scales =
+        [scale(warp::reduce_max(warp::FULL, largest[0])), scale(warp::reduce_max(warp::FULL, largest[1]))];
+    let mut sums = (0.0, 0.0, 0.0);
+    for i in strided(warp::lane_id(), width, warp::SIZE) {
+        let x = own.add(i as u64).load() * scales[0];
+        let y = other.add(i as u64).load() * scales[1];
+        sums.0 += x * y;
+        sums.1 += x * x;
+        sums.2 += y * y;
+    }
+    (warp::reduce_add_f32(sums.0), warp::reduce_add_f32(sums.1), warp::reduce_add_f32(sums.2))
+}
+
 /// Writes the similarity, and the action that follows.
+///
+/// # Safety
+/// - As for [`cosine`].
 pub(crate) unsafe fn conclude<T: Element>(
     params: &PoolParams<T>,
     row: u32,
     tables: &Row,
     cached: &Cached,
-    cosine: f32,
+    sums: (f32, f32, f32),
 ) {
     let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
     let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
     let is_usable = cached.is_usable(before_block, candidates);
-    let similarity = if is_usable { cosine } else { -1.0 };
+    let similarity = if is_usable { cosine(params, row, cached.entry, sums) } else { -1.0 };
     let is_similar = is_usable && similarity >= params.similarity_threshold;
     let action = decide(params, tables, candidates, is_similar && cached.age < params.max_reuse);
-    params.similarities.add(row as u64).store(similarity);
-    params.actions.add(row as u64).store(action);
+    if warp::lane_id() == 0 {
+        params.similarities.add(row as u64).store(similarity);
+        params.actions.add(row as u64).store(action);
+    }
 }
 
 fn decide<T: Element>(params: &PoolParams<T>, tables: &Row, candidates: Tokens, can_reuse: bool) -> u32 {
