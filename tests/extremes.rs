@@ -1,5 +1,5 @@
 //! Numbers at the ends of their types: infinite logits, soft caps of every size, queries
-//! whose squares leave the range of f32.
+//! whose squares leave the range of f32, f16 that rotates beyond its range.
 
 mod common;
 
@@ -11,8 +11,8 @@ use common::{
     tensor, to_device, tolerance, values,
 };
 use tokenselect::{
-    DType, Device, Error, HeadShape, Limits, Positions, Rope, RopePairing, SelectConfig, Selection,
-    SelectionCache, Shape, StepOutput, TokenSelect,
+    DType, Device, Error, HeadShape, Limits, Positions, Rope, RopePairing, RopeScaling, SelectConfig,
+    Selection, SelectionCache, Shape, StepOutput, TokenSelect,
 };
 
 fn config(heads: (usize, usize, usize), dtype: DType, positions: Positions) -> SelectConfig {
@@ -224,6 +224,47 @@ fn similarity_of_queries_of_every_size() {
                     assert!((got - want).abs() < allowed, "{what}: got {got}, want {want}");
                 }
                 assert!(similarity(old_size, 0.0).0.is_nan() && similarity(0.0, old_size).0.is_nan());
+            }
+        }
+    }
+}
+
+/// Pairs of f16 that are in range, and are not when they are rotated: of keys, or of queries.
+#[test]
+fn rotated_pairs_beyond_the_range_of_f16() {
+    let yarn = |attention_factor| RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position: 512.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: Some(attention_factor),
+    };
+    let rope = Rope::default();
+    let interleaved = Rope { pairing: RopePairing::Interleaved, ..rope };
+    for rope in [
+        rope,
+        interleaved,
+        Rope { rotary_dim: Some(32), ..rope },
+        Rope { rotary_dim: Some(32), ..interleaved },
+        Rope { scaling: yarn(1.5), ..rope },
+        Rope { scaling: yarn(40.0), ..interleaved },
+    ] {
+        let magnitude = rope.attention_factor() as f32;
+        for (n, t) in [(24, 1), (70, 40)] {
+            for large_keys in [true, false] {
+                let sm_scale = Some(0.0003 / (magnitude * magnitude));
+                let config = config((2, 1, 64), DType::F16, Positions::Reassigned(rope));
+                let config = SelectConfig { sm_scale, ..config };
+                let mut problem = Problem::new(&config, &[(n, t)], Content::Peaked, n as u64);
+                let row = &mut problem.rows[0];
+                let mut random = Random(7);
+                let scales = if large_keys { [0.05, 50_000.0] } else { [50_000.0, 0.05] };
+                for (numbers, scale) in [&mut row.q, &mut row.k].into_iter().zip(scales) {
+                    for x in numbers.iter_mut() {
+                        *x = common::round(DType::F16, scale * [-1.0, 1.0, 1.3, 0.1][random.below(4)]);
+                    }
+                }
+                check(&format!("{rope:?}, large keys: {large_keys}"), &problem);
             }
         }
     }

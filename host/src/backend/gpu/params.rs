@@ -20,6 +20,7 @@ use crate::backend::{
     AppendArgs, AttendArgs, MergeArgs, PoolArgs, ScoreArgs, SmoothArgs, TopKArgs, VoteArgs,
 };
 use crate::cache::{KvStorageMut, KvStrides};
+use crate::config::{Positions, SelectConfig};
 use crate::error::{Error, Result};
 use crate::rope::RopeTable;
 use crate::tensor::{DType, TensorView, TensorViewMut};
@@ -45,6 +46,18 @@ pub(super) fn page_strides(strides: KvStrides) -> Result<PageStrides> {
 /// The last position that a table of angles covers.
 fn last_position(rope: &RopeTable) -> u32 {
     rope.max_positions().saturating_sub(1).min(MAX_POSITION as usize) as u32
+}
+
+/// The power of two that brings every rotated pair of f16 into its range; 1 for other types.
+fn rotated_scale(config: &SelectConfig) -> f32 {
+    match &config.positions {
+        Positions::Reassigned(rope) if config.dtype == DType::F16 => {
+            // Both elements of a pair may end up in one.
+            let growth = std::f64::consts::SQRT_2 * rope.attention_factor();
+            2f32.powi(-(growth.log2().ceil().clamp(0.0, 60.0) as i32))
+        }
+        _ => 1.0,
+    }
 }
 
 /// Addresses of tensors, with a check that they lie on the backend's device.
@@ -266,6 +279,7 @@ impl GpuBackend {
             |what, tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), |t| self.pointer(what, t));
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
         let stride = page_strides(args.kv.strides)?;
+        let rotated_scale = args.rope.map_or(1.0, |_| rotated_scale(config));
         let soft_cap_log2 = (config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E).min(f32::MAX);
         Ok(AttendParams {
             q: self.pointer("q", &args.q)?,
@@ -292,7 +306,9 @@ impl GpuBackend {
             max_len: lists.map_or(batch.max_kv_len(), |_| width) as u32,
             k_is_gathered: 0,
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
-            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
+            rotated_scale,
+            inverse_scale: 1.0 / rotated_scale,
+            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E / (rotated_scale * rotated_scale),
             soft_cap_log2,
             num_splits: 0,
             reserved: 0,

@@ -59,7 +59,11 @@ pub struct AttendParams<T> {
     pub k_is_gathered: u32,
     /// 1: `out` is f32.
     pub out_is_f32: u32,
-    /// Factor on the products, times log2(e).
+    /// Rotated queries and keys of a narrow type are kept times this power of two, and products times its square.
+    pub rotated_scale: f32,
+    /// `1 / rotated_scale`.
+    pub inverse_scale: f32,
+    /// Factor on the products, times log2(e), and `inverse_scale` squared.
     pub sm_scale_log2: f32,
     /// `c` of the soft cap `c tanh(x / c)`, times log2(e), finite; 0 for none.
     pub soft_cap_log2: f32,
@@ -69,7 +73,7 @@ pub struct AttendParams<T> {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AttendParams<u16>>() == 272);
+const _: () = assert!(size_of::<AttendParams<u16>>() == 280);
 
 /// The last position of any token, and the longest list.
 pub const MAX_POSITION: u32 = i32::MAX as u32;

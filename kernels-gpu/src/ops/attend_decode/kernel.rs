@@ -7,7 +7,7 @@ use self::merge::merge_warps;
 use self::products::multiply;
 use super::params::*;
 use crate::common::block::strided;
-use crate::common::element::{Element, split};
+use crate::common::element::Element;
 use crate::common::fragment::{Accumulator, Lane, lane};
 use crate::common::rope::NATIVE;
 use crate::common::softmax::Running;
@@ -148,7 +148,7 @@ unsafe fn put_queries<T: Element, const W: usize, const C: usize, const ROTATE: 
                 let from = layout.rotated.get().add(g * (8 * W * C) as u32 + first);
                 for w in 0..W {
                     let pair = from.add(2 * w as u32).cast::<V2<f32>>().load().0;
-                    (high[w], low[w]) = split::<T>(pair[0], pair[1]);
+                    (high[w], low[w]) = work.params.split_rotated(pair[0], pair[1]);
                 }
             }
             store_shared(at, high);

@@ -160,8 +160,8 @@ unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &
             values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
             values = params.rope.rotate(pair, (work.list.first_bound + t).saturating_sub(1), values);
         }
-        to.add(x).store(T::from_f32(values.0));
-        to.add(y).store(T::from_f32(values.1));
+        to.add(x).store(T::from_f32(values.0 * params.rotated_scale));
+        to.add(y).store(T::from_f32(values.1 * params.rotated_scale));
     }
 }
 

@@ -40,6 +40,8 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
         max_len: 1000,
         k_is_gathered: 0,
         out_is_f32: 0,
+        rotated_scale: 1.0,
+        inverse_scale: 1.0,
         sm_scale_log2: 1.0,
         soft_cap_log2: 0.0,
         num_splits: 0,

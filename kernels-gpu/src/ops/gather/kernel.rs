@@ -38,8 +38,8 @@ pub unsafe fn gather<T: Element>(params: GatherParams<T>) {
                         from.add(y as u64).load_constant_once().to_f32(),
                     );
                     let values = attend.rope.rotate(pair, at.rank.min(attend.last_position), values);
-                    to.add(x as u64).store(T::from_f32(values.0));
-                    to.add(y as u64).store(T::from_f32(values.1));
+                    to.add(x as u64).store(T::from_f32(values.0 * attend.rotated_scale));
+                    to.add(y as u64).store(T::from_f32(values.1 * attend.rotated_scale));
                 }
             }
         }

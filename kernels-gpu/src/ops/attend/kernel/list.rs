@@ -1,6 +1,6 @@
 //! The list that a row attends to, its query rows, and how a product becomes a logit and an output.
 
-use crate::common::element::Element;
+use crate::common::element::{Element, add_low, split, split_scaled};
 use crate::common::fragment::Accumulator;
 use crate::common::layout::Tokens;
 use crate::ops::attend::AttendParams;
@@ -110,6 +110,27 @@ impl<T> AttendParams<T> {
     /// Query rows of a KV head.
     pub fn num_query_rows(&self, list: &List) -> u32 {
         list.queries.len() * self.group
+    }
+
+    /// Two rotated values as high and low halves. High halves of a narrow type are scaled.
+    pub fn split_rotated(&self, x: f32, y: f32) -> (u32, u32)
+    where
+        T: Element,
+    {
+        if T::IS_NARROW {
+            split_scaled::<T>(x, y, [self.rotated_scale, self.inverse_scale])
+        } else {
+            split::<T>(x, y)
+        }
+    }
+
+    /// The product of two vectors in such halves, times `rotated_scale` squared where they are scaled: of high halves, with that of
+    /// either high halves with the other low ones added.
+    pub fn join_rotated(&self, high: f32, low: f32) -> f32
+    where
+        T: Element,
+    {
+        add_low(high, if T::IS_NARROW { low * self.rotated_scale } else { low })
     }
 
     /// Turns products into logits, base 2: scaled, with the soft cap. (One branch for all: with one for each, what is hardly ever
