@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::float::Float;
 use super::simd::{self, Matrix};
-use super::{merge_one, write_lse};
+use super::{Merged, merge_one, write_lse};
 use crate::backend::{AttendArgs, Selection};
 use crate::batch::Batch;
 use crate::config::{MAX_HEAD_DIM, SelectConfig};
@@ -91,7 +91,7 @@ pub(super) fn attend<T: Float, O: Float>(
         let token0 = batch.query_range(tile.row).start + tile.first;
         for i in 0..tile.tokens * group {
             let at = (token0 + i / group) * hq + tile.kv_head * group + i % group;
-            lses[at] = merge_one(mine.iter().map(|part| (&part.out[i * d..][..d], part.lse[i])), &mut sum);
+            lses[at] = merge_one(mine.iter().map(|part| part.row(i, d)), &mut sum);
             O::narrow(&sum, &mut out[at * d..][..d]);
         }
     }
@@ -183,6 +183,14 @@ struct Part {
     out: Vec<f32>,
     /// `[tokens * group]`.
     lse: Vec<f32>,
+    /// `[tokens * group]`: sum of `exp(logit - largest logit)`.
+    sum: Vec<f32>,
+}
+
+impl Part {
+    fn row(&self, i: usize, d: usize) -> Merged<'_> {
+        Merged { out: &self.out[i * d..][..d], lse: self.lse[i], count: self.sum[i] }
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
@@ -247,19 +255,27 @@ fn attend_part<T: Float>(shared: &Shared<'_, T>, tile: &Tile, places: std::ops::
     let mut lse = vec![f32::NEG_INFINITY; rows];
     for i in 0..rows {
         if sum[i] != 0.0 {
-            lse[i] = max[i] + sum[i].ln();
+            let largest = if max[i] == LARGEST { f32::INFINITY } else { max[i] };
+            lse[i] = largest + sum[i].ln();
             let inverse = 1.0 / sum[i];
             out[i * d..][..d].iter_mut().for_each(|x| *x *= inverse);
         }
     }
-    Part { out, lse }
+    Part { out, lse, sum }
 }
 
+/// What a logit of +inf counts as: its differences are numbers, so that tokens that reach it weigh 1 each, and others nothing.
+const LARGEST: f32 = f32::MAX;
+
 /// Turns a row of logits into `exp(logit - max)`, with the maximum and sum so far brought up to date and the
-/// accumulator rescaled. NaN passes into the sum; -inf counts nothing.
+/// accumulator rescaled. NaN passes into the sum; -inf counts nothing, +inf as [`LARGEST`].
 #[inline(always)]
 fn fold_softmax<const FMA: bool>(row: &mut [f32], max: &mut f32, sum: &mut f32, out: &mut [f32]) {
-    let new_max = simd::max(row).max(*max);
+    let mut new_max = simd::max(row).max(*max);
+    if new_max == f32::INFINITY {
+        row.iter_mut().filter(|logit| **logit == f32::INFINITY).for_each(|logit| *logit = LARGEST);
+        new_max = LARGEST;
+    }
     if new_max != *max {
         let factor = simd::exp::<FMA>(*max - new_max);
         *sum *= factor;

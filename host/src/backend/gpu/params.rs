@@ -4,7 +4,7 @@ use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
 use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::ops::append::AppendParams;
-use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::attend::{AttendParams, MAX_POSITION};
 use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::PoolParams;
@@ -18,6 +18,7 @@ use kernels_gpu::common::rope::RopeTables;
 
 use crate::backend::{AttendArgs, MergeArgs};
 use crate::batch::Batch;
+use crate::config::{Positions, SelectConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
@@ -29,6 +30,23 @@ use crate::workspace::Workspace;
 /// Strides as kernels take them.
 fn page_strides(strides: KvStrides) -> PageStrides {
     PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 }
+}
+
+/// The last position that a table of angles covers.
+fn last_position(num_positions: usize) -> u32 {
+    num_positions.saturating_sub(1).min(MAX_POSITION as usize) as u32
+}
+
+/// The power of two that brings every rotated pair of f16 into its range; 1 for other types.
+fn rotated_scale(config: &SelectConfig) -> f32 {
+    match &config.positions {
+        Positions::Reassigned(rope) if config.dtype == DType::F16 => {
+            // Both elements of a pair may end up in one.
+            let growth = std::f64::consts::SQRT_2 * rope.attention_factor();
+            2f32.powi(-(growth.log2().ceil().clamp(0.0, 60.0) as i32))
+        }
+        _ => 1.0,
+    }
 }
 
 impl GpuPlan {
@@ -87,6 +105,7 @@ impl GpuPlan {
             cached_queries: optional(cached.map(|c| &c.queries))?.as_const(),
             cached_ages: optional(cached.map(|c| &c.ages))?.as_const(),
             cached_made_at: optional(cached.map(|c| &c.made_at))?.as_const(),
+            cached_selections: optional(cached.map(|c| &c.selections))?.as_const(),
             sequence_indices: batch.device_sequence_indices(&self.driver)?,
             queries: own_mut(&workspace.queries)?,
             similarities: own_mut(&workspace.similarities)?,
@@ -236,6 +255,8 @@ impl GpuPlan {
         let ranks = lists.and_then(|lists| lists.ranks.as_ref());
         let list = |tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), pointer);
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
+        let rotated_scale = rotated_scale(config);
+        let soft_cap_log2 = (config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E).min(f32::MAX);
         Ok(AttendParams {
             q: pointer(&args.q)?,
             k_pages: pointer(&args.kv.k)?,
@@ -257,12 +278,19 @@ impl GpuPlan {
             group: config.heads.group() as u32,
             max_selected: width as u32,
             max_block_len: batch.max_block_len() as u32,
+            last_position: match &config.positions {
+                Positions::Native => MAX_POSITION,
+                Positions::Reassigned(_) => last_position(plan.num_positions()),
+            },
             max_len: lists.map_or(batch.max_kv_len(), |_| width) as u32,
             k_is_gathered: 0,
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
-            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
-            soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
+            rotated_scale,
+            inverse_scale: 1.0 / rotated_scale,
+            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E / (rotated_scale * rotated_scale),
+            soft_cap_log2,
             num_splits: 0,
+            reserved: 0,
         })
     }
 

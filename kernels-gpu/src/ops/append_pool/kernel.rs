@@ -5,7 +5,7 @@ use crate::common::element::Element;
 use crate::common::layout::Tokens;
 use crate::common::rope::{HALF_SPLIT, TwoEntries};
 use crate::ops::append::AppendParams;
-use crate::ops::pool::kernel::{Cached, cached_entry, conclude, cosine};
+use crate::ops::pool::kernel::{Cached, cached_entry, conclude};
 use crate::ops::pool::{EMPTY, PoolParams};
 use crate::simt::data::V2;
 use crate::simt::{grid, thread, warp};
@@ -50,9 +50,9 @@ unsafe fn pool_row<T: Element>(params: &PoolParams<T>, row: u32) {
     let tables = params.batch.row(row);
     let entry = cached_entry(params, row, tables.kv_len);
     let mut cached = Cached::NONE;
-    let products = sum_of_block(products(params, row, tables.queries, entry, &mut cached));
-    if thread::thread_idx_x() == 0 {
-        conclude(params, row, &tables, &cached, cosine(products[0], products[1], products[2]));
+    let [dot, own, other] = sum_of_block(products(params, row, tables.queries, entry, &mut cached));
+    if warp::warp_id() == 0 {
+        conclude(params, row, &tables, &cached, (dot, own, other));
     }
 }
 

@@ -28,7 +28,7 @@ pub struct AppendPoolParams<T> {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AppendPoolParams<u16>>() == 328);
+const _: () = assert!(size_of::<AppendPoolParams<u16>>() == 336);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {

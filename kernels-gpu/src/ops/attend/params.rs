@@ -16,7 +16,8 @@ pub struct AttendParams<T> {
     pub k_pages: GlobalPtr<T>,
     /// Paged by `v_stride`, read.
     pub v_pages: GlobalPtr<T>,
-    /// \[num_rows, max_selected\] u32, read: the tokens of each list, ascending. Address 0: all tokens.
+    /// \[num_rows, max_selected\] u32, read: the tokens of each list, ascending. Address 0: all tokens. Whatever lists, ranks
+    /// and lengths hold, no access is out of bounds (the module says what is made of wrong ones).
     pub selected: GlobalPtr<u32>,
     /// \[num_rows\] u32, read: lengths of the lists. Unused without lists.
     pub selected_len: GlobalPtr<u32>,
@@ -50,18 +51,29 @@ pub struct AttendParams<T> {
     pub max_selected: u32,
     /// The longest block of the batch.
     pub max_block_len: u32,
+    /// The last position that the tables of angles cover; [`MAX_POSITION`] without them.
+    pub last_position: u32,
     /// The longest list that launches are shaped for; longer ones cost time, no correctness.
     pub max_len: u32,
     /// 1: keys come from [`gather`](mod@crate::ops::gather).
     pub k_is_gathered: u32,
     /// 1: `out` is f32.
     pub out_is_f32: u32,
-    /// Factor on the products, times log2(e).
+    /// Rotated queries and keys of a narrow type are kept times this power of two, and products times its square.
+    pub rotated_scale: f32,
+    /// `1 / rotated_scale`.
+    pub inverse_scale: f32,
+    /// Factor on the products, times log2(e), and `inverse_scale` squared.
     pub sm_scale_log2: f32,
-    /// `c` of the soft cap `c tanh(x / c)`, times log2(e); 0 for none.
+    /// `c` of the soft cap `c tanh(x / c)`, times log2(e), finite; 0 for none.
     pub soft_cap_log2: f32,
     /// Splits that [`attend_stream`](mod@crate::ops::attend_stream) cuts a row's list into; unused by others.
     pub num_splits: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AttendParams<u16>>() == 264);
+const _: () = assert!(size_of::<AttendParams<u16>>() == 280);
+
+/// The last position of any token, and the longest list.
+pub const MAX_POSITION: u32 = i32::MAX as u32;

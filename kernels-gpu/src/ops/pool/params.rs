@@ -34,11 +34,13 @@ pub struct PoolParams<T> {
     pub cached_ages: GlobalPtr<u32>,
     /// \[num_sequences\] u32, read: `n - T` when it was made, or [`EMPTY`].
     pub cached_made_at: GlobalPtr<u32>,
+    /// \[num_sequences, top_k\] u32, read: cached selections, ascending.
+    pub cached_selections: GlobalPtr<u32>,
     /// \[num_rows\] u32, read: the sequence of each row. Address 0 where nothing is cached.
     pub sequence_indices: GlobalPtr<u32>,
     /// \[num_rows, num_qo_heads, head_dim\] f32, written: scoring queries.
     pub queries: GlobalMut<f32>,
-    /// \[num_rows\] f32, written: cosine with the cached query, -1 where there is none.
+    /// \[num_rows\] f32, written: cosine with the cached query, -1 where no cached selection is usable.
     pub similarities: GlobalMut<f32>,
     /// \[num_rows\] u32, written: an action.
     pub actions: GlobalMut<u32>,
@@ -68,7 +70,7 @@ pub struct PoolParams<T> {
     pub overlap: Overlap,
 }
 
-const _: () = assert!(size_of::<PoolParams<u16>>() == 192);
+const _: () = assert!(size_of::<PoolParams<u16>>() == 200);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {
