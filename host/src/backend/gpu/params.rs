@@ -170,6 +170,7 @@ impl GpuBackend {
     pub(super) fn score_params<T>(&self, args: &ScoreArgs<'_>) -> Result<ScoreParams<T>> {
         let config = args.config;
         let scratch = Scratch::of(&args.scratch.as_view(), self.driver.gpu(), config, args.limits)?;
+        let rotated_scale = rotated_scale(config);
         Ok(ScoreParams {
             k_pages: self.pointer("k pages", &args.kv.k)?,
             queries: self.pointer("queries", &args.queries)?,
@@ -184,10 +185,12 @@ impl GpuBackend {
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
-            score_scale: config.score_scale(),
+            rotated_scale,
+            score_scale: config.score_scale() / rotated_scale,
             head_dim: config.heads.head_dim as u32,
             overlap: Overlap::NONE,
             top_k: config.top_k as u32,
+            reserved: 0,
         })
     }
 
