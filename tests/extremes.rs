@@ -5,7 +5,7 @@ mod common;
 
 use common::paged::{Pool, Storage, limits};
 use common::problem::{Content, Problem, cached, small_config};
-use common::run::{Inputs, outputs_on};
+use common::run::{Inputs, assert_selected, outputs_on, selected_lists};
 use common::{
     Random, assert_close, assert_lse, attention_tolerance, gpu_tolerance, naive, naive_config, on_devices,
     tensor, to_device, tolerance, values,
@@ -16,7 +16,7 @@ use tokenselect::{
 };
 
 on_devices! {
-    all: infinite_logits_share_the_mass, logits_beyond_the_range_share_the_mass, infinite_parts_are_merged_alike, soft_caps_of_every_size, similarity_of_queries_of_every_size, rotated_pairs_beyond_the_range_of_f16;
+    all: infinite_logits_share_the_mass, logits_beyond_the_range_share_the_mass, infinite_parts_are_merged_alike, soft_caps_of_every_size, similarity_of_queries_of_every_size, rotated_pairs_beyond_the_range_of_f16, rotated_scoring_queries_beyond_the_range_of_f16;
 }
 
 fn config(heads: (usize, usize, usize), dtype: DType, positions: Positions) -> SelectConfig {
@@ -262,6 +262,27 @@ fn rotated_pairs_beyond_the_range_of_f16(device: &Device) {
                 }
                 check(device, &format!("{rope:?}, large keys: {large_keys}"), &problem);
             }
+        }
+    }
+}
+
+/// Scoring queries of f16 that are in range, and are not when they are rotated: the lists are those of the definitions.
+fn rotated_scoring_queries_beyond_the_range_of_f16(device: &Device) {
+    for (group, n) in [(1, 90), (4, 200), (8, 90)] {
+        for rope in [Rope::default(), Rope { pairing: RopePairing::Interleaved, ..Rope::default() }] {
+            let config = config((group, 1, 64), DType::F16, Positions::Reassigned(rope));
+            // Rotated by 4 radians at least, a pair of equal elements is in one of them somewhere.
+            let config = SelectConfig { top_k: 20, n_local: 4, score_scale: Some(1e-5), ..config };
+            let mut problem = Problem::new(&config, &[(n, 1)], Content::Peaked, 5);
+            problem.rows[0].q.fill(common::round(DType::F16, 60_000.0));
+            let pool = Pool::full(&problem, 16, Storage::Nhd, 1);
+            let (pool, inputs) = (pool.to(device), Inputs::new(&problem).to(device));
+            let batch = pool.batch(&problem);
+            let mut ts = TokenSelect::new(device, config.clone(), limits(&batch)).unwrap();
+            ts.select(&batch, pool.view(), inputs.q.view(), None).unwrap();
+            let what = format!("{}, groups of {group}, {rope:?}", device.name());
+            let list = selected_lists(&ts, 1).remove(0);
+            assert_selected(&what, &naive_config(&config), &problem.rows[0], &list);
         }
     }
 }

@@ -133,6 +133,7 @@ impl GpuPlan {
         kv: &KvView<'_>,
     ) -> Result<ScoreParams<T>> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let rotated_scale = rotated_scale(config);
         Ok(ScoreParams {
             k_pages: pointer(&kv.k)?,
             queries: own(&workspace.queries)?,
@@ -147,10 +148,12 @@ impl GpuPlan {
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
-            score_scale: config.score_scale(),
+            rotated_scale,
+            score_scale: config.score_scale() / rotated_scale,
             head_dim: config.heads.head_dim as u32,
             overlap: Overlap::NONE,
             top_k: config.top_k as u32,
+            reserved: 0,
         })
     }
 
