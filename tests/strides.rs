@@ -117,11 +117,13 @@ fn heads_outermost(device: &Device) {
         let view = |given| view(device, given, tokens);
         let input = StepInput { q: view(q), k: view(k), v: view(v) };
         let dense = inputs.to(device);
-        assert!(
-            results(device, &problem, input) == results(device, &problem, dense.step()),
-            "on {}",
-            device.name()
-        );
+        let (got, want) = (results(device, &problem, input), results(device, &problem, dense.step()));
+        // Pages, and lists; between them scoring queries, whose sums are in another order where blocks are short.
+        assert!(got[..4] == want[..4], "pages on {}", device.name());
+        let outputs = got.len() - 4;
+        assert!(got[5..outputs] == want[5..outputs], "lists on {}", device.name());
+        close(&got[4..5], &want[4..5], device);
+        close(&got[outputs..], &want[outputs..], device);
     }
 }
 
