@@ -227,6 +227,7 @@ impl Fixture {
         let w = self.ts.workspace();
         let buffers = [
             w.buffer(Buffer::Queries),
+            w.buffer(Buffer::Products),
             w.buffer(Buffer::Similarities),
             w.buffer(Buffer::Actions),
             w.buffer(Buffer::Logits),

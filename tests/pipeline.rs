@@ -4,7 +4,7 @@
 mod common;
 
 use common::paged::{Pool, STORAGES, Storage, limits, owned};
-use common::problem::{self, Content, Problem, Row, around, cached, small_config};
+use common::problem::{self, Content, Problem, Row, around, cached, small_config, some_heads};
 use common::run::{
     Inputs, Outcome, assert_outcome, outputs, queries, select_and_attend, selected_lists, step, token_select,
 };
@@ -272,24 +272,6 @@ fn results_do_not_depend_on_threads_or_chance(device: &Device) {
         let threads_pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
         assert!(first == threads_pool.install(run), "{}: {threads} threads", device.name());
     }
-}
-
-/// The heads `[from, to)` of the KV heads, and the query heads that read them.
-fn some_heads(problem: &Problem, from: usize, to: usize) -> Problem {
-    let HeadShape { num_qo_heads, num_kv_heads, head_dim: d } = problem.config.heads;
-    let group = num_qo_heads / num_kv_heads;
-    let cut = |data: &[f64], heads: usize, from: usize, to: usize| -> Vec<f64> {
-        data.chunks(heads * d).flat_map(|token| token[from * d..to * d].iter().copied()).collect()
-    };
-    let heads = HeadShape { num_qo_heads: (to - from) * group, num_kv_heads: to - from, head_dim: d };
-    let rows = problem.rows.iter().map(|row| Row {
-        q: cut(&row.q, num_qo_heads, from * group, to * group),
-        k: cut(&row.k, num_kv_heads, from, to),
-        v: cut(&row.v, num_kv_heads, from, to),
-        ..*row
-    });
-    let rows = rows.collect();
-    Problem { config: SelectConfig { heads, ..problem.config.clone() }, rows }
 }
 
 /// Tensor parallel: two ranks hold half of the heads each, and sum their votes before `top_k`.

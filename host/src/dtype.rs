@@ -16,6 +16,8 @@ pub enum DType {
     U32,
     /// Unsigned 64-bit integer: counters.
     U64,
+    /// IEEE 754 double precision: sums of products that devices add.
+    F64,
 }
 
 impl DType {
@@ -24,7 +26,7 @@ impl DType {
         match self {
             DType::F16 | DType::Bf16 => 2,
             DType::F32 | DType::U32 => 4,
-            DType::U64 => 8,
+            DType::U64 | DType::F64 => 8,
         }
     }
 
@@ -42,6 +44,7 @@ impl fmt::Display for DType {
             DType::F32 => "f32",
             DType::U32 => "u32",
             DType::U64 => "u64",
+            DType::F64 => "f64",
         })
     }
 }

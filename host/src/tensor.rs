@@ -102,6 +102,7 @@ elements! {
     F32(f32),
     U32(u32),
     U64(u64),
+    F64(f64),
 }
 
 /// A vector of zeros, which costs nothing before it is written. `None` where there is no memory.

@@ -63,8 +63,8 @@ macro_rules! buffers {
 
         /// Buffers of one step, made once and used by every layer and step.
         ///
-        /// Tensor parallelism sums [`Buffer::Votes`] over ranks after `vote`; sequence parallelism combines
-        /// [`Buffer::Stats`] over ranks after `score`.
+        /// Tensor parallelism sums [`Buffer::Votes`] over ranks after `vote`, and [`Buffer::Products`] after `compare`; sequence
+        /// parallelism combines [`Buffer::Stats`] over ranks after `score`.
         #[derive(Debug)]
         pub struct Workspace {
             $(pub(crate) $field: Tensor,)*
@@ -120,9 +120,12 @@ buffers! {
         let heads = plan.config().heads;
         [plan.limits().max_rows, heads.num_qo_heads, heads.head_dim]
     };
-    /// `[max_rows]` f32, written by `pool`: cosine with the cached scoring query; -1 where there is none.
+    /// `[max_rows, 3]` f64, written by `compare`: scoring query times cached one, scoring query squared, cached one squared,
+    /// each over all of this rank's heads; zeros where no cached selection is usable.
+    Products products: F64, |plan| [plan.limits().max_rows, 3];
+    /// `[max_rows]` f32, written by `pool` and `decide`: cosine with the cached scoring query; -1 where there is none.
     Similarities similarities: F32, |plan| [plan.limits().max_rows];
-    /// `[max_rows]` u32, written by `pool`: a [`RowAction`].
+    /// `[max_rows]` u32, written by `pool` and `decide`: a [`RowAction`].
     Actions actions: U32, |plan| [plan.limits().max_rows];
     /// `[places, num_qo_heads]` f32, written by `score` for candidates: scaled dot products, in an order of the device's own
     /// ([`TokenSelect::logit_index`](crate::TokenSelect::logit_index)).
@@ -170,7 +173,7 @@ impl Workspace {
         })
     }
 
-    /// The actions that `pool` decided on, a [`RowAction`] a row. Rows beyond the current batch are stale. Waits for
+    /// The actions that `pool` or `decide` decided on, a [`RowAction`] a row. Rows beyond the current batch are stale. Waits for
     /// earlier work of the device.
     ///
     /// # Errors

@@ -37,8 +37,10 @@ pub struct ShufflesParams {
     pub floats: GlobalMut<f32>,
     /// \[32\] i32, written: the negated value of the lane 7 further round.
     pub signed: GlobalMut<i32>,
+    /// \[32\] f64, written: sum over the warp of the values as f64, each with 2^-30 of its lane.
+    pub doubles: GlobalMut<f64>,
 }
-const _: () = assert!(size_of::<ShufflesParams>() == 32);
+const _: () = assert!(size_of::<ShufflesParams>() == 40);
 
 /// Parameters of [`masked`].
 #[derive(Clone, Copy)]
@@ -228,12 +230,16 @@ pub struct MathParams {
     pub floats: GlobalMut<f32>,
     /// \[n, 4\] u32, written: (x, y) as f16 and as bf16, x as `Element` of each.
     pub packed: GlobalMut<u32>,
+    /// \[n, 3\] f64, written: x·y + x, √x and x / √y, every operation in f64.
+    pub doubles: GlobalMut<f64>,
+    /// \[n\] f32, written: the last of these, rounded.
+    pub rounded: GlobalMut<f32>,
     /// Number of values.
     pub num_values: u32,
     /// 0.
     pub reserved: u32,
 }
-const _: () = assert!(size_of::<MathParams>() == 40);
+const _: () = assert!(size_of::<MathParams>() == 56);
 
 /// Shared memory of these kernels. A host that cannot run them needs the byte count alone.
 #[cfg_attr(not(any(target_arch = "nvptx64", feature = "emulator")), allow(dead_code))]

@@ -37,6 +37,10 @@ pub enum Op {
     AppendPool,
     /// Mean query of a block, and what its row is to do: [`pool`](mod@crate::ops::pool).
     Pool,
+    /// Products of a mean query and the cached one, to be added over devices: [`compare`](mod@crate::ops::compare).
+    Compare,
+    /// What a row is to do by these: [`decide`](mod@crate::ops::decide).
+    Decide,
     /// Logits of the candidates: [`score`](mod@crate::ops::score).
     Score,
     /// The same, with keys that bulk copies bring: [`score_stream`](crate::ops::score_stream::kernel::score_stream).
@@ -88,6 +92,8 @@ impl Op {
             Op::Pool | Op::ScoreStream => Ordering { begins_next_early: true, ..nothing },
             Op::Translate => Ordering { writes_tables: true, ..nothing },
             Op::Forget
+            | Op::Compare
+            | Op::Decide
             | Op::Vote
             | Op::VoteByFour
             | Op::Smooth

@@ -100,6 +100,7 @@ pub fn tensor(dtype: DType, values: &[f64], shape: impl Into<Shape>) -> Tensor {
         DType::Bf16 => Tensor::from_vec(values.iter().map(|&x| bf16::from_f32(x as f32)).collect(), shape),
         DType::F32 => Tensor::from_vec(values.iter().map(|&x| x as f32).collect(), shape),
         DType::U32 => Tensor::from_vec(values.iter().map(|&x| x as u32).collect(), shape),
+        DType::F64 => Tensor::from_vec(values.to_vec(), shape),
         other => panic!("no test data of type {other}"),
     };
     made.expect("shape matches the values")
@@ -126,6 +127,7 @@ pub fn values(tensor: &Tensor) -> Vec<f64> {
         DType::Bf16 => tensor.to_vec::<bf16>().unwrap().iter().map(|x| x.to_f64()).collect(),
         DType::F32 => tensor.to_vec::<f32>().unwrap().iter().map(|&x| f64::from(x)).collect(),
         DType::U32 => tensor.to_vec::<u32>().unwrap().iter().map(|&x| f64::from(x)).collect(),
+        DType::F64 => tensor.to_vec::<f64>().unwrap(),
         other => panic!("no test data of type {other}"),
     }
 }
@@ -137,6 +139,7 @@ pub fn bits(tensor: &Tensor) -> Vec<u64> {
         DType::Bf16 => tensor.to_vec::<bf16>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
         DType::F32 => tensor.to_vec::<f32>().unwrap().iter().map(|x| u64::from(x.to_bits())).collect(),
         DType::U32 => tensor.to_vec::<u32>().unwrap().iter().map(|&x| u64::from(x)).collect(),
+        DType::F64 => tensor.to_vec::<f64>().unwrap().iter().map(|x| x.to_bits()).collect(),
         _ => tensor.to_vec::<u64>().unwrap(),
     }
 }

@@ -73,6 +73,24 @@ impl Problem {
     }
 }
 
+/// The heads `[from, to)` of the KV heads, and the query heads that read them.
+pub fn some_heads(problem: &Problem, from: usize, to: usize) -> Problem {
+    let HeadShape { num_qo_heads, num_kv_heads, head_dim: d } = problem.config.heads;
+    let group = num_qo_heads / num_kv_heads;
+    let cut = |data: &[f64], heads: usize, from: usize, to: usize| -> Vec<f64> {
+        data.chunks(heads * d).flat_map(|token| token[from * d..to * d].iter().copied()).collect()
+    };
+    let heads = HeadShape { num_qo_heads: (to - from) * group, num_kv_heads: to - from, head_dim: d };
+    let rows = problem.rows.iter().map(|row| Row {
+        q: cut(&row.q, num_qo_heads, from * group, to * group),
+        k: cut(&row.k, num_kv_heads, from, to),
+        v: cut(&row.v, num_kv_heads, from, to),
+        ..*row
+    });
+    let rows = rows.collect();
+    Problem { config: SelectConfig { heads, ..problem.config.clone() }, rows }
+}
+
 fn random_row(config: &SelectConfig, n: usize, t: usize, content: Content, random: &mut Random) -> Row {
     let HeadShape { num_qo_heads: hq, num_kv_heads: hkv, head_dim: d } = config.heads;
     let group = hq / hkv;

@@ -40,6 +40,7 @@ fn shuffles_of_the_whole_warp(on: On) {
             words: machine.alloc("words", 4 * 32 * 32),
             floats: machine.alloc("floats", 64),
             signed: machine.alloc("signed", 32),
+            doubles: machine.alloc("doubles", 32),
         };
         machine.launch("conformance_shuffles", WARP_DIMS, params);
         let words = machine.read(params.words, 4 * 32 * 32);
@@ -65,6 +66,9 @@ fn shuffles_of_the_whole_warp(on: On) {
             "the same bits in every lane"
         );
         assert!(floats[32..].iter().all(|&f| f == *values.iter().max().unwrap() as f32));
+        // Of these every partial sum is exact.
+        let double = sum as f64 + (0..32).sum::<u32>() as f64 / 2f64.powi(30);
+        assert_eq!(machine.read(params.doubles, 32), [double; 32]);
         let signed = machine.read(params.signed, 32);
         assert!((0..32).all(|lane| signed[lane] == -(values[(lane + 7) % 32] as i32)));
     }

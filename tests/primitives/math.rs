@@ -150,12 +150,16 @@ fn check_arithmetic(machine: &mut Machine, x: &[f32], y: &[f32]) {
         y: machine.input("y", y),
         floats: machine.alloc("floats", 8 * n),
         packed: machine.alloc("packed", 4 * n),
+        doubles: machine.alloc("doubles", 3 * n),
+        rounded: machine.alloc("rounded", n),
         num_values: n as u32,
         reserved: 0,
     };
     machine.launch("conformance_math", GRID_DIMS, params);
     let floats = machine.read(params.floats, 8 * n);
     let packed = machine.read(params.packed, 4 * n);
+    let doubles = machine.read(params.doubles, 3 * n);
+    let rounded = machine.read(params.rounded, n);
     let two = |e: i32| 2f64.powi(e);
     for i in 0..n {
         let (x, y) = (x[i], y[i]);
@@ -174,6 +178,15 @@ fn check_arithmetic(machine: &mut Machine, x: &[f32], y: &[f32]) {
             same(fma, exact as f32) || overflow || (fma as f64 - exact).abs() <= ulp,
             "fma {x:e} {y:e}: {fma:e}"
         );
+
+        // In f64, the same bits as here.
+        let (wide_x, wide_y) = (x as f64, y as f64);
+        let wide = [wide_x * wide_y + wide_x, wide_x.sqrt(), wide_x / wide_y.sqrt()];
+        for (found, want) in doubles[3 * i..].iter().zip(wide) {
+            let same = found.to_bits() == want.to_bits() || found.is_nan() && want.is_nan();
+            assert!(same, "f64 of {x:e} {y:e}: {found:e}, not {want:e}");
+        }
+        assert!(same(rounded[i], wide[2] as f32), "f64 to f32 of {x:e} {y:e}: {:e}", rounded[i]);
 
         let (h, b) = ([F16.nearest(x), F16.nearest(y)], [BF16.nearest(x), BF16.nearest(y)]);
         let pair = |[lo, hi]: [u16; 2]| lo as u32 | (hi as u32) << 16;
@@ -204,6 +217,8 @@ fn every_f16_and_bf16_survives_its_conversion(on: On) {
         y: input,
         floats: machine.alloc("floats", 8 * n),
         packed: machine.alloc("packed", 4 * n),
+        doubles: machine.alloc("doubles", 3 * n),
+        rounded: machine.alloc("rounded", n),
         num_values: n as u32,
         reserved: 0,
     };

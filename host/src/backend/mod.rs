@@ -103,6 +103,24 @@ pub(crate) trait Backend {
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()>;
 
+    /// Products of scoring queries and cached ones, where the cached selection is usable. Writes products.
+    fn compare(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()>;
+
+    /// What is to be done for each row, by the cosines that the products make. Writes similarities and actions.
+    fn decide(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()>;
+
     /// Scaled dot products of scoring queries and candidate keys of rows that are to be scored. Writes logits and
     /// statistics.
     fn score(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace, kv: KvView<'_>) -> Result<()>;

@@ -54,6 +54,8 @@ pub(crate) struct Kernels {
 pub(crate) struct PoolKernels {
     pub pool: &'static Entry,
     pub append_pool: &'static Entry,
+    pub compare: &'static Entry,
+    pub decide: &'static Entry,
 }
 
 /// The kernels that score.
@@ -116,7 +118,7 @@ impl GpuPlan {
         let Kernels { append, pool, score, vote, attend } = &self.kernels;
         let mut all: Vec<_> = append.iter().copied().collect();
         if let Some(k) = pool {
-            all.extend([k.pool, k.append_pool]);
+            all.extend([k.pool, k.append_pool, k.compare, k.decide]);
         }
         if let Some(k) = score {
             all.extend([k.score.entry, k.stream.entry]);
@@ -151,6 +153,8 @@ impl PoolKernels {
         Ok(PoolKernels {
             pool: driver.find("pool", Op::Pool, key)?,
             append_pool: driver.find("pool", Op::AppendPool, key)?,
+            compare: driver.find("compare", Op::Compare, Key::NONE)?,
+            decide: driver.find("decide", Op::Decide, Key::NONE)?,
         })
     }
 }

@@ -4,7 +4,7 @@ mod gpu;
 
 use kernels_gpu::common::layout::{LOGIT_TILE, max_logit_tiles};
 
-pub(crate) use self::gpu::{FEW_QUERY_ROWS, GpuPlan, ScoreKernel, Scratch, VoteKernels};
+pub(crate) use self::gpu::{FEW_QUERY_ROWS, GpuPlan, PoolKernels, ScoreKernel, Scratch, VoteKernels};
 use crate::batch::Batch;
 use crate::config::{MAX_SEQUENCE_LEN, Positions, SelectConfig};
 use crate::device::Device;
@@ -34,7 +34,7 @@ impl Default for Limits {
 pub struct Operations {
     /// `append`.
     pub append: bool,
-    /// `pool`.
+    /// `pool`, `compare` and `decide`.
     pub pool: bool,
     /// `score`.
     pub score: bool,

@@ -114,19 +114,72 @@ impl TokenSelect {
         Ok(())
     }
 
+    /// What the cosines are made of, where ranks share the heads of a layer (tensor parallelism): for each row the sums over
+    /// this rank's heads of `q̄ · q̄_cached`, `q̄ · q̄` and `q̄_cached · q̄_cached`; zeros where no cached selection is usable. They are
+    /// f64, in which no sum of queries leaves its range, and which any collective adds.
+    ///
+    /// ```text
+    /// pool(batch, q, None);  compare(batch, cached);  all-reduce `Products`, sum;  decide(batch, cached)
+    /// score(batch, kv);      vote(batch);             all-reduce `Votes`, sum;     top_k(batch, cached)
+    /// ```
+    /// Every rank then takes the same action, and chooses the same tokens, as one device with all heads would (up to rounding).
+    /// Each rank has a Selection Cache of its own, for its own heads.
+    ///
+    /// Reads `Queries` of the workspace, writes `Products`. Changes nothing in `cached`. Actions are void until
+    /// [`decide`](Self::decide).
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without [`pool`](Self::pool) of the
+    /// same batch before it.
+    pub fn compare(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.expect("compare", |ops| ops.pool)?;
+        self.check_batch(batch)?;
+        self.check_cached(batch, cached.as_ref())?;
+        let cached = cached.filter(|_| self.caches(batch));
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.expect("compare", Stage::Pooled, batch)?;
+        workspace.progress.begin(Stage::Compared);
+        backend::of(plan).compare(plan, batch, workspace, cached)?;
+        workspace.progress.finish(Stage::Compared, batch);
+        Ok(())
+    }
+
+    /// What is to be done for each row, as [`pool`](Self::pool) decides, by the products of [`compare`](Self::compare) that were
+    /// added over all ranks: their cosine is the first over the roots of the other two. Where there is one rank, `pool` with
+    /// `cached` does the same.
+    ///
+    /// Reads `Products` of the workspace, writes `Similarities` and `Actions`. Changes nothing in `cached`; pass what was passed
+    /// to `compare`.
+    ///
+    /// # Errors
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without
+    /// [`compare`](Self::compare) of the same batch before it.
+    pub fn decide(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
+        self.plan.expect("decide", |ops| ops.pool)?;
+        self.check_batch(batch)?;
+        self.check_cached(batch, cached.as_ref())?;
+        let cached = cached.filter(|_| self.caches(batch));
+        let (plan, workspace) = (&self.plan, &mut self.workspace);
+        workspace.progress.expect("decide", Stage::Compared, batch)?;
+        workspace.progress.begin(Stage::Decided);
+        backend::of(plan).decide(plan, batch, workspace, cached)?;
+        workspace.progress.finish(Stage::Decided, batch);
+        Ok(())
+    }
+
     /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics.
     ///
     /// Reads `Queries` and `Actions` of the workspace, writes `Logits` and `Stats`.
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without
-    /// [`pool`](Self::pool) of the same batch before it.
+    /// [`pool`](Self::pool) of the same batch before it, or after [`compare`](Self::compare) without [`decide`](Self::decide).
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
         self.plan.expect("score", |ops| ops.score)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         let (plan, workspace) = (&self.plan, &mut self.workspace);
-        workspace.progress.expect("score", Stage::Pooled, batch)?;
+        workspace.progress.expect("score", Stage::Decided, batch)?;
         workspace.progress.begin(Stage::Scored);
         backend::of(plan).score(plan, batch, workspace, kv)?;
         workspace.progress.finish(Stage::Scored, batch);
@@ -161,7 +214,7 @@ impl TokenSelect {
     ///
     /// Reads `Actions`, `Votes` and `Queries` of the workspace, writes `PooledVotes`, `TopK`, `Selected` and
     /// `SelectedLen`. With `cached`, reused rows take their tokens from it, scored rows replace what it
-    /// holds, and every row is counted; pass what was passed to [`pool`](Self::pool).
+    /// holds, and every row is counted; pass what was passed to [`pool`](Self::pool) or [`decide`](Self::decide).
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without [`pool`](Self::pool) and
@@ -211,7 +264,7 @@ impl TokenSelect {
 
     /// What choosing needs of the workspace: actions of this batch, and the stage that it begins with.
     fn check_order(&self, op: &'static str, stage: Stage, batch: &Batch) -> Result<()> {
-        self.workspace.progress.expect(op, Stage::Pooled, batch)?;
+        self.workspace.progress.expect(op, Stage::Decided, batch)?;
         self.workspace.progress.expect(op, stage, batch)
     }
 

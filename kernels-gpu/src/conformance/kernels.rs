@@ -74,6 +74,8 @@ pub unsafe fn shuffles(p: ShufflesParams) {
     }
     p.floats.add(lane as u64).store(warp::reduce_add_f32(value as f32));
     p.floats.add(32 + lane as u64).store(warp::reduce_max_f32(value as f32));
+    let double = value as f64 + lane as f64 / (1u64 << 30) as f64;
+    p.doubles.add(lane as u64).store(warp::reduce_add_f64(double));
     // Lane 32 and up: only the low five bits of a source count.
     p.signed.add(lane as u64).store(warp::shuffle_idx(FULL, -(value as i32), lane + 7));
 }
@@ -481,6 +483,13 @@ pub unsafe fn math(p: MathParams) {
         floats.store(V4([m::ex2(x), m::lg2(x), m::rcp(x), m::fma(x, y, x)]));
         let ([a, b], [c, d]) = (half::f16::unpack(f16), half::bf16::unpack(bf16));
         floats.add(1).store(V4([a, b, c, d]));
+        let (wide_x, wide_y) = (x as f64, y as f64);
+        let quotient = wide_x / m::sqrt_f64(wide_y);
+        let doubles = p.doubles.add(i * 3);
+        doubles.store(wide_x * wide_y + wide_x);
+        doubles.add(1).store(m::sqrt_f64(wide_x));
+        doubles.add(2).store(quotient);
+        p.rounded.add(i).store(quotient as f32);
         i += (grid_dim_x() * block_dim_x()) as u64;
     }
 }

@@ -26,6 +26,11 @@ pub(crate) fn sqrt(x: f32) -> f32 {
     x.sqrt()
 }
 
+/// `sqrt.rn.f64`
+pub(crate) fn sqrt_f64(x: f64) -> f64 {
+    x.sqrt()
+}
+
 /// `fma.rn.f32`
 pub(crate) fn fma(a: f32, b: f32, c: f32) -> f32 {
     a.mul_add(b, c)

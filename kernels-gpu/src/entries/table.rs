@@ -5,6 +5,8 @@ use crate::limits::{COLUMNS as ALL_COLUMNS, FRAGMENT_COLUMNS, TILE_TOKENS};
 use crate::ops::append::AppendParams;
 use crate::ops::append_pool::AppendPoolParams;
 use crate::ops::attend::AttendParams;
+use crate::ops::compare::CompareParams;
+use crate::ops::decide::DecideParams;
 use crate::ops::forget::ForgetParams;
 use crate::ops::gather::GatherParams;
 use crate::ops::merge::MergeParams;
@@ -21,7 +23,9 @@ use {
     crate::ops::attend_stream::kernel::{attend_stream, attend_stream_merge},
     crate::ops::score::kernel::score,
     crate::ops::score_stream::kernel::score_stream,
-    crate::ops::{append, append_pool, forget, gather, merge, pool, smooth, top_k, translate, vote},
+    crate::ops::{
+        append, append_pool, compare, decide, forget, gather, merge, pool, smooth, top_k, translate, vote,
+    },
 };
 
 /// Writes a table of entries as `static ENTRIES`, and for a GPU the kernels themselves, if the condition holds.
@@ -213,6 +217,8 @@ entries! {
     Forget: forget(ForgetParams) = forget::kernel::forget;
     AppendPool: append_pool(AppendPoolParams<T>) = append_pool::kernel::append_pool::<T>, for T;
     Pool: pool(PoolParams<T>) = pool::kernel::pool::<T>, for T;
+    Compare: compare(CompareParams) = compare::kernel::compare;
+    Decide: decide(DecideParams) = decide::kernel::decide;
     Score: score(ScoreParams<T>) = score::<
         T,
         { pieces(HEAD_DIM, 32) },

@@ -67,6 +67,8 @@ fn symbols_stay_as_they_are() {
     for name in [
         "append",
         "append_pool_f16",
+        "compare",
+        "decide",
         "score_f16_d64_g4",
         "score_stream_bf16_d256_g8",
         "vote_by_four",

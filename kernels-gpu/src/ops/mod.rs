@@ -7,6 +7,8 @@ pub mod attend;
 pub mod attend_decode;
 pub mod attend_prefill;
 pub mod attend_stream;
+pub mod compare;
+pub mod decide;
 pub mod forget;
 pub mod gather;
 pub mod merge;

@@ -38,7 +38,7 @@ macro_rules! pod {
         const _: () = assert!(matches!(size_of::<$t>(), 2 | 4 | 8 | 16) && align_of::<$t>() == size_of::<$t>());
     )* };
 }
-pod!(u16 i16 half::f16 half::bf16 u32 i32 f32 u64 i64 V2<u32> V2<f32> V4<u32> V4<f32>);
+pod!(u16 i16 half::f16 half::bf16 u32 i32 f32 u64 i64 f64 V2<u32> V2<f32> V4<u32> V4<f32>);
 
 impl Word for u32 {
     #[inline(always)]

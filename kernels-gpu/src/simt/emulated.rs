@@ -474,4 +474,4 @@ pub fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
 
 // Arithmetic.
 
-pub(super) use numeric::{ex2, fma, lg2, pack_bf16, pack_f16, rcp, sqrt, unpack_f16};
+pub(super) use numeric::{ex2, fma, lg2, pack_bf16, pack_f16, rcp, sqrt, sqrt_f64, unpack_f16};

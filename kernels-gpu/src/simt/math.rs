@@ -31,6 +31,12 @@ pub fn sqrt(x: f32) -> f32 {
     imp::sqrt(x)
 }
 
+/// The square root, rounded to nearest (`sqrt.rn.f64`).
+#[inline(always)]
+pub fn sqrt_f64(x: f64) -> f64 {
+    imp::sqrt_f64(x)
+}
+
 /// a·b + c, rounded once (`fma.rn.f32`). The compiler never contracts `a * b + c` by itself.
 #[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {

@@ -626,6 +626,13 @@ pub fn sqrt(x: f32) -> f32 {
 }
 
 #[inline(always)]
+pub fn sqrt_f64(x: f64) -> f64 {
+    let y: f64;
+    unsafe { asm!("sqrt.rn.f64 {}, {};", out(reg64) y, in(reg64) x, options(pure, nomem, nostack)) };
+    y
+}
+
+#[inline(always)]
 pub fn fma(a: f32, b: f32, c: f32) -> f32 {
     let y: f32;
     unsafe {

@@ -176,6 +176,33 @@ pub unsafe fn reduce_add_f32(value: f32) -> f32 {
     sum + shuffle_xor(FULL, sum, 1)
 }
 
+/// The sum of `value` over the warp, the same bits in every lane (five times two [`shuffle_xor`], distances 16, 8, 4, 2, 1).
+///
+/// *Convergence:* all 32 lanes.
+///
+/// # Safety
+/// - All lanes of the warp call it.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn reduce_add_f64(value: f64) -> f64 {
+    let mut sum = value;
+    sum += shuffle_xor_f64(sum, 16);
+    sum += shuffle_xor_f64(sum, 8);
+    sum += shuffle_xor_f64(sum, 4);
+    sum += shuffle_xor_f64(sum, 2);
+    sum + shuffle_xor_f64(sum, 1)
+}
+
+/// [`shuffle_xor`] of the whole warp, the lower half of the bits first.
+#[inline(always)]
+#[track_caller]
+unsafe fn shuffle_xor_f64(value: f64, lane_mask: u32) -> f64 {
+    let bits = value.to_bits();
+    let low = shuffle_xor(FULL, bits as u32, lane_mask);
+    let high = shuffle_xor(FULL, (bits >> 32) as u32, lane_mask);
+    f64::from_bits(low as u64 | (high as u64) << 32)
+}
+
 /// The largest `value` over the warp, NaN ignored unless all are NaN (five [`shuffle_xor`]).
 ///
 /// *Convergence:* all 32 lanes.

@@ -6,6 +6,7 @@
 mod attend;
 mod float;
 mod pool;
+mod reuse;
 mod score;
 mod simd;
 mod top_k;
@@ -59,6 +60,26 @@ impl Backend for Cpu {
     ) -> Result<()> {
         use pool::pool;
         with_float!(q.dtype(), pool::<T>(plan, batch, workspace, q, cached))
+    }
+
+    fn compare(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        reuse::compare(plan, batch, workspace, cached)
+    }
+
+    fn decide(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        reuse::decide(plan, batch, workspace, cached)
     }
 
     fn score(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace, kv: KvView<'_>) -> Result<()> {

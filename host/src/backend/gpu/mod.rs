@@ -27,7 +27,7 @@ use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvView, KvViewMut};
-use crate::plan::{FEW_QUERY_ROWS, GpuPlan, Plan, ScoreKernel, VoteKernels, missing};
+use crate::plan::{FEW_QUERY_ROWS, GpuPlan, Plan, PoolKernels, ScoreKernel, VoteKernels, missing};
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
 use crate::workspace::Workspace;
@@ -148,6 +148,10 @@ impl GpuPlan {
         launch(kernels.choose, params.choose_dims())
     }
 
+    fn pool_kernels(&self, op: &'static str) -> Result<&PoolKernels> {
+        self.kernels.pool.as_ref().ok_or_else(|| missing(op))
+    }
+
     fn vote_kernels(&self) -> Result<&VoteKernels> {
         self.kernels.vote.as_ref().ok_or_else(|| missing("vote"))
     }
@@ -183,6 +187,36 @@ impl Backend for GpuPlan {
         };
         self.driver.order().reads(&[range(&q)?]);
         self.launch_append_pool(&params)
+    }
+
+    fn compare(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let params = self.compare_params(plan, batch, workspace, cached.as_ref())?;
+        // SAFETY: `TokenSelect` has checked shapes, lengths and places.
+        unsafe { self.launch(self.pool_kernels("compare")?.compare, params.dims(), &params) }
+    }
+
+    fn decide(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        cached: Option<SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        if batch.num_rows() == 0 {
+            return Ok(());
+        }
+        let params = self.decide_params(plan, batch, workspace, cached.as_ref())?;
+        // SAFETY: as for `compare`.
+        unsafe { self.launch(self.pool_kernels("decide")?.decide, params.dims(), &params) }
     }
 
     fn score(&self, plan: &Plan, batch: &Batch, workspace: &mut Workspace, kv: KvView<'_>) -> Result<()> {

@@ -5,9 +5,11 @@ use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::ops::append::AppendParams;
 use kernels_gpu::ops::attend::{AttendParams, MAX_POSITION};
+use kernels_gpu::ops::compare::CompareParams;
+use kernels_gpu::ops::decide::DecideParams;
 use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
-use kernels_gpu::ops::pool::PoolParams;
+use kernels_gpu::ops::pool::{CachedTables, PoolParams, ReuseRules};
 use kernels_gpu::ops::score::ScoreParams;
 use kernels_gpu::ops::smooth::SmoothParams;
 use kernels_gpu::ops::top_k::TopKParams;
@@ -41,6 +43,17 @@ fn head_strides(tensor: &TensorView<'_>) -> HeadStrides {
 /// The last position that a table of angles covers.
 fn last_position(num_positions: usize) -> u32 {
     num_positions.saturating_sub(1).min(MAX_POSITION as usize) as u32
+}
+
+/// When a cached selection is used again.
+fn reuse_rules(config: &SelectConfig) -> ReuseRules {
+    ReuseRules {
+        n_init: config.n_init as u32,
+        n_local: config.n_local as u32,
+        top_k: config.top_k as u32,
+        max_reuse: config.max_reuse(),
+        similarity_threshold: config.selection_cache.map_or(f32::INFINITY, |c| c.similarity_threshold),
+    }
 }
 
 /// The power of two that brings every rotated pair of f16 into its range; 1 for other types.
@@ -192,6 +205,53 @@ impl GpuPlan {
             max_tokens,
             wanted: if counts { wanted_counts(self.driver.gpu(), num_rows, max_tokens) } else { NO_COUNTS },
             overlap: Overlap::NONE,
+        })
+    }
+
+    pub(super) fn compare_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<CompareParams> {
+        let heads = plan.config().heads;
+        Ok(CompareParams {
+            queries: own(&workspace.queries)?,
+            products: own_mut(&workspace.products)?,
+            cached: self.cached_tables(batch, cached)?,
+            batch: self.tables(batch)?,
+            rules: reuse_rules(plan.config()),
+            query_len: (heads.num_qo_heads * heads.head_dim) as u32,
+        })
+    }
+
+    pub(super) fn decide_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<DecideParams> {
+        Ok(DecideParams {
+            products: own(&workspace.products)?,
+            similarities: own_mut(&workspace.similarities)?,
+            actions: own_mut(&workspace.actions)?,
+            cached: self.cached_tables(batch, cached)?,
+            batch: self.tables(batch)?,
+            rules: reuse_rules(plan.config()),
+            reserved: 0,
+        })
+    }
+
+    /// A layer's cached selections, and which rows they are of.
+    fn cached_tables(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<CachedTables> {
+        Ok(CachedTables {
+            queries: optional(cached.map(|c| &c.queries))?.as_const(),
+            ages: optional(cached.map(|c| &c.ages))?.as_const(),
+            made_at: optional(cached.map(|c| &c.made_at))?.as_const(),
+            selections: optional(cached.map(|c| &c.selections))?.as_const(),
+            sequence_indices: batch.device_sequence_indices(&self.driver)?,
         })
     }
 

@@ -5,7 +5,7 @@ use crate::common::element::Element;
 use crate::common::layout::Tokens;
 use crate::common::rope::{HALF_SPLIT, TwoEntries};
 use crate::ops::append::AppendParams;
-use crate::ops::pool::kernel::{Cached, cached_entry, conclude};
+use crate::ops::pool::kernel::{Cached, cached_entry, conclude, load_cached};
 use crate::ops::pool::{EMPTY, PoolParams};
 use crate::simt::data::V2;
 use crate::simt::{grid, thread, warp};
@@ -137,7 +137,7 @@ unsafe fn products<T: Element>(
                 olds[h] = [0, 1].map(|i| old.add(at(h, i)).cast::<V2<f32>>().load());
             }
         }
-        *cached = Cached::load(params, entry);
+        *cached = load_cached(params, entry);
     }
     let mut means = [[[0.0f32; 2]; 2]; HEADS as usize];
     for t in 0..MAX_BLOCK_LEN {

@@ -1,9 +1,12 @@
 //! The kernel, and its steps, which `append_pool` takes too.
 
+mod reuse;
+
+pub(crate) use self::reuse::Cached;
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
-use crate::common::layout::{Row, Tokens};
+use crate::common::layout::Row;
 use crate::simt::shared::Shared;
 use crate::simt::{grid, math, thread, warp};
 
@@ -20,7 +23,7 @@ pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
     grid::launch_dependents();
     let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
     let tables = params.batch.row(row);
-    let cached = Cached::load(&params, cached_entry(&params, row, tables.kv_len));
+    let cached = load_cached(&params, cached_entry(&params, row, tables.kv_len));
     let sums = LAYOUT.sums.get();
     mean_query(&params, head, row, sums);
     thread::sync_threads();
@@ -41,48 +44,12 @@ pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
 
 /// The row's entry in the cached tables; [`EMPTY`] for none.
 pub(crate) unsafe fn cached_entry<T: Element>(params: &PoolParams<T>, row: u32, kv_len: u32) -> u32 {
-    if params.cached_queries.addr() == 0 {
-        return EMPTY;
-    }
-    let sequence = params.sequence_indices.add(row as u64).load();
-    if kv_len == 0 { EMPTY } else { sequence }
+    params.cached().entry(row, kv_len)
 }
 
-/// What is known of a row's cached selection.
-#[derive(Clone, Copy)]
-pub(crate) struct Cached {
-    /// Its entry in the cached tables; [`EMPTY`] for none.
-    pub entry: u32,
-    made_at: u32,
-    age: u32,
-    /// Its first token and its last.
-    first: u32,
-    last: u32,
-}
-
-impl Cached {
-    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY, first: EMPTY, last: EMPTY };
-
-    pub unsafe fn load<T: Element>(params: &PoolParams<T>, entry: u32) -> Self {
-        if entry == EMPTY {
-            return Cached::NONE;
-        }
-        let made_at = params.cached_made_at.add(entry as u64).load();
-        let age = params.cached_ages.add(entry as u64).load();
-        let tokens = params.cached_selections.add(entry as u64 * params.top_k as u64);
-        let first = tokens.load();
-        let last = tokens.add(params.top_k as u64 - 1).load();
-        Cached { entry, made_at, age, first, last }
-    }
-
-    /// Whether the selection may serve the row as it is now. Its tokens ascend. Where a configuration with other windows made
-    /// it, some may be in this one's windows.
-    fn is_usable(&self, before_block: u32, candidates: Tokens) -> bool {
-        self.entry != EMPTY
-            && self.made_at <= before_block
-            && self.first >= candidates.begin
-            && self.last < candidates.end
-    }
+/// What is known of the cached selection at an entry.
+pub(crate) unsafe fn load_cached<T: Element>(params: &PoolParams<T>, entry: u32) -> Cached {
+    Cached::load(&params.cached(), params.top_k, entry)
 }
 
 /// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
@@ -234,27 +201,12 @@ pub(crate) unsafe fn conclude<T: Element>(
     sums: (f32, f32, f32),
 ) {
     let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
-    let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
-    let is_usable = cached.is_usable(before_block, candidates);
-    let similarity = if is_usable { cosine(params, row, cached.entry, sums) } else { -1.0 };
-    let is_similar = is_usable && similarity >= params.similarity_threshold;
-    let action = decide(params, tables, candidates, is_similar && cached.age < params.max_reuse);
+    let is_partial = params.batch.is_partial();
+    let (similarity, action) = params
+        .rules()
+        .decide(tables, candidates, is_partial, cached, || cosine(params, row, cached.entry, sums));
     if warp::lane_id() == 0 {
         params.similarities.add(row as u64).store(similarity);
         params.actions.add(row as u64).store(action);
-    }
-}
-
-fn decide<T: Element>(params: &PoolParams<T>, tables: &Row, candidates: Tokens, can_reuse: bool) -> u32 {
-    let is_partial = params.batch.is_partial();
-    if tables.queries.is_empty() || (tables.kv_len == 0 && !is_partial) {
-        return SKIP;
-    }
-    if candidates.is_empty() || (candidates.len() <= params.top_k && !is_partial) {
-        COMPLETE
-    } else if can_reuse {
-        REUSE
-    } else {
-        SCORE
     }
 }

@@ -18,7 +18,9 @@
 //! **Bytes.** `q` once: `num_tokens * num_qo_heads * head_dim * 2`; the cached query where there is one.
 
 mod params;
+mod reuse;
 pub use params::*;
+pub use reuse::*;
 
 #[cfg(feature = "kernels")]
 pub mod kernel;
