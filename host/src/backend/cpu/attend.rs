@@ -25,6 +25,7 @@ use crate::error::Result;
 use crate::kv::KvView;
 use crate::plan::Plan;
 use crate::rope::RopeTable;
+use crate::tensor::Heads;
 use crate::workspace::Workspace;
 
 /// Keys of a tile: with 128 query rows the logits take 32 KiB.
@@ -52,7 +53,7 @@ pub(super) fn attend<T: Float, O: Float>(
         keys: args.kv.k.as_slice::<T>()?,
         values: args.kv.v.as_slice::<T>()?,
         kv: args.kv,
-        q: args.q.as_slice::<T>()?,
+        q: args.q.as_heads::<T>()?,
         lists: match &args.lists {
             Some(lists) => Some(Lists::new(lists)?),
             None => None,
@@ -106,7 +107,7 @@ struct Shared<'a, T> {
     keys: &'a [T],
     values: &'a [T],
     kv: KvView<'a>,
-    q: &'a [T],
+    q: Heads<'a, T>,
     lists: Option<Lists<'a>>,
 }
 
@@ -290,15 +291,16 @@ fn fold_softmax<const FMA: bool>(row: &mut [f32], max: &mut f32, sum: &mut f32, 
 #[inline(always)]
 fn load_queries<T: Float>(shared: &Shared<'_, T>, tile: &Tile) -> Vec<f32> {
     let heads = shared.config.heads;
-    let (hq, d, group) = (heads.num_qo_heads, heads.head_dim, heads.group());
+    let (d, group) = (heads.head_dim, heads.group());
     let scale = shared.config.sm_scale();
     let pairs = shared.rope.map_or(0, RopeTable::pairs);
     let (mut cos, mut sin) = ([0.0; MAX_HEAD_DIM / 2], [0.0; MAX_HEAD_DIM / 2]);
     let mut queries = vec![0.0; tile.tokens * group * d];
     let token0 = shared.batch.query_range(tile.row).start + tile.first;
     for (t, token) in queries.chunks_exact_mut(group * d).enumerate() {
-        let at = ((token0 + t) * hq + tile.kv_head * group) * d;
-        T::widen(&shared.q[at..at + group * d], token);
+        for (member, head) in token.chunks_exact_mut(d).enumerate() {
+            T::widen(shared.q.at(token0 + t, tile.kv_head * group + member), head);
+        }
         if let Some(rope) = shared.rope {
             let before_block = shared.total_len(tile.row) - shared.batch.block_len(tile.row);
             rope.fill(before_block + tile.first + t, &mut cos[..pairs], &mut sin[..pairs]);

@@ -23,7 +23,7 @@ use crate::error::{Error, Result};
 use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
 use crate::plan::Plan;
 use crate::selection_cache::SelectionCacheLayer;
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{Heads, TensorView, TensorViewMut};
 use crate::workspace::{RowAction, Workspace};
 
 /// The processor as a device.
@@ -124,22 +124,19 @@ impl Backend for Cpu {
 
 fn append<T: Float>(batch: &Batch, kv: KvViewMut<'_>, k: TensorView<'_>, v: TensorView<'_>) -> Result<()> {
     let shape = kv.shape;
-    let write = |data: &mut [T], base: usize, strides: KvStrides, new: &[T]| {
-        let token_len = shape.num_kv_heads * shape.head_dim;
+    let write = |data: &mut [T], base: usize, strides: KvStrides, new: Heads<'_, T>| {
         for row in (0..batch.num_rows()).filter(|&row| batch.kv_len(row) > 0) {
             let first = batch.kv_len(row) - batch.block_len(row);
             for (token, t) in (first..).zip(batch.query_range(row)) {
                 let (page, token_in_page) = batch.locate(row, token);
-                for (head, values) in
-                    new[t * token_len..][..token_len].chunks_exact(shape.head_dim).enumerate()
-                {
+                for head in 0..shape.num_kv_heads {
                     let at = base + strides.offset(page, token_in_page, head);
-                    data[at..at + shape.head_dim].copy_from_slice(values);
+                    data[at..at + shape.head_dim].copy_from_slice(new.at(t, head));
                 }
             }
         }
     };
-    let (new_k, new_v) = (k.as_slice()?, v.as_slice()?);
+    let (new_k, new_v) = (k.as_heads()?, v.as_heads()?);
     let (k_strides, v_strides) = (kv.k_strides, kv.v_strides);
     match kv.storage {
         KvStorageMut::Separate { k, v } => {

@@ -21,16 +21,14 @@ pub(super) fn pool<T: Float>(
 ) -> Result<()> {
     let config = plan.config();
     let (hq, d) = (config.heads.num_qo_heads, config.heads.head_dim);
-    let q = q.as_slice::<T>()?;
+    let q = q.as_heads::<T>()?;
     let angles = workspace.angles.as_ref();
     let queries = workspace.queries.as_mut_slice::<f32>()?;
     let rows = batch.num_rows();
 
     queries[..rows * hq * d].par_chunks_mut(d).enumerate().for_each(|(i, mean)| {
         let (row, head) = (i / hq, i % hq);
-        let tokens = batch.query_range(row);
-        let block = q[tokens.start * hq * d..tokens.end * hq * d].chunks_exact(hq * d);
-        let heads = block.map(|token| &token[head * d..][..d]);
+        let heads = batch.query_range(row).map(|token| q.at(token, head));
         mean_query(heads, config.n_local, angles, mean);
     });
 

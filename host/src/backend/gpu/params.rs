@@ -1,6 +1,6 @@
 //! From checked arguments to kernel parameters.
 
-use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
+use kernels_gpu::common::layout::{HeadStrides, PageStrides, absent, absent_mut};
 use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::ops::append::AppendParams;
@@ -32,6 +32,12 @@ use crate::workspace::Workspace;
 /// Strides as kernels take them.
 fn page_strides(strides: KvStrides) -> PageStrides {
     PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 }
+}
+
+/// Strides of queries, keys or values as kernels take them.
+fn head_strides(tensor: &TensorView<'_>) -> HeadStrides {
+    let [token, head] = tensor.head_strides().map(|stride| stride as u32); // checked
+    HeadStrides { token, head }
 }
 
 /// The last position that a table of angles covers.
@@ -96,7 +102,10 @@ impl GpuPlan {
             k_pages,
             v_pages,
             batch: self.tables(batch)?,
-            stride: page_strides(kv.k_strides),
+            new_k_stride: head_strides(k),
+            new_v_stride: head_strides(v),
+            k_stride: page_strides(kv.k_strides),
+            v_stride: page_strides(kv.v_strides),
             num_tokens: batch.num_query_tokens() as u32,
             num_kv_heads: shape.num_kv_heads as u32,
             head_dim: shape.head_dim as u32,
@@ -126,6 +135,7 @@ impl GpuPlan {
             partial: GlobalMut::from_addr(scratch.pool_partial),
             counters: GlobalMut::from_addr(scratch.counters),
             batch: self.tables(batch)?,
+            q_stride: head_strides(q),
             rope: self.angles(workspace)?,
             num_qo_heads: config.heads.num_qo_heads as u32,
             head_dim: config.heads.head_dim as u32,
@@ -334,6 +344,7 @@ impl GpuPlan {
             partial_stats: GlobalMut::from_addr(scratch.attend_stats),
             counters: GlobalMut::from_addr(scratch.attend_counters),
             batch: self.tables(batch)?,
+            q_stride: head_strides(&args.q),
             k_stride: page_strides(args.kv.k_strides),
             v_stride: page_strides(args.kv.v_strides),
             rope: self.angles(workspace)?,

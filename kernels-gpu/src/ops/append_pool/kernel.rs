@@ -110,7 +110,7 @@ unsafe fn products<T: Element>(
     let width = params.num_qo_heads as u64 * params.head_dim as u64;
     let load = |t: u32| {
         let mut token = Token::ZERO;
-        let q = params.q.add((queries.begin + t) as u64 * width);
+        let q = params.q.add((queries.begin + t) as u64 * params.q_stride.token as u64);
         for h in 0..HEADS as usize {
             if has(h) {
                 token.q[h] = [0, 1].map(|i| q.add(at(h, i)).cast::<u32>().load_constant_once());

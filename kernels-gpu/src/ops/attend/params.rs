@@ -1,6 +1,6 @@
 //! Parameters. Launch dimensions are those of each kernel.
 
-use crate::common::layout::{BatchTables, PageStrides};
+use crate::common::layout::{BatchTables, HeadStrides, PageStrides};
 use crate::common::rope::RopeTables;
 use crate::simt::data::V2;
 use crate::simt::global::{GlobalMut, GlobalPtr};
@@ -10,7 +10,7 @@ use crate::simt::global::{GlobalMut, GlobalPtr};
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct AttendParams<T> {
-    /// \[num_tokens, num_qo_heads, head_dim\] T, read.
+    /// \[num_tokens, num_qo_heads, head_dim\] T by `q_stride`, read.
     pub q: GlobalPtr<T>,
     /// Paged by `k_stride`, read. Where `k_is_gathered`: rotated keys, by row, head and place.
     pub k_pages: GlobalPtr<T>,
@@ -37,6 +37,8 @@ pub struct AttendParams<T> {
     pub counters: GlobalMut<u32>,
     /// Rows and page tables.
     pub batch: BatchTables,
+    /// Strides of the queries; multiples of 8.
+    pub q_stride: HeadStrides,
     /// Strides of the keys; multiples of 8.
     pub k_stride: PageStrides,
     /// Strides of the values; multiples of 8.
@@ -73,7 +75,7 @@ pub struct AttendParams<T> {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AttendParams<u16>>() == 280);
+const _: () = assert!(size_of::<AttendParams<u16>>() == 288);
 
 /// The last position of any token, and the longest list.
 pub const MAX_POSITION: u32 = i32::MAX as u32;

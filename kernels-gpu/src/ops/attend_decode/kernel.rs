@@ -105,8 +105,8 @@ unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(work: &Work
     let rotated = layout.rotated.get();
     for i in strided(thread::thread_idx_x(), work.num_rows() * pairs, thread::block_dim_x()) {
         let (row, pair) = (i / pairs, i % pairs);
-        let (at, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
-        let q = params.q.add(at * head_dim as u64);
+        let (_, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
+        let q = params.q_row(&work.list, work.kv_head, work.first_row + row);
         let (x, y) = params.rope.elements(pair);
         let position = (work.list.first_bound + t).saturating_sub(1);
         let values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
@@ -124,9 +124,9 @@ unsafe fn load_queries<T: Element, const W: usize, const C: usize>(work: &Work<'
         return [0; W];
     }
     let params = work.params;
-    let (at, _) = params.query_row(&work.list, work.kv_head, work.first_row + g);
+    let q = params.q_row(&work.list, work.kv_head, work.first_row + g);
     let first = 8 * W as u32 * chunk + 2 * W as u32 * t;
-    load_row(params.q.add(at * (8 * W * C) as u64 + first as u64))
+    load_row(q.add(first as u64))
 }
 
 /// Puts the query fragments in shared memory, `loaded` or rotated ones, a chunk by each warp. Returns where the lane's lie.

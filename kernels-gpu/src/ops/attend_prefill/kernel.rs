@@ -8,7 +8,6 @@ use crate::common::softmax::{LARGEST, Running, bounded, log_sum_exp};
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
 use crate::simt::data::V2;
-use crate::simt::global::GlobalPtr;
 use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
 use crate::simt::{grid, thread, warp};
@@ -155,8 +154,8 @@ unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &
         let (x, y) = params.rope.elements(pair);
         let mut values = (0.0, 0.0);
         if work.block_row + row < work.num_rows {
-            let (at, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
-            let q: GlobalPtr<T> = params.q.add(at * head_dim as u64);
+            let (_, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
+            let q = params.q_row(&work.list, work.kv_head, work.block_row + row);
             values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
             values = params.rope.rotate(pair, (work.list.first_bound + t).saturating_sub(1), values);
         }

@@ -1,5 +1,5 @@
 use super::params::*;
-use crate::common::layout::{BatchTables, PageStrides, absent, absent_mut};
+use crate::common::layout::{BatchTables, HeadStrides, PageStrides, absent, absent_mut};
 use crate::common::paged::{TileLayout, WARPS, stage_tiles};
 use crate::common::rope::RopeTables;
 use crate::launch::{GpuInfo, Limits};
@@ -29,6 +29,7 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
         partial_stats: absent_mut(),
         counters: absent_mut(),
         batch: BatchTables::of_one_row(page_size),
+        q_stride: HeadStrides::dense(8, 128),
         k_stride: stride,
         v_stride: stride,
         rope: RopeTables::none(),

@@ -63,9 +63,7 @@ unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, su
     let (mut sum_x, mut sum_y) = (0.0, 0.0);
     if turn < turns {
         for t in strided(turn, queries.len(), turns) {
-            let token = (queries.begin + t) as u64;
-            let at =
-                params.q.add((token * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64);
+            let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
             let x = at.add(i as u64).load_constant_once().to_f32();
             let y = at.add(j as u64).load_constant_once().to_f32();
             let (x, y) = params.rope.rotate(pair, params.n_local + t, (x, y));

@@ -1,6 +1,6 @@
 //! Actions, parameters, launch dimensions and shared memory.
 
-use crate::common::layout::BatchTables;
+use crate::common::layout::{BatchTables, HeadStrides};
 use crate::common::overlap::Overlap;
 use crate::common::rope::RopeTables;
 use crate::launch::Dims;
@@ -26,7 +26,7 @@ pub const EMPTY: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct PoolParams<T> {
-    /// \[num_tokens, num_qo_heads, head_dim\] T, read.
+    /// \[num_tokens, num_qo_heads, head_dim\] T by `q_stride`, read.
     pub q: GlobalPtr<T>,
     /// \[num_sequences, num_qo_heads * head_dim\] f32, read: cached scoring queries. Address 0: nothing is cached.
     pub cached_queries: GlobalPtr<f32>,
@@ -50,6 +50,8 @@ pub struct PoolParams<T> {
     pub counters: GlobalMut<u32>,
     /// Rows.
     pub batch: BatchTables,
+    /// Strides of the queries; multiples of 8.
+    pub q_stride: HeadStrides,
     /// Rotation of the queries.
     pub rope: RopeTables,
     /// Query heads.
@@ -70,7 +72,7 @@ pub struct PoolParams<T> {
     pub overlap: Overlap,
 }
 
-const _: () = assert!(size_of::<PoolParams<u16>>() == 200);
+const _: () = assert!(size_of::<PoolParams<u16>>() == 208);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {

@@ -5,6 +5,7 @@ use crate::common::fragment::Accumulator;
 use crate::common::layout::Tokens;
 use crate::ops::attend::AttendParams;
 use crate::simt::data::{V2, V4};
+use crate::simt::global::GlobalPtr;
 use crate::simt::math;
 
 /// Rank of a place beyond the end of a list: no query sees it.
@@ -98,7 +99,14 @@ impl<T> AttendParams<T> {
         self.num_kv_heads * self.group
     }
 
-    /// Where query row `i` of a KV head lies in `lse`, and times `head_dim` in `q` and `out`; and which query of the block it
+    /// Query row `i` of a KV head.
+    pub fn q_row(&self, list: &List, kv_head: u32, i: u32) -> GlobalPtr<T> {
+        let group = self.group.max(1);
+        let (t, member) = (i / group, i % group);
+        self.q.add(self.q_stride.offset(list.queries.begin + t, kv_head * self.group + member))
+    }
+
+    /// Where query row `i` of a KV head lies in `lse`, and times `head_dim` in `out`; and which query of the block it
     /// belongs to.
     pub fn query_row(&self, list: &List, kv_head: u32, i: u32) -> (u64, u32) {
         let group = self.group.max(1);
