@@ -4,6 +4,7 @@ use std::ffi::{CString, c_char, c_void};
 
 use tokenselect::{DType, Device, Error, Tensor, TensorViewMut};
 
+use crate::config::{read_config, ts_config};
 use crate::pointers::{Argument, answer, hand_out, reference, take_back};
 use crate::status::{Result, fence, ts_status};
 
@@ -128,6 +129,23 @@ fn not_built(device: String, feature: &str) -> crate::status::Failure {
 pub unsafe extern "C" fn ts_device_name(device: *const ts_device) -> *const c_char {
     // SAFETY: the caller's promise.
     unsafe { device.as_ref() }.map_or(std::ptr::null(), |device| device.name.as_ptr())
+}
+
+/// Whether a device can run steps of a configuration: what `ts_context_create` would answer for all operations, without its
+/// allocations. For some of them, ask `ts_workspace_bytes`.
+///
+/// Errors: `TS_STATUS_UNSUPPORTED` where the device has no kernels for it, with a text that says what it lacks;
+/// `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`.
+///
+/// # Safety
+/// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_device_supports(device: *const ts_device, config: *const ts_config) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (device, config) = unsafe { (reference("device", device)?, read_config(config)?) };
+        Ok(device.device.supports(&config)?)
+    })
 }
 
 /// Waits until everything put on the device is done.

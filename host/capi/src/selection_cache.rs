@@ -87,7 +87,8 @@ impl From<SelectionStats> for ts_selection_stats {
 
 /// An empty Selection Cache on a device: `num_layers * num_sequences * (num_qo_heads * head_dim + top_k) * 4` bytes.
 ///
-/// Errors: `TS_STATUS_CONFIG` where `config` breaks a rule or the size does not fit, `TS_STATUS_DRIVER`.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG` where `config` or a number breaks a rule, `TS_STATUS_UNKNOWN_ENUM`,
+/// `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
 ///
 /// # Safety
 /// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.

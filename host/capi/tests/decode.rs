@@ -2,9 +2,9 @@
 
 mod common;
 
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
-use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected};
+use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected, sized};
 use tokenselect::{
     CacheConfig, Device, HeadShape, Limits, PagedKvCache, Positions, Rope, SelectConfig,
     SelectionCacheConfig, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
@@ -131,7 +131,7 @@ fn owned_cache_with(rust: SelectConfig, config: &ts_config) {
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             for (layer, [q, k, v]) in layers.iter().enumerate() {
                 let mut got = Out::new(tokens, config);
-                let input = ts_step_input { q: at(q), k: at(k), v: at(v) };
+                let input = ts_step_input { q: at(q), k: at(k), v: at(v), ..sized() };
                 let run = if dense { ts_step_dense } else { ts_step };
                 ok(run(context, cache, layer, batch, &input, &got.as_output()));
                 assert_same(&got, &want[layer], &format!("step {step}, layer {layer}"));
@@ -189,17 +189,17 @@ fn borrowed_cache() {
     let base = pool.as_mut_ptr();
     // SAFETY: within the pool; all handles are alive until they are destroyed, all arrays have the shapes asked for.
     unsafe {
-        let kv = ts_kv_view {
+        let mut kv = ts_kv_view {
             k: base.add(page).cast(),
             v: base.cast(),
             num_pages,
             page_size,
             num_kv_heads: HKV,
             head_dim: D,
-            stride_page: 2 * page,
-            stride_token: HKV * D,
-            stride_head: D,
+            ..sized()
         };
+        ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
+        (kv.k_stride_page, kv.v_stride_page) = (2 * page, 2 * page);
         let context = context(device, &config, &limits(1, 8, 64));
         let selections = made(|to| ts_selection_cache_create(device, &config, 1, 3, to));
         let mut len = 0;
@@ -220,7 +220,7 @@ fn borrowed_cache() {
                 indices: indices.as_ptr(),
                 last_page_len: &last_page_len,
                 sequence_indices: &sequence_index,
-                candidates: null(),
+                ..sized()
             };
             let batch = made(|to| ts_batch_create(&tables, to));
             let mut got = Out::new(tokens, &config);
@@ -287,6 +287,7 @@ unsafe fn attends_to_lists(
             len: &(ranks.len() as u32),
             ranks: ranks.as_ptr(),
             total_len: &(width as u32),
+            ..sized()
         };
         let mut got = Out::new(tokens, &config());
         // SAFETY: the lists have the lengths stated.
@@ -295,7 +296,8 @@ unsafe fn attends_to_lists(
         lses.extend(got.lse);
     }
     let (num_parts, num_query_tokens) = (2, tokens);
-    let given = ts_parts { num_parts, num_query_tokens, parts: parts.as_ptr(), part_lses: lses.as_ptr() };
+    let (parts, part_lses) = (parts.as_ptr(), lses.as_ptr());
+    let given = ts_parts { num_parts, num_query_tokens, parts, part_lses, ..sized() };
     let mut got = Out::new(tokens, &config());
     // SAFETY: two parts of the shape stated.
     ok(unsafe { ts_merge(context, &given, &got.as_output()) });
@@ -321,7 +323,7 @@ fn owned_cache_one_operation_at_a_time() {
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             let mut got = Out::new(tokens, &config);
             ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
-            let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to));
+            let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to, size_of::<ts_kv_view>()));
             ok(ts_select(context, batch, &kv, at(&q), selections, 0));
             ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
             assert_same(&got, &want[0], &format!("step {step}"));

@@ -6,7 +6,7 @@ mod common;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use common::{config, context, cpu, fails, limits, made, numbers, ok, selected};
+use common::{config, context, cpu, fails, limits, made, numbers, ok, selected, sized};
 use half::bf16;
 use tokenselect_c::*;
 
@@ -27,17 +27,8 @@ impl Rig {
         let [_, num_kv_heads, head_dim] = HEADS;
         let config = ts_config { dtype: ts_dtype::Bf16 as i32, head_dim: head_dim as u32, ..config() };
         let context = context(device, &config, &limits(2, 8, 64));
-        let mut kv = ts_kv_view {
-            k: null_mut(),
-            v: null_mut(),
-            num_pages: NUM_PAGES,
-            page_size: PAGE_SIZE,
-            num_kv_heads,
-            head_dim,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
-        };
+        let mut kv =
+            ts_kv_view { num_pages: NUM_PAGES, page_size: PAGE_SIZE, num_kv_heads, head_dim, ..sized() };
         // SAFETY: a view that is alive.
         ok(unsafe { ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32) });
         let mut rig = Rig { device, context, buffers: Vec::new(), kv };
@@ -103,8 +94,7 @@ fn batch(len: usize, block: usize) -> *mut ts_batch {
         indptr: indptr.as_ptr(),
         indices: indices.as_ptr(),
         last_page_len: &last_page_len,
-        sequence_indices: std::ptr::null(),
-        candidates: std::ptr::null(),
+        ..sized()
     };
     // SAFETY: the arrays have the lengths that the tables say.
     made(|to| unsafe { ts_batch_create(&tables, to) })

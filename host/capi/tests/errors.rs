@@ -5,7 +5,9 @@ mod common;
 use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
-use common::{Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok};
+use common::{
+    Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok, sized,
+};
 use tokenselect_c::*;
 
 /// A batch of one row with the tables given.
@@ -17,8 +19,7 @@ fn batch(qo: &[i32], indptr: &[i32], indices: &[i32], last: &[i32], to: *mut *mu
         indptr: indptr.as_ptr(),
         indices: indices.as_ptr(),
         last_page_len: last.as_ptr(),
-        sequence_indices: null(),
-        candidates: null(),
+        ..sized()
     };
     // SAFETY: the arrays have the lengths that the tables say, or the tables are refused before.
     unsafe { ts_batch_create(&tables, to) }
@@ -80,19 +81,10 @@ fn null_pointers() {
 
         let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
         fails(ts_pool(context, batch, null(), null_mut(), 0), NullPointer, "`q` must not be null");
-        let mut kv = ts_kv_view {
-            k: null_mut(),
-            v: null_mut(),
-            num_pages: 1,
-            page_size: 4,
-            num_kv_heads: 2,
-            head_dim: 16,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
-        };
+        let mut kv = ts_kv_view { num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Hnd as i32));
-        assert_eq!((kv.stride_page, kv.stride_token, kv.stride_head), (128, 16, 64));
+        assert_eq!((kv.k_stride_page, kv.k_stride_token, kv.k_stride_head), (128, 16, 64));
+        assert_eq!((kv.v_stride_page, kv.v_stride_token, kv.v_stride_head), (128, 16, 64));
         fails(ts_score(context, batch, &kv), NullPointer, "`kv.k` must not be null");
         for destroyed in [
             ts_device_destroy(null_mut()),
@@ -180,7 +172,7 @@ fn configurations() {
         let text = "`cache_config.layout` must be a ts_kv_layout, got 2";
         fails(ts_cache_create(device, &valid, &cache, &mut handle), UnknownEnum, text);
         cache.layout = 1;
-        let text = "configuration field `num_layers` must be at least 1, got 0";
+        let text = "configuration field `num_layers` must be from 1 to 65536, got 0";
         handle = std::ptr::dangling_mut();
         fails(ts_cache_create(device, &valid, &cache, &mut handle), Config, text);
         assert!(handle.is_null(), "no handle where there is an error");
@@ -244,9 +236,7 @@ fn pointers_to_tensors() {
             page_size: 4,
             num_kv_heads: 2,
             head_dim: 16,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
+            ..sized()
         };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
         let text = "`layout` must be a ts_kv_layout, got 5";
@@ -282,7 +272,7 @@ fn pointers_to_tensors() {
         let wrong = ts_kv_view { head_dim: 8, ..kv };
         let text = "`kv` must have shape [1, 4, 2, 16], got [1, 4, 2, 8]";
         fails(ts_score(context, batch, &wrong), ts_status::Shape, text);
-        let far = ts_kv_view { num_pages: 3, stride_page: usize::MAX, ..kv };
+        let far = ts_kv_view { num_pages: 3, v_stride_page: usize::MAX, ..kv };
         assert_eq!(ts_score(context, batch, &far), ts_status::Config);
 
         ok(ts_attend(context, batch, &kv, at(&q), &ts_output { lse: null_mut(), ..output }));
@@ -296,7 +286,7 @@ fn pointers_to_tensors() {
         let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
         let text = "`buffer` must be a ts_workspace, got 10";
         fails(ts_context_workspace(context, 10, &mut tensor), UnknownEnum, text);
-        let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base };
+        let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base, ..sized() };
         let text = "configuration field `num_parts` must be at least 1, got 0";
         fails(ts_merge(context, &parts, &output), ts_status::Config, text);
         ok(ts_batch_destroy(batch));
@@ -336,7 +326,7 @@ fn owned_caches() {
         let batch = made(|to| ts_cache_extend(cache, &id, &2, 1, to));
         let (q, kv) = (numbers(1, 2 * 64), numbers(2, 2 * 32));
         let mut got = Out::new(2, &plain);
-        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv) };
+        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv), ..sized() };
         let status = ts_step(context, cache, 2, batch, &input, &got.as_output());
         fails(status, ts_status::Index, "`layer` must be below 2, got 2");
         ok(ts_cache_sequence_truncate(cache, id, 1));
