@@ -146,8 +146,8 @@ typedef int32_t ts_kv_layout;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
-/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it selects
-/// for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
+/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
 enum ts_operation
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
@@ -273,10 +273,10 @@ enum ts_workspace
   TS_WORKSPACE_SIMILARITIES = 1,
   /// `[max_rows]` u32, written by pool: a `ts_row_action`.
   TS_WORKSPACE_ACTIONS = 2,
-  /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more than
-  /// `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor `[token_base +
-  /// token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`, each row from a tile of
-  /// its own on.
+  /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
+  /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
+  /// `[token_base + token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`,
+  /// each row from a tile of its own on.
   TS_WORKSPACE_LOGITS = 3,
   /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
   TS_WORKSPACE_STATS = 4,
@@ -329,8 +329,8 @@ typedef struct ts_device ts_device;
 typedef struct ts_graph ts_graph;
 
 /// Cached selections of every layer and sequence, for an engine with a cache of its own, which calls
-/// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a `ts_cache`.
-/// One thread at a time.
+/// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a
+/// `ts_cache`. One thread at a time.
 typedef struct ts_selection_cache ts_selection_cache;
 
 /// Rotary embedding of the position mode `TS_POSITIONS_REASSIGNED`; not looked at otherwise.
@@ -371,7 +371,8 @@ typedef struct ts_config {
   uint32_t num_kv_heads;
   /// Elements of a head, a multiple of 8, at most 256. Default 128.
   uint32_t head_dim;
-  /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default `TS_DTYPE_BF16`.
+  /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default
+  /// `TS_DTYPE_BF16`.
   int32_t dtype;
   /// The first `n_init` tokens of a sequence are always selected. Default 128.
   size_t n_init;
@@ -450,10 +451,10 @@ typedef struct ts_tensor {
 
 /// Paged keys and values of one layer. Their type is the configuration's; they lie on the context's device.
 ///
-/// The element `i` of head `h` of token `t` of page `p` of the keys is at `p * k_stride_page + t * k_stride_token +
-/// h * k_stride_head + i`, and of the values likewise. The two may lie among each other in either order, as in `[num_pages, 2,
-/// page_size, num_kv_heads, head_dim]` or `[num_pages, num_kv_heads, page_size, 2 * head_dim]`, as long as no element is in
-/// both. Unused places are never read into a result. Fields that are not set are 0.
+/// The element `i` of head `h` of token `t` of page `p` of the keys is at `p * k_stride_page + t * k_stride_token + h *
+/// k_stride_head + i`, and of the values likewise. The two may lie among each other in either order, as in `[num_pages,
+/// 2, page_size, num_kv_heads, head_dim]` or `[num_pages, num_kv_heads, page_size, 2 * head_dim]`, as long as no
+/// element is in both. Unused places are never read into a result. Fields that are not set are 0.
 typedef struct ts_kv_view {
   /// `sizeof(ts_kv_view)`.
   size_t struct_size;
@@ -484,7 +485,8 @@ typedef struct ts_kv_view {
 } ts_kv_view;
 
 /// Page tables, in the host's memory, copied by `ts_batch_create`. They describe the cache *after* the block was
-/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block. Fields that are not set are 0.
+/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block. Fields
+/// that are not set are 0.
 typedef struct ts_batch_tables {
   /// `sizeof(ts_batch_tables)`.
   size_t struct_size;
@@ -504,8 +506,8 @@ typedef struct ts_batch_tables {
   /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
   /// selection is used again.
   const int32_t *sequence_indices;
-  /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that compete
-  /// for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
+  /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that
+  /// compete for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
   const int32_t *candidates;
 } ts_batch_tables;
 
@@ -537,13 +539,13 @@ typedef struct ts_batch_row {
   size_t token_base;
 } ts_batch_row;
 
-/// Page tables of another engine in memory of the device: vLLM's block tables, SGLang's slots of tokens. Fields that are not
-/// set are 0.
+/// Page tables of another engine in memory of the device: vLLM's block tables, SGLang's slots of tokens. Fields that
+/// are not set are 0.
 ///
-/// All entries are 32-bit integers; a negative one is beyond every limit. They are read when the device comes to it, and the
-/// host never looks at them: a row that breaks a rule is left without tokens, and `ts_batch_slot_faults` counts it. Two rows
-/// whose blocks lie in one page, or that name one sequence, are not found: what is written there is then one's or the
-/// other's.
+/// All entries are 32-bit integers; a negative one is beyond every limit. They are read when the device comes to it,
+/// and the host never looks at them: a row that breaks a rule is left without tokens, and `ts_batch_slot_faults` counts
+/// it. Two rows whose blocks lie in one page, or that name one sequence, are not found: what is written there is then
+/// one's or the other's.
 typedef struct ts_device_tables {
   /// `sizeof(ts_device_tables)`.
   size_t struct_size;
@@ -561,8 +563,8 @@ typedef struct ts_device_tables {
   const int32_t *rows;
   /// `[num_rows]`: tokens of each row, its block included; at least its block, or 0.
   const int32_t *kv_lens;
-  /// `[num_rows]`, or null: the row of the Selection Cache of each row, all different, -1 for none. Given exactly if the
-  /// slot's batches have sequence indices.
+  /// `[num_rows]`, or null: the row of the Selection Cache of each row, all different, -1 for none. Given exactly if
+  /// the slot's batches have sequence indices.
   const int32_t *sequence_indices;
   /// Pages of the pool, at least 1. A page number beyond it is a fault, and becomes the last page.
   size_t num_pages;
@@ -670,11 +672,11 @@ const char *ts_status_name(int32_t status);
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_device_cpu(struct ts_device **device);
 
-/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own, which
-/// does not wait for the default stream.
+/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own,
+/// which does not wait for the default stream.
 ///
-/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0 or
-/// in a build without CUDA.
+/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0
+/// or in a build without CUDA.
 ///
 /// Promised by the caller:
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
@@ -687,18 +689,18 @@ ts_status ts_device_cuda(uint32_t ordinal,
 /// Errors: those of `ts_device_cuda`.
 ///
 /// Promised by the caller:
-/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that was
-///   made on it are destroyed.
-/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
-///   written all that this device reads: queries, keys, values, pages, lists.
+/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that
+///   was made on it are destroyed.
+/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by
+///   then written all that this device reads: queries, keys, values, pages, lists.
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_device_cuda_on_stream(uint32_t ordinal,
                                    void *stream,
                                    struct ts_device **device);
 
 /// The GPU kernels, run on the processor by an emulator that reports races, accesses out of bounds and divergence as
-/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws the
-/// schedule.
+/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws
+/// the schedule.
 ///
 /// Errors: `TS_STATUS_UNSUPPORTED` in a build without the emulator.
 ///
@@ -713,8 +715,8 @@ ts_status ts_device_emulated(uint64_t seed,
 /// - `device` is null or a handle. The text lives as long as the handle.
 const char *ts_device_name(const struct ts_device *device);
 
-/// Whether a device can run steps of a configuration: what `ts_context_create` would answer for all operations, without its
-/// allocations. For some of them, ask `ts_workspace_bytes`.
+/// Whether a device can run steps of a configuration: what `ts_context_create` would answer for all operations, without
+/// its allocations. For some of them, ask `ts_workspace_bytes`.
 ///
 /// Errors: `TS_STATUS_UNSUPPORTED` where the device has no kernels for it, with a text that says what it lacks;
 /// `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`.
@@ -799,7 +801,8 @@ ts_status ts_memory_read(const struct ts_device *device,
 ts_status ts_config_default(struct ts_config *config,
                             size_t struct_size);
 
-/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is `sizeof(ts_limits)`.
+/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is
+/// `sizeof(ts_limits)`.
 ///
 /// Promised by the caller:
 /// - `limits` is null or has room for `struct_size` bytes, written.
@@ -814,8 +817,8 @@ ts_status ts_limits_default(struct ts_limits *limits,
 ts_status ts_cache_config_default(struct ts_cache_config *config,
                                   size_t struct_size);
 
-/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
-/// naming the first field that breaks its rule.
+/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`,
+/// `TS_STATUS_STRUCT_SIZE`, naming the first field that breaks its rule.
 ///
 /// Promised by the caller:
 /// - `config` is null or holds `config->struct_size` bytes.
@@ -823,8 +826,8 @@ ts_status ts_config_validate(const struct ts_config *config);
 
 /// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
 ///
-/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver compiles
-/// them. One of whole steps (`ts_step`) needs all operations.
+/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver
+/// compiles them. One of whole steps (`ts_step`) needs all operations.
 ///
 /// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration
 /// (`ts_device_supports` tells before), `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
@@ -856,8 +859,8 @@ ts_status ts_workspace_bytes(const struct ts_device *device,
 /// - `context` is null or a handle, used for the last time; so are pointers into its workspace.
 ts_status ts_context_destroy(struct ts_context *context);
 
-/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or for
-/// results of the caller's own (`ts_context_provide`). Its address never changes.
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or
+/// for results of the caller's own (`ts_context_provide`). Its address never changes.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_ENUM`.
 ///
@@ -868,14 +871,14 @@ ts_status ts_context_workspace(struct ts_context *context,
                                int32_t buffer,
                                struct ts_tensor *tensor);
 
-/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a policy of
-/// one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
+/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
+/// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
-/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the selected
-/// tokens and their lengths for what top-k does: all of them are to be there.
+/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
+/// selected tokens and their lengths for what top-k does: all of them are to be there.
 ///
-/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before, `TS_STATUS_MISSING`
-/// for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
+/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -885,11 +888,11 @@ ts_status ts_context_provide(struct ts_context *context,
                              int32_t buffer,
                              const struct ts_batch *batch);
 
-/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from the
-/// row's first, chosen or not.
+/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from
+/// the row's first, chosen or not.
 ///
-/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the device) or
-/// the configuration no such head, `TS_STATUS_LIMIT`.
+/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the
+/// device) or the configuration no such head, `TS_STATUS_LIMIT`.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing changes `context` meanwhile.
@@ -920,7 +923,8 @@ ts_status ts_context_selected(const struct ts_context *context,
 /// Sets all strides of a view to those of dense pools of its `num_pages`, `page_size`, `num_kv_heads` and `head_dim`.
 /// `layout` is a `ts_kv_layout`.
 ///
-/// Errors: `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address space.
+/// Errors: `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address
+/// space.
 ///
 /// Promised by the caller:
 /// - `kv` is null or a view of `kv->struct_size` bytes that nothing else uses meanwhile, its strides written.
@@ -929,18 +933,18 @@ ts_status ts_kv_view_set_dense(struct ts_kv_view *kv,
 
 /// A batch over page tables of another engine.
 ///
-/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry, `TS_STATUS_CONFIG` for the page size, `TS_STATUS_LIMIT` for too
-/// many rows, `TS_STATUS_STRUCT_SIZE`.
+/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry, `TS_STATUS_CONFIG` for the page size,
+/// `TS_STATUS_LIMIT` for too many rows, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// Promised by the caller:
-/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the stated lengths in the host's memory.
-///   They are not used after this returns.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in the host's memory. They are not used after this returns.
 /// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_batch_create(const struct ts_batch_tables *tables,
                           struct ts_batch **batch);
 
-/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
-/// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work
+/// expects. Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
 ///
 /// Errors: `TS_STATUS_LIMIT` where the batch has more rows already, `TS_STATUS_CONFIG` for more than can be counted,
 /// `TS_STATUS_MISSING` where the tables are the device's alone.
@@ -960,8 +964,8 @@ ts_status ts_batch_padded(const struct ts_batch *batch,
 ts_status ts_batch_get_info(const struct ts_batch *batch,
                             struct ts_batch_info *info);
 
-/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_MISSING` where the tables are
-/// the device's alone.
+/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_MISSING` where the
+/// tables are the device's alone.
 ///
 /// Promised by the caller:
 /// - `batch` is null or a handle; `info` is null or has room for the structure, written.
@@ -991,8 +995,8 @@ ts_status ts_batch_slot_create(const struct ts_device *device,
 /// Puts a copy of a batch in the slot, after the device's earlier work: work captured with `bound` reads whatever batch
 /// was put there last when it is launched.
 ///
-/// What was captured with a batch of this slot stays within its bounds: what the captured operations would refuse is refused
-/// here, with the same statuses, and the slot holds what it held before.
+/// What was captured with a batch of this slot stays within its bounds: what the captured operations would refuse is
+/// refused here, with the same statuses, and the slot holds what it held before.
 ///
 /// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages,
 /// `TS_STATUS_INDEX` for pages and sequences beyond those of captured work, `TS_STATUS_MISSING` for a batch of
@@ -1005,35 +1009,36 @@ ts_status ts_batch_slot_put(struct ts_batch_slot *slot,
                             const struct ts_batch *batch,
                             struct ts_batch **bound);
 
-/// Puts the batch that an engine's tables on the device describe in the slot, in the device's order of work. Its rows and
-/// blocks are the slot's; lengths and pages are the device's alone. Nothing passes through the host: this can be captured,
-/// and does its work anew at each launch.
+/// Puts the batch that an engine's tables on the device describe in the slot, in the device's order of work. Its rows
+/// and blocks are the slot's; lengths and pages are the device's alone. Nothing passes through the host: this can be
+/// captured, and does its work anew at each launch.
 ///
-/// `bound` has no rows to be asked for: `ts_batch_get_row` answers `TS_STATUS_MISSING` and `ts_batch_get_info` the largest that
-/// they may be.
+/// `bound` has no rows to be asked for: `ts_batch_get_row` answers `TS_STATUS_MISSING` and `ts_batch_get_info` the
+/// largest that they may be.
 ///
-/// Errors: `TS_STATUS_TABLE` where `sequence_indices` are given to a slot without them or the other way round, `TS_STATUS_CONFIG`
-/// for no pages, `TS_STATUS_MISSING` where the slot is for parts of sequences, `TS_STATUS_LIMIT` and `TS_STATUS_INDEX` where
-/// captured work may not be given as much, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE` and those of pointers, which are
-/// aligned to 4 bytes.
+/// Errors: `TS_STATUS_TABLE` where `sequence_indices` are given to a slot without them or the other way round,
+/// `TS_STATUS_CONFIG` for no pages, `TS_STATUS_MISSING` where the slot is for parts of sequences, `TS_STATUS_LIMIT` and
+/// `TS_STATUS_INDEX` where captured work may not be given as much, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`
+/// and those of pointers, which are aligned to 4 bytes.
 ///
 /// Promised by the caller:
 /// - `slot` is null or a handle that nothing else uses meanwhile.
-/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the stated
-///   lengths in memory of the slot's device, which live, unchanged, until its work is done, and while captured work is
-///   launched.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in memory of the slot's device, which live, unchanged, until its work is done, and while captured
+///   work is launched.
 /// - `bound` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_batch_slot_translate(struct ts_batch_slot *slot,
                                   const struct ts_device_tables *tables,
                                   struct ts_batch **bound);
 
-/// How many rows `ts_batch_slot_translate` left without tokens, pages it replaced and sequences it left out since the slot was
-/// made. Waits for the device's earlier work.
+/// How many rows `ts_batch_slot_translate` left without tokens, pages it replaced and sequences it left out since the
+/// slot was made. Waits for the device's earlier work.
 ///
 /// Errors: `TS_STATUS_DRIVER`, `TS_STATUS_MISSING` while work is being captured.
 ///
 /// Promised by the caller:
-/// - `slot` is null or a handle that nothing else uses meanwhile; `num_faults` is null or has room for a number, written.
+/// - `slot` is null or a handle that nothing else uses meanwhile; `num_faults` is null or has room for a number,
+///   written.
 ts_status ts_batch_slot_faults(const struct ts_batch_slot *slot,
                                uint32_t *num_faults);
 
@@ -1045,20 +1050,20 @@ ts_status ts_batch_slot_destroy(struct ts_batch_slot *slot);
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
-/// for native positions, not rotated for reassigned ones. Writes `kv`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
+/// model for native positions, not rotated for reassigned ones. Writes `kv`.
 ///
-/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
-/// pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` for
-/// strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot holds another, and a
-/// context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and those of pointers. Then nothing was
-/// written.
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
+/// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose
+/// slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and
+/// those of pointers. Then nothing was written.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles.
-/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie among
-///   each other, is the device's, and in which no element is a key's and a value's; all pointers are valid
-///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
+///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
+///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
 ts_status ts_append(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -1067,14 +1072,15 @@ ts_status ts_append(const struct ts_context *context,
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
-/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
+/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
 ///
 /// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is done.
+/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
+///   done.
 ts_status ts_select(struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -1085,8 +1091,8 @@ ts_status ts_select(struct ts_context *context,
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
-/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
+/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
 /// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
@@ -1104,9 +1110,10 @@ ts_status ts_append_select(struct ts_context *context,
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
-/// that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration, `TS_STATUS_MISSING` for a
-/// batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of pointers.
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
+/// pointers.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -1132,7 +1139,8 @@ ts_status ts_score(struct ts_context *context,
 /// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
 /// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
 ///
-/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as `ts_pool`.
+/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as
+/// `ts_pool`.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -1141,12 +1149,12 @@ ts_status ts_vote(struct ts_context *context,
 
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
-/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
-/// every row is counted; pass what was passed to `ts_pool`.
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
+/// and every row is counted; pass what was passed to `ts_pool`.
 ///
 /// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
-/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool` and, on the
-/// processor, where rows reuse a selection that is not given.
+/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
+/// and, on the processor, where rows reuse a selection that is not given.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -1155,10 +1163,11 @@ ts_status ts_top_k(struct ts_context *context,
                    struct ts_selection_cache *selection_cache,
                    size_t layer);
 
-/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of `ts_top_k`.
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of
+/// `ts_top_k`.
 ///
-/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then nothing was
-/// written.
+/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then
+/// nothing was written.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -1173,16 +1182,16 @@ ts_status ts_vote_top_k(struct ts_context *context,
 /// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
 /// `lse = -inf`.
 ///
-/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own, `ts_context_provide`),
-/// `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_CONFIG` for strides that the device
-/// cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`,
-/// `TS_STATUS_MISSING` for parts of sequences, a batch whose slot holds another, and a context without `TS_OPERATION_ATTEND`, and
-/// those of pointers.
+/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
+/// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks
+/// a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot
+/// holds another, and a context without `TS_OPERATION_ATTEND`, and those of pointers.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its work is done, and nothing
-///   else uses the outputs meanwhile.
+/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
+///   work is done, and nothing else uses the outputs meanwhile.
 ts_status ts_attend(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -1204,12 +1213,13 @@ ts_status ts_attend_dense(const struct ts_context *context,
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
 /// are combined by `ts_merge`.
 ///
-/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without `ranks`. On a
-/// GPU the lists are not looked at.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
+/// `ranks`. On a GPU the lists are not looked at.
 ///
 /// Promised by the caller:
-/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's and unchanged until its
-///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
+///   and unchanged until its work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer
+///   than `width`.
 ts_status ts_attend_to(const struct ts_context *context,
                        const struct ts_batch *batch,
                        const struct ts_kv_view *kv,
@@ -1224,16 +1234,16 @@ ts_status ts_attend_to(const struct ts_context *context,
 /// `TS_STATUS_UNSUPPORTED`.
 ///
 /// Promised by the caller:
-/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid
-///   until its work is done, and nothing else uses the outputs meanwhile.
+/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is
+///   the device's and valid until its work is done, and nothing else uses the outputs meanwhile.
 ts_status ts_merge(const struct ts_context *context,
                    const struct ts_parts *parts,
                    const struct ts_output *output);
 
 /// An empty Selection Cache on a device: `num_layers * num_sequences * (num_qo_heads * head_dim + top_k) * 4` bytes.
 ///
-/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG` where `config` or a number breaks a rule, `TS_STATUS_UNKNOWN_ENUM`,
-/// `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG` where `config` or a number breaks a rule,
+/// `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
 ///
 /// Promised by the caller:
 /// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
@@ -1355,9 +1365,10 @@ ts_status ts_cache_sequence_len(const struct ts_cache *cache,
                                 size_t *len);
 
 /// Leading tokens of a sequence whose keys and values a layer has: less than `ts_cache_sequence_len` between
-/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and its
-/// next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed, which is valid
-/// until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the layers.
+/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and
+/// its next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed,
+/// which is valid until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the
+/// layers.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer.
 ///
@@ -1391,11 +1402,11 @@ ts_status ts_cache_extend(struct ts_cache *cache,
                           size_t num_rows,
                           struct ts_batch **batch);
 
-/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To write
-/// them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
+/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To
+/// write them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
 ///
-/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is no such
-/// layer, `TS_STATUS_STRUCT_SIZE`.
+/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is
+/// no such layer, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// Promised by the caller:
 /// - `cache` is null or a handle that nothing changes meanwhile. The view is valid as long as the cache.
@@ -1405,8 +1416,8 @@ ts_status ts_cache_layer(const struct ts_cache *cache,
                          struct ts_kv_view *kv,
                          size_t struct_size);
 
-/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the sequences
-/// have now count as written in this layer. (On the processor use `ts_cache_append`.)
+/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the
+/// sequences have now count as written in this layer. (On the processor use `ts_cache_append`.)
 ///
 /// Errors: as `ts_cache_layer`.
 ///
@@ -1432,20 +1443,21 @@ ts_status ts_cache_selections(struct ts_cache *cache,
 /// device's earlier work.
 ///
 /// Promised by the caller:
-/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure, written.
+/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure,
+///   written.
 ts_status ts_cache_stats(const struct ts_cache *cache,
                          struct ts_selection_stats *stats);
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's own.
-/// `batch` comes from `ts_cache_extend`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
+/// own. `batch` comes from `ts_cache_extend`.
 ///
 /// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
-/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer, `TS_STATUS_LIMIT`,
-/// `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this cache did not make, one
-/// whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP` and those of pointers. Then
-/// nothing was written.
+/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
+/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
+/// and those of pointers. Then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
@@ -1463,14 +1475,15 @@ ts_status ts_cache_append(const struct ts_context *context,
 /// a Selection Cache. On a GPU this returns as soon as everything is in the stream; what was wrong with it by then is
 /// found at a later call.
 ///
-/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations. Then
-/// nothing was written. After an error of the device
-/// (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as not written, and the same step may be done again.
+/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations.
+/// Then nothing was written. After an error of the device (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as
+/// not written, and the same step may be done again.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile.
-/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with the stated shapes, which
-///   lives, unchanged by others, until the device's work is done. Nothing is in the context's workspace.
+/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with
+///   the stated shapes, which lives, unchanged by others, until the device's work is done. Nothing is in the context's
+///   workspace.
 ts_status ts_step(struct ts_context *context,
                   struct ts_cache *cache,
                   size_t layer,
@@ -1478,8 +1491,8 @@ ts_status ts_step(struct ts_context *context,
                   const struct ts_step_input *input,
                   const struct ts_output *output);
 
-/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the context
-/// needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
+/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the
+/// context needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
 ///
 /// Promised by the caller:
 /// - As for `ts_step`.
@@ -1490,8 +1503,8 @@ ts_status ts_step_dense(struct ts_context *context,
                         const struct ts_step_input *input,
                         const struct ts_output *output);
 
-/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one call
-/// for the whole of it.
+/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one
+/// call for the whole of it.
 ///
 /// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded. Batches
 /// come from a `ts_batch_slot`, so that each launch reads the lengths and pages put there last.

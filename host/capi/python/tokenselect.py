@@ -12,9 +12,10 @@ the CPU device they lie in the host's memory, on a CUDA device in that device's.
     ctx.select(batch, kv, q)
     out = ctx.attend(batch, kv, q)
 
-Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. A tensor that is passed lives
-until the call returns, and must live until the device has done the work; tensors of PyTorch's caching allocator do, if both
-use one stream. Objects may be dropped in any order. One object is used by one thread at a time; a failed call raises `Error` and has changed nothing.
+Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. A tensor that is passed
+lives until the call returns, and must live until the device has done the work; tensors of PyTorch's caching allocator
+do, if both use one stream. Objects may be dropped in any order. One object is used by one thread at a time; a failed
+call raises `Error` and has changed nothing.
 """
 
 import ctypes

@@ -18,7 +18,8 @@ pub struct ts_batch {
 }
 
 /// Page tables, in the host's memory, copied by `ts_batch_create`. They describe the cache *after* the block was
-/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block. Fields that are not set are 0.
+/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block. Fields
+/// that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_batch_tables {
@@ -40,8 +41,8 @@ pub struct ts_batch_tables {
     /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
     /// selection is used again.
     pub sequence_indices: *const i32,
-    /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that compete
-    /// for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
+    /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that
+    /// compete for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
     pub candidates: *const i32,
 }
 
@@ -79,12 +80,12 @@ pub struct ts_batch_row {
 
 /// A batch over page tables of another engine.
 ///
-/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry, `TS_STATUS_CONFIG` for the page size, `TS_STATUS_LIMIT` for too
-/// many rows, `TS_STATUS_STRUCT_SIZE`.
+/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry, `TS_STATUS_CONFIG` for the page size,
+/// `TS_STATUS_LIMIT` for too many rows, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// # Safety
-/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the stated lengths in the host's memory.
-///   They are not used after this returns.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in the host's memory. They are not used after this returns.
 /// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_batch_create(
@@ -143,8 +144,8 @@ unsafe fn table(what: &'static str, pointer: *const i32, len: usize) -> Result<V
     entries.iter().enumerate().map(one).collect()
 }
 
-/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
-/// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work
+/// expects. Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
 ///
 /// Errors: `TS_STATUS_LIMIT` where the batch has more rows already, `TS_STATUS_CONFIG` for more than can be counted,
 /// `TS_STATUS_MISSING` where the tables are the device's alone.
@@ -192,8 +193,8 @@ pub unsafe extern "C" fn ts_batch_get_info(batch: *const ts_batch, info: *mut ts
     })
 }
 
-/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_MISSING` where the tables are
-/// the device's alone.
+/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_MISSING` where the
+/// tables are the device's alone.
 ///
 /// # Safety
 /// - `batch` is null or a handle; `info` is null or has room for the structure, written.
@@ -239,13 +240,13 @@ pub struct ts_batch_slot {
     num_rows: usize,
 }
 
-/// Page tables of another engine in memory of the device: vLLM's block tables, SGLang's slots of tokens. Fields that are not
-/// set are 0.
+/// Page tables of another engine in memory of the device: vLLM's block tables, SGLang's slots of tokens. Fields that
+/// are not set are 0.
 ///
-/// All entries are 32-bit integers; a negative one is beyond every limit. They are read when the device comes to it, and the
-/// host never looks at them: a row that breaks a rule is left without tokens, and `ts_batch_slot_faults` counts it. Two rows
-/// whose blocks lie in one page, or that name one sequence, are not found: what is written there is then one's or the
-/// other's.
+/// All entries are 32-bit integers; a negative one is beyond every limit. They are read when the device comes to it,
+/// and the host never looks at them: a row that breaks a rule is left without tokens, and `ts_batch_slot_faults` counts
+/// it. Two rows whose blocks lie in one page, or that name one sequence, are not found: what is written there is then
+/// one's or the other's.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_device_tables {
@@ -265,8 +266,8 @@ pub struct ts_device_tables {
     pub rows: *const i32,
     /// `[num_rows]`: tokens of each row, its block included; at least its block, or 0.
     pub kv_lens: *const i32,
-    /// `[num_rows]`, or null: the row of the Selection Cache of each row, all different, -1 for none. Given exactly if the
-    /// slot's batches have sequence indices.
+    /// `[num_rows]`, or null: the row of the Selection Cache of each row, all different, -1 for none. Given exactly if
+    /// the slot's batches have sequence indices.
     pub sequence_indices: *const i32,
     /// Pages of the pool, at least 1. A page number beyond it is a fault, and becomes the last page.
     pub num_pages: usize,
@@ -304,8 +305,8 @@ pub unsafe extern "C" fn ts_batch_slot_create(
 /// Puts a copy of a batch in the slot, after the device's earlier work: work captured with `bound` reads whatever batch
 /// was put there last when it is launched.
 ///
-/// What was captured with a batch of this slot stays within its bounds: what the captured operations would refuse is refused
-/// here, with the same statuses, and the slot holds what it held before.
+/// What was captured with a batch of this slot stays within its bounds: what the captured operations would refuse is
+/// refused here, with the same statuses, and the slot holds what it held before.
 ///
 /// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages,
 /// `TS_STATUS_INDEX` for pages and sequences beyond those of captured work, `TS_STATUS_MISSING` for a batch of
@@ -329,23 +330,23 @@ pub unsafe extern "C" fn ts_batch_slot_put(
     })
 }
 
-/// Puts the batch that an engine's tables on the device describe in the slot, in the device's order of work. Its rows and
-/// blocks are the slot's; lengths and pages are the device's alone. Nothing passes through the host: this can be captured,
-/// and does its work anew at each launch.
+/// Puts the batch that an engine's tables on the device describe in the slot, in the device's order of work. Its rows
+/// and blocks are the slot's; lengths and pages are the device's alone. Nothing passes through the host: this can be
+/// captured, and does its work anew at each launch.
 ///
-/// `bound` has no rows to be asked for: `ts_batch_get_row` answers `TS_STATUS_MISSING` and `ts_batch_get_info` the largest that
-/// they may be.
+/// `bound` has no rows to be asked for: `ts_batch_get_row` answers `TS_STATUS_MISSING` and `ts_batch_get_info` the
+/// largest that they may be.
 ///
-/// Errors: `TS_STATUS_TABLE` where `sequence_indices` are given to a slot without them or the other way round, `TS_STATUS_CONFIG`
-/// for no pages, `TS_STATUS_MISSING` where the slot is for parts of sequences, `TS_STATUS_LIMIT` and `TS_STATUS_INDEX` where
-/// captured work may not be given as much, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE` and those of pointers, which are
-/// aligned to 4 bytes.
+/// Errors: `TS_STATUS_TABLE` where `sequence_indices` are given to a slot without them or the other way round,
+/// `TS_STATUS_CONFIG` for no pages, `TS_STATUS_MISSING` where the slot is for parts of sequences, `TS_STATUS_LIMIT` and
+/// `TS_STATUS_INDEX` where captured work may not be given as much, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`
+/// and those of pointers, which are aligned to 4 bytes.
 ///
 /// # Safety
 /// - `slot` is null or a handle that nothing else uses meanwhile.
-/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the stated
-///   lengths in memory of the slot's device, which live, unchanged, until its work is done, and while captured work is
-///   launched.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in memory of the slot's device, which live, unchanged, until its work is done, and while captured
+///   work is launched.
 /// - `bound` is null or has room for a pointer, written: the new handle, null on an error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_batch_slot_translate(
@@ -394,13 +395,14 @@ impl ts_device_tables {
     }
 }
 
-/// How many rows `ts_batch_slot_translate` left without tokens, pages it replaced and sequences it left out since the slot was
-/// made. Waits for the device's earlier work.
+/// How many rows `ts_batch_slot_translate` left without tokens, pages it replaced and sequences it left out since the
+/// slot was made. Waits for the device's earlier work.
 ///
 /// Errors: `TS_STATUS_DRIVER`, `TS_STATUS_MISSING` while work is being captured.
 ///
 /// # Safety
-/// - `slot` is null or a handle that nothing else uses meanwhile; `num_faults` is null or has room for a number, written.
+/// - `slot` is null or a handle that nothing else uses meanwhile; `num_faults` is null or has room for a number,
+///   written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_batch_slot_faults(slot: *const ts_batch_slot, num_faults: *mut u32) -> ts_status {
     // SAFETY: the caller's promise.

@@ -157,9 +157,10 @@ pub unsafe extern "C" fn ts_cache_sequence_len(
 }
 
 /// Leading tokens of a sequence whose keys and values a layer has: less than `ts_cache_sequence_len` between
-/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and its
-/// next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed, which is valid
-/// until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the layers.
+/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and
+/// its next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed,
+/// which is valid until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the
+/// layers.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer.
 ///
@@ -223,11 +224,11 @@ pub unsafe extern "C" fn ts_cache_extend(
     })
 }
 
-/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To write
-/// them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
+/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To
+/// write them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
 ///
-/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is no such
-/// layer, `TS_STATUS_STRUCT_SIZE`.
+/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is
+/// no such layer, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// # Safety
 /// - `cache` is null or a handle that nothing changes meanwhile. The view is valid as long as the cache.
@@ -246,8 +247,8 @@ pub unsafe extern "C" fn ts_cache_layer(
     })
 }
 
-/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the sequences
-/// have now count as written in this layer. (On the processor use `ts_cache_append`.)
+/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the
+/// sequences have now count as written in this layer. (On the processor use `ts_cache_append`.)
 ///
 /// Errors: as `ts_cache_layer`.
 ///
@@ -339,7 +340,8 @@ pub unsafe extern "C" fn ts_cache_selections(
 /// device's earlier work.
 ///
 /// # Safety
-/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure, written.
+/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure,
+///   written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_cache_stats(cache: *const ts_cache, stats: *mut ts_selection_stats) -> ts_status {
     // SAFETY: the caller's promise.
@@ -351,14 +353,14 @@ pub unsafe extern "C" fn ts_cache_stats(cache: *const ts_cache, stats: *mut ts_s
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's own.
-/// `batch` comes from `ts_cache_extend`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
+/// own. `batch` comes from `ts_cache_extend`.
 ///
 /// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
-/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer, `TS_STATUS_LIMIT`,
-/// `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this cache did not make, one
-/// whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP` and those of pointers. Then
-/// nothing was written.
+/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
+/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
+/// and those of pointers. Then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
@@ -395,14 +397,15 @@ pub unsafe extern "C" fn ts_cache_append(
 /// a Selection Cache. On a GPU this returns as soon as everything is in the stream; what was wrong with it by then is
 /// found at a later call.
 ///
-/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations. Then
-/// nothing was written. After an error of the device
-/// (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as not written, and the same step may be done again.
+/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations.
+/// Then nothing was written. After an error of the device (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as
+/// not written, and the same step may be done again.
 ///
 /// # Safety
 /// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile.
-/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with the stated shapes, which
-///   lives, unchanged by others, until the device's work is done. Nothing is in the context's workspace.
+/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with
+///   the stated shapes, which lives, unchanged by others, until the device's work is done. Nothing is in the context's
+///   workspace.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_step(
     context: *mut ts_context,
@@ -416,8 +419,8 @@ pub unsafe extern "C" fn ts_step(
     fence(|| unsafe { step(context, cache, layer, batch, (input, output, Kind::Select)) })
 }
 
-/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the context
-/// needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
+/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the
+/// context needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
 ///
 /// # Safety
 /// - As for `ts_step`.

@@ -112,7 +112,8 @@ pub struct ts_config {
     pub num_kv_heads: u32,
     /// Elements of a head, a multiple of 8, at most 256. Default 128.
     pub head_dim: u32,
-    /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default `TS_DTYPE_BF16`.
+    /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default
+    /// `TS_DTYPE_BF16`.
     pub dtype: i32,
     /// The first `n_init` tokens of a sequence are always selected. Default 128.
     pub n_init: usize,
@@ -142,8 +143,8 @@ pub struct ts_config {
     pub reserved: u32,
 }
 
-/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it selects
-/// for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
+/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
 pub enum ts_operation {
@@ -251,7 +252,8 @@ pub unsafe extern "C" fn ts_config_default(config: *mut ts_config, struct_size: 
     fence(|| unsafe { sized::write(config, struct_size, value) })
 }
 
-/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is `sizeof(ts_limits)`.
+/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is
+/// `sizeof(ts_limits)`.
 ///
 /// # Safety
 /// - `limits` is null or has room for `struct_size` bytes, written.
@@ -282,8 +284,8 @@ pub unsafe extern "C" fn ts_cache_config_default(
     fence(|| unsafe { sized::write(config, struct_size, value) })
 }
 
-/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
-/// naming the first field that breaks its rule.
+/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`,
+/// `TS_STATUS_STRUCT_SIZE`, naming the first field that breaks its rule.
 ///
 /// # Safety
 /// - `config` is null or holds `config->struct_size` bytes.

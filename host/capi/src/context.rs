@@ -29,10 +29,10 @@ pub enum ts_workspace {
     Similarities = 1,
     /// `[max_rows]` u32, written by pool: a `ts_row_action`.
     Actions = 2,
-    /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more than
-    /// `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor `[token_base +
-    /// token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`, each row from a tile of
-    /// its own on.
+    /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
+    /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
+    /// `[token_base + token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`,
+    /// each row from a tile of its own on.
     Logits = 3,
     /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
     Stats = 4,
@@ -78,8 +78,8 @@ pub struct ts_tensor {
 
 /// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
 ///
-/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver compiles
-/// them. One of whole steps (`ts_step`) needs all operations.
+/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver
+/// compiles them. One of whole steps (`ts_step`) needs all operations.
 ///
 /// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration
 /// (`ts_device_supports` tells before), `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
@@ -144,8 +144,8 @@ pub unsafe extern "C" fn ts_context_destroy(context: *mut ts_context) -> ts_stat
     fence(|| unsafe { take_back("context", context) })
 }
 
-/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or for
-/// results of the caller's own (`ts_context_provide`). Its address never changes.
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or
+/// for results of the caller's own (`ts_context_provide`). Its address never changes.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_ENUM`.
 ///
@@ -174,14 +174,14 @@ pub unsafe extern "C" fn ts_context_workspace(
     })
 }
 
-/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a policy of
-/// one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
+/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
+/// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
-/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the selected
-/// tokens and their lengths for what top-k does: all of them are to be there.
+/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
+/// selected tokens and their lengths for what top-k does: all of them are to be there.
 ///
-/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before, `TS_STATUS_MISSING`
-/// for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
+/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -200,11 +200,11 @@ pub unsafe extern "C" fn ts_context_provide(
     })
 }
 
-/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from the
-/// row's first, chosen or not.
+/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from
+/// the row's first, chosen or not.
 ///
-/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the device) or
-/// the configuration no such head, `TS_STATUS_LIMIT`.
+/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the
+/// device) or the configuration no such head, `TS_STATUS_LIMIT`.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing changes `context` meanwhile.

@@ -10,10 +10,10 @@ use crate::status::{Failure, Result, fence, ts_status};
 
 /// Paged keys and values of one layer. Their type is the configuration's; they lie on the context's device.
 ///
-/// The element `i` of head `h` of token `t` of page `p` of the keys is at `p * k_stride_page + t * k_stride_token +
-/// h * k_stride_head + i`, and of the values likewise. The two may lie among each other in either order, as in `[num_pages, 2,
-/// page_size, num_kv_heads, head_dim]` or `[num_pages, num_kv_heads, page_size, 2 * head_dim]`, as long as no element is in
-/// both. Unused places are never read into a result. Fields that are not set are 0.
+/// The element `i` of head `h` of token `t` of page `p` of the keys is at `p * k_stride_page + t * k_stride_token + h *
+/// k_stride_head + i`, and of the values likewise. The two may lie among each other in either order, as in `[num_pages,
+/// 2, page_size, num_kv_heads, head_dim]` or `[num_pages, num_kv_heads, page_size, 2 * head_dim]`, as long as no
+/// element is in both. Unused places are never read into a result. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_kv_view {
@@ -48,7 +48,8 @@ pub struct ts_kv_view {
 /// Sets all strides of a view to those of dense pools of its `num_pages`, `page_size`, `num_kv_heads` and `head_dim`.
 /// `layout` is a `ts_kv_layout`.
 ///
-/// Errors: `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address space.
+/// Errors: `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address
+/// space.
 ///
 /// # Safety
 /// - `kv` is null or a view of `kv->struct_size` bytes that nothing else uses meanwhile, its strides written.

@@ -171,20 +171,20 @@ impl Output {
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
-/// for native positions, not rotated for reassigned ones. Writes `kv`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
+/// model for native positions, not rotated for reassigned ones. Writes `kv`.
 ///
-/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
-/// pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` for
-/// strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot holds another, and a
-/// context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and those of pointers. Then nothing was
-/// written.
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
+/// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose
+/// slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and
+/// those of pointers. Then nothing was written.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles.
-/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie among
-///   each other, is the device's, and in which no element is a key's and a value's; all pointers are valid
-///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
+///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
+///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_append(
     context: *const ts_context,
@@ -210,14 +210,15 @@ pub unsafe extern "C" fn ts_append(
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
-/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
+/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
 ///
 /// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is done.
+/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
+///   done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_select(
     context: *mut ts_context,
@@ -242,8 +243,8 @@ pub unsafe extern "C" fn ts_select(
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
-/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
+/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
 /// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
@@ -283,9 +284,10 @@ pub unsafe extern "C" fn ts_append_select(
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
-/// that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration, `TS_STATUS_MISSING` for a
-/// batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of pointers.
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
+/// pointers.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -340,7 +342,8 @@ pub unsafe extern "C" fn ts_score(
 /// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
 /// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
 ///
-/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as `ts_pool`.
+/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as
+/// `ts_pool`.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -355,12 +358,12 @@ pub unsafe extern "C" fn ts_vote(context: *mut ts_context, batch: *const ts_batc
 
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
-/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
-/// every row is counted; pass what was passed to `ts_pool`.
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
+/// and every row is counted; pass what was passed to `ts_pool`.
 ///
 /// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
-/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool` and, on the
-/// processor, where rows reuse a selection that is not given.
+/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
+/// and, on the processor, where rows reuse a selection that is not given.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -375,10 +378,11 @@ pub unsafe extern "C" fn ts_top_k(
     unsafe { choose(context, batch, selection_cache, layer, TokenSelect::top_k) }
 }
 
-/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of `ts_top_k`.
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of
+/// `ts_top_k`.
 ///
-/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then nothing was
-/// written.
+/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then
+/// nothing was written.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -420,16 +424,16 @@ unsafe fn choose(
 /// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
 /// `lse = -inf`.
 ///
-/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own, `ts_context_provide`),
-/// `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_CONFIG` for strides that the device
-/// cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`,
-/// `TS_STATUS_MISSING` for parts of sequences, a batch whose slot holds another, and a context without `TS_OPERATION_ATTEND`, and
-/// those of pointers.
+/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
+/// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks
+/// a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot
+/// holds another, and a context without `TS_OPERATION_ATTEND`, and those of pointers.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its work is done, and nothing
-///   else uses the outputs meanwhile.
+/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
+///   work is done, and nothing else uses the outputs meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend(
     context: *const ts_context,
@@ -463,12 +467,13 @@ pub unsafe extern "C" fn ts_attend_dense(
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
 /// are combined by `ts_merge`.
 ///
-/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without `ranks`. On a
-/// GPU the lists are not looked at.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
+/// `ranks`. On a GPU the lists are not looked at.
 ///
 /// # Safety
-/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's and unchanged until its
-///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
+///   and unchanged until its work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer
+///   than `width`.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend_to(
     context: *const ts_context,
@@ -556,8 +561,8 @@ fn lists(given: &ts_selection) -> Result<Vec<Argument>> {
 /// `TS_STATUS_UNSUPPORTED`.
 ///
 /// # Safety
-/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid
-///   until its work is done, and nothing else uses the outputs meanwhile.
+/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is
+///   the device's and valid until its work is done, and nothing else uses the outputs meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_merge(
     context: *const ts_context,

@@ -45,8 +45,8 @@ sized! {
     "input": ts_step_input;
 }
 
-/// A copy of a caller's structure. Fields that the caller does not know are 0; those that this library does not know have
-/// to be.
+/// A copy of a caller's structure. Fields that the caller does not know are 0; those that this library does not know
+/// have to be.
 ///
 /// # Safety
 /// - Null, or as many bytes as the first field says, which nothing writes meanwhile.
@@ -71,7 +71,8 @@ pub(crate) unsafe fn read<T: Versioned>(pointer: *const T) -> Result<T> {
     }
 }
 
-/// Writes as much of a structure as the caller knows, with `struct_size` as its size. What only the caller knows becomes 0.
+/// Writes as much of a structure as the caller knows, with `struct_size` as its size. What only the caller knows
+/// becomes 0.
 ///
 /// # Safety
 /// - Null, or `struct_size` bytes that nothing else uses meanwhile.
