@@ -141,11 +141,8 @@ class Device(_Handle):
     def to_device(self, host):
         """A copy of a NumPy array in memory of the device."""
         interface = host.__array_interface__
-        if interface.get("strides") is not None:
-            raise ValueError("`host` must be contiguous")
         buffer = Buffer(self, interface["shape"], interface["typestr"])
-        if buffer.num_bytes:
-            _lib.memory_write(self, buffer.ptr, interface["data"][0], buffer.num_bytes)
+        buffer.from_host(host)
         return buffer
 
     def supports(self, config):
@@ -201,6 +198,17 @@ class Buffer(Memory, _Handle):
         self.handle = _lib.made("buffer_create", device, self.num_bytes)
         self.ptr = _lib.made("buffer_data", self) or 0
 
+    def from_host(self, host):
+        """Copies a NumPy array of the same shape and type there, after the device's earlier work."""
+        interface = host.__array_interface__
+        if interface.get("strides") is not None:
+            raise ValueError("`host` must be contiguous")
+        if (tuple(interface["shape"]), interface["typestr"]) != (self.shape, self.typestr):
+            got = f"{interface['shape']} of {interface['typestr']}"
+            raise ValueError(f"`host` must be {self.shape} of {self.typestr}, got {got}")
+        if self.num_bytes:
+            _lib.memory_write(self.device, self.ptr, interface["data"][0], self.num_bytes)
+
 
 class Workspace(Memory):
     """A buffer of a context's workspace; holds the context. Token numbers are int32."""
@@ -213,9 +221,9 @@ class Workspace(Memory):
 
 class KvView:
     """Paged keys and values of one layer: `[num_pages, page_size, num_kv_heads, head_dim]`, or with `layout="HND"`
-    `[num_pages, num_kv_heads, page_size, head_dim]`. Any strides but that of the last dimension, those of keys and those of
-    values; the two may be slices of one tensor, in any order: `KvView(kv[:, 0], kv[:, 1])`, `KvView(kv[..., d:], kv[..., :d],
-    "HND")`. Holds them."""
+    `[num_pages, num_kv_heads, page_size, head_dim]`. Any strides but that of the last dimension, those of keys and those
+    of values; the two may be slices of one tensor, in any order: `KvView(kv[:, 0], kv[:, 1])`, `KvView(kv[..., d:],
+    kv[..., :d], "HND")`. Holds them."""
 
     def __init__(self, k, v, layout="NHD"):
         if layout not in _LAYOUTS:
@@ -314,9 +322,9 @@ class BatchSlot(_Handle):
         return Batch._of(_lib.made("batch_slot_put", self, batch))
 
     def translate(self, entries, kv_lens, num_pages, slots=False, rows=None, sequence_indices=None, num_sequences=0):
-        """Puts the batch there that an engine's tables on the device describe, int32: see `ts_device_tables`. `entries` is
-        `[table_rows, entries]`, the others are `[num_rows]`. The batch that is answered has rows that only the device knows.
-        """
+        """Puts the batch there that an engine's tables on the device describe, int32: see `ts_device_tables`. `entries`
+        is `[table_rows, entries]`, the others are `[num_rows]`. The batch that is answered has rows that only the device
+        knows."""
         raw = abi.DeviceTables(num_pages=num_pages, num_sequences=num_sequences, entries_are_slots=int(slots))
         table = View("entries", entries, self.device)
         if len(table.shape) != 2:
@@ -329,8 +337,8 @@ class BatchSlot(_Handle):
         return Batch._of(_lib.made("batch_slot_translate", self, raw))
 
     def faults(self):
-        """How many rows `translate` left without tokens, pages it replaced and sequences it left out so far. Waits for the
-        device."""
+        """How many rows `translate` left without tokens, pages it replaced and sequences it left out so far. Waits for
+        the device."""
         return _lib.made("batch_slot_faults", self, kind=ctypes.c_uint32)
 
 
@@ -415,8 +423,8 @@ class Cache(_Handle):
         return self._layer(_lib.cache_layer, layer)
 
     def layer_mut(self, layer):
-        """Keys and values of a layer for kernels of one's own that write them on a GPU: all tokens that the sequences have now
-        count as written."""
+        """Keys and values of a layer for kernels of one's own that write them on a GPU: all tokens that the sequences
+        have now count as written."""
         return self._layer(_lib.cache_layer_mut, layer)
 
     def _layer(self, function, layer):
@@ -449,10 +457,11 @@ def _limits(given):
 
 
 class Context(_Handle):
-    """Runs steps and single operations: configuration, limits (`max_rows`, `max_block_len`, `max_kv_tokens`) and workspace.
+    """Runs steps and single operations: configuration, limits (`max_rows`, `max_block_len`, `max_kv_tokens`) and
+    workspace.
 
-    `operations`, some of `append`, `pool`, `score`, `vote` and `attend`, are those that are asked for; all of them by default. A
-    GPU selects for head dimensions that it does not attend for.
+    `operations`, some of `append`, `pool`, `score`, `vote` and `attend`, are those that are asked for; all of them by
+    default. A GPU selects for head dimensions that it does not attend for.
     """
 
     def __init__(self, device, config, **limits):
@@ -473,8 +482,8 @@ class Context(_Handle):
         _lib.select(self, batch, self._kv(kv), self._rows("q", q, batch), selection_cache, layer)
 
     def append_select(self, batch, kv, q, k, v, selection_cache=None, layer=0):
-        """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a borrowed
-        cache."""
+        """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a
+        borrowed cache."""
         q, k, v = (self._rows(name, given, batch) for name, given in (("q", q), ("k", k), ("v", v)))
         _lib.append_select(self, batch, self._kv(kv), q, k, v, selection_cache, layer)
 

@@ -213,8 +213,8 @@ def _find():
 class Library:
     """Every function of the header by its name without `ts_`; one that fails raises `Error`.
 
-    Handles are passed as the objects that own them and tensors as an `Address`, so that both live as long as the call; what is
-    called while work is recorded lives as long as the record.
+    Handles are passed as the objects that own them and tensors as an `Address`, so that both live as long as the call;
+    what is passed while work is recorded lives as long as the record.
     """
 
     def __init__(self):
