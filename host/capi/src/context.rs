@@ -247,17 +247,16 @@ pub unsafe extern "C" fn ts_context_selected(
     fence(|| {
         // SAFETY: the caller's promise.
         let workspace = unsafe { reference("context", context)? }.select.workspace();
+        // SAFETY: as above.
+        let to = unsafe { slice_mut("tokens", tokens, capacity)? };
         let list = workspace.selected(row)?;
         // SAFETY: as above.
         unsafe { answer("len", len, || Ok(list.len()))? };
-        if tokens.is_null() && capacity == 0 {
+        if tokens.is_null() {
             return Ok(());
         }
-        if list.len() > capacity {
-            return Err(Failure::Capacity { what: "tokens", capacity, needed: list.len() });
-        }
-        // SAFETY: as above.
-        let to = unsafe { slice_mut("tokens", tokens, list.len())? };
+        let needed = list.len();
+        let to = to.get_mut(..needed).ok_or(Failure::Capacity { what: "tokens", capacity, needed })?;
         to.copy_from_slice(&list);
         Ok(())
     })

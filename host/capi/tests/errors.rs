@@ -571,6 +571,10 @@ fn pointers_to_tensors() {
         let status = ts_context_selected(context, 0, tokens.as_mut_ptr(), 0, &mut len);
         fails(status, Capacity, "`tokens` has room for 0 entries, 1 are needed");
         assert_eq!(len, 1);
+        len = 7;
+        let status = ts_context_selected(context, 0, null_mut(), 3, &mut len);
+        fails(status, ts_status::NullPointer, "`tokens` must not be null");
+        assert_eq!(len, 7);
         let status = ts_context_selected(context, 1, null_mut(), 0, &mut len);
         fails(status, ts_status::Index, "`row` must be below 1, got 1");
         let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
@@ -628,6 +632,33 @@ fn owned_caches() {
         ok(ts_batch_destroy(batch));
         ok(ts_context_destroy(context));
         ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// What there is no memory for is refused, and no handle is made.
+#[test]
+fn more_than_there_is() {
+    use ts_status::OutOfMemory;
+    let device = cpu();
+    let config = ts_config { num_qo_heads: 128, num_kv_heads: 128, head_dim: 256, ..config() };
+    let (mut cache, mut context, mut selections) =
+        (std::ptr::dangling_mut(), std::ptr::dangling_mut(), std::ptr::dangling_mut());
+    // SAFETY: structures that are alive, room for handles.
+    unsafe {
+        let size = ts_cache_config { num_pages: 1 << 30, page_size: 256, ..cache_config() };
+        assert_eq!(ts_cache_create(device, &config, &size, &mut cache), OutOfMemory, "{}", last_error());
+        assert!(last_error().starts_with("cpu: no memory for "), "{}", last_error());
+        let limits = limits(1 << 30, 1, 1 << 30);
+        assert_eq!(
+            ts_context_create(device, &config, &limits, &mut context),
+            OutOfMemory,
+            "{}",
+            last_error()
+        );
+        let status = ts_selection_cache_create(device, &config, 1 << 16, 1 << 30, &mut selections);
+        assert_eq!(status, OutOfMemory, "{}", last_error());
+        assert!(cache.is_null() && context.is_null() && selections.is_null());
         ok(ts_device_destroy(device));
     }
 }
