@@ -228,7 +228,7 @@ fn pool_only(device: &Device, config: &SelectConfig, batch: &Batch) -> TokenSele
     only(device, config, limits(batch), Operations { pool: true, ..Operations::NONE })
 }
 
-/// Fills the entry of sequence `index` as a scored row would.
+/// Fills the entry of sequence `index` as a scored row would, with the first candidates.
 fn put(layer: SelectionCacheLayer<'_>, index: usize, query: &[f64], age: u32, made_at: u32) {
     fn change<T: tokenselect::Element>(mut view: TensorViewMut<'_>, at: usize, new: &[T]) {
         let mut all = view.as_view().to_vec::<T>().unwrap();
@@ -240,6 +240,9 @@ fn put(layer: SelectionCacheLayer<'_>, index: usize, query: &[f64], age: u32, ma
     change(layer.queries, index * query.len(), &query);
     change(layer.ages, index, &[age]);
     change(layer.made_at, index, &[made_at]);
+    let SelectConfig { n_init, top_k, .. } = small_config();
+    let tokens: Vec<u32> = (n_init..n_init + top_k).map(|token| token as u32).collect();
+    change(layer.selections, index * top_k, &tokens);
 }
 
 /// Action and similarity for a query against one cached query.

@@ -4,11 +4,12 @@
 //! An operation takes tensors that lie where its device works; others are an
 //! [`Error::WrongDevice`].
 //!
-//! All tensors are dense and row-major; the only strided memory in this crate is the KV cache
-//! ([`KvView`](crate::KvView)).
+//! Tensors are dense and row-major. Two things may be strided: the KV cache ([`KvView`](crate::KvView)), and the queries, keys
+//! and values of a step, such as slices of a fused projection ([`TensorView::heads`], [`TensorView::strided`]).
 
 use std::alloc::{Layout, alloc_zeroed};
 use std::fmt;
+use std::ops::Range;
 
 use half::{bf16, f16};
 
@@ -232,7 +233,7 @@ impl Tensor {
             Owned::Host(vec) => Borrowed::Host(vec.as_ref()),
             Owned::Device(memory, dtype) => Borrowed::Device(memory.slice(), *dtype),
         };
-        TensorView { shape: self.shape, data }
+        TensorView { shape: self.shape, data, strides: None }
     }
 
     /// Borrows the tensor for writing.
@@ -288,6 +289,24 @@ impl fmt::Debug for Tensor {
 pub struct TensorView<'a> {
     shape: Shape,
     data: Borrowed<'a>,
+    /// Of tokens and heads, where the tensor `[tokens, heads, dim]` is not dense.
+    strides: Option<[usize; 2]>,
+}
+
+/// The heads of tokens on the host, dense or not.
+#[derive(Clone, Copy)]
+pub(crate) struct Heads<'a, T> {
+    data: &'a [T],
+    strides: [usize; 2],
+    dim: usize,
+}
+
+impl<'a, T> Heads<'a, T> {
+    /// The elements of one head of one token.
+    #[inline(always)]
+    pub fn at(&self, token: usize, head: usize) -> &'a [T] {
+        &self.data[token * self.strides[0] + head * self.strides[1]..][..self.dim]
+    }
 }
 
 impl<'a> TensorView<'a> {
@@ -299,7 +318,7 @@ impl<'a> TensorView<'a> {
     ) -> Result<Self> {
         let shape = shape.into();
         check_len(what, shape, data.len())?;
-        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)) })
+        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)), strides: None })
     }
 
     /// Borrows a slice as a tensor.
@@ -309,7 +328,7 @@ impl<'a> TensorView<'a> {
     pub fn new<T: Element>(data: &'a [T], shape: impl Into<Shape>) -> Result<Self> {
         let shape = shape.into();
         check_len("data", shape, data.len())?;
-        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)) })
+        Ok(TensorView { shape, data: Borrowed::Host(T::wrap(data)), strides: None })
     }
 
     /// Borrows memory of a device that somebody else owns, such as another engine's tensor.
@@ -330,7 +349,103 @@ impl<'a> TensorView<'a> {
         let shape = shape.into();
         let bytes = addressable(dtype, shape)?;
         let data = Borrowed::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
-        Ok(TensorView { shape, data })
+        Ok(TensorView { shape, data, strides: None })
+    }
+
+    /// Some heads of a tensor `[tokens, heads, dim]`: queries, keys or values in the output of a fused projection. Only the
+    /// arguments `q`, `k` and `v` of operations take them.
+    ///
+    /// # Errors
+    /// [`Error::Config`] where the tensor has not three dimensions or is such a part already, [`Error::Index`] where it has no
+    /// such heads.
+    pub fn heads(&self, heads: Range<usize>) -> Result<TensorView<'a>> {
+        let &[tokens, all, dim] = self.shape.dims() else {
+            return Err(Error::config("tensor", "three-dimensional", self.shape));
+        };
+        self.expect_dense("tensor")?;
+        if heads.start > heads.end || heads.end > all {
+            return Err(Error::Index { what: "head", limit: all + 1, got: heads.end.max(heads.start) });
+        }
+        let (first, count) = (heads.start * dim, heads.len());
+        let elements = if tokens == 0 || count == 0 { 0 } else { (tokens - 1) * all * dim + count * dim };
+        let data = self.data_part(first.min(self.num_elements()), elements);
+        Ok(TensorView { shape: [tokens, count, dim].into(), data, strides: Some([all * dim, dim]) })
+    }
+
+    /// A strided tensor `[tokens, heads, dim]` in a slice: distances in elements from a token to the next and from a head to the
+    /// next of its token; the elements of a head are adjacent. As for [`heads`](Self::heads).
+    ///
+    /// # Errors
+    /// [`Error::Length`] where the slice is shorter than the strides reach.
+    pub fn strided<T: Element>(data: &'a [T], shape: [usize; 3], strides: [usize; 2]) -> Result<Self> {
+        let needed = reach(shape, strides);
+        if needed.is_none_or(|needed| needed > data.len()) {
+            let needed = needed.unwrap_or(usize::MAX);
+            return Err(Error::Length { what: "data", shape: shape.into(), needed, got: data.len() });
+        }
+        Ok(TensorView { shape: shape.into(), data: Borrowed::Host(T::wrap(data)), strides: Some(strides) })
+    }
+
+    /// [`strided`](Self::strided) in memory of a device that somebody else owns.
+    ///
+    /// # Safety
+    /// - As for [`from_device_addr`](Self::from_device_addr), from the first element to the last, gaps included.
+    ///
+    /// # Errors
+    /// As [`from_device_addr`](Self::from_device_addr).
+    pub unsafe fn strided_from_device_addr(
+        device: &'a Device,
+        addr: u64,
+        dtype: DType,
+        shape: [usize; 3],
+        strides: [usize; 2],
+    ) -> Result<Self> {
+        let elements = reach(shape, strides).unwrap_or(usize::MAX);
+        let bytes = addressable(dtype, [elements].into())?;
+        let data = Borrowed::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
+        Ok(TensorView { shape: shape.into(), data, strides: Some(strides) })
+    }
+
+    fn num_elements(&self) -> usize {
+        self.shape.checked_len().unwrap_or(0)
+    }
+
+    /// `len` elements from `first` on, which are there.
+    fn data_part(&self, first: usize, len: usize) -> Borrowed<'a> {
+        match self.data {
+            Borrowed::Host(host) => Borrowed::Host(host.part(first, first + len)),
+            Borrowed::Device(slice, dtype) => {
+                Borrowed::Device(slice.part(first * dtype.size(), (first + len) * dtype.size()), dtype)
+            }
+        }
+    }
+
+    /// Elements from a token to the next, and from a head to the next, of a tensor `[tokens, heads, dim]`.
+    pub(crate) fn head_strides(&self) -> [usize; 2] {
+        let dims = self.shape.dims;
+        self.strides.unwrap_or([dims[1] * dims[2], dims[2]])
+    }
+
+    /// Elements from the first to one past the last, gaps included.
+    pub(crate) fn extent(&self) -> usize {
+        let dims = self.shape.dims;
+        match self.strides {
+            None => self.num_elements(),
+            Some(strides) => reach([dims[0], dims[1], dims[2]], strides).unwrap_or(usize::MAX),
+        }
+    }
+
+    /// The heads of a tensor `[tokens, heads, dim]` on the host.
+    pub(crate) fn as_heads<T: Element>(&self) -> Result<Heads<'a, T>> {
+        let dense = TensorView { strides: None, ..*self };
+        Ok(Heads { data: dense.as_slice()?, strides: self.head_strides(), dim: self.shape.dims[2] })
+    }
+
+    fn expect_dense(&self, what: &'static str) -> Result<()> {
+        match self.strides {
+            None => Ok(()),
+            Some(strides) => Err(Error::config(what, "dense", format!("strides {strides:?}"))),
+        }
     }
 
     /// The element type.
@@ -351,6 +466,7 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// [`Error::DType`] where the tensor holds another type, [`Error::WrongDevice`] where it is not on the host.
     pub fn as_slice<T: Element>(&self) -> Result<&'a [T]> {
+        self.expect_dense("tensor")?;
         match self.data {
             Borrowed::Host(host) => T::unwrap(host).ok_or_else(|| wrong_dtype::<T>(self.dtype())),
             Borrowed::Device(slice, _) => Err(slice.not_on_host("tensor")),
@@ -363,6 +479,7 @@ impl<'a> TensorView<'a> {
     /// # Errors
     /// [`Error::Index`] where `offset` is beyond the end.
     pub fn tail(&self, offset: usize) -> Result<TensorView<'a>> {
+        self.expect_dense("tensor")?;
         let len = self.shape.checked_len().unwrap_or(0);
         if offset > len {
             return Err(Error::Index { what: "offset", limit: len + 1, got: offset });
@@ -373,7 +490,7 @@ impl<'a> TensorView<'a> {
                 Borrowed::Device(slice.part(offset * dtype.size(), len * dtype.size()), dtype)
             }
         };
-        Ok(TensorView { shape: [len - offset].into(), data })
+        Ok(TensorView { shape: [len - offset].into(), data, strides: None })
     }
 
     /// A copy of the elements, from wherever they lie. Waits for earlier work of the device.
@@ -384,6 +501,7 @@ impl<'a> TensorView<'a> {
         if self.dtype() != T::DTYPE {
             return Err(wrong_dtype::<T>(self.dtype()));
         }
+        self.expect_dense("tensor")?;
         match self.data {
             Borrowed::Host(_) => Ok(self.as_slice::<T>()?.to_vec()),
             Borrowed::Device(slice, _) => {
@@ -440,7 +558,13 @@ impl<'a> TensorView<'a> {
         allowed: &[DType],
         shape: impl Into<Shape>,
     ) -> Result<()> {
-        expect(what, self.dtype(), allowed, self.shape, shape.into())
+        expect(what, self.dtype(), allowed, self.shape, shape.into())?;
+        self.expect_dense(what)
+    }
+
+    /// [`expect`](Self::expect) of a tensor `[tokens, heads, dim]` that may be strided.
+    pub(crate) fn expect_heads(&self, what: &'static str, dtype: DType, shape: [usize; 3]) -> Result<()> {
+        expect(what, self.dtype(), &[dtype], self.shape, shape.into())
     }
 }
 
@@ -522,7 +646,7 @@ impl<'a> TensorViewMut<'a> {
             BorrowedMut::Host(host) => Borrowed::Host(host.as_ref()),
             BorrowedMut::Device(slice, dtype) => Borrowed::Device(*slice, *dtype),
         };
-        TensorView { shape: self.shape, data }
+        TensorView { shape: self.shape, data, strides: None }
     }
 
     /// Overwrites the memory with that of another tensor of the same type and shape, from the host or from its own
@@ -607,6 +731,15 @@ fn addressable(dtype: DType, shape: Shape) -> Result<usize> {
 fn out_of_memory(device: &str, dtype: DType, shape: Shape) -> Error {
     let bytes = shape.checked_len().and_then(|len| len.checked_mul(dtype.size())).unwrap_or(usize::MAX);
     Error::OutOfMemory { device: device.to_owned(), what: "a tensor", bytes }
+}
+
+/// Elements from the first to one past the last of `[tokens, heads, dim]`; `None` where they cannot be counted.
+fn reach([tokens, heads, dim]: [usize; 3], strides: [usize; 2]) -> Option<usize> {
+    if tokens == 0 || heads == 0 || dim == 0 {
+        return Some(0);
+    }
+    let (tokens, heads) = ((tokens - 1).checked_mul(strides[0])?, (heads - 1).checked_mul(strides[1])?);
+    tokens.checked_add(heads)?.checked_add(dim)
 }
 
 fn check_len(what: &'static str, shape: Shape, got: usize) -> Result<()> {

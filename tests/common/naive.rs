@@ -51,7 +51,7 @@ pub fn scoring_query(c: &Config, q: &[f64]) -> Vec<f64> {
 }
 
 pub fn candidates(c: &Config, n: usize, block: usize) -> Range<usize> {
-    let end = (n - block).saturating_sub(c.n_local);
+    let end = n.saturating_sub(block + c.n_local);
     c.n_init.min(end)..end
 }
 
@@ -115,7 +115,7 @@ pub struct Selection {
     /// Of the candidates, pooled; `None` where nothing was scored.
     pub votes: Option<Vec<f64>>,
     pub reused: bool,
-    /// Cosine with the cached query; -1 where there is none.
+    /// Cosine with the cached query; -1 where none is usable.
     pub similarity: f64,
 }
 
@@ -127,11 +127,14 @@ pub fn select(c: &Config, q: &[f64], k: &[f64], cached: &mut Option<Cached>) -> 
     let cosine = |old: &Cached| {
         dot(&old.query, &query) / (dot(&old.query, &old.query).sqrt() * dot(&query, &query).sqrt())
     };
-    let similarity = cached.as_ref().map_or(-1.0, cosine);
+    // Usable where all its tokens are candidates of the row as it is now: it may be another configuration's.
+    let usable = |old: &&mut Cached| old.chosen.iter().all(|token| range.contains(token));
+    let mut usable = cached.as_mut().filter(usable);
+    let similarity = usable.as_deref().map_or(-1.0, cosine);
     if range.len() <= c.top_k {
         return Selection { list: (0..n).collect(), votes: None, reused: false, similarity };
     }
-    if let (Some((threshold, max_reuse)), Some(old)) = (c.reuse, cached.as_mut())
+    if let (Some((threshold, max_reuse)), Some(old)) = (c.reuse, usable.as_mut())
         && similarity >= threshold
         && old.age < max_reuse
     {
@@ -148,7 +151,8 @@ pub fn select(c: &Config, q: &[f64], k: &[f64], cached: &mut Option<Cached>) -> 
 }
 
 /// Attention over `(rank, token)` pairs out of a list of `total` tokens: `[T, hq, d]` and lse `[T, hq]`.
-/// What a query does not see does not exist for it; what it sees follows IEEE arithmetic.
+/// What a query does not see does not exist for it; what it sees follows IEEE arithmetic, but for logits of +inf: as the limit
+/// of large ones they share the mass. Logits are f32: beyond its range they are infinite.
 pub fn attend(
     c: &Config,
     q: &[f64],
@@ -176,13 +180,17 @@ pub fn attend(
                 continue;
             }
             let query = rotated(&q[(t * c.hq + h) * c.d..][..c.d], total + t - block);
+            let in_range =
+                |x: f64| if x.abs() > f64::from(f32::MAX) { x.signum() * f64::INFINITY } else { x };
             let cap = |x: f64| c.soft_cap.map_or(x, |cap| cap * (x / cap).tanh());
-            let logits: Vec<f64> = keys[..seen].iter().map(|k| cap(dot(&query, k) * c.sm_scale)).collect();
+            let logit = |k: &Vec<f64>| cap(in_range(dot(&query, k) * c.sm_scale));
+            let logits: Vec<f64> = keys[..seen].iter().map(logit).collect();
             if logits.iter().all(|&x| x == f64::NEG_INFINITY) {
                 continue;
             }
             let max = logits.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let terms: Vec<f64> = logits.iter().map(|x| (x - max).exp()).collect();
+            let terms: Vec<f64> =
+                logits.iter().map(|&x| if x == max { 1.0 } else { (x - max).exp() }).collect();
             let sum: f64 = terms.iter().sum();
             lse[t * c.hq + h] = max + sum.ln();
             let out = &mut out[(t * c.hq + h) * c.d..][..c.d];

@@ -91,7 +91,7 @@ impl Pool {
 
     /// The tokens that are there before the blocks are appended.
     pub fn before_block(problem: &Problem, page_size: usize, storage: Storage, seed: u64) -> Self {
-        Pool::new(problem, page_size, storage, seed, |row| row.n - row.t)
+        Pool::new(problem, page_size, storage, seed, |row| row.n.saturating_sub(row.t))
     }
 
     fn new(

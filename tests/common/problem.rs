@@ -18,7 +18,8 @@ pub enum Content {
     Wild,
 }
 
-/// One sequence: `n` tokens, the last `t` of which are the block. All arrays flat, token outermost.
+/// One sequence: `n` tokens, the last `t` of which are the block; or no tokens, and the queries of padding. All arrays flat,
+/// token outermost.
 #[derive(Clone, Debug)]
 pub struct Row {
     pub n: usize,
@@ -51,10 +52,14 @@ impl Problem {
         self.rows.iter().flat_map(|row| row.q.iter().copied()).collect()
     }
 
-    /// Keys (or values) of the blocks of all rows, `[num_query_tokens, hkv, d]`.
+    /// Keys (or values) of the blocks of all rows, `[num_query_tokens, hkv, d]`. Those of a row without tokens belong nowhere.
     pub fn blocks(&self, of: fn(&Row) -> &Vec<f64>) -> Vec<f64> {
         let width = self.config.heads.num_kv_heads * self.config.heads.head_dim;
-        self.rows.iter().flat_map(|row| of(row)[(row.n - row.t) * width..].iter().copied()).collect()
+        let block = |row: &Row| match row.n {
+            0 => vec![-55.0; row.t * width],
+            n => of(row)[(n - row.t) * width..].to_vec(),
+        };
+        self.rows.iter().flat_map(block).collect()
     }
 
     /// `[rows + 1]`.

@@ -43,8 +43,10 @@ impl TokenSelect {
         kv.expect(&config.heads, config.dtype, batch.page_size())?;
         self.check_pages(batch, kv.shape().num_pages)?;
         let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
-        k.expect("k", &[config.dtype], shape)?;
-        v.expect("v", &[config.dtype], shape)?;
+        k.expect_heads("k", config.dtype, shape)?;
+        v.expect_heads("v", config.dtype, shape)?;
+        self.check_heads("k", k)?;
+        self.check_heads("v", v)?;
         if let KvStorageMut::Combined { offsets, .. } = &kv.storage {
             for &offset in offsets {
                 self.check_pieces("offsets", offset)?;
@@ -53,8 +55,6 @@ impl TokenSelect {
         for (what, pages) in kv.storage.tensors() {
             self.check_place(what, &pages)?;
         }
-        self.check_place("k", k)?;
-        self.check_place("v", v)?;
         self.check_strides(kv.k_strides)?;
         self.check_strides(kv.v_strides)?;
         if batch.is_partial() {
@@ -78,6 +78,19 @@ impl TokenSelect {
     /// A tensor where the device works, as it needs it.
     pub(super) fn check_place(&self, what: &'static str, tensor: &TensorView<'_>) -> Result<()> {
         tensor.expect_on(what, self.device(), ALIGN)
+    }
+
+    /// Queries, keys or values where the device works, in distances that it can go.
+    fn check_heads(&self, what: &'static str, heads: &TensorView<'_>) -> Result<()> {
+        self.check_place(what, heads)?;
+        for stride in heads.head_strides() {
+            self.check_pieces(what, stride)?;
+            if !self.device().is_cpu() && u32::try_from(stride).is_err() {
+                let rule = format!("of strides up to {} elements on a GPU", u32::MAX);
+                return Err(Error::config(what, rule, stride));
+            }
+        }
+        Ok(())
     }
 
     /// Strides of whole pieces.
@@ -104,8 +117,8 @@ impl TokenSelect {
     pub(super) fn check_queries(&self, batch: &Batch, q: &TensorView<'_>) -> Result<()> {
         let config = self.config();
         let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
-        q.expect("q", &[config.dtype], shape)?;
-        self.check_place("q", q)
+        q.expect_heads("q", config.dtype, shape)?;
+        self.check_heads("q", q)
     }
 
     pub(super) fn check_output(&self, batch: &Batch, output: &StepOutput<'_>) -> Result<()> {

@@ -9,6 +9,9 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     /// The name in entry points: `f16`, `bf16`.
     const NAME: &str;
 
+    /// Whether the range is so narrow that rotated pairs of values may leave it: they are scaled by a power of two, then.
+    const IS_NARROW: bool;
+
     /// The value, exactly.
     fn to_f32(self) -> f32;
 
@@ -32,6 +35,7 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
 
 impl Element for half::f16 {
     const NAME: &str = "f16";
+    const IS_NARROW: bool = true;
 
     fn to_f32(self) -> f32 {
         #[cfg(target_arch = "nvptx64")]
@@ -63,6 +67,7 @@ impl Element for half::f16 {
 
 impl Element for half::bf16 {
     const NAME: &str = "bf16";
+    const IS_NARROW: bool = false;
 
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)
@@ -97,6 +102,15 @@ pub fn split<T: Element>(x: f32, y: f32) -> (u32, u32) {
     // Beyond the type's range the high half is infinite, and there is no remainder.
     let rest = |x: f32, high: f32| if (x - high).is_finite() { x - high } else { 0.0 };
     (high, T::pack(rest(x, hx), rest(y, hy)))
+}
+
+/// As [`split`] of values that may leave the type's range: the high halves are those of the values times `scale`, a power of two
+/// whose inverse is `inverse`; the low halves are not scaled, so that they lose nothing.
+pub fn split_scaled<T: Element>(x: f32, y: f32, [scale, inverse]: [f32; 2]) -> (u32, u32) {
+    let high = T::pack(x * scale, y * scale);
+    let [hx, hy] = T::unpack(high);
+    // Of an infinite value it is infinite or NaN, and so are its products, which `add_low` leaves out.
+    (high, T::pack(math::fma(-hx, inverse, x), math::fma(-hy, inverse, y)))
 }
 
 /// A product of high halves with that of low halves added. Where a key is infinite or NaN, the low halves (0, or of the

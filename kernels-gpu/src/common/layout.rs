@@ -49,7 +49,7 @@ pub const fn page_division(page_size: u32) -> (u32, u32) {
 }
 
 /// Keys or values of one layer: `[num_pages, page_size, num_kv_heads, head_dim]` by strides, in elements of 2 bytes.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct PageStrides {
     /// From a page to the next.
@@ -65,6 +65,30 @@ impl PageStrides {
     /// Offset in elements of one head of one token.
     pub fn offset(&self, page: u32, token_in_page: u32, head: u32) -> u64 {
         page as u64 * self.page + token_in_page as u64 * self.token + head as u64 * self.head
+    }
+}
+
+/// Queries, keys or values of a block: `[num_tokens, num_heads, head_dim]` by strides, in elements; those of a head are adjacent.
+/// (32 bits: a product with a token's number is one instruction.)
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct HeadStrides {
+    /// From a token to the next.
+    pub token: u32,
+    /// From a head to the next of its token.
+    pub head: u32,
+}
+const _: () = assert!(size_of::<HeadStrides>() == 8);
+
+impl HeadStrides {
+    /// Those of tokens that lie one behind the other.
+    pub const fn dense(num_heads: u32, head_dim: u32) -> HeadStrides {
+        HeadStrides { token: num_heads * head_dim, head: head_dim }
+    }
+
+    /// Offset in elements of one head of one token.
+    pub fn offset(&self, token: u32, head: u32) -> u64 {
+        token as u64 * self.token as u64 + head as u64 * self.head as u64
     }
 }
 

@@ -10,7 +10,7 @@
 //! | state | logits | NaN | infinite `m` |
 //! |---|---|---|---|
 //! | [`VoteSoftmax`], of votes | base e, as they lie in memory | passed over | the limit of a large one: logits equal to it count 1 |
-//! | [`Running`], [`Partial`], of attention | base 2, scaled by log2(e) | stays NaN | +inf: NaN |
+//! | [`Running`], [`Partial`], of attention | base 2, scaled by log2(e) | stays NaN | the same: +inf counts as [`LARGEST`] |
 
 use super::block::strided;
 use crate::simt::{math, warp};
@@ -70,6 +70,15 @@ impl VoteSoftmax {
     }
 }
 
+/// What a logit of +inf counts as in attention, and so the largest logit of all. Differences of it are numbers: tokens that
+/// reach it weigh 1 each, others nothing. (It is no logit that leaves any weight to others, so it stands for +inf alone.)
+pub const LARGEST: f32 = f32::MAX;
+
+/// A logit as it counts in attention: [`LARGEST`] for +inf. NaN stays.
+pub fn bounded(logit: f32) -> f32 {
+    if logit == f32::INFINITY { LARGEST } else { logit }
+}
+
 /// `max` as it is subtracted from logits: 0 where there is no number yet, so that -inf stays -inf.
 fn subtracted(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
@@ -79,7 +88,7 @@ fn subtracted(max: f32) -> f32 {
 /// hold the row, and the lane's own terms of the sum.
 #[derive(Clone, Copy)]
 pub struct Running {
-    /// Largest logits, base 2.
+    /// Largest logits, base 2, [`bounded`].
     pub max: [f32; 2],
     /// The lane's terms.
     pub sum: [f32; 2],
@@ -89,7 +98,7 @@ impl Running {
     /// Before the first tile.
     pub const EMPTY: Running = Running { max: [f32::NEG_INFINITY; 2], sum: [0.0; 2] };
 
-    /// Raises the largest logit of a row to `max`, that of all lanes; what was summed up before is to be multiplied by what it
+    /// Raises the largest logit of a row to `max`, that of all lanes, which is [`bounded`]; what was summed up before is to be multiplied by what it
     /// returns.
     pub fn raise(&mut self, row: usize, max: f32) -> f32 {
         let correction = math::ex2(self.max[row] - subtracted(max));
@@ -109,7 +118,7 @@ impl Running {
 /// Attention over some places of a list: four elements of an output that is not divided by its sum yet.
 #[derive(Clone, Copy)]
 pub struct Partial {
-    /// Largest logit, base 2.
+    /// Largest logit, base 2, [`bounded`].
     pub max: f32,
     /// Sum of exponentials.
     pub sum: f32,
@@ -179,7 +188,9 @@ impl Partial {
     }
 }
 
-/// Natural log of the sum of exponentials, of a largest logit in base 2; -inf over nothing.
+/// Natural log of the sum of exponentials, of a largest logit in base 2, [`bounded`]; -inf over nothing.
 pub fn log_sum_exp(max: f32, sum: f32) -> f32 {
+    // An infinite logit in place of the bounded one; beside a NaN it is NaN.
+    let max = if max == LARGEST { f32::INFINITY } else { max };
     if sum == 0.0 { f32::NEG_INFINITY } else { (max + math::lg2(sum)) * LN_2 }
 }

@@ -17,7 +17,7 @@ use rayon::prelude::*;
 
 use super::float::Float;
 use super::simd::{self, Matrix};
-use super::{merge_one, write_lse};
+use super::{Merged, merge_one, write_lse};
 use crate::backend::{AttendArgs, Selection};
 use crate::batch::Batch;
 use crate::config::{MAX_HEAD_DIM, SelectConfig};
@@ -25,6 +25,7 @@ use crate::error::Result;
 use crate::kv::KvView;
 use crate::plan::Plan;
 use crate::rope::RopeTable;
+use crate::tensor::Heads;
 use crate::workspace::Workspace;
 
 /// Keys of a tile: with 128 query rows the logits take 32 KiB.
@@ -52,7 +53,7 @@ pub(super) fn attend<T: Float, O: Float>(
         keys: args.kv.k.as_slice::<T>()?,
         values: args.kv.v.as_slice::<T>()?,
         kv: args.kv,
-        q: args.q.as_slice::<T>()?,
+        q: args.q.as_heads::<T>()?,
         lists: match &args.lists {
             Some(lists) => Some(Lists::new(lists)?),
             None => None,
@@ -91,7 +92,7 @@ pub(super) fn attend<T: Float, O: Float>(
         let token0 = batch.query_range(tile.row).start + tile.first;
         for i in 0..tile.tokens * group {
             let at = (token0 + i / group) * hq + tile.kv_head * group + i % group;
-            lses[at] = merge_one(mine.iter().map(|part| (&part.out[i * d..][..d], part.lse[i])), &mut sum);
+            lses[at] = merge_one(mine.iter().map(|part| part.row(i, d)), &mut sum);
             O::narrow(&sum, &mut out[at * d..][..d]);
         }
     }
@@ -106,7 +107,7 @@ struct Shared<'a, T> {
     keys: &'a [T],
     values: &'a [T],
     kv: KvView<'a>,
-    q: &'a [T],
+    q: Heads<'a, T>,
     lists: Option<Lists<'a>>,
 }
 
@@ -183,6 +184,14 @@ struct Part {
     out: Vec<f32>,
     /// `[tokens * group]`.
     lse: Vec<f32>,
+    /// `[tokens * group]`: sum of `exp(logit - largest logit)`.
+    sum: Vec<f32>,
+}
+
+impl Part {
+    fn row(&self, i: usize, d: usize) -> Merged<'_> {
+        Merged { out: &self.out[i * d..][..d], lse: self.lse[i], count: self.sum[i] }
+    }
 }
 
 #[multiversion(targets("x86_64+avx512f+avx512bw+avx512dq+avx512vl+avx2+fma", "x86_64+avx2+fma"))]
@@ -247,19 +256,27 @@ fn attend_part<T: Float>(shared: &Shared<'_, T>, tile: &Tile, places: std::ops::
     let mut lse = vec![f32::NEG_INFINITY; rows];
     for i in 0..rows {
         if sum[i] != 0.0 {
-            lse[i] = max[i] + sum[i].ln();
+            let largest = if max[i] == LARGEST { f32::INFINITY } else { max[i] };
+            lse[i] = largest + sum[i].ln();
             let inverse = 1.0 / sum[i];
             out[i * d..][..d].iter_mut().for_each(|x| *x *= inverse);
         }
     }
-    Part { out, lse }
+    Part { out, lse, sum }
 }
 
+/// What a logit of +inf counts as: its differences are numbers, so that tokens that reach it weigh 1 each, and others nothing.
+const LARGEST: f32 = f32::MAX;
+
 /// Turns a row of logits into `exp(logit - max)`, with the maximum and sum so far brought up to date and the
-/// accumulator rescaled. NaN passes into the sum; -inf counts nothing.
+/// accumulator rescaled. NaN passes into the sum; -inf counts nothing, +inf as [`LARGEST`].
 #[inline(always)]
 fn fold_softmax<const FMA: bool>(row: &mut [f32], max: &mut f32, sum: &mut f32, out: &mut [f32]) {
-    let new_max = simd::max(row).max(*max);
+    let mut new_max = simd::max(row).max(*max);
+    if new_max == f32::INFINITY {
+        row.iter_mut().filter(|logit| **logit == f32::INFINITY).for_each(|logit| *logit = LARGEST);
+        new_max = LARGEST;
+    }
     if new_max != *max {
         let factor = simd::exp::<FMA>(*max - new_max);
         *sum *= factor;
@@ -274,15 +291,16 @@ fn fold_softmax<const FMA: bool>(row: &mut [f32], max: &mut f32, sum: &mut f32, 
 #[inline(always)]
 fn load_queries<T: Float>(shared: &Shared<'_, T>, tile: &Tile) -> Vec<f32> {
     let heads = shared.config.heads;
-    let (hq, d, group) = (heads.num_qo_heads, heads.head_dim, heads.group());
+    let (d, group) = (heads.head_dim, heads.group());
     let scale = shared.config.sm_scale();
     let pairs = shared.rope.map_or(0, RopeTable::pairs);
     let (mut cos, mut sin) = ([0.0; MAX_HEAD_DIM / 2], [0.0; MAX_HEAD_DIM / 2]);
     let mut queries = vec![0.0; tile.tokens * group * d];
     let token0 = shared.batch.query_range(tile.row).start + tile.first;
     for (t, token) in queries.chunks_exact_mut(group * d).enumerate() {
-        let at = ((token0 + t) * hq + tile.kv_head * group) * d;
-        T::widen(&shared.q[at..at + group * d], token);
+        for (member, head) in token.chunks_exact_mut(d).enumerate() {
+            T::widen(shared.q.at(token0 + t, tile.kv_head * group + member), head);
+        }
         if let Some(rope) = shared.rope {
             let before_block = shared.total_len(tile.row) - shared.batch.block_len(tile.row);
             rope.fill(before_block + tile.first + t, &mut cos[..pairs], &mut sin[..pairs]);

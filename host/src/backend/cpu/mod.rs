@@ -22,7 +22,7 @@ use crate::error::{Error, Result};
 use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
 use crate::plan::Plan;
 use crate::selection_cache::SelectionCacheLayer;
-use crate::tensor::{TensorView, TensorViewMut};
+use crate::tensor::{Heads, TensorView, TensorViewMut};
 use crate::workspace::{RowAction, Workspace};
 
 /// The processor as a device.
@@ -103,22 +103,19 @@ impl Backend for Cpu {
 
 fn append<T: Float>(batch: &Batch, kv: KvViewMut<'_>, k: TensorView<'_>, v: TensorView<'_>) -> Result<()> {
     let shape = kv.shape;
-    let write = |data: &mut [T], base: usize, strides: KvStrides, new: &[T]| {
-        let token_len = shape.num_kv_heads * shape.head_dim;
+    let write = |data: &mut [T], base: usize, strides: KvStrides, new: Heads<'_, T>| {
         for row in (0..batch.num_rows()).filter(|&row| batch.kv_len(row) > 0) {
             let first = batch.kv_len(row) - batch.block_len(row);
             for (token, t) in (first..).zip(batch.query_range(row)) {
                 let (page, token_in_page) = batch.locate(row, token);
-                for (head, values) in
-                    new[t * token_len..][..token_len].chunks_exact(shape.head_dim).enumerate()
-                {
+                for head in 0..shape.num_kv_heads {
                     let at = base + strides.offset(page, token_in_page, head);
-                    data[at..at + shape.head_dim].copy_from_slice(values);
+                    data[at..at + shape.head_dim].copy_from_slice(new.at(t, head));
                 }
             }
         }
     };
-    let (new_k, new_v) = (k.as_slice()?, v.as_slice()?);
+    let (new_k, new_v) = (k.as_heads()?, v.as_heads()?);
     let (k_strides, v_strides) = (kv.k_strides, kv.v_strides);
     match kv.storage {
         KvStorageMut::Separate { k, v } => {
@@ -143,7 +140,7 @@ fn merge<O: Float>(args: MergeArgs<'_>) -> Result<()> {
     out.par_chunks_mut(head_dim).zip(lses.par_iter_mut()).enumerate().for_each(|(i, (out, lse))| {
         let list = (0..num_parts).map(|part| {
             let at = part * tokens * heads + i;
-            (&parts[at * head_dim..][..head_dim], part_lses[at])
+            Merged { out: &parts[at * head_dim..][..head_dim], lse: part_lses[at], count: 1.0 }
         });
         let mut sum = vec![0.0; head_dim];
         *lse = merge_one(list, &mut sum);
@@ -152,18 +149,34 @@ fn merge<O: Float>(args: MergeArgs<'_>) -> Result<()> {
     write_lse(args.lse, &lses)
 }
 
-/// `lse = ln(sum of exp(lse_i))`, `out = sum of exp(lse_i - lse) out_i` over the parts with `lse_i > -inf`.
-fn merge_one<'a>(parts: impl Iterator<Item = (&'a [f32], f32)> + Clone, out: &mut [f32]) -> f32 {
+/// One part of what is merged.
+struct Merged<'a> {
+    out: &'a [f32],
+    lse: f32,
+    /// Of an infinite `lse`: how many logits reached it.
+    count: f32,
+}
+
+impl Merged<'_> {
+    /// Its weight beside a largest `lse`, which is a number.
+    fn weight(&self, max: f32) -> f32 {
+        if self.lse == f32::INFINITY { self.count } else { (self.lse - max).exp() }
+    }
+}
+
+/// `lse = ln(sum of exp(lse_i))`, `out = sum of exp(lse_i - lse) out_i` over the parts with `lse_i > -inf`; those with +inf share
+/// the mass.
+fn merge_one<'a>(parts: impl Iterator<Item = Merged<'a>> + Clone, out: &mut [f32]) -> f32 {
     out.fill(0.0);
-    let counted = parts.filter(|(_, lse)| *lse != f32::NEG_INFINITY);
-    let max = counted.clone().map(|(_, lse)| lse).fold(f32::NEG_INFINITY, f32::max);
-    let sum: f32 = counted.clone().map(|(_, lse)| (lse - max).exp()).sum();
+    let counted = parts.filter(|part| part.lse != f32::NEG_INFINITY);
+    let max = counted.clone().map(|part| part.lse).fold(f32::NEG_INFINITY, f32::max);
+    let sum: f32 = counted.clone().map(|part| part.weight(max)).sum();
     if sum == 0.0 {
         return f32::NEG_INFINITY;
     }
-    for (part, lse) in counted {
-        let weight = (lse - max).exp() / sum;
-        for (o, x) in out.iter_mut().zip(part) {
+    for part in counted {
+        let weight = part.weight(max) / sum;
+        for (o, x) in out.iter_mut().zip(part.out) {
             *o += weight * x;
         }
     }

@@ -21,16 +21,14 @@ pub(super) fn pool<T: Float>(
 ) -> Result<()> {
     let config = plan.config();
     let (hq, d) = (config.heads.num_qo_heads, config.heads.head_dim);
-    let q = q.as_slice::<T>()?;
+    let q = q.as_heads::<T>()?;
     let angles = workspace.angles.as_ref();
     let queries = workspace.queries.as_mut_slice::<f32>()?;
     let rows = batch.num_rows();
 
     queries[..rows * hq * d].par_chunks_mut(d).enumerate().for_each(|(i, mean)| {
         let (row, head) = (i / hq, i % hq);
-        let tokens = batch.query_range(row);
-        let block = q[tokens.start * hq * d..tokens.end * hq * d].chunks_exact(hq * d);
-        let heads = block.map(|token| &token[head * d..][..d]);
+        let heads = batch.query_range(row).map(|token| q.at(token, head));
         mean_query(heads, config.n_local, angles, mean);
     });
 
@@ -41,12 +39,13 @@ pub(super) fn pool<T: Float>(
             queries: layer.queries.as_view().as_slice()?,
             ages: layer.ages.as_view().as_slice()?,
             made_at: layer.made_at.as_view().as_slice()?,
+            selections: layer.selections.as_view().as_slice()?,
         }),
         None => None,
     };
     for row in 0..rows {
         let query = &queries[row * hq * d..][..hq * d];
-        let entry = cached.as_ref().and_then(|cached| cached.entry(batch, row, hq * d));
+        let entry = cached.as_ref().and_then(|cached| cached.entry(config, batch, row));
         similarities[row] = entry.as_ref().map_or(-1.0, |entry| cosine(entry.query, query));
         actions[row] = action(config, batch, row, entry.map(|entry| (entry.age, similarities[row]))) as u32;
     }
@@ -84,6 +83,7 @@ struct Cached<'a> {
     queries: &'a [f32],
     ages: &'a [u32],
     made_at: &'a [u32],
+    selections: &'a [u32],
 }
 
 /// A usable cached selection.
@@ -93,13 +93,21 @@ struct Entry<'a> {
 }
 
 impl<'a> Cached<'a> {
-    fn entry(&self, batch: &Batch, row: usize, query_len: usize) -> Option<Entry<'a>> {
+    fn entry(&self, config: &SelectConfig, batch: &Batch, row: usize) -> Option<Entry<'a>> {
         let index = batch.sequence_index(row).filter(|_| batch.kv_len(row) > 0)?;
-        let before_block = batch.kv_len(row) - batch.block_len(row);
-        let made_at = self.made_at[index];
-        let usable = made_at != EMPTY && made_at as usize <= before_block;
-        usable
-            .then(|| Entry { query: &self.queries[index * query_len..][..query_len], age: self.ages[index] })
+        let (before_block, made_at) = (batch.kv_len(row) - batch.block_len(row), self.made_at[index]);
+        if made_at == EMPTY || made_at as usize > before_block {
+            return None;
+        }
+        // Its tokens ascend. Where a configuration with other windows made it, some may be in this one's windows.
+        let tokens = &self.selections[index * config.top_k..][..config.top_k];
+        let candidates = batch.candidates(row, config);
+        let is_candidate = |token: &u32| candidates.contains(&(*token as usize));
+        if !(tokens.first().is_some_and(is_candidate) && tokens.last().is_some_and(is_candidate)) {
+            return None;
+        }
+        let query_len = config.heads.num_qo_heads * config.heads.head_dim;
+        Some(Entry { query: &self.queries[index * query_len..][..query_len], age: self.ages[index] })
     }
 }
 

@@ -105,15 +105,21 @@ impl GpuPlan {
         }
         let rotates = workspace.angles.is_some();
         let gathers = if rotates { self.gather_params(workspace, params, head_dim)? } else { None };
+        // `attend_decode` finds values where it finds keys.
+        let alike = params.k_stride == params.v_stride;
         let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
-        if let Some(entry) = kernels.decode.filter(|_| few || (rotates && gathers.is_none())) {
+        let decodes = alike && (few || (rotates && gathers.is_none()));
+        if let Some(entry) = kernels.decode.filter(|_| decodes) {
             // SAFETY: as above.
             return unsafe { self.launch(entry, params.decode_dims(gpu, head_dim), &params) };
         }
         if rotates {
             let Some(gather) = gathers else {
-                let what =
-                    "half-split pairs over a part of the head, but over lists within the plan's limits";
+                let what = if alike {
+                    "half-split pairs over a part of the head, but over lists within the plan's limits"
+                } else {
+                    "keys that it rotates in other strides than the values', but over lists within the plan's limits"
+                };
                 return Err(self.unsupported("attend", what));
             };
             // SAFETY: as above; the scratch memory has room for all places of all lists.
@@ -302,9 +308,9 @@ impl Backend for GpuPlan {
     }
 }
 
-/// Addresses of a tensor.
+/// Addresses of a tensor, gaps included.
 fn range(tensor: &TensorView<'_>) -> Result<Range<u64>> {
     let begin = tensor.device_addr()?;
-    let bytes = tensor.shape().checked_len().unwrap_or(usize::MAX).saturating_mul(tensor.dtype().size());
+    let bytes = tensor.extent().saturating_mul(tensor.dtype().size());
     Ok(begin..begin.saturating_add(bytes as u64))
 }

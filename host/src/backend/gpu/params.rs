@@ -1,10 +1,10 @@
 //! From checked arguments to kernel parameters.
 
-use kernels_gpu::common::layout::{PageStrides, absent, absent_mut};
+use kernels_gpu::common::layout::{HeadStrides, PageStrides, absent, absent_mut};
 use kernels_gpu::common::overlap::Overlap;
 use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
 use kernels_gpu::ops::append::AppendParams;
-use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::attend::{AttendParams, MAX_POSITION};
 use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::PoolParams;
@@ -18,6 +18,7 @@ use kernels_gpu::common::rope::RopeTables;
 
 use crate::backend::{AttendArgs, MergeArgs};
 use crate::batch::Batch;
+use crate::config::{Positions, SelectConfig};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
@@ -29,6 +30,29 @@ use crate::workspace::Workspace;
 /// Strides as kernels take them.
 fn page_strides(strides: KvStrides) -> PageStrides {
     PageStrides { page: strides.page as u64, token: strides.token as u64, head: strides.head as u64 }
+}
+
+/// Strides of queries, keys or values as kernels take them.
+fn head_strides(tensor: &TensorView<'_>) -> HeadStrides {
+    let [token, head] = tensor.head_strides().map(|stride| stride as u32); // checked
+    HeadStrides { token, head }
+}
+
+/// The last position that a table of angles covers.
+fn last_position(num_positions: usize) -> u32 {
+    num_positions.saturating_sub(1).min(MAX_POSITION as usize) as u32
+}
+
+/// The power of two that brings every rotated pair of f16 into its range; 1 for other types.
+fn rotated_scale(config: &SelectConfig) -> f32 {
+    match &config.positions {
+        Positions::Reassigned(rope) if config.dtype == DType::F16 => {
+            // Both elements of a pair may end up in one.
+            let growth = std::f64::consts::SQRT_2 * rope.attention_factor();
+            2f32.powi(-(growth.log2().ceil().clamp(0.0, 60.0) as i32))
+        }
+        _ => 1.0,
+    }
 }
 
 impl GpuPlan {
@@ -65,7 +89,10 @@ impl GpuPlan {
             k_pages,
             v_pages,
             batch: self.tables(batch)?,
-            stride: page_strides(kv.k_strides),
+            new_k_stride: head_strides(k),
+            new_v_stride: head_strides(v),
+            k_stride: page_strides(kv.k_strides),
+            v_stride: page_strides(kv.v_strides),
             num_tokens: batch.num_query_tokens() as u32,
             num_kv_heads: shape.num_kv_heads as u32,
             head_dim: shape.head_dim as u32,
@@ -87,6 +114,7 @@ impl GpuPlan {
             cached_queries: optional(cached.map(|c| &c.queries))?.as_const(),
             cached_ages: optional(cached.map(|c| &c.ages))?.as_const(),
             cached_made_at: optional(cached.map(|c| &c.made_at))?.as_const(),
+            cached_selections: optional(cached.map(|c| &c.selections))?.as_const(),
             sequence_indices: batch.device_sequence_indices(&self.driver)?,
             queries: own_mut(&workspace.queries)?,
             similarities: own_mut(&workspace.similarities)?,
@@ -94,6 +122,7 @@ impl GpuPlan {
             partial: GlobalMut::from_addr(scratch.pool_partial),
             counters: GlobalMut::from_addr(scratch.counters),
             batch: self.tables(batch)?,
+            q_stride: head_strides(q),
             rope: self.angles(workspace)?,
             num_qo_heads: config.heads.num_qo_heads as u32,
             head_dim: config.heads.head_dim as u32,
@@ -114,6 +143,7 @@ impl GpuPlan {
         kv: &KvView<'_>,
     ) -> Result<ScoreParams<T>> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let rotated_scale = rotated_scale(config);
         Ok(ScoreParams {
             k_pages: pointer(&kv.k)?,
             queries: own(&workspace.queries)?,
@@ -128,10 +158,12 @@ impl GpuPlan {
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
-            score_scale: config.score_scale(),
+            rotated_scale,
+            score_scale: config.score_scale() / rotated_scale,
             head_dim: config.heads.head_dim as u32,
             overlap: Overlap::NONE,
             top_k: config.top_k as u32,
+            reserved: 0,
         })
     }
 
@@ -236,6 +268,8 @@ impl GpuPlan {
         let ranks = lists.and_then(|lists| lists.ranks.as_ref());
         let list = |tensor: Option<&TensorView<'_>>| tensor.map_or(Ok(absent()), pointer);
         let width = lists.map_or(0, |lists| lists.tokens.shape().dims()[1]);
+        let rotated_scale = rotated_scale(config);
+        let soft_cap_log2 = (config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E).min(f32::MAX);
         Ok(AttendParams {
             q: pointer(&args.q)?,
             k_pages: pointer(&args.kv.k)?,
@@ -250,6 +284,7 @@ impl GpuPlan {
             partial_stats: GlobalMut::from_addr(scratch.attend_stats),
             counters: GlobalMut::from_addr(scratch.attend_counters),
             batch: self.tables(batch)?,
+            q_stride: head_strides(&args.q),
             k_stride: page_strides(args.kv.k_strides),
             v_stride: page_strides(args.kv.v_strides),
             rope: self.angles(workspace)?,
@@ -257,12 +292,19 @@ impl GpuPlan {
             group: config.heads.group() as u32,
             max_selected: width as u32,
             max_block_len: batch.max_block_len() as u32,
+            last_position: match &config.positions {
+                Positions::Native => MAX_POSITION,
+                Positions::Reassigned(_) => last_position(plan.num_positions()),
+            },
             max_len: lists.map_or(batch.max_kv_len(), |_| width) as u32,
             k_is_gathered: 0,
             out_is_f32: u32::from(args.out.dtype() == DType::F32),
-            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E,
-            soft_cap_log2: config.logits_soft_cap.unwrap_or(0.0) * std::f32::consts::LOG2_E,
+            rotated_scale,
+            inverse_scale: 1.0 / rotated_scale,
+            sm_scale_log2: config.sm_scale() * std::f32::consts::LOG2_E / (rotated_scale * rotated_scale),
+            soft_cap_log2,
             num_splits: 0,
+            reserved: 0,
         })
     }
 

@@ -2,7 +2,7 @@
 
 use super::params::*;
 use crate::common::block::strided;
-use crate::common::layout::Row;
+use crate::common::layout::{HeadStrides, PageStrides, Row};
 use crate::simt::data::V4;
 use crate::simt::{grid, thread};
 
@@ -42,14 +42,14 @@ impl AppendParams {
 
     /// Copies piece `piece` of the keys and of the values of query `query`'s token to its slot.
     pub(crate) unsafe fn copy_piece(&self, query: u32, piece: u32, (page, token_in_page): (u32, u32)) {
-        let from = (query as u64 * self.pieces() as u64 + piece as u64) * PIECE as u64;
-        let k = self.k.add(from).cast::<V4<u32>>().load_constant_once();
-        let v = self.v.add(from).cast::<V4<u32>>().load_constant_once();
         let pieces_of_head = self.head_dim / PIECE;
         core::hint::assert_unchecked(pieces_of_head != 0);
-        let (head, within) = (piece / pieces_of_head, piece % pieces_of_head * PIECE);
-        let to = self.stride.offset(page, token_in_page, head) + within as u64;
-        self.k_pages.add(to).cast::<V4<u32>>().store(k);
-        self.v_pages.add(to).cast::<V4<u32>>().store(v);
+        let (head, within) = (piece / pieces_of_head, (piece % pieces_of_head * PIECE) as u64);
+        let from = |strides: &HeadStrides| strides.offset(query, head) + within;
+        let k = self.k.add(from(&self.new_k_stride)).cast::<V4<u32>>().load_constant_once();
+        let v = self.v.add(from(&self.new_v_stride)).cast::<V4<u32>>().load_constant_once();
+        let to = |strides: &PageStrides| strides.offset(page, token_in_page, head) + within;
+        self.k_pages.add(to(&self.k_stride)).cast::<V4<u32>>().store(k);
+        self.v_pages.add(to(&self.v_stride)).cast::<V4<u32>>().store(v);
     }
 }

@@ -1,6 +1,6 @@
 //! Parameters and launch dimensions.
 
-use crate::common::layout::{BatchTables, PageStrides, absent, absent_mut};
+use crate::common::layout::{BatchTables, HeadStrides, PageStrides, absent, absent_mut};
 use crate::launch::Dims;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 
@@ -13,18 +13,24 @@ pub const PIECE: u32 = 8;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct AppendParams {
-    /// \[num_tokens, num_kv_heads, head_dim\] 2-byte floats, read.
+    /// \[num_tokens, num_kv_heads, head_dim\] 2-byte floats by `new_k_stride`, read.
     pub k: GlobalPtr<u16>,
-    /// As `k`.
+    /// As `k`, by `new_v_stride`.
     pub v: GlobalPtr<u16>,
-    /// Paged by `stride`, written.
+    /// Paged by `k_stride`, written.
     pub k_pages: GlobalMut<u16>,
-    /// As `k_pages`.
+    /// Paged by `v_stride`, written.
     pub v_pages: GlobalMut<u16>,
     /// Rows and page tables, after the block was added.
     pub batch: BatchTables,
-    /// Strides of the pages; multiples of 8.
-    pub stride: PageStrides,
+    /// Strides of the block's keys; multiples of 8.
+    pub new_k_stride: HeadStrides,
+    /// Strides of the block's values; multiples of 8.
+    pub new_v_stride: HeadStrides,
+    /// Strides of the pages of keys; multiples of 8.
+    pub k_stride: PageStrides,
+    /// Strides of the pages of values; multiples of 8.
+    pub v_stride: PageStrides,
     /// `qo_indptr[num_rows]`.
     pub num_tokens: u32,
     /// KV heads of a token.
@@ -35,7 +41,7 @@ pub struct AppendParams {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AppendParams>() == 128);
+const _: () = assert!(size_of::<AppendParams>() == 168);
 
 impl AppendParams {
     /// Nothing to append.
@@ -46,7 +52,10 @@ impl AppendParams {
             k_pages: absent_mut(),
             v_pages: absent_mut(),
             batch,
-            stride: PageStrides { page: 0, token: 0, head: 0 },
+            new_k_stride: HeadStrides { token: 0, head: 0 },
+            new_v_stride: HeadStrides { token: 0, head: 0 },
+            k_stride: PageStrides { page: 0, token: 0, head: 0 },
+            v_stride: PageStrides { page: 0, token: 0, head: 0 },
             num_tokens: 0,
             num_kv_heads: 0,
             head_dim: PIECE,

@@ -5,7 +5,7 @@ use crate::common::element::Element;
 use crate::common::layout::Tokens;
 use crate::common::rope::{HALF_SPLIT, TwoEntries};
 use crate::ops::append::AppendParams;
-use crate::ops::pool::kernel::{Cached, cached_entry, conclude, cosine};
+use crate::ops::pool::kernel::{Cached, cached_entry, conclude};
 use crate::ops::pool::{EMPTY, PoolParams};
 use crate::simt::data::V2;
 use crate::simt::{grid, thread, warp};
@@ -50,9 +50,9 @@ unsafe fn pool_row<T: Element>(params: &PoolParams<T>, row: u32) {
     let tables = params.batch.row(row);
     let entry = cached_entry(params, row, tables.kv_len);
     let mut cached = Cached::NONE;
-    let products = sum_of_block(products(params, row, tables.queries, entry, &mut cached));
-    if thread::thread_idx_x() == 0 {
-        conclude(params, row, &tables, &cached, cosine(products[0], products[1], products[2]));
+    let [dot, own, other] = sum_of_block(products(params, row, tables.queries, entry, &mut cached));
+    if warp::warp_id() == 0 {
+        conclude(params, row, &tables, &cached, (dot, own, other));
     }
 }
 
@@ -110,7 +110,7 @@ unsafe fn products<T: Element>(
     let width = params.num_qo_heads as u64 * params.head_dim as u64;
     let load = |t: u32| {
         let mut token = Token::ZERO;
-        let q = params.q.add((queries.begin + t) as u64 * width);
+        let q = params.q.add((queries.begin + t) as u64 * params.q_stride.token as u64);
         for h in 0..HEADS as usize {
             if has(h) {
                 token.q[h] = [0, 1].map(|i| q.add(at(h, i)).cast::<u32>().load_constant_once());

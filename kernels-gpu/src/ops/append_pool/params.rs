@@ -28,7 +28,7 @@ pub struct AppendPoolParams<T> {
     pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<AppendPoolParams<u16>>() == 328);
+const _: () = assert!(size_of::<AppendPoolParams<u16>>() == 384);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {
@@ -43,10 +43,12 @@ pub(super) const LAYOUT: Layout = {
 };
 
 impl<T> AppendPoolParams<T> {
-    /// Whether the kernel can do this: blocks are short, rows not too wide, and rotated pairs even in number.
+    /// Whether the kernel can do this: blocks are short, rows not too wide, the heads of a query adjacent, and rotated pairs even
+    /// in number.
     pub const fn fits(&self) -> bool {
         self.max_block_len <= MAX_BLOCK_LEN
             && self.num_threads() <= MAX_THREADS
+            && self.pool.q_stride.head == self.pool.head_dim
             && (self.pool.rope.coarse.addr() == 0
                 || (self.pool.rope.pairs.is_multiple_of(2) && self.pool.rope.pairs != 0))
     }

@@ -7,7 +7,7 @@ use self::merge::merge_warps;
 use self::products::multiply;
 use super::params::*;
 use crate::common::block::strided;
-use crate::common::element::{Element, split};
+use crate::common::element::Element;
 use crate::common::fragment::{Accumulator, Lane, lane};
 use crate::common::rope::NATIVE;
 use crate::common::softmax::Running;
@@ -41,10 +41,9 @@ struct At {
 /// [`HALF_SPLIT`](crate::common::rope::HALF_SPLIT) or [`INTERLEAVED`](crate::common::rope::INTERLEAVED).
 ///
 /// # Safety
-/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; tokens lie in their rows, page numbers
-///   are those of the cache.
+/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
 /// - `head_dim = 8 W C = 16 W V`. Keys are not gathered; `k_stride` is `v_stride`.
-/// - The rope tables cover every rank below the length of a whole list, and have the pairs that `ROTATE` says
+/// - The rope tables cover `last_position` and the longest block, and have the pairs that `ROTATE` says
 ///   ([`RopeTables::pairs_in_lane`](crate::common::rope::RopeTables::pairs_in_lane)).
 /// - Launched with [`AttendParams::decode_dims`].
 pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
@@ -106,8 +105,8 @@ unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(work: &Work
     let rotated = layout.rotated.get();
     for i in strided(thread::thread_idx_x(), work.num_rows() * pairs, thread::block_dim_x()) {
         let (row, pair) = (i / pairs, i % pairs);
-        let (at, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
-        let q = params.q.add(at * head_dim as u64);
+        let (_, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
+        let q = params.q_row(&work.list, work.kv_head, work.first_row + row);
         let (x, y) = params.rope.elements(pair);
         let position = (work.list.first_bound + t).saturating_sub(1);
         let values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
@@ -125,9 +124,9 @@ unsafe fn load_queries<T: Element, const W: usize, const C: usize>(work: &Work<'
         return [0; W];
     }
     let params = work.params;
-    let (at, _) = params.query_row(&work.list, work.kv_head, work.first_row + g);
+    let q = params.q_row(&work.list, work.kv_head, work.first_row + g);
     let first = 8 * W as u32 * chunk + 2 * W as u32 * t;
-    load_row(params.q.add(at * (8 * W * C) as u64 + first as u64))
+    load_row(q.add(first as u64))
 }
 
 /// Puts the query fragments in shared memory, `loaded` or rotated ones, a chunk by each warp. Returns where the lane's lie.
@@ -149,7 +148,7 @@ unsafe fn put_queries<T: Element, const W: usize, const C: usize, const ROTATE: 
                 let from = layout.rotated.get().add(g * (8 * W * C) as u32 + first);
                 for w in 0..W {
                     let pair = from.add(2 * w as u32).cast::<V2<f32>>().load().0;
-                    (high[w], low[w]) = split::<T>(pair[0], pair[1]);
+                    (high[w], low[w]) = work.params.split_rotated(pair[0], pair[1]);
                 }
             }
             store_shared(at, high);
@@ -175,7 +174,7 @@ unsafe fn look_up_early<T: Element>(work: &Work<'_, T>, tile: u32, early: u32) -
         return look_up(work, tile);
     }
     let last = work.list.len - 1 - tile * TILE;
-    let token = warp::shuffle_idx(warp::FULL, early, lane.min(last));
+    let token = warp::shuffle_idx(warp::FULL, early, lane.min(last)).min(work.list.last_token);
     let (page, within) = params.page(&work.list, token);
     let place = tile * TILE + lane;
     let mut rank = if lane <= last { place } else { NOWHERE };
@@ -235,7 +234,7 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
 ) -> (Out<W, V>, Running) {
     let mut out = [[Accumulator::ZERO; W]; V];
     let mut softmax = Running::EMPTY;
-    let end = work.list.len.div_ceil(TILE);
+    let exists = |tile: u32| tile * TILE < work.list.len;
     let mut tile = mine.first;
     // Queries are loaded before the many keys and values, and arrive with the look-ups of these.
     let loaded = if ROTATE == NATIVE { load_queries::<T, W, C>(work) } else { [0; W] };
@@ -259,16 +258,16 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
     if ROTATE != NATIVE {
         values = load_values::<T, W, V>(work, here);
     }
-    if tile >= end {
+    if !exists(tile) {
         return (out, softmax);
     }
-    if tile + mine.step < end {
+    if exists(tile + mine.step) {
         ahead = look_up(work, tile + mine.step);
     }
     loop {
         let next = tile + mine.step;
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
-        let followed = next < end;
+        let followed = exists(next);
         if followed {
             keys = load_keys::<T, W, C>(work, ahead);
         }

@@ -4,11 +4,10 @@ use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::{Element, any_not_finite};
 use crate::common::fragment::{A, Accumulator, B, Lane, lane, over_columns};
-use crate::common::softmax::{Running, log_sum_exp};
+use crate::common::softmax::{LARGEST, Running, bounded, log_sum_exp};
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
 use crate::simt::data::V2;
-use crate::simt::global::GlobalPtr;
 use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
 use crate::simt::{grid, thread, warp};
@@ -40,10 +39,9 @@ struct Work<'a, T> {
 /// See the module. `K` steps of 16 dimensions, `N = 2 K` column tiles of 8.
 ///
 /// # Safety
-/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; tokens lie in their rows, page numbers
-///   are those of the cache.
+/// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
 /// - `head_dim = 16 K`.
-/// - Keys are gathered, or no rope table is given.
+/// - Keys are gathered, or no rope table is given. The rope tables cover `last_position` and the longest block.
 /// - Launched with [`AttendParams::prefill_dims`].
 pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
     grid::wait_for_previous();
@@ -156,13 +154,13 @@ unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &
         let (x, y) = params.rope.elements(pair);
         let mut values = (0.0, 0.0);
         if work.block_row + row < work.num_rows {
-            let (at, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
-            let q: GlobalPtr<T> = params.q.add(at * head_dim as u64);
+            let (_, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
+            let q = params.q_row(&work.list, work.kv_head, work.block_row + row);
             values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
             values = params.rope.rotate(pair, (work.list.first_bound + t).saturating_sub(1), values);
         }
-        to.add(x).store(T::from_f32(values.0));
-        to.add(y).store(T::from_f32(values.1));
+        to.add(x).store(T::from_f32(values.0 * params.rotated_scale));
+        to.add(y).store(T::from_f32(values.1 * params.rotated_scale));
     }
 }
 
@@ -305,8 +303,14 @@ unsafe fn weigh<T: Element, const N: usize, const MASKED: bool>(
             largest[row] = largest[row].max(*weight);
         }
     }
+    let max = largest.map(|largest| over_columns(largest, f32::max).min(LARGEST));
+    if max[0].max(max[1]) == LARGEST {
+        for n in 0..COLUMNS {
+            weights[n].0 = weights[n].0.map(bounded);
+        }
+    }
     for row in 0..2 {
-        let correction = softmax.raise(row, over_columns(largest[row], f32::max));
+        let correction = softmax.raise(row, max[row]);
         for n in 0..N {
             out[n].0[2 * row] *= correction;
             out[n].0[2 * row + 1] *= correction;

@@ -225,8 +225,7 @@ unsafe fn load_queries<T: Element, const W: usize, const C: usize>(work: &Work<'
     let Lane { g, t } = lane();
     let mut queries = [[0; W]; C];
     if g < work.num_rows() {
-        let (at, _) = work.params.query_row(&work.list, work.kv_head, g);
-        let from = work.params.q.add(at * (8 * W * C) as u64 + (2 * W as u32 * t) as u64);
+        let from = work.params.q_row(&work.list, work.kv_head, g).add((2 * W as u32 * t) as u64);
         for c in 0..C {
             queries[c] = load_row(from.add((8 * W * c) as u64));
         }

@@ -85,8 +85,7 @@ impl<T> AttendParams<T> {
     /// Whether [`attend_stream`](super::kernel::attend_stream) can do it, and is worth it: a grid of one block an SM that keeps the device
     /// busy.
     pub fn can_stream(&self, gpu: &GpuInfo, head_dim: u32) -> bool {
-        let (k, v) = (&self.k_stride, &self.v_stride);
-        let alike = k.page == v.page && k.token == v.token && k.head == v.head;
+        let alike = self.k_stride == self.v_stride;
         let is_dense = self.selected.addr() == 0 && self.rope.coarse.addr() == 0 && self.k_is_gathered == 0;
         let few = self.max_block_len * self.group <= QUERY_ROWS;
         if !(gpu.bulk_copies && alike && is_dense && few) {

@@ -1,10 +1,10 @@
 use super::params::*;
-use crate::common::layout::{BatchTables, PageStrides, absent, absent_mut};
+use crate::common::layout::{BatchTables, HeadStrides, PageStrides, absent, absent_mut};
 use crate::common::paged::{TileLayout, WARPS, stage_tiles};
 use crate::common::rope::RopeTables;
 use crate::launch::{GpuInfo, Limits};
 use crate::limits::SHARED_BYTES_SM_90;
-use crate::ops::attend::AttendParams;
+use crate::ops::attend::{AttendParams, MAX_POSITION};
 use crate::simt::global::GlobalPtr;
 
 const GPU: GpuInfo =
@@ -29,6 +29,7 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
         partial_stats: absent_mut(),
         counters: absent_mut(),
         batch: BatchTables::of_one_row(page_size),
+        q_stride: HeadStrides::dense(8, 128),
         k_stride: stride,
         v_stride: stride,
         rope: RopeTables::none(),
@@ -36,12 +37,16 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> Attend
         group: 4,
         max_selected: 0,
         max_block_len: 1,
+        last_position: MAX_POSITION,
         max_len: 1000,
         k_is_gathered: 0,
         out_is_f32: 0,
+        rotated_scale: 1.0,
+        inverse_scale: 1.0,
         sm_scale_log2: 1.0,
         soft_cap_log2: 0.0,
         num_splits: 0,
+        reserved: 0,
     }
 }
 

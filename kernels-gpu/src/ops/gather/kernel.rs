@@ -8,10 +8,10 @@ use crate::simt::{grid, thread, warp};
 /// See the module.
 ///
 /// # Safety
-/// - The buffers and tables are as [`GatherParams`] and [`AttendParams`](crate::ops::attend::AttendParams) say; tokens lie
-///   in their rows, page numbers are those of the cache. `k_is_gathered` is 0.
-/// - No list has more than `max_places` places.
-/// - The rope tables cover every rank below the length of a whole list.
+/// - The buffers and tables are as [`GatherParams`] and [`AttendParams`](crate::ops::attend::AttendParams) say; page numbers
+///   are those of the cache. `k_is_gathered` is 0.
+/// - Lists are no wider than `max_places`.
+/// - The rope tables cover `last_position`.
 /// - Launched with [`GatherParams::dims`].
 pub unsafe fn gather<T: Element>(params: GatherParams<T>) {
     grid::wait_for_previous();
@@ -37,9 +37,9 @@ pub unsafe fn gather<T: Element>(params: GatherParams<T>) {
                         from.add(x as u64).load_constant_once().to_f32(),
                         from.add(y as u64).load_constant_once().to_f32(),
                     );
-                    let values = attend.rope.rotate(pair, at.rank, values);
-                    to.add(x as u64).store(T::from_f32(values.0));
-                    to.add(y as u64).store(T::from_f32(values.1));
+                    let values = attend.rope.rotate(pair, at.rank.min(attend.last_position), values);
+                    to.add(x as u64).store(T::from_f32(values.0 * attend.rotated_scale));
+                    to.add(y as u64).store(T::from_f32(values.1 * attend.rotated_scale));
                 }
             }
         }

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! for each row r, KV head h, place j of the row's list:
-//!     gathered[r, h, j] = rotate(key of the token at j, rank of j)
+//!     gathered[r, h, j] = rotate(key of the token at j, rank of j) * rotated_scale      (a power of two: f16 stays in range)
 //! ```
 //! Prefill reads each key once for every tile of queries; here it is looked up, rotated and rounded once.
 //!

@@ -3,7 +3,7 @@
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
-use crate::common::softmax::{Partial, log_sum_exp};
+use crate::common::softmax::{Partial, bounded, log_sum_exp};
 use crate::simt::data::{V2, V4};
 use crate::simt::{grid, thread, warp};
 use core::f32::consts::LOG2_E;
@@ -32,7 +32,7 @@ pub unsafe fn merge<T: Element>(params: MergeParams<T>) {
                 return Partial::EMPTY; // its output may be anything
             }
             let from = params.parts.add(at * params.head_dim as u64).cast::<V4<f32>>();
-            Partial { max: lse * LOG2_E, sum: 1.0, out: from.add(quad as u64).load().0 }
+            Partial { max: bounded(lse * LOG2_E), sum: 1.0, out: from.add(quad as u64).load().0 }
         });
         let out = merged.finish();
         let element = head as u64 * params.head_dim as u64 + (4 * quad) as u64;

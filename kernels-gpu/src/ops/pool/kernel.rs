@@ -3,7 +3,7 @@
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
-use crate::common::layout::Row;
+use crate::common::layout::{Row, Tokens};
 use crate::simt::shared::Shared;
 use crate::simt::{grid, math, thread, warp};
 
@@ -31,11 +31,8 @@ pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
         partial.add(1).store(own);
         partial.add(2).store(other);
     }
-    if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads)
-        && thread::thread_idx_x() == 0
-    {
-        let (dot, own, other) = sums_of_heads(&params, row);
-        conclude(&params, row, &tables, &cached, cosine(dot, own, other));
+    if grid::is_last_block(params.counters.add(row as u64), params.num_qo_heads) && warp::warp_id() == 0 {
+        conclude(&params, row, &tables, &cached, sums_of_heads(&params, row));
     }
     if params.overlap.waits_last() {
         grid::wait_for_previous(); // the end of this launch says that the appended keys are there
@@ -58,10 +55,13 @@ pub(crate) struct Cached {
     pub entry: u32,
     made_at: u32,
     age: u32,
+    /// Its first token and its last.
+    first: u32,
+    last: u32,
 }
 
 impl Cached {
-    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY };
+    pub const NONE: Cached = Cached { entry: EMPTY, made_at: EMPTY, age: EMPTY, first: EMPTY, last: EMPTY };
 
     pub unsafe fn load<T: Element>(params: &PoolParams<T>, entry: u32) -> Self {
         if entry == EMPTY {
@@ -69,7 +69,19 @@ impl Cached {
         }
         let made_at = params.cached_made_at.add(entry as u64).load();
         let age = params.cached_ages.add(entry as u64).load();
-        Cached { entry, made_at, age }
+        let tokens = params.cached_selections.add(entry as u64 * params.top_k as u64);
+        let first = tokens.load();
+        let last = tokens.add(params.top_k as u64 - 1).load();
+        Cached { entry, made_at, age, first, last }
+    }
+
+    /// Whether the selection may serve the row as it is now. Its tokens ascend. Where a configuration with other windows made
+    /// it, some may be in this one's windows.
+    fn is_usable(&self, before_block: u32, candidates: Tokens) -> bool {
+        self.entry != EMPTY
+            && self.made_at <= before_block
+            && self.first >= candidates.begin
+            && self.last < candidates.end
     }
 }
 
@@ -84,9 +96,7 @@ unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, su
     let (mut sum_x, mut sum_y) = (0.0, 0.0);
     if turn < turns {
         for t in strided(turn, queries.len(), turns) {
-            let token = (queries.begin + t) as u64;
-            let at =
-                params.q.add((token * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64);
+            let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
             let x = at.add(i as u64).load_constant_once().to_f32();
             let y = at.add(j as u64).load_constant_once().to_f32();
             let (x, y) = params.rope.rotate(pair, params.n_local + t, (x, y));
@@ -169,33 +179,77 @@ unsafe fn sums_of_heads<T: Element>(params: &PoolParams<T>, row: u32) -> (f32, f
     (dot, own, other)
 }
 
-/// NaN for a zero vector.
-pub(crate) fn cosine(dot: f32, own: f32, other: f32) -> f32 {
+/// Sums of squares that are less, or infinite, may have lost what counts of their terms.
+const LEAST: f32 = 1.0 / (1u128 << 90) as f32;
+
+/// The cosine of the row's scoring query and the cached one, of whose products these are the sums: mean times cached, mean squared,
+/// cached squared. NaN for a zero vector.
+///
+/// # Safety
+/// - All lanes of a warp call it, with the same values; the row's scoring query has been written, and that is visible.
+unsafe fn cosine<T: Element>(params: &PoolParams<T>, row: u32, entry: u32, sums: (f32, f32, f32)) -> f32 {
+    let leaves_range = |sum: f32| sum < LEAST || sum == f32::INFINITY;
+    let (_, own, other) = sums;
+    let far = leaves_range(own) || leaves_range(other);
+    let (dot, own, other) = if far { scaled_products(params, row, entry) } else { sums };
     dot / (math::sqrt(own) * math::sqrt(other))
 }
 
+/// The sums of products anew, of vectors scaled by powers of two that bring their largest elements to about 1. For the rare query
+/// whose squares leave the range of f32.
+unsafe fn scaled_products<T: Element>(params: &PoolParams<T>, row: u32, entry: u32) -> (f32, f32, f32) {
+    let width = params.num_qo_heads * params.head_dim;
+    let own = params.queries.add(row as u64 * width as u64);
+    let other = params.cached_queries.add(entry as u64 * width as u64);
+    // Bits of absolute values are ordered as the values are.
+    let bits = |x: f32| x.abs().to_bits();
+    let mut largest = [0; 2];
+    for i in strided(warp::lane_id(), width, warp::SIZE) {
+        largest[0] = largest[0].max(bits(own.add(i as u64).load()));
+        largest[1] = largest[1].max(bits(other.add(i as u64).load()));
+    }
+    let scale = |bits: u32| f32::from_bits((254 - (bits >> 23).min(253)) << 23);
+    let scales =
+        [scale(warp::reduce_max(warp::FULL, largest[0])), scale(warp::reduce_max(warp::FULL, largest[1]))];
+    let mut sums = (0.0, 0.0, 0.0);
+    for i in strided(warp::lane_id(), width, warp::SIZE) {
+        let x = own.add(i as u64).load() * scales[0];
+        let y = other.add(i as u64).load() * scales[1];
+        sums.0 += x * y;
+        sums.1 += x * x;
+        sums.2 += y * y;
+    }
+    (warp::reduce_add_f32(sums.0), warp::reduce_add_f32(sums.1), warp::reduce_add_f32(sums.2))
+}
+
 /// Writes the similarity, and the action that follows.
+///
+/// # Safety
+/// - As for [`cosine`].
 pub(crate) unsafe fn conclude<T: Element>(
     params: &PoolParams<T>,
     row: u32,
     tables: &Row,
     cached: &Cached,
-    cosine: f32,
+    sums: (f32, f32, f32),
 ) {
-    let has_cached = cached.entry != EMPTY && cached.made_at <= tables.kv_len - tables.queries.len();
-    let similarity = if has_cached { cosine } else { -1.0 };
-    let is_similar = has_cached && similarity >= params.similarity_threshold;
-    let action = decide(params, row, tables, is_similar && cached.age < params.max_reuse);
-    params.similarities.add(row as u64).store(similarity);
-    params.actions.add(row as u64).store(action);
+    let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
+    let before_block = tables.kv_len.wrapping_sub(tables.queries.len());
+    let is_usable = cached.is_usable(before_block, candidates);
+    let similarity = if is_usable { cosine(params, row, cached.entry, sums) } else { -1.0 };
+    let is_similar = is_usable && similarity >= params.similarity_threshold;
+    let action = decide(params, tables, candidates, is_similar && cached.age < params.max_reuse);
+    if warp::lane_id() == 0 {
+        params.similarities.add(row as u64).store(similarity);
+        params.actions.add(row as u64).store(action);
+    }
 }
 
-unsafe fn decide<T: Element>(params: &PoolParams<T>, row: u32, tables: &Row, can_reuse: bool) -> u32 {
+fn decide<T: Element>(params: &PoolParams<T>, tables: &Row, candidates: Tokens, can_reuse: bool) -> u32 {
     let is_partial = params.batch.is_partial();
     if tables.queries.is_empty() || (tables.kv_len == 0 && !is_partial) {
         return SKIP;
     }
-    let candidates = params.batch.candidates_of(row, tables, params.n_init, params.n_local);
     if candidates.is_empty() || (candidates.len() <= params.top_k && !is_partial) {
         COMPLETE
     } else if can_reuse {

@@ -1,6 +1,6 @@
 //! Actions, parameters, launch dimensions and shared memory.
 
-use crate::common::layout::BatchTables;
+use crate::common::layout::{BatchTables, HeadStrides};
 use crate::common::overlap::Overlap;
 use crate::common::rope::RopeTables;
 use crate::launch::Dims;
@@ -26,7 +26,7 @@ pub const EMPTY: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct PoolParams<T> {
-    /// \[num_tokens, num_qo_heads, head_dim\] T, read.
+    /// \[num_tokens, num_qo_heads, head_dim\] T by `q_stride`, read.
     pub q: GlobalPtr<T>,
     /// \[num_sequences, num_qo_heads * head_dim\] f32, read: cached scoring queries. Address 0: nothing is cached.
     pub cached_queries: GlobalPtr<f32>,
@@ -34,11 +34,13 @@ pub struct PoolParams<T> {
     pub cached_ages: GlobalPtr<u32>,
     /// \[num_sequences\] u32, read: `n - T` when it was made, or [`EMPTY`].
     pub cached_made_at: GlobalPtr<u32>,
+    /// \[num_sequences, top_k\] u32, read: cached selections, ascending.
+    pub cached_selections: GlobalPtr<u32>,
     /// \[num_rows\] u32, read: the sequence of each row. Address 0 where nothing is cached.
     pub sequence_indices: GlobalPtr<u32>,
     /// \[num_rows, num_qo_heads, head_dim\] f32, written: scoring queries.
     pub queries: GlobalMut<f32>,
-    /// \[num_rows\] f32, written: cosine with the cached query, -1 where there is none.
+    /// \[num_rows\] f32, written: cosine with the cached query, -1 where no cached selection is usable.
     pub similarities: GlobalMut<f32>,
     /// \[num_rows\] u32, written: an action.
     pub actions: GlobalMut<u32>,
@@ -48,6 +50,8 @@ pub struct PoolParams<T> {
     pub counters: GlobalMut<u32>,
     /// Rows.
     pub batch: BatchTables,
+    /// Strides of the queries; multiples of 8.
+    pub q_stride: HeadStrides,
     /// Rotation of the queries.
     pub rope: RopeTables,
     /// Query heads.
@@ -68,7 +72,7 @@ pub struct PoolParams<T> {
     pub overlap: Overlap,
 }
 
-const _: () = assert!(size_of::<PoolParams<u16>>() == 192);
+const _: () = assert!(size_of::<PoolParams<u16>>() == 208);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {

@@ -55,7 +55,8 @@ unsafe fn score_chunks<T: Element, const C: usize, const N: usize, const U: usiz
     queries: Region<V4<u32>>,
     chunk: u32,
 ) {
-    let queries = put_queries::<T, C, N, PACKED>(&load_queries::<T, C, N, PACKED>(work), queries);
+    let queries =
+        put_queries::<T, C, N, PACKED>(work.params, &load_queries::<T, C, N, PACKED>(work), queries);
     let mut tile = Tile { chunk, index: chunk };
     let pages = load_pages::<T, U>(work, tile);
     let mut keys = [[[[0; 4]; C]; 2]; U];

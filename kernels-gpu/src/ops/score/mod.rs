@@ -12,7 +12,8 @@
 //!    memory, every key byte is loaded once, straight to registers. Chunk `c` of 32 dimensions gives lane `t` (of 4) the
 //!    dimensions `32 c + 8 t ..`.
 //! 2. The f32 query is split in two 16-bit halves, `q = high + low`, which keeps 16 bits of mantissa (bf16) or 22 (f16):
-//!    votes must be exact to 1e-3. With groups of up to 4 heads the low halves take columns 4 to 7 of the same `mma`.
+//!    votes must be exact to 1e-3. With groups of up to 4 heads the low halves take columns 4 to 7 of the same `mma`. (Of f16,
+//!    the query is scaled by a power of two: rotation may have brought it out of its range.)
 //! 3. A warp works on one KV head. Tiles of `16 U` candidates are dealt to chunks in turn, tile `i` to chunk `i` modulo
 //!    their number, which depends on the number of candidates alone: so the statistics have the same bits for every
 //!    launch shape, and the warps, which take chunks in turn, read adjacent tiles at the same time. The last block of a

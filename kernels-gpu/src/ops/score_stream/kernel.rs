@@ -222,7 +222,7 @@ unsafe fn consume<T: Element, const C: usize, const N: usize, const PACKED: bool
     tile_of_stage: u32,
     queries: &Queries<C, N>,
 ) {
-    let queries = put_queries::<T, C, N, PACKED>(queries, layout.base.queries);
+    let queries = put_queries::<T, C, N, PACKED>(work.params, queries, layout.base.queries);
     let at = lane();
     // The lane's 16 bytes of its first token; its other token is 8 further.
     let own = tile_of_stage * tile_layout.tile + work.kv_head * tile_layout.head + 16 * at.t;

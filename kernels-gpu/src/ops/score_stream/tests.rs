@@ -22,10 +22,12 @@ fn params(page_size: u32, num_kv_heads: u32, head_dim: u32, nhd: bool) -> ScoreP
         group: 4,
         n_init: 0,
         n_local: 0,
+        rotated_scale: 1.0,
         score_scale: 1.0,
         head_dim,
         overlap: Overlap::NONE,
         top_k: 0,
+        reserved: 0,
     }
 }
 

@@ -14,7 +14,7 @@
 use super::list::List;
 use crate::common::element::{Element, any_not_finite};
 use crate::common::fragment::{A, Accumulator, B, lane, over_rows};
-use crate::common::softmax::Running;
+use crate::common::softmax::{LARGEST, Running, bounded};
 use crate::limits::FRAGMENT_COLUMNS;
 use crate::ops::attend::AttendParams;
 use crate::simt::warp;
@@ -78,8 +78,12 @@ pub unsafe fn weigh<T: Element, const W: usize, const V: usize>(
         weights[i] = if seen { weights[i] } else { f32::NEG_INFINITY };
         largest[column] = largest[column].max(weights[i]);
     }
+    let max = largest.map(|largest| over_rows(largest, f32::max).min(LARGEST));
+    if max[0].max(max[1]) == LARGEST {
+        weights = weights.map(bounded);
+    }
     for column in 0..2 {
-        let correction = softmax.raise(column, over_rows(largest[column], f32::max));
+        let correction = softmax.raise(column, max[column]);
         for v in 0..V {
             for w in 0..W {
                 out[v][w].0[column] *= correction;

@@ -1,10 +1,10 @@
 //! Products of a tile's keys with the queries; rotation of keys.
 
-use crate::common::element::{Element, add_low, split};
+use crate::common::element::Element;
 use crate::common::fragment::{A, Accumulator, B, lane};
 use crate::common::rope::{HALF_SPLIT, NATIVE};
 use crate::common::words::load_shared;
-use crate::ops::attend::kernel::NOWHERE;
+use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::tile::{Key, Work};
 use crate::simt::shared::Shared;
 use crate::simt::warp;
@@ -27,10 +27,9 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
         }
         return d;
     }
-    let position = |half: u32| {
-        let rank = warp::shuffle_idx(warp::FULL, rank, 8 * half + lane().g);
-        if rank == NOWHERE { 0 } else { rank }
-    };
+    // A place that nobody sees, or a wrong rank, may be rotated by any angle.
+    let position =
+        |half: u32| warp::shuffle_idx(warp::FULL, rank, 8 * half + lane().g).min(work.params.last_position);
     let positions = [position(0), position(1)];
     // Of high halves with high halves, and of either with the other's low halves.
     let mut rest = Accumulator::ZERO;
@@ -49,8 +48,8 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
                         let partner = T::unpack(keys[half][c + C / 2][w + i]);
                         let (x0, y0) = angles[0].turn((own[0], partner[0]));
                         let (x1, y1) = angles[1].turn((own[1], partner[1]));
-                        x[half].set::<T>(i, (x0, x1));
-                        y[half].set::<T>(i, (y0, y1));
+                        x[half].set(work.params, i, (x0, x1));
+                        y[half].set(work.params, i, (y0, y1));
                     }
                 } else {
                     let pair = (4 * W * c + w) as u32 + first / 2;
@@ -59,7 +58,11 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
                     for i in 0..2 {
                         let own = T::unpack(keys[half][c][w + i]);
                         let turned = angles[i].turn((own[0], own[1]));
-                        x[half].set::<T>(i, if pair < rope.pairs { turned } else { (own[0], own[1]) });
+                        x[half].set(
+                            work.params,
+                            i,
+                            if pair < rope.pairs { turned } else { (own[0], own[1]) },
+                        );
                     }
                 }
             }
@@ -70,7 +73,7 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
         }
     }
     for i in 0..4 {
-        d.0[i] = add_low(d.0[i], rest.0[i]);
+        d.0[i] = work.params.join_rotated(d.0[i], rest.0[i]);
     }
     d
 }
@@ -85,8 +88,8 @@ struct Split {
 impl Split {
     const ZERO: Self = Split { high: [0; 2], low: [0; 2] };
 
-    fn set<T: Element>(&mut self, i: usize, (x, y): (f32, f32)) {
-        (self.high[i], self.low[i]) = split::<T>(x, y);
+    fn set<T: Element>(&mut self, params: &AttendParams<T>, i: usize, (x, y): (f32, f32)) {
+        (self.high[i], self.low[i]) = params.split_rotated(x, y);
     }
 }
 

@@ -132,6 +132,7 @@ pub(crate) unsafe fn load_queries<T: Element, const C: usize, const N: usize, co
 /// what it wrote itself.
 #[inline(always)]
 pub(crate) unsafe fn put_queries<T: Element, const C: usize, const N: usize, const PACKED: bool>(
+    params: &ScoreParams<T>,
     queries: &Queries<C, N>,
     region: Region<V4<u32>>,
 ) -> Shared<V4<u32>> {
@@ -141,7 +142,11 @@ pub(crate) unsafe fn put_queries<T: Element, const C: usize, const N: usize, con
     for n in 0..N {
         for c in 0..C {
             let (mut high, mut low) = ([0; 4], [0; 4]);
-            let [x, y] = queries[n][c];
+            let mut pieces = queries[n][c];
+            if T::IS_NARROW {
+                pieces = pieces.map(|piece| piece.map(|x| x * params.rotated_scale));
+            }
+            let [x, y] = pieces;
             (high[0], low[0]) = split::<T>(x[0], x[1]);
             (high[1], low[1]) = split::<T>(x[2], x[3]);
             (high[2], low[2]) = split::<T>(y[0], y[1]);
