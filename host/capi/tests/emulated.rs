@@ -186,11 +186,10 @@ fn selects_like_the_processor() {
 fn pages_anywhere() {
     let [hq, _, d] = HEADS;
     let q: Vec<bf16> = numbers(5, hq * d).into_iter().map(bf16::from_f32).collect();
-    let everywhere = [Pages::Apart, Pages::ValuesFirst, Pages::Unlike];
-    let emulated: fn() -> *mut ts_device = || emulated(0);
-    for (device, all) in [(cpu as fn() -> _, &everywhere[..]), (emulated, &everywhere[..2])] {
-        let mut expected = None;
-        for &pages in all {
+    for device in [cpu, || emulated(0)] {
+        // Few queries and keys unlike values are attended to by different kernels: the last bits may differ.
+        let mut expected: Option<(Vec<u32>, Vec<f32>)> = None;
+        for pages in [Pages::Apart, Pages::ValuesFirst, Pages::Unlike] {
             let mut rig = Rig::with_pages(device(), pages);
             for (len, block) in [(8, 8), (16, 8), (24, 8), (25, 1)] {
                 rig.append_and_select(len as u64, len, block);
@@ -204,10 +203,11 @@ fn pages_anywhere() {
                 ok(ts_attend(rig.context, batch, &rig.kv, q, &output));
                 ok(ts_batch_destroy(batch));
             }
-            let bits: Vec<u32> = rig.download(out, hq * d);
-            assert!(bits.iter().all(|&bits| f32::from_bits(bits).is_finite()));
-            let got = (selected(rig.context, 0), bits);
-            assert_eq!(*expected.get_or_insert_with(|| got.clone()), got, "{pages:?}");
+            let (list, out) = (selected(rig.context, 0), rig.download::<f32>(out, hq * d));
+            let (first, expected) = expected.get_or_insert_with(|| (list.clone(), out.clone()));
+            assert_eq!(*first, list, "{pages:?}");
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-2 * b.abs().max(1.0);
+            assert!(out.iter().zip(&*expected).all(close), "{pages:?}: {out:?}, {expected:?}");
         }
     }
 }
