@@ -875,15 +875,14 @@ ts_status ts_context_workspace(struct ts_context *context,
 /// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
 /// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
-/// selected tokens and their lengths for what top-k does: all of them are to be there.
+/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// what is made of results that break a rule, such as lists that do not ascend, is not specified.
 ///
 /// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
 /// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
-/// - On a GPU, lists ascend, name tokens of their rows only, and are no longer than the buffer is wide; actions are
-///   `ts_row_action`s.
 ts_status ts_context_provide(struct ts_context *context,
                              int32_t buffer,
                              const struct ts_batch *batch);
@@ -1211,15 +1210,14 @@ ts_status ts_attend_dense(const struct ts_context *context,
                           const struct ts_output *output);
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
-/// are combined by `ts_merge`.
+/// are combined by `ts_merge`. Lists ascend, name tokens of their row only, and are no longer than `width`.
 ///
 /// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
-/// `ranks`. On a GPU the lists are not looked at.
+/// `ranks`. On a GPU the lists are not looked at: outputs of rows whose list breaks a rule are not specified.
 ///
 /// Promised by the caller:
 /// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
-///   and unchanged until its work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer
-///   than `width`.
+///   and unchanged until its work is done.
 ts_status ts_attend_to(const struct ts_context *context,
                        const struct ts_batch *batch,
                        const struct ts_kv_view *kv,

@@ -178,15 +178,14 @@ pub unsafe extern "C" fn ts_context_workspace(
 /// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
 /// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
-/// selected tokens and their lengths for what top-k does: all of them are to be there.
+/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// what is made of results that break a rule, such as lists that do not ascend, is not specified.
 ///
 /// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
 /// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
-/// - On a GPU, lists ascend, name tokens of their rows only, and are no longer than the buffer is wide; actions are
-///   `ts_row_action`s.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_context_provide(
     context: *mut ts_context,

@@ -465,15 +465,14 @@ pub unsafe extern "C" fn ts_attend_dense(
 }
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
-/// are combined by `ts_merge`.
+/// are combined by `ts_merge`. Lists ascend, name tokens of their row only, and are no longer than `width`.
 ///
 /// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
-/// `ranks`. On a GPU the lists are not looked at.
+/// `ranks`. On a GPU the lists are not looked at: outputs of rows whose list breaks a rule are not specified.
 ///
 /// # Safety
 /// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
-///   and unchanged until its work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer
-///   than `width`.
+///   and unchanged until its work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend_to(
     context: *const ts_context,
