@@ -134,12 +134,25 @@ fn config(input: &mut Unstructured<'_>) -> arbitrary::Result<ts_config> {
     Ok(config)
 }
 
+/// A structure of zeros that begins with its size, or with a smaller one.
+fn sized<T: Copy>(input: &mut Unstructured<'_>) -> arbitrary::Result<T> {
+    let size = size_of::<T>();
+    let struct_size = if input.ratio(1, 32)? { input.int_in_range(0..=size)? } else { size };
+    // Structures that begin with their size are plain data.
+    unsafe {
+        let mut value: T = std::mem::zeroed();
+        (&raw mut value).cast::<usize>().write(struct_size);
+        Ok(value)
+    }
+}
+
 fn limits(input: &mut Unstructured<'_>) -> arbitrary::Result<ts_limits> {
     Ok(ts_limits {
-        struct_size: size_of::<ts_limits>(),
         max_rows: number(input, 12)?,
         max_block_len: number(input, 40)?,
         max_kv_tokens: number(input, 2000)?,
+        operations: if input.ratio(1, 8)? { input.int_in_range(-1..=32)? } else { 0 },
+        ..sized(input)?
     })
 }
 
@@ -185,6 +198,7 @@ fn make_batch(input: &mut Unstructured<'_>, batch: &mut *mut ts_batch) -> arbitr
         last_page_len: pointer(&last_page_len, input)?,
         sequence_indices: sequence_indices.as_ref().map_or(null(), |table| table.as_ptr()),
         candidates: candidates.as_ref().map_or(null(), |table| table.as_ptr()),
+        ..sized(input)?
     };
     if fine(unsafe { ts_batch_create(or_null(&tables, input)?, batch) }) && input.ratio(1, 4)? {
         let mut padded = null_mut();
@@ -222,15 +236,11 @@ fn view(
     [k, v]: [&mut [u32]; 2],
 ) -> arbitrary::Result<ts_kv_view> {
     let mut kv = ts_kv_view {
-        k: null_mut(),
-        v: null_mut(),
         num_pages: 16,
         page_size,
         num_kv_heads: config.num_kv_heads as usize,
         head_dim: config.head_dim as usize,
-        stride_page: 0,
-        stride_token: 0,
-        stride_head: 0,
+        ..sized(input)?
     };
     for _ in 0..input.int_in_range(0..=2)? {
         match input.int_in_range(0..=3)? {
@@ -242,18 +252,28 @@ fn view(
     }
     fine(unsafe { ts_kv_view_set_dense(&mut kv, input.int_in_range(-1..=2)?) });
     for _ in 0..input.int_in_range(0..=2)? {
-        match input.int_in_range(0..=2)? {
-            0 => kv.stride_page = number(input, 200)?,
-            1 => kv.stride_token = number(input, 40)?,
-            _ => kv.stride_head = number(input, 20)?,
+        match input.int_in_range(0..=5)? {
+            0 => kv.k_stride_page = number(input, 200)?,
+            1 => kv.k_stride_token = number(input, 40)?,
+            2 => kv.k_stride_head = number(input, 20)?,
+            3 => kv.v_stride_page = number(input, 200)?,
+            4 => kv.v_stride_token = number(input, 40)?,
+            _ => kv.v_stride_head = number(input, 20)?,
         }
     }
     // Pools are there where they are large enough for what the view says, and null otherwise.
     let last = |count: usize, stride: usize| count.saturating_sub(1) as u128 * stride as u128;
-    let extent = last(kv.num_pages, kv.stride_page)
-        + last(kv.page_size, kv.stride_token)
-        + last(kv.num_kv_heads, kv.stride_head)
-        + kv.head_dim as u128;
+    let extent_of = |page: usize, token: usize, head: usize| {
+        last(kv.num_pages, page)
+            + last(kv.page_size, token)
+            + last(kv.num_kv_heads, head)
+            + kv.head_dim as u128
+    };
+    let extent = extent_of(kv.k_stride_page, kv.k_stride_token, kv.k_stride_head).max(extent_of(
+        kv.v_stride_page,
+        kv.v_stride_token,
+        kv.v_stride_head,
+    ));
     if extent <= POOL as u128 && !input.ratio(1, 32)? {
         kv.k = k.as_mut_ptr().cast();
         kv.v = v.as_mut_ptr().cast();
@@ -284,6 +304,7 @@ fn operate(
         lse: if input.ratio(1, 4)? { null_mut() } else { at(&mut lse).cast() },
         out_dtype: input.int_in_range(-1..=5)?,
         reserved: i32::from(input.ratio(1, 16)?),
+        ..sized(input)?
     };
     let mut second = new;
     let mut other = memory();
@@ -293,7 +314,8 @@ fn operate(
     for _ in 0..input.int_in_range(1..=5)? {
         let none = null_mut();
         fine(unsafe {
-            match input.int_in_range(0..=7)? {
+            let mut index = 0;
+            match input.int_in_range(0..=10)? {
                 0 => ts_append(context, batch, kv_at, new, second),
                 1 => ts_select(context, batch, kv_at, q, none, 0),
                 2 => ts_pool(context, batch, q, none, 0),
@@ -301,6 +323,12 @@ fn operate(
                 4 => ts_vote(context, batch),
                 5 => ts_top_k(context, batch, none, 0),
                 6 => ts_attend(context, batch, kv_at, q, &output),
+                7 => ts_append_select(context, batch, kv_at, q, new, second, none, 0),
+                8 => ts_context_provide(context, input.int_in_range(-1..=10)?, batch),
+                9 => {
+                    let [row, token, head] = [number(input, 4)?, number(input, 40)?, number(input, 4)?];
+                    ts_context_logit_index(context, batch, row, token, head, &mut index)
+                }
                 _ => ts_attend_dense(context, batch, kv_at, q, &output),
             }
         });
@@ -410,8 +438,9 @@ fn extend(
     let width = (config.num_qo_heads.max(config.num_kv_heads) as usize) * config.head_dim as usize;
     let mut memory = [(); 5].map(|()| vec![0u32; width * info.num_query_tokens]);
     let [q, k, v, out, lse] = memory.each_mut().map(|memory| memory.as_mut_ptr().cast::<c_void>());
-    let step = ts_step_input { q, k, v };
-    let output = ts_output { out, lse: lse.cast(), out_dtype: input.int_in_range(0..=2)?, reserved: 0 };
+    let step = ts_step_input { q, k, v, ..sized(input)? };
+    let out_dtype = input.int_in_range(0..=2)?;
+    let output = ts_output { out, lse: lse.cast(), out_dtype, ..sized(input)? };
     let layer = number(input, 2)?;
     fine(unsafe {
         match input.int_in_range(0..=2)? {

@@ -164,7 +164,7 @@ fn limits_and_cache_sizes() {
     }
     let no_layers = CacheConfig { num_layers: 0, ..CacheConfig::default() };
     let made = PagedKvCache::new(&Device::cpu(), &small_config(), &no_layers);
-    says(made, &field("`num_layers` must be at least 1, got 0"));
+    says(made, &field("`num_layers` must be from 1 to 65536, got 0"));
     let text = format!("cpu: no memory for a tensor of {} bytes", usize::MAX);
     says(Tensor::zeros(DType::F32, [usize::MAX, 4]), &text);
 }

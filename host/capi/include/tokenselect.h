@@ -8,6 +8,8 @@
  *   configuration and batch; all tensors but the cache are dense. A null pointer is an error unless the text allows it.
  * - Work on a GPU is put in the device's stream; only functions that say so wait for it.
  * - A handle is used by one thread at a time, except where it says otherwise.
+ * - Structures that callers fill begin with their size, struct_size. A shorter one than this version's is an older one, and
+ *   what it lacks is 0; of a longer one, what this version does not know must be 0. Else: TS_STATUS_STRUCT_SIZE.
  */
 
 #ifndef TOKENSELECT_H
@@ -17,7 +19,7 @@
 #include <stdint.h>
 
 /// Version of the interface. Raised when a function or structure changes in a way that old programs do not survive.
-#define TS_ABI_VERSION 1
+#define TS_ABI_VERSION 2
 
 /// What a function answers. 0 is success; anything else comes with a text, `ts_last_error_message`.
 ///
@@ -144,6 +146,36 @@ typedef int32_t ts_kv_layout;
 #endif // __STDC_VERSION__ >= 202311L
 #endif // __cplusplus
 
+/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
+/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+enum ts_operation
+#if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+  : int32_t
+#endif // defined(__cplusplus) || __STDC_VERSION__ >= 202311L
+ {
+  /// `ts_append`, `ts_cache_append`.
+  TS_OPERATION_APPEND = 1,
+  /// `ts_pool`.
+  TS_OPERATION_POOL = 2,
+  /// `ts_score`.
+  TS_OPERATION_SCORE = 4,
+  /// `ts_vote`, `ts_top_k`, `ts_vote_top_k`.
+  TS_OPERATION_VOTE = 8,
+  /// `ts_attend`, `ts_attend_dense`, `ts_attend_to`.
+  TS_OPERATION_ATTEND = 16,
+  /// All but attention, for engines that attend with kernels of their own: `ts_select` and `ts_append_select`, too.
+  TS_OPERATION_SELECTION = 15,
+  /// All of them.
+  TS_OPERATION_ALL = 31,
+};
+#ifndef __cplusplus
+#if __STDC_VERSION__ >= 202311L
+typedef enum ts_operation ts_operation;
+#else
+typedef int32_t ts_operation;
+#endif // __STDC_VERSION__ >= 202311L
+#endif // __cplusplus
+
 /// Where tokens stand when they are compared.
 enum ts_positions
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
@@ -241,7 +273,10 @@ enum ts_workspace
   TS_WORKSPACE_SIMILARITIES = 1,
   /// `[max_rows]` u32, written by pool: a `ts_row_action`.
   TS_WORKSPACE_ACTIONS = 2,
-  /// `[max_kv_tokens, num_qo_heads]` f32, written by score for candidates: scaled dot products.
+  /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
+  /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
+  /// `[token_base + token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`,
+  /// each row from a tile of its own on.
   TS_WORKSPACE_LOGITS = 3,
   /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
   TS_WORKSPACE_STATS = 4,
@@ -294,8 +329,8 @@ typedef struct ts_device ts_device;
 typedef struct ts_graph ts_graph;
 
 /// Cached selections of every layer and sequence, for an engine with a cache of its own, which calls
-/// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a `ts_cache`.
-/// One thread at a time.
+/// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a
+/// `ts_cache`. One thread at a time.
 typedef struct ts_selection_cache ts_selection_cache;
 
 /// Rotary embedding of the position mode `TS_POSITIONS_REASSIGNED`; not looked at otherwise.
@@ -336,7 +371,8 @@ typedef struct ts_config {
   uint32_t num_kv_heads;
   /// Elements of a head, a multiple of 8, at most 256. Default 128.
   uint32_t head_dim;
-  /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default `TS_DTYPE_BF16`.
+  /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default
+  /// `TS_DTYPE_BF16`.
   int32_t dtype;
   /// The first `n_init` tokens of a sequence are always selected. Default 128.
   size_t n_init;
@@ -366,7 +402,7 @@ typedef struct ts_config {
   uint32_t reserved;
 } ts_config;
 
-/// The largest batch that a context will be given. Filled by `ts_limits_default`.
+/// What a context is made for: the largest batch that it will be given, and operations. Filled by `ts_limits_default`.
 typedef struct ts_limits {
   /// `sizeof(ts_limits)`.
   size_t struct_size;
@@ -376,6 +412,11 @@ typedef struct ts_limits {
   size_t max_block_len;
   /// Tokens cached by all rows of a batch together, every row rounded up to whole pages. Default 131072.
   size_t max_kv_tokens;
+  /// A sum of `ts_operation`; 0 for all of them. What is left out answers `TS_STATUS_MISSING`. Default
+  /// `TS_OPERATION_ALL`.
+  int32_t operations;
+  /// 0.
+  int32_t reserved;
 } ts_limits;
 
 /// Size and layout of an owned cache. Filled by `ts_cache_config_default`.
@@ -410,10 +451,13 @@ typedef struct ts_tensor {
 
 /// Paged keys and values of one layer. Their type is the configuration's; they lie on the context's device.
 ///
-/// The element `i` of head `h` of token `t` of page `p` is at `p * stride_page + t * stride_token + h * stride_head + i`.
-/// Keys and values may lie among each other, as in `[num_pages, 2, page_size, num_kv_heads, head_dim]`. Unused places are
-/// never read into a result.
+/// The element `i` of head `h` of token `t` of page `p` of the keys is at `p * k_stride_page + t * k_stride_token + h *
+/// k_stride_head + i`, and of the values likewise. The two may lie among each other in either order, as in `[num_pages,
+/// 2, page_size, num_kv_heads, head_dim]` or `[num_pages, num_kv_heads, page_size, 2 * head_dim]`, as long as no
+/// element is in both. Unused places are never read into a result. Fields that are not set are 0.
 typedef struct ts_kv_view {
+  /// `sizeof(ts_kv_view)`.
+  size_t struct_size;
   /// First key. Aligned to 16 bytes on a GPU.
   void *k;
   /// First value. As `k`.
@@ -426,17 +470,26 @@ typedef struct ts_kv_view {
   size_t num_kv_heads;
   /// Elements of a head, which are adjacent.
   size_t head_dim;
-  /// Elements from a page to the next. On a GPU strides are multiples of 8.
-  size_t stride_page;
-  /// Elements from a token to the next of its page.
-  size_t stride_token;
-  /// Elements from a head to the next of its token.
-  size_t stride_head;
+  /// Elements from a page to the next, in the keys. On a GPU strides are multiples of 8.
+  size_t k_stride_page;
+  /// Elements from a token to the next of its page, in the keys.
+  size_t k_stride_token;
+  /// Elements from a head to the next of its token, in the keys.
+  size_t k_stride_head;
+  /// As `k_stride_page`, in the values.
+  size_t v_stride_page;
+  /// As `k_stride_token`, in the values.
+  size_t v_stride_token;
+  /// As `k_stride_head`, in the values.
+  size_t v_stride_head;
 } ts_kv_view;
 
 /// Page tables, in the host's memory, copied by `ts_batch_create`. They describe the cache *after* the block was
-/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block.
+/// appended: a row has `n = (pages - 1) * page_size + last_page_len` tokens, the last of which are its block. Fields
+/// that are not set are 0.
 typedef struct ts_batch_tables {
+  /// `sizeof(ts_batch_tables)`.
+  size_t struct_size;
   /// Tokens in a page, 1 to 256.
   size_t page_size;
   /// Rows of the batch.
@@ -453,8 +506,8 @@ typedef struct ts_batch_tables {
   /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
   /// selection is used again.
   const int32_t *sequence_indices;
-  /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that compete
-  /// for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
+  /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that
+  /// compete for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
   const int32_t *candidates;
 } ts_batch_tables;
 
@@ -486,8 +539,43 @@ typedef struct ts_batch_row {
   size_t token_base;
 } ts_batch_row;
 
-/// Outputs of attention, dense.
+/// Page tables of another engine in memory of the device: vLLM's block tables, SGLang's slots of tokens. Fields that
+/// are not set are 0.
+///
+/// All entries are 32-bit integers; a negative one is beyond every limit. They are read when the device comes to it,
+/// and the host never looks at them: a row that breaks a rule is left without tokens, and `ts_batch_slot_faults` counts
+/// it. Two rows whose blocks lie in one page, or that name one sequence, are not found: what is written there is then
+/// one's or the other's.
+typedef struct ts_device_tables {
+  /// `sizeof(ts_device_tables)`.
+  size_t struct_size;
+  /// Rows of `entries`.
+  size_t num_table_rows;
+  /// Entries of each row of `entries`.
+  size_t num_entries;
+  /// `[num_table_rows, num_entries]`: pages in token order, or the slot of each token.
+  const int32_t *entries;
+  /// Whether the entries are slots of tokens (a token's page times the page size and its place in the page): 0 or 1.
+  int32_t entries_are_slots;
+  /// 0.
+  int32_t reserved;
+  /// `[num_rows]`, or null: the row of `entries` of each row of the batch. Null: the row with the same number.
+  const int32_t *rows;
+  /// `[num_rows]`: tokens of each row, its block included; at least its block, or 0.
+  const int32_t *kv_lens;
+  /// `[num_rows]`, or null: the row of the Selection Cache of each row, all different, -1 for none. Given exactly if
+  /// the slot's batches have sequence indices.
+  const int32_t *sequence_indices;
+  /// Pages of the pool, at least 1. A page number beyond it is a fault, and becomes the last page.
+  size_t num_pages;
+  /// Sequences of the Selection Cache. A sequence beyond it is a fault, and becomes none.
+  size_t num_sequences;
+} ts_device_tables;
+
+/// Outputs of attention, dense. Fields that are not set are 0.
 typedef struct ts_output {
+  /// `sizeof(ts_output)`.
+  size_t struct_size;
   /// `[num_query_tokens, num_qo_heads, head_dim]` of `out_dtype`, written.
   void *out;
   /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials. May be null.
@@ -498,8 +586,10 @@ typedef struct ts_output {
   int32_t reserved;
 } ts_output;
 
-/// Lists of tokens to attend to, one a row, in memory of the device.
+/// Lists of tokens to attend to, one a row, in memory of the device. Fields that are not set are 0.
 typedef struct ts_selection {
+  /// `sizeof(ts_selection)`.
+  size_t struct_size;
   /// Rows of the arrays, at least the batch's.
   size_t num_rows;
   /// Places for tokens in a row.
@@ -514,8 +604,10 @@ typedef struct ts_selection {
   const uint32_t *total_len;
 } ts_selection;
 
-/// Attention outputs over disjoint parts of a list, dense.
+/// Attention outputs over disjoint parts of a list, dense. Fields that are not set are 0.
 typedef struct ts_parts {
+  /// `sizeof(ts_parts)`.
+  size_t struct_size;
   /// Parts, at least 1.
   size_t num_parts;
   /// Query tokens.
@@ -539,8 +631,10 @@ typedef struct ts_selection_stats {
 /// Names a sequence of one cache. A name is never used twice.
 typedef uint64_t ts_sequence;
 
-/// Inputs of a step of one layer, of the configuration's type, dense.
+/// Inputs of a step of one layer, of the configuration's type, dense. Fields that are not set are 0.
 typedef struct ts_step_input {
+  /// `sizeof(ts_step_input)`.
+  size_t struct_size;
   /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows.
   const void *q;
   /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append.
@@ -578,11 +672,11 @@ const char *ts_status_name(int32_t status);
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_device_cpu(struct ts_device **device);
 
-/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own, which
-/// does not wait for the default stream.
+/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own,
+/// which does not wait for the default stream.
 ///
-/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0 or
-/// in a build without CUDA.
+/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0
+/// or in a build without CUDA.
 ///
 /// Promised by the caller:
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
@@ -595,18 +689,18 @@ ts_status ts_device_cuda(uint32_t ordinal,
 /// Errors: those of `ts_device_cuda`.
 ///
 /// Promised by the caller:
-/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that was
-///   made on it are destroyed.
-/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
-///   written all that this device reads: queries, keys, values, pages, lists.
+/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that
+///   was made on it are destroyed.
+/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by
+///   then written all that this device reads: queries, keys, values, pages, lists.
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_device_cuda_on_stream(uint32_t ordinal,
                                    void *stream,
                                    struct ts_device **device);
 
 /// The GPU kernels, run on the processor by an emulator that reports races, accesses out of bounds and divergence as
-/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws the
-/// schedule.
+/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws
+/// the schedule.
 ///
 /// Errors: `TS_STATUS_UNSUPPORTED` in a build without the emulator.
 ///
@@ -620,6 +714,17 @@ ts_status ts_device_emulated(uint64_t seed,
 /// Promised by the caller:
 /// - `device` is null or a handle. The text lives as long as the handle.
 const char *ts_device_name(const struct ts_device *device);
+
+/// Whether a device can run steps of a configuration: what `ts_context_create` would answer for all operations, without
+/// its allocations. For some of them, ask `ts_workspace_bytes`.
+///
+/// Errors: `TS_STATUS_UNSUPPORTED` where the device has no kernels for it, with a text that says what it lacks;
+/// `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
+ts_status ts_device_supports(const struct ts_device *device,
+                             const struct ts_config *config);
 
 /// Waits until everything put on the device is done.
 ///
@@ -689,14 +794,15 @@ ts_status ts_memory_read(const struct ts_device *device,
 /// local tokens, native positions, Selection Cache on.
 ///
 /// `struct_size` is `sizeof(ts_config)`; it is written to `config->struct_size`.
-/// Errors: `TS_STATUS_STRUCT_SIZE` where it is less than this version's.
+/// Errors: `TS_STATUS_STRUCT_SIZE` where it is less than that of the first version.
 ///
 /// Promised by the caller:
 /// - `config` is null or has room for `struct_size` bytes, written.
 ts_status ts_config_default(struct ts_config *config,
                             size_t struct_size);
 
-/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens. `struct_size` is `sizeof(ts_limits)`.
+/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is
+/// `sizeof(ts_limits)`.
 ///
 /// Promised by the caller:
 /// - `limits` is null or has room for `struct_size` bytes, written.
@@ -711,8 +817,8 @@ ts_status ts_limits_default(struct ts_limits *limits,
 ts_status ts_cache_config_default(struct ts_cache_config *config,
                                   size_t struct_size);
 
-/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
-/// naming the first field that breaks its rule.
+/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`,
+/// `TS_STATUS_STRUCT_SIZE`, naming the first field that breaks its rule.
 ///
 /// Promised by the caller:
 /// - `config` is null or holds `config->struct_size` bytes.
@@ -720,7 +826,12 @@ ts_status ts_config_validate(const struct ts_config *config);
 
 /// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
 ///
-/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver
+/// compiles them. One of whole steps (`ts_step`) needs all operations.
+///
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration
+/// (`ts_device_supports` tells before), `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_DRIVER`.
 ///
 /// Promised by the caller:
 /// - `device` is null or a handle; `config` and `limits` are null or hold as many bytes as their `struct_size`.
@@ -748,8 +859,8 @@ ts_status ts_workspace_bytes(const struct ts_device *device,
 /// - `context` is null or a handle, used for the last time; so are pointers into its workspace.
 ts_status ts_context_destroy(struct ts_context *context);
 
-/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations. Its
-/// address never changes.
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or
+/// for results of the caller's own (`ts_context_provide`). Its address never changes.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_ENUM`.
 ///
@@ -759,6 +870,38 @@ ts_status ts_context_destroy(struct ts_context *context);
 ts_status ts_context_workspace(struct ts_context *context,
                                int32_t buffer,
                                struct ts_tensor *tensor);
+
+/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
+/// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
+///
+/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
+/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// what is made of results that break a rule, such as lists that do not ascend, is not specified.
+///
+/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
+///
+/// Promised by the caller:
+/// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
+ts_status ts_context_provide(struct ts_context *context,
+                             int32_t buffer,
+                             const struct ts_batch *batch);
+
+/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from
+/// the row's first, chosen or not.
+///
+/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the
+/// device) or the configuration no such head, `TS_STATUS_LIMIT`.
+///
+/// Promised by the caller:
+/// - `context` and `batch` are null or handles; nothing changes `context` meanwhile.
+/// - `index` is null or has room for a number, written.
+ts_status ts_context_logit_index(const struct ts_context *context,
+                                 const struct ts_batch *batch,
+                                 size_t row,
+                                 size_t token,
+                                 size_t qo_head,
+                                 size_t *index);
 
 /// Copies the selected tokens of one row of the current batch, ascending, to the host. Waits for the device's earlier
 /// work. With `tokens` null and `capacity` 0, only tells the length.
@@ -776,31 +919,34 @@ ts_status ts_context_selected(const struct ts_context *context,
                               size_t capacity,
                               size_t *len);
 
-/// Sets the strides of a view to those of a dense pool of its `num_pages`, `page_size`, `num_kv_heads` and `head_dim`.
+/// Sets all strides of a view to those of dense pools of its `num_pages`, `page_size`, `num_kv_heads` and `head_dim`.
 /// `layout` is a `ts_kv_layout`.
 ///
-/// Errors: `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address space.
+/// Errors: `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_CONFIG` where a page does not fit the address
+/// space.
 ///
 /// Promised by the caller:
-/// - `kv` is null or a view, its strides written.
+/// - `kv` is null or a view of `kv->struct_size` bytes that nothing else uses meanwhile, its strides written.
 ts_status ts_kv_view_set_dense(struct ts_kv_view *kv,
                                int32_t layout);
 
 /// A batch over page tables of another engine.
 ///
-/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry.
+/// Errors: `TS_STATUS_TABLE`, naming table, row, rule and entry, `TS_STATUS_CONFIG` for the page size,
+/// `TS_STATUS_LIMIT` for too many rows, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// Promised by the caller:
-/// - `tables` is null or a structure whose pointers are null or name arrays of the stated lengths in the host's memory.
-///   They are not used after this returns.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in the host's memory. They are not used after this returns.
 /// - `batch` is null or has room for a pointer, written: the new handle, null on an error.
 ts_status ts_batch_create(const struct ts_batch_tables *tables,
                           struct ts_batch **batch);
 
-/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work expects.
-/// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
+/// A copy of a batch with rows of no cached tokens added, until it has `num_rows`: the shape that captured work
+/// expects. Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
 ///
-/// Errors: `TS_STATUS_LIMIT` where the batch has more rows already.
+/// Errors: `TS_STATUS_LIMIT` where the batch has more rows already, `TS_STATUS_CONFIG` for more than can be counted,
+/// `TS_STATUS_MISSING` where the tables are the device's alone.
 ///
 /// Promised by the caller:
 /// - `batch` is null or a handle.
@@ -810,17 +956,21 @@ ts_status ts_batch_padded(const struct ts_batch *batch,
                           size_t block_len,
                           struct ts_batch **padded);
 
-/// Sizes of a batch.
+/// Sizes of a batch. `max_kv_len` and `num_token_places` are upper bounds where the tables are the device's alone.
 ///
 /// Promised by the caller:
 /// - `batch` is null or a handle; `info` is null or has room for the structure, written.
-ts_status ts_batch_get_info(const struct ts_batch *batch, struct ts_batch_info *info);
+ts_status ts_batch_get_info(const struct ts_batch *batch,
+                            struct ts_batch_info *info);
 
-/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row.
+/// Sizes and places of one row. Errors: `TS_STATUS_INDEX` where there is no such row, `TS_STATUS_MISSING` where the
+/// tables are the device's alone.
 ///
 /// Promised by the caller:
 /// - `batch` is null or a handle; `info` is null or has room for the structure, written.
-ts_status ts_batch_get_row(const struct ts_batch *batch, size_t row, struct ts_batch_row *info);
+ts_status ts_batch_get_row(const struct ts_batch *batch,
+                           size_t row,
+                           struct ts_batch_row *info);
 
 /// Gives a batch back. Null is nothing. On a GPU, its tables are freed after the device's earlier work.
 ///
@@ -830,7 +980,8 @@ ts_status ts_batch_destroy(struct ts_batch *batch);
 
 /// A place for batches with the rows, blocks and page size of `like` and up to `max_pages` pages in all rows together.
 ///
-/// Errors: `TS_STATUS_WRONG_DEVICE` for the processor.
+/// Errors: `TS_STATUS_WRONG_DEVICE` for the processor, `TS_STATUS_LIMIT` for more pages than can be counted,
+/// `TS_STATUS_OUT_OF_MEMORY`.
 ///
 /// Promised by the caller:
 /// - `device` and `like` are null or handles.
@@ -843,7 +994,12 @@ ts_status ts_batch_slot_create(const struct ts_device *device,
 /// Puts a copy of a batch in the slot, after the device's earlier work: work captured with `bound` reads whatever batch
 /// was put there last when it is launched.
 ///
-/// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages.
+/// What was captured with a batch of this slot stays within its bounds: what the captured operations would refuse is
+/// refused here, with the same statuses, and the slot holds what it held before.
+///
+/// Errors: `TS_STATUS_TABLE` where rows, blocks or page size are not the slot's, `TS_STATUS_LIMIT` for too many pages,
+/// `TS_STATUS_INDEX` for pages and sequences beyond those of captured work, `TS_STATUS_MISSING` for a batch of
+/// `ts_batch_slot_translate`.
 ///
 /// Promised by the caller:
 /// - `slot` and `batch` are null or handles; nothing else uses `slot` meanwhile.
@@ -851,6 +1007,39 @@ ts_status ts_batch_slot_create(const struct ts_device *device,
 ts_status ts_batch_slot_put(struct ts_batch_slot *slot,
                             const struct ts_batch *batch,
                             struct ts_batch **bound);
+
+/// Puts the batch that an engine's tables on the device describe in the slot, in the device's order of work. Its rows
+/// and blocks are the slot's; lengths and pages are the device's alone. Nothing passes through the host: this can be
+/// captured, and does its work anew at each launch.
+///
+/// `bound` has no rows to be asked for: `ts_batch_get_row` answers `TS_STATUS_MISSING` and `ts_batch_get_info` the
+/// largest that they may be.
+///
+/// Errors: `TS_STATUS_TABLE` where `sequence_indices` are given to a slot without them or the other way round,
+/// `TS_STATUS_CONFIG` for no pages, `TS_STATUS_MISSING` where the slot is for parts of sequences, `TS_STATUS_LIMIT` and
+/// `TS_STATUS_INDEX` where captured work may not be given as much, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`
+/// and those of pointers, which are aligned to 4 bytes.
+///
+/// Promised by the caller:
+/// - `slot` is null or a handle that nothing else uses meanwhile.
+/// - `tables` is null or a structure of `tables->struct_size` bytes whose pointers are null or name arrays of the
+///   stated lengths in memory of the slot's device, which live, unchanged, until its work is done, and while captured
+///   work is launched.
+/// - `bound` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_slot_translate(struct ts_batch_slot *slot,
+                                  const struct ts_device_tables *tables,
+                                  struct ts_batch **bound);
+
+/// How many rows `ts_batch_slot_translate` left without tokens, pages it replaced and sequences it left out since the
+/// slot was made. Waits for the device's earlier work.
+///
+/// Errors: `TS_STATUS_DRIVER`, `TS_STATUS_MISSING` while work is being captured.
+///
+/// Promised by the caller:
+/// - `slot` is null or a handle that nothing else uses meanwhile; `num_faults` is null or has room for a number,
+///   written.
+ts_status ts_batch_slot_faults(const struct ts_batch_slot *slot,
+                               uint32_t *num_faults);
 
 /// Gives a slot back. Null is nothing.
 ///
@@ -860,16 +1049,20 @@ ts_status ts_batch_slot_destroy(struct ts_batch_slot *slot);
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
-/// for native positions, not rotated for reassigned ones. Writes `kv`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
+/// model for native positions, not rotated for reassigned ones. Writes `kv`.
 ///
-/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
-/// pool, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` for parts of sequences, and those of pointers.
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
+/// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose
+/// slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and
+/// those of pointers. Then nothing was written.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles.
-/// - `kv` is null or a view whose memory, from the first element to the last, is the device's; all pointers are valid
-///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
+///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
+///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
 ts_status ts_append(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -878,14 +1071,15 @@ ts_status ts_append(const struct ts_context *context,
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
-/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
+/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
 ///
-/// Errors: those of the four operations.
+/// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view; its memory and `q` are the device's and unchanged until its work is done.
+/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
+///   done.
 ts_status ts_select(struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -896,10 +1090,10 @@ ts_status ts_select(struct ts_context *context,
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
-/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
+/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
-/// Errors: those of the two.
+/// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// Promised by the caller:
 /// - As for `ts_append` and `ts_select`.
@@ -915,8 +1109,10 @@ ts_status ts_append_select(struct ts_context *context,
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
-/// that the Selection Cache does not have, and those of pointers.
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
+/// pointers.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -929,7 +1125,9 @@ ts_status ts_pool(struct ts_context *context,
 /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
 /// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
 ///
-/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool.
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
+/// `TS_STATUS_MISSING` as `ts_pool`, and those of pointers.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -940,7 +1138,8 @@ ts_status ts_score(struct ts_context *context,
 /// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
 /// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
 ///
-/// Errors: `TS_STATUS_LIMIT`.
+/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as
+/// `ts_pool`.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -949,10 +1148,12 @@ ts_status ts_vote(struct ts_context *context,
 
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
-/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
-/// every row is counted; pass what was passed to `ts_pool`.
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
+/// and every row is counted; pass what was passed to `ts_pool`.
 ///
-/// Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_MISSING` where rows reuse a selection that is not given.
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
+/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
+/// and, on the processor, where rows reuse a selection that is not given.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -961,8 +1162,11 @@ ts_status ts_top_k(struct ts_context *context,
                    struct ts_selection_cache *selection_cache,
                    size_t layer);
 
-/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments and errors are those of
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of
 /// `ts_top_k`.
+///
+/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then
+/// nothing was written.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -977,13 +1181,16 @@ ts_status ts_vote_top_k(struct ts_context *context,
 /// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
 /// `lse = -inf`.
 ///
-/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_TABLE`,
-/// `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
+/// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks
+/// a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot
+/// holds another, and a context without `TS_OPERATION_ATTEND`, and those of pointers.
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures; all memory is the device's and valid until its work is done, and nothing
-///   else uses the outputs meanwhile.
+/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
+///   work is done, and nothing else uses the outputs meanwhile.
 ts_status ts_attend(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
@@ -992,7 +1199,7 @@ ts_status ts_attend(const struct ts_context *context,
 
 /// As `ts_attend`, over all tokens of each row: ordinary paged attention.
 ///
-/// Errors: those of `ts_attend`, and `TS_STATUS_MISSING` for parts of sequences.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted.
 ///
 /// Promised by the caller:
 /// - As for `ts_attend`.
@@ -1003,13 +1210,14 @@ ts_status ts_attend_dense(const struct ts_context *context,
                           const struct ts_output *output);
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
-/// are combined by `ts_merge`.
+/// are combined by `ts_merge`. Lists ascend, name tokens of their row only, and are no longer than `width`.
 ///
-/// Errors: those of `ts_attend`. On a GPU the lists are not looked at.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
+/// `ranks`. On a GPU the lists are not looked at: outputs of rows whose list breaks a rule are not specified.
 ///
 /// Promised by the caller:
-/// - As for `ts_attend`, and `selection` is null or a structure whose arrays are the device's and unchanged until its
-///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
+///   and unchanged until its work is done.
 ts_status ts_attend_to(const struct ts_context *context,
                        const struct ts_batch *batch,
                        const struct ts_kv_view *kv,
@@ -1020,18 +1228,20 @@ ts_status ts_attend_to(const struct ts_context *context,
 /// Combines attention outputs over disjoint parts of a list through their log-sum-exps. Writes `output`, whose
 /// `out_dtype` may be f16, bf16 or f32.
 ///
-/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED`.
+/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_UNSUPPORTED`.
 ///
 /// Promised by the caller:
-/// - `context` is null or a handle; `parts` and `output` are null or structures; all memory is the device's and valid
-///   until its work is done, and nothing else uses the outputs meanwhile.
+/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is
+///   the device's and valid until its work is done, and nothing else uses the outputs meanwhile.
 ts_status ts_merge(const struct ts_context *context,
                    const struct ts_parts *parts,
                    const struct ts_output *output);
 
 /// An empty Selection Cache on a device: `num_layers * num_sequences * (num_qo_heads * head_dim + top_k) * 4` bytes.
 ///
-/// Errors: `TS_STATUS_CONFIG` where `config` breaks a rule or the size does not fit, `TS_STATUS_DRIVER`.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG` where `config` or a number breaks a rule,
+/// `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
 ///
 /// Promised by the caller:
 /// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
@@ -1094,7 +1304,8 @@ ts_status ts_selection_cache_destroy(struct ts_selection_cache *selections);
 /// Allocates an empty cache on a device, with a Selection Cache if `config` asks for one: `2 * num_layers * num_pages *
 /// page_size * num_kv_heads * head_dim` elements.
 ///
-/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_DRIVER`.
 ///
 /// Promised by the caller:
 /// - `device` is null or a handle; `config` and `cache_config` are null or hold as many bytes as their `struct_size`.
@@ -1151,6 +1362,21 @@ ts_status ts_cache_sequence_len(const struct ts_cache *cache,
                                 ts_sequence sequence,
                                 size_t *len);
 
+/// Leading tokens of a sequence whose keys and values a layer has: less than `ts_cache_sequence_len` between
+/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and
+/// its next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed,
+/// which is valid until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the
+/// layers.
+///
+/// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer.
+///
+/// Promised by the caller:
+/// - `cache` is null or a handle that nothing changes meanwhile; `len` is null or has room for a number, written.
+ts_status ts_cache_written_len(const struct ts_cache *cache,
+                               size_t layer,
+                               ts_sequence sequence,
+                               size_t *len);
+
 /// Pages that no sequence holds.
 ///
 /// Promised by the caller:
@@ -1174,17 +1400,31 @@ ts_status ts_cache_extend(struct ts_cache *cache,
                           size_t num_rows,
                           struct ts_batch **batch);
 
-/// A layer's keys and values, for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To write them on
-/// the processor use `ts_cache_append`.
+/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To
+/// write them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
 ///
-/// Errors: `TS_STATUS_INDEX` where there is no such layer.
+/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is
+/// no such layer, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// Promised by the caller:
 /// - `cache` is null or a handle that nothing changes meanwhile. The view is valid as long as the cache.
-/// - `kv` is null or has room for the structure, written.
+/// - `kv` is null or has room for `struct_size` bytes, written.
 ts_status ts_cache_layer(const struct ts_cache *cache,
                          size_t layer,
-                         struct ts_kv_view *kv);
+                         struct ts_kv_view *kv,
+                         size_t struct_size);
+
+/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the
+/// sequences have now count as written in this layer. (On the processor use `ts_cache_append`.)
+///
+/// Errors: as `ts_cache_layer`.
+///
+/// Promised by the caller:
+/// - As for `ts_cache_layer`, and nothing else uses `cache` meanwhile.
+ts_status ts_cache_layer_mut(struct ts_cache *cache,
+                             size_t layer,
+                             struct ts_kv_view *kv,
+                             size_t struct_size);
 
 /// The Selection Cache of an owned cache, for `ts_select` and the like. A handle of its own, to be destroyed before the
 /// cache; using it counts as using the cache.
@@ -1201,14 +1441,21 @@ ts_status ts_cache_selections(struct ts_cache *cache,
 /// device's earlier work.
 ///
 /// Promised by the caller:
-/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure, written.
+/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure,
+///   written.
 ts_status ts_cache_stats(const struct ts_cache *cache,
                          struct ts_selection_stats *stats);
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type. `batch` comes from
-/// `ts_cache_extend`. Errors: `TS_STATUS_STALE_BATCH`, `TS_STATUS_INDEX`, `TS_STATUS_LIMIT` and those of pointers.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
+/// own. `batch` comes from `ts_cache_extend`.
+///
+/// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
+/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
+/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
+/// and those of pointers. Then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
@@ -1226,13 +1473,15 @@ ts_status ts_cache_append(const struct ts_context *context,
 /// a Selection Cache. On a GPU this returns as soon as everything is in the stream; what was wrong with it by then is
 /// found at a later call.
 ///
-/// Errors: a status for every wrong pointer, layer, limit or stale batch, and then nothing was written;
-/// `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations.
+/// Then nothing was written. After an error of the device (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as
+/// not written, and the same step may be done again.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile.
-/// - `input` and `output` are null or structures whose pointers are memory of the device with the stated shapes, which
-///   lives, unchanged by others, until the device's work is done. Outputs overlap nothing.
+/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with
+///   the stated shapes, which lives, unchanged by others, until the device's work is done. Nothing is in the context's
+///   workspace.
 ts_status ts_step(struct ts_context *context,
                   struct ts_cache *cache,
                   size_t layer,
@@ -1240,7 +1489,8 @@ ts_status ts_step(struct ts_context *context,
                   const struct ts_step_input *input,
                   const struct ts_output *output);
 
-/// As `ts_step`, with dense attention: append keys and values, attend to all tokens.
+/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the
+/// context needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
 ///
 /// Promised by the caller:
 /// - As for `ts_step`.
@@ -1251,8 +1501,8 @@ ts_status ts_step_dense(struct ts_context *context,
                         const struct ts_step_input *input,
                         const struct ts_output *output);
 
-/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one call
-/// for the whole of it.
+/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one
+/// call for the whole of it.
 ///
 /// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded. Batches
 /// come from a `ts_batch_slot`, so that each launch reads the lengths and pages put there last.

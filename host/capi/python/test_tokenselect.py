@@ -2,9 +2,11 @@
 NumPy. Run by `cargo test -p tokenselect-capi --test python`, or by hand with TOKENSELECT_LIBRARY set."""
 
 import ctypes
+import gc
 import os
 import re
 import unittest
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +90,16 @@ class StandIn:
 
     def stride(self):
         return tuple(stride // self.array.itemsize for stride in self.array.strides)
+
+
+class Fleeting(StandIn):
+    """A copy of an array that scribbles over its elements when nobody holds it any more."""
+
+    def __init__(self, array):
+        super().__init__(array.copy(), str(array.dtype))
+
+    def __del__(self):
+        self.array.view(np.uint8).fill(0x7F)
 
 
 class Structures(unittest.TestCase):
@@ -200,6 +212,183 @@ class Steps(unittest.TestCase):
         ctx.merge(np.stack([out for out, _ in parts]), np.stack([lse for _, lse in parts]), out)
         np.testing.assert_allclose(out, whole, atol=1e-6)
 
+    def test_temporaries(self):
+        """Tensors that are temporaries of a call live until it returns."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=16, max_kv_tokens=64)
+        batch = ts.Batch(PAGE, [0, 16], [0, 16], range(16), [PAGE])
+        q, k, v = (self.draw(16, heads, D) for heads in (HQ, HKV, HKV))
+        pools = self.draw(16, PAGE, HKV, D), self.draw(16, PAGE, HKV, D)
+        tokens, length = np.arange(64, dtype=np.int32)[None], np.array([64], np.int32)
+        parts, lses = self.draw(2, 16, HQ, D), self.draw(2, 16, HQ)
+        cache_of = lambda: ts.Cache(self.device, cfg, num_pages=16, page_size=PAGE)  # noqa: E731
+
+        def run(of):
+            """What every function makes of tensors that are `of(array)`, each a temporary of the call."""
+            given = [pool.copy() for pool in pools]
+            kv, made, out = ts.KvView(*given), [], np.zeros((16, HQ, D), np.float32)
+            ctx.append(batch, kv, of(k), of(v))
+            made += [pool.copy() for pool in given]
+            ctx.append_select(batch, kv, of(q), of(v), of(k))
+            made += [pool.copy() for pool in given] + [ctx.selected()]
+            ctx.select(batch, kv, of(2 * q))
+            made.append(ctx.selected())
+            ctx.attend(batch, kv, of(q), StandIn(out, "float32"))
+            made.append(out.copy())
+            ctx.attend_dense(batch, ts.KvView(of(pools[0]), of(pools[1])), of(q), StandIn(out, "float32"))
+            made.append(out.copy())
+            ctx.attend_to(batch, kv, of(q), of(tokens), of(length), out=StandIn(out, "float32"))
+            made.append(out.copy())
+            lists = dict(ranks=of(tokens), total_len=of(length))
+            ctx.attend_to(batch, kv, of(q), of(tokens), of(length), **lists, out=StandIn(out, "float32"))
+            made.append(out.copy())
+            del lists
+            ctx.merge(of(parts), of(lses), out)
+            made.append(out.copy())
+            ctx.pool(batch, of(q))
+            ctx.score(batch, ts.KvView(of(pools[0]), of(pools[1])))
+            ctx.vote_top_k(batch)
+            made += [ctx.workspace("queries").numpy(), ctx.selected()]
+            for step in ("step", "step_dense"):
+                cache = cache_of()
+                rows = cache.extend([(cache.create(), 16)])
+                getattr(ctx, step)(cache, 0, rows, of(q), of(k), of(v), StandIn(out, "float32"))
+                made.append(out.copy())
+                rows = cache.extend([(cache.create(), 16)])
+                ctx.append(rows, (cache, 0), of(v), of(k))
+                ctx.attend_dense(rows, cache.layer(0), of(q), StandIn(out, "float32"))
+                made.append(out.copy())
+            return made
+
+        for want, got in zip(run(lambda array: array), run(Fleeting), strict=True):
+            np.testing.assert_array_equal(got, want)
+        tables = ts.Batch(PAGE, *(np.array(table) for table in ([0, 1], [0, 2], [3, 4], [2])))
+        self.assertEqual(tables.row(0).kv_len, 6)
+
+    def test_what_is_held(self):
+        """Objects may be dropped in any order: what needs another holds it."""
+        cfg = config()
+        cache = ts.Cache(self.device, cfg, num_pages=4, page_size=PAGE)
+        held = weakref.ref(cache)
+        layer = cache.layer(0)
+        del cache
+        gc.collect()
+        self.assertIsNotNone(held())
+        ctx = ts.Context(self.device, cfg, max_block_len=1, max_kv_tokens=64)
+        ctx.attend_dense(ts.Batch(PAGE, [0, 1], [0, 1], [0], [1]), layer, self.draw(1, HQ, D))
+        del layer
+        gc.collect()
+        self.assertIsNone(held())
+        votes = np.asarray(ctx.workspace("votes"))
+        held = weakref.ref(ctx)
+        del ctx
+        gc.collect()
+        self.assertIsNotNone(held())
+        votes[:] = 1
+        del votes
+        gc.collect()
+        self.assertIsNone(held())
+
+    def test_strides(self):
+        """Keys and values in strides of their own, and behind each other in one row, in either order."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=64)
+        pages = 16
+        rows, pair = np.zeros((pages, HKV, PAGE, 2 * D), np.float32), np.zeros((pages, 2, PAGE, HKV, D), np.float32)
+        hnd = np.zeros((pages, HKV, PAGE, D), np.float32)
+        views = [
+            ts.KvView(np.zeros((pages, PAGE, HKV, D), np.float32), np.zeros((pages, PAGE, HKV, D), np.float32)),
+            ts.KvView(rows[..., :D], rows[..., D:], "HND"),
+            ts.KvView(rows[..., D:], rows[..., :D], "HND"),
+            ts.KvView(pair[:, 1], pair[:, 0]),
+            ts.KvView(np.zeros((pages, PAGE, HKV, D), np.float32), hnd.transpose(0, 2, 1, 3)),
+        ]
+        q, k, v = (self.draw(8, heads, D) for heads in (HQ, HKV, HKV))
+        results = []
+        for kv in views:
+            for length in (8, 16, 24):
+                batch = ts.Batch(PAGE, [0, 8], *tables(length, pages))
+                ctx.append_select(batch, kv, q, k + length, v - length)
+            results.append((ctx.selected(), ctx.attend(batch, kv, q)))
+        for tokens, out in results:
+            self.assertEqual(tokens, results[0][0])
+            np.testing.assert_array_equal(out, results[0][1])
+        np.testing.assert_array_equal(hnd[pages - 1].transpose(1, 0, 2), v[:PAGE] - 8)
+        with self.assertRaisesRegex(ValueError, "the last strides of k and v pages must be 1"):
+            ctx.score(batch, ts.KvView(rows[..., ::2], rows[..., ::2], "HND"))
+
+    def test_own_results(self):
+        """Logits by their index, votes and lists of one's own, and what comes too early."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+        k, v, q = self.draw(16, PAGE, HKV, D), self.draw(16, PAGE, HKV, D), self.draw(1, HQ, D)
+        kv, batch = ts.KvView(k, v), ts.Batch(PAGE, [0, 1], [0, 16], range(16), [PAGE])
+        with self.assertRaisesRegex(ts.Error, "`score` needs `pool` of the same batch before it") as caught:
+            ctx.score(batch, kv)
+        self.assertEqual(caught.exception.status, "TS_STATUS_ORDER")
+        ctx.pool(batch, q)
+        ctx.score(batch, kv)
+        logits = ctx.workspace("logits").numpy().ravel()
+        want = np.einsum("hd,nhd->nh", q[0], np.repeat(k.reshape(64, HKV, D), HQ // HKV, axis=1)) / np.sqrt(D)
+        for token in (2, 17, 59):
+            got = [logits[ctx.logit_index(batch, 0, token, head)] for head in range(HQ)]
+            np.testing.assert_allclose(got, want[token], atol=1e-5)
+        with self.assertRaisesRegex(ts.Error, "`token` must be below 64, got 64"):
+            ctx.logit_index(batch, 0, 64, 0)
+        votes = np.asarray(ctx.workspace("votes"))
+        votes[:] = np.arange(64) % 10
+        ctx.provide("votes", batch)
+        ctx.top_k(batch)
+        self.assertEqual(ctx.selected(), [0, 1, 9, 19, 29, 39, 49, 60, 61, 62, 63])
+        other = ts.Batch(PAGE, [0, 1], [0, 16], range(16), [PAGE])
+        with self.assertRaisesRegex(ts.Error, "the workspace holds the results of another batch"):
+            ctx.attend(other, kv, q)
+        ctx.provide("selected", other)
+        tokens, length = np.array([ctx.selected()], np.int32), np.array([11], np.int32)
+        np.testing.assert_array_equal(ctx.attend(other, kv, q), ctx.attend_to(batch, kv, q, tokens, length))
+        with self.assertRaisesRegex(ValueError, "`name` must be one of queries"):
+            ctx.provide("vote", batch)
+
+    def test_operations(self):
+        """A context for some operations, and what a device supports."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, operations=["vote", "score", "pool"], max_kv_tokens=64)
+        q, batch = self.draw(1, HQ, D), ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
+        kv = ts.KvView(self.draw(1, PAGE, HKV, D), self.draw(1, PAGE, HKV, D))
+        ctx.select(batch, kv, q)
+        with self.assertRaisesRegex(ts.Error, "`attend` needs a plan with this operation") as caught:
+            ctx.attend(batch, kv, q)
+        self.assertEqual(caught.exception.status, "TS_STATUS_MISSING")
+        for wrong in ([], ["append", "step"]):
+            with self.assertRaisesRegex(ValueError, "`operations` must be some of append, .*, got (none|step)"):
+                ts.Context(self.device, cfg, operations=wrong)
+        self.assertTrue(self.device.supports(cfg))
+        wrong = config()
+        wrong.raw.top_k = 0
+        with self.assertRaisesRegex(ts.Error, "`top_k` must be at least 1"):
+            self.device.supports(wrong)
+
+    def test_written_len(self):
+        """A layer that missed a step says so."""
+        cfg = config()
+        cache = ts.Cache(self.device, cfg, num_layers=2, num_pages=16, page_size=PAGE)
+        ctx = ts.Context(self.device, cfg, max_block_len=8, max_kv_tokens=64)
+        sequence = cache.create()
+        q, k, v = (self.draw(8, heads, D) for heads in (HQ, HKV, HKV))
+        missed = cache.extend([(sequence, 8)])
+        ctx.step(cache, 0, missed, q, k, v)
+        self.assertEqual([cache.written_len(layer, sequence) for layer in (0, 1)], [8, 0])
+        batch = cache.extend([(sequence, 8)])
+        with self.assertRaisesRegex(ts.Error, "layer 1 holds the keys and values of 0 tokens") as caught:
+            ctx.step(cache, 1, batch, q, k, v)
+        self.assertEqual(caught.exception.status, "TS_STATUS_UNWRITTEN")
+        ctx.append(missed, (cache, 1), k, v)
+        ctx.step(cache, 1, batch, q, k, v)
+        self.assertEqual(cache.written_len(1, sequence), 16)
+        cache.extend([(sequence, 8)])
+        cache.layer_mut(0)
+        self.assertEqual([cache.written_len(layer, sequence) for layer in (0, 1)], [24, 16])
+
     def test_errors(self):
         cfg = config()
         ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
@@ -264,7 +453,7 @@ class Steps(unittest.TestCase):
 
 
 class Emulated(unittest.TestCase):
-    """GPU kernels. Attention is not among them here; selection is."""
+    """GPU kernels."""
 
     def test_select_and_capture(self):
         try:
@@ -297,6 +486,76 @@ class Emulated(unittest.TestCase):
         self.assertEqual(ctx.selected()[-1], 30)
         with self.assertRaisesRegex(ZeroDivisionError, "division"):
             device.capture(lambda: 1 / 0)
+
+    def test_graph_holds_what_it_uses(self):
+        """Context, batch, pages and tensors of recorded work live as long as the graph."""
+        try:
+            device = ts.Device.emulated()
+        except ts.Error as error:
+            self.skipTest(str(error))
+        random = np.random.default_rng(4)
+        cfg = config(dtype="bf16", head_dim=64)
+        k, v, q = (to_bf16(random.standard_normal(s)) for s in [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)])
+        out = ts.Buffer(device, (1, HQ, 64), "<f4")
+        ctx = ts.Context(device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=32)
+        slot = ts.BatchSlot(device, ts.Batch(PAGE, [0, 1], *tables(30, 8)), max_pages=8)
+        bound = slot.put(ts.Batch(PAGE, [0, 1], *tables(30, 8)))
+        kv, q = ts.KvView(device.to_device(k), device.to_device(v)), device.to_device(q)
+
+        def work():
+            ctx.select(bound, kv, q)
+            ctx.attend(bound, kv, q, out)
+
+        work()
+        want = out.numpy()
+        graph = device.capture(work)
+        used = [weakref.ref(object) for object in (ctx, bound, kv.k, kv.v, q)]
+        del ctx, bound, kv, q, work
+        gc.collect()
+        self.assertNotIn(None, [ref() for ref in used])
+        graph.launch()
+        np.testing.assert_array_equal(out.numpy(), want)
+        del graph
+        gc.collect()
+        self.assertEqual([ref() for ref in used], [None] * len(used))
+
+    def test_tables_on_the_device(self):
+        """Block tables and slots of tokens become a batch's, directly and in recorded work."""
+        try:
+            device = ts.Device.emulated()
+        except ts.Error as error:
+            self.skipTest(str(error))
+        random = np.random.default_rng(5)
+        cfg = config(dtype="bf16", head_dim=64)
+        k, v, q = (to_bf16(random.standard_normal(s)) for s in [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)])
+        kv, q = ts.KvView(device.to_device(k), device.to_device(v)), device.to_device(q)
+        ctx = ts.Context(device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+        like = ts.Batch(PAGE, [0, 1], *tables(30, 8))
+        ctx.select(like, kv, q)
+        want = ctx.selected()
+        pages = np.array([[9] * 8, [*range(7, -1, -1)]], np.int32)
+        slots = (PAGE * pages[:, :, None] + np.arange(PAGE, dtype=np.int32)).reshape(2, -1)
+        slot = ts.BatchSlot(device, like, max_pages=16)
+        rows, length = device.to_device(np.array([1], np.int32)), device.to_device(np.array([30], np.int32))
+        for entries, are_slots in [(pages, False), (slots, True)]:
+            bound = slot.translate(device.to_device(entries), length, 8, are_slots, rows=rows)
+            ctx.select(bound, kv, q)
+            self.assertEqual(ctx.selected(), want)
+        self.assertEqual((slot.faults(), bound.num_rows, bound.info.max_kv_len), (0, 1, 32))
+        with self.assertRaisesRegex(ts.Error, "`row` needs tables on the host"):
+            bound.row(0)
+        with self.assertRaisesRegex(ValueError, r"`kv_lens` must have shape \(1,\), got \(2,\)"):
+            slot.translate(device.to_device(pages), device.to_device(np.zeros(2, np.int32)), 8)
+        given = [device.to_device(pages)]
+        # Recorded with temporaries, which the graph holds; the length is read at each launch.
+        graph = device.capture(lambda: ctx.select(slot.translate(given.pop(), length, 8, rows=rows), kv, q))
+        graph.launch()
+        self.assertEqual(ctx.selected(), want)
+        length.from_host(np.array([29], np.int32))
+        graph.launch()
+        self.assertEqual(ctx.selected()[-1], 28)
+        slot.translate(device.to_device(pages), device.to_device(np.array([30], np.int32)), 8)  # row 0: pages beyond 8
+        self.assertGreater(slot.faults(), 0)
 
 
 if __name__ == "__main__":

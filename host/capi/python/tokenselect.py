@@ -12,9 +12,10 @@ the CPU device they lie in the host's memory, on a CUDA device in that device's.
     ctx.select(batch, kv, q)
     out = ctx.attend(batch, kv, q)
 
-Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `numpy` and `to_host`. A tensor that is passed must live
-until the device has done the work; tensors of PyTorch's caching allocator do, if both use one stream. Objects may be
-dropped in any order. One object is used by one thread at a time; a failed call raises `Error` and has changed nothing.
+Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. A tensor that is passed
+lives until the call returns, and must live until the device has done the work; tensors of PyTorch's caching allocator
+do, if both use one stream. Objects may be dropped in any order. One object is used by one thread at a time; a failed
+call raises `Error` and has changed nothing.
 """
 
 import ctypes
@@ -40,6 +41,7 @@ _CHOICES = {
     "pairing": {"half_split": 0, "interleaved": 1},
     "scaling": {"none": 0, "linear": 1, "llama3": 2, "yarn": 3},
 }
+_OPERATIONS = dict(append=1, pool=2, score=4, vote=8, attend=16)
 _WORKSPACE = [
     "queries", "similarities", "actions", "logits", "stats", "votes", "pooled_votes", "top_k", "selected",
     "selected_len",
@@ -101,6 +103,10 @@ class _Handle:
 
     __del__ = close
 
+    @property
+    def _as_parameter_(self):
+        return self.handle  # what ctypes passes for this object
+
 
 class Device(_Handle):
     """Where operations run: `Device.cpu()`, `Device.cuda(0)`, `Device.emulated()`."""
@@ -130,40 +136,49 @@ class Device(_Handle):
 
     def synchronize(self):
         """Waits until everything put on the device is done."""
-        _lib.device_synchronize(self.handle)
+        _lib.device_synchronize(self)
 
     def to_device(self, host):
         """A copy of a NumPy array in memory of the device."""
         interface = host.__array_interface__
-        if interface.get("strides") is not None:
-            raise ValueError("`host` must be contiguous")
         buffer = Buffer(self, interface["shape"], interface["typestr"])
-        if buffer.num_bytes:
-            _lib.memory_write(self.handle, buffer.ptr, interface["data"][0], buffer.num_bytes)
+        buffer.from_host(host)
         return buffer
+
+    def supports(self, config):
+        """Whether steps of a configuration can be run here. Of one that cannot, `Context` says what is missing."""
+        try:
+            _lib.device_supports(self, config.raw)
+        except Error as error:
+            if error.status == "TS_STATUS_UNSUPPORTED":
+                return False
+            raise
+        return True
 
     def workspace_bytes(self, config, **limits):
         """Bytes of the workspace of a `Context` with these arguments."""
-        return _lib.made("workspace_bytes", self.handle, config.raw, _limits(limits), kind=ctypes.c_size_t)
+        return _lib.made("workspace_bytes", self, config.raw, _limits(limits), kind=ctypes.c_size_t)
 
     def capture(self, work):
         """Records what `work()` puts on the device, instead of doing it. Run it once before; batches come from a
-        `BatchSlot`. What it uses must live as long as the graph."""
-        raised = []
+        `BatchSlot`. The graph holds what `work` passes to this module."""
+        raised, record = [], []
 
         def call(_):
             try:
-                work()
+                record.extend(_lib.recorded(work))
             except BaseException as error:  # noqa: BLE001: raised again below
                 raised.append(error)
             return len(raised)
 
         try:
-            return Graph(_lib.made("capture", self.handle, abi.WORK(call), None), _lib.graph_destroy)
+            graph = Graph(_lib.made("capture", self, abi.WORK(call), None), _lib.graph_destroy)
         except Error:
             if raised:
                 raise raised[0] from None
             raise
+        graph.record = record
+        return graph
 
 
 class Graph(_Handle):
@@ -171,7 +186,7 @@ class Graph(_Handle):
 
     def launch(self):
         """Does the work, after the device's earlier work. Does not wait."""
-        _lib.graph_launch(self.handle)
+        _lib.graph_launch(self)
 
 
 class Buffer(Memory, _Handle):
@@ -180,23 +195,35 @@ class Buffer(Memory, _Handle):
     def __init__(self, device, shape, typestr):
         _Handle.__init__(self, None, _lib.buffer_destroy)
         self.describe(device, 0, shape, typestr, None)
-        self.handle = _lib.made("buffer_create", device.handle, self.num_bytes)
-        self.ptr = _lib.made("buffer_data", self.handle) or 0
+        self.handle = _lib.made("buffer_create", device, self.num_bytes)
+        self.ptr = _lib.made("buffer_data", self) or 0
+
+    def from_host(self, host):
+        """Copies a NumPy array of the same shape and type there, after the device's earlier work."""
+        interface = host.__array_interface__
+        if interface.get("strides") is not None:
+            raise ValueError("`host` must be contiguous")
+        if (tuple(interface["shape"]), interface["typestr"]) != (self.shape, self.typestr):
+            got = f"{interface['shape']} of {interface['typestr']}"
+            raise ValueError(f"`host` must be {self.shape} of {self.typestr}, got {got}")
+        if self.num_bytes:
+            _lib.memory_write(self.device, self.ptr, interface["data"][0], self.num_bytes)
 
 
 class Workspace(Memory):
     """A buffer of a context's workspace; holds the context. Token numbers are int32."""
 
-    def __init__(self, context, name):
-        raw = _lib.made("context_workspace", context.handle, _WORKSPACE.index(name), kind=abi.Tensor)
+    def __init__(self, context, buffer):
+        raw = _lib.made("context_workspace", context, buffer, kind=abi.Tensor)
         self.dtype = _DTYPES[raw.dtype]
         self.describe(context.device, raw.data or 0, raw.shape[: raw.rank], TYPESTR[self.dtype], context)
 
 
 class KvView:
     """Paged keys and values of one layer: `[num_pages, page_size, num_kv_heads, head_dim]`, or with `layout="HND"`
-    `[num_pages, num_kv_heads, page_size, head_dim]`. Any strides but that of the last dimension; keys and values may be
-    slices of one tensor: `KvView(kv[:, 0], kv[:, 1])`. Holds the two."""
+    `[num_pages, num_kv_heads, page_size, head_dim]`. Any strides but that of the last dimension, those of keys and those
+    of values; the two may be slices of one tensor, in any order: `KvView(kv[:, 0], kv[:, 1])`, `KvView(kv[..., d:],
+    kv[..., :d], "HND")`. Holds them."""
 
     def __init__(self, k, v, layout="NHD"):
         if layout not in _LAYOUTS:
@@ -207,7 +234,7 @@ class KvView:
     @classmethod
     def _of(cls, raw, owner):
         view = cls(None, None)
-        view._raw, view.owner = raw, owner  # the same for every device
+        view._raw, raw.owner = raw, owner  # the same for every device
         return view
 
     def raw(self, device, dtype):
@@ -225,14 +252,14 @@ class KvView:
         v.dtype("v pages", [dtype])
         if len(k.shape) != 4 or k.shape != v.shape:
             raise ValueError(f"k and v pages must have the same four dimensions, got {k.shape} and {v.shape}")
-        strides = [(k.strides[i], v.strides[i]) for i in range(4) if k.shape[i] > 1]
-        if any(a != b for a, b in strides) or (k.shape[3] > 1 and k.strides[3] != 1):
-            text = f"k and v pages must have the same strides, the last 1, got {k.strides} and {v.strides}"
-            raise ValueError(text)
+        if k.shape[3] > 1 and (k.strides[3], v.strides[3]) != (1, 1):
+            raise ValueError(f"the last strides of k and v pages must be 1, got {k.strides} and {v.strides}")
         token, head = (1, 2) if self.layout == "NHD" else (2, 1)
         return abi.KvView(
-            k.ptr, v.ptr, k.shape[0], k.shape[token], k.shape[head], k.shape[3], k.strides[0], k.strides[token],
-            k.strides[head],
+            k=k.ptr, v=v.ptr, num_pages=k.shape[0], page_size=k.shape[token], num_kv_heads=k.shape[head],
+            head_dim=k.shape[3], k_stride_page=k.strides[0], k_stride_token=k.strides[token],
+            k_stride_head=k.strides[head], v_stride_page=v.strides[0], v_stride_token=v.strides[token],
+            v_stride_head=v.strides[head],
         )  # fmt: skip
 
 
@@ -275,11 +302,11 @@ class Batch(_Handle):
 
     def row(self, row):
         """`query_begin`, `block_len`, `kv_len` and `token_base` (its place in votes and logits) of a row."""
-        return _lib.made("batch_get_row", self.handle, row, kind=abi.BatchRow)
+        return _lib.made("batch_get_row", self, row, kind=abi.BatchRow)
 
     def padded(self, num_rows, block_len):
         """The batch with padding rows of `block_len` queries added, until it has `num_rows`."""
-        return Batch._of(_lib.made("batch_padded", self.handle, num_rows, block_len))
+        return Batch._of(_lib.made("batch_padded", self, num_rows, block_len))
 
 
 class BatchSlot(_Handle):
@@ -287,11 +314,32 @@ class BatchSlot(_Handle):
 
     def __init__(self, device, like, max_pages):
         super().__init__(None, _lib.batch_slot_destroy)
-        self.handle = _lib.made("batch_slot_create", device.handle, like.handle, max_pages)
+        self.device, self.num_rows = device, like.num_rows
+        self.handle = _lib.made("batch_slot_create", device, like, max_pages)
 
     def put(self, batch):
         """Puts a batch there; the batch that is answered is to be captured with."""
-        return Batch._of(_lib.made("batch_slot_put", self.handle, batch.handle))
+        return Batch._of(_lib.made("batch_slot_put", self, batch))
+
+    def translate(self, entries, kv_lens, num_pages, slots=False, rows=None, sequence_indices=None, num_sequences=0):
+        """Puts the batch there that an engine's tables on the device describe, int32: see `ts_device_tables`. `entries`
+        is `[table_rows, entries]`, the others are `[num_rows]`. The batch that is answered has rows that only the device
+        knows."""
+        raw = abi.DeviceTables(num_pages=num_pages, num_sequences=num_sequences, entries_are_slots=int(slots))
+        table = View("entries", entries, self.device)
+        if len(table.shape) != 2:
+            raise ValueError(f"`entries` must have two dimensions, got {table.shape}")
+        raw.num_table_rows, raw.num_entries = table.shape
+        raw.entries = table.expect("entries", table.shape, ["u32"])
+        for name, tensor in dict(rows=rows, kv_lens=kv_lens, sequence_indices=sequence_indices).items():
+            if tensor is not None:
+                setattr(raw, name, View(name, tensor, self.device).expect(name, (self.num_rows,), ["u32"]))
+        return Batch._of(_lib.made("batch_slot_translate", self, raw))
+
+    def faults(self):
+        """How many rows `translate` left without tokens, pages it replaced and sequences it left out so far. Waits for
+        the device."""
+        return _lib.made("batch_slot_faults", self, kind=ctypes.c_uint32)
 
 
 class SelectionCache(_Handle):
@@ -299,29 +347,29 @@ class SelectionCache(_Handle):
 
     def __init__(self, device, config, num_layers, num_sequences):
         super().__init__(None, _lib.selection_cache_destroy)
-        self.handle = _lib.made("selection_cache_create", device.handle, config.raw, num_layers, num_sequences)
+        self.handle = _lib.made("selection_cache_create", device, config.raw, num_layers, num_sequences)
 
     def clear(self, sequence):
         """Forgets the selections of a sequence."""
-        _lib.selection_cache_clear(self.handle, sequence)
+        _lib.selection_cache_clear(self, sequence)
 
     def fork(self, src, dst):
         """Copies the selections of a sequence to another."""
-        _lib.selection_cache_fork(self.handle, src, dst)
+        _lib.selection_cache_fork(self, src, dst)
 
     def truncate(self, sequence, length):
         """Forgets the selections that a sequence cut to `length` tokens cannot use."""
-        _lib.selection_cache_truncate(self.handle, sequence, length)
+        _lib.selection_cache_truncate(self, sequence, length)
 
     def stats(self, layer=None):
         """`reused`, `scored` and `complete` rows so far, of a layer or of all."""
         if layer is None:
-            return _lib.made("selection_cache_stats", self.handle, kind=abi.SelectionStats)
-        return _lib.made("selection_cache_layer_stats", self.handle, layer, kind=abi.SelectionStats)
+            return _lib.made("selection_cache_stats", self, kind=abi.SelectionStats)
+        return _lib.made("selection_cache_layer_stats", self, layer, kind=abi.SelectionStats)
 
     def reset_stats(self):
         """Sets the counters to 0."""
-        _lib.selection_cache_reset_stats(self.handle)
+        _lib.selection_cache_reset_stats(self)
 
 
 class Cache(_Handle):
@@ -332,111 +380,132 @@ class Cache(_Handle):
         raw = abi.CacheConfig()
         _lib.cache_config_default(raw, ctypes.sizeof(raw))
         _set(raw, size)
-        self.handle = _lib.made("cache_create", device.handle, config.raw, raw)
+        self.handle = _lib.made("cache_create", device, config.raw, raw)
 
     def create(self):
         """A new, empty sequence."""
-        return _lib.made("cache_sequence_create", self.handle, kind=ctypes.c_uint64)
+        return _lib.made("cache_sequence_create", self, kind=ctypes.c_uint64)
 
     def fork(self, sequence):
         """A new sequence with the same tokens."""
-        return _lib.made("cache_sequence_fork", self.handle, sequence, kind=ctypes.c_uint64)
+        return _lib.made("cache_sequence_fork", self, sequence, kind=ctypes.c_uint64)
 
     def truncate(self, sequence, length):
         """Drops the tokens of a sequence from `length` on."""
-        _lib.cache_sequence_truncate(self.handle, sequence, length)
+        _lib.cache_sequence_truncate(self, sequence, length)
 
     def free(self, sequence):
         """Ends a sequence."""
-        _lib.cache_sequence_free(self.handle, sequence)
+        _lib.cache_sequence_free(self, sequence)
 
     def len(self, sequence):
         """Tokens of a sequence."""
-        return _lib.made("cache_sequence_len", self.handle, sequence, kind=ctypes.c_size_t)
+        return _lib.made("cache_sequence_len", self, sequence, kind=ctypes.c_size_t)
 
     @property
     def num_free_pages(self):
         """Pages that no sequence holds."""
-        return _lib.made("cache_num_free_pages", self.handle, kind=ctypes.c_size_t)
+        return _lib.made("cache_num_free_pages", self, kind=ctypes.c_size_t)
 
     def extend(self, growth):
         """Makes room for new tokens, `[(sequence, num_tokens)]`; answers the batch of these rows, for all layers."""
         rows = len(growth)
         sequences = (ctypes.c_uint64 * rows)(*(sequence for sequence, _ in growth))
         num_tokens = (ctypes.c_size_t * rows)(*(tokens for _, tokens in growth))
-        return Batch._of(_lib.made("cache_extend", self.handle, sequences, num_tokens, rows))
+        return Batch._of(_lib.made("cache_extend", self, sequences, num_tokens, rows))
+
+    def written_len(self, layer, sequence):
+        """Leading tokens of a sequence whose keys and values a layer has: less than `len` until the layer's step."""
+        return _lib.made("cache_written_len", self, layer, sequence, kind=ctypes.c_size_t)
 
     def layer(self, layer):
         """Keys and values of a layer, to read."""
-        return KvView._of(_lib.made("cache_layer", self.handle, layer, kind=abi.KvView), self)
+        return self._layer(_lib.cache_layer, layer)
+
+    def layer_mut(self, layer):
+        """Keys and values of a layer for kernels of one's own that write them on a GPU: all tokens that the sequences
+        have now count as written."""
+        return self._layer(_lib.cache_layer_mut, layer)
+
+    def _layer(self, function, layer):
+        raw = abi.KvView()
+        function(self, layer, raw, ctypes.sizeof(raw))
+        return KvView._of(raw, self)
 
     def selections(self):
         """The Selection Cache, for `Context.select` and the like."""
         made = SelectionCache.__new__(SelectionCache)
-        _Handle.__init__(made, _lib.made("cache_selections", self.handle), _lib.selection_cache_destroy)
+        _Handle.__init__(made, _lib.made("cache_selections", self), _lib.selection_cache_destroy)
         made.cache = self
         return made
 
     def stats(self):
         """`reused`, `scored` and `complete` rows so far."""
-        return _lib.made("cache_stats", self.handle, kind=abi.SelectionStats)
+        return _lib.made("cache_stats", self, kind=abi.SelectionStats)
 
 
 def _limits(given):
     raw = abi.Limits()
     _lib.limits_default(raw, ctypes.sizeof(raw))
-    _set(raw, given)
+    _set(raw, {name: value for name, value in given.items() if name != "operations"})
+    names = given.get("operations", list(_OPERATIONS))
+    unknown = [name for name in names if name not in _OPERATIONS]
+    if unknown or not names:
+        raise ValueError(f"`operations` must be some of {', '.join(_OPERATIONS)}, got {', '.join(unknown) or 'none'}")
+    raw.operations = sum(_OPERATIONS[name] for name in set(names))
     return raw
 
 
 class Context(_Handle):
     """Runs steps and single operations: configuration, limits (`max_rows`, `max_block_len`, `max_kv_tokens`) and
-    workspace."""
+    workspace.
+
+    `operations`, some of `append`, `pool`, `score`, `vote` and `attend`, are those that are asked for; all of them by
+    default. A GPU selects for head dimensions that it does not attend for.
+    """
 
     def __init__(self, device, config, **limits):
         super().__init__(None, _lib.context_destroy)
         self.device, self.config = device, config
-        self.handle = _lib.made("context_create", device.handle, config.raw, _limits(limits))
+        self.handle = _lib.made("context_create", device, config.raw, _limits(limits))
 
     def append(self, batch, kv, k, v):
         """Writes `k` and `v`, `[num_query_tokens, num_kv_heads, head_dim]`, into the pages of the batch; `kv` may be a
         pair `(cache, layer)`."""
         k, v = self._rows("k", k, batch), self._rows("v", v, batch)
         if isinstance(kv, tuple):
-            return _lib.cache_append(self.handle, kv[0].handle, kv[1], batch.handle, k, v)
-        return _lib.append(self.handle, batch.handle, self._kv(kv), k, v)
+            return _lib.cache_append(self, kv[0], kv[1], batch, k, v)
+        return _lib.append(self, batch, self._kv(kv), k, v)
 
     def select(self, batch, kv, q, selection_cache=None, layer=0):
         """`pool`, `score`, `vote` and `top_k` in one."""
-        q, cached = self._rows("q", q, batch), _handle(selection_cache)
-        _lib.select(self.handle, batch.handle, self._kv(kv), q, cached, layer)
+        _lib.select(self, batch, self._kv(kv), self._rows("q", q, batch), selection_cache, layer)
 
     def append_select(self, batch, kv, q, k, v, selection_cache=None, layer=0):
-        """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a borrowed
-        cache."""
+        """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a
+        borrowed cache."""
         q, k, v = (self._rows(name, given, batch) for name, given in (("q", q), ("k", k), ("v", v)))
-        cached = _handle(selection_cache)
-        _lib.append_select(self.handle, batch.handle, self._kv(kv), q, k, v, cached, layer)
+        _lib.append_select(self, batch, self._kv(kv), q, k, v, selection_cache, layer)
 
     def vote_top_k(self, batch, selection_cache=None, layer=0):
         """`vote`, then `top_k` of these votes."""
-        _lib.vote_top_k(self.handle, batch.handle, _handle(selection_cache), layer)
+        _lib.vote_top_k(self, batch, selection_cache, layer)
 
     def pool(self, batch, q, selection_cache=None, layer=0):
         """Scoring queries, similarities and actions from `q`, `[num_query_tokens, num_qo_heads, head_dim]`."""
-        _lib.pool(self.handle, batch.handle, self._rows("q", q, batch), _handle(selection_cache), layer)
+        _lib.pool(self, batch, self._rows("q", q, batch), selection_cache, layer)
 
     def score(self, batch, kv):
         """Logits and softmax statistics of the candidates."""
-        _lib.score(self.handle, batch.handle, self._kv(kv))
+        _lib.score(self, batch, self._kv(kv))
 
     def vote(self, batch):
         """Votes of the candidates."""
-        _lib.vote(self.handle, batch.handle)
+        _lib.vote(self, batch)
 
     def top_k(self, batch, selection_cache=None, layer=0):
         """The selected lists; pass what was passed to `pool`."""
-        _lib.top_k(self.handle, batch.handle, _handle(selection_cache), layer)
+        _lib.top_k(self, batch, selection_cache, layer)
 
     def attend(self, batch, kv, q, out=None, lse=None):
         """Attention over the selected lists: `out`, or `(out, lse)` where `lse` is a tensor or True. What is not given
@@ -468,7 +537,7 @@ class Context(_Handle):
         raw.parts = parts_view.expect("parts", (num_parts, tokens, hq, d), ["f32"])
         raw.part_lses = View("part_lses", part_lses, self.device).expect("part_lses", (num_parts, tokens, hq), ["f32"])
         output, answer = self._output(tokens, out, out, lse)
-        _lib.merge(self.handle, raw, output)
+        _lib.merge(self, raw, output)
         return answer
 
     def step(self, cache, layer, batch, q, k, v, out=None, lse=None):
@@ -482,15 +551,29 @@ class Context(_Handle):
     def workspace(self, name):
         """A buffer between operations, by name: `queries`, `similarities`, `actions`, `logits`, `stats`, `votes`,
         `pooled_votes`, `top_k`, `selected`, `selected_len`. The same memory; `.torch()`, `.numpy()` for copies."""
+        return Workspace(self, self._buffer(name))
+
+    @staticmethod
+    def _buffer(name):
+        """The number of a buffer."""
         if name not in _WORKSPACE:
             raise ValueError(f"`name` must be one of {', '.join(_WORKSPACE)}, got {name}")
-        return Workspace(self, name)
+        return _WORKSPACE.index(name)
+
+    def provide(self, name, batch):
+        """Says that a buffer of the workspace holds results of one's own for a batch: votes for `top_k`, or lists for
+        `attend`. See `ts_context_provide`."""
+        _lib.context_provide(self, self._buffer(name), batch)
+
+    def logit_index(self, batch, row, token, qo_head):
+        """Index into the elements of the buffer `logits` of a query head's logit for a token of a row."""
+        return _lib.made("context_logit_index", self, batch, row, token, qo_head, kind=ctypes.c_size_t)
 
     def selected(self, row=0):
         """The selected tokens of a row, as a list. Waits for the device."""
-        length = _lib.made("context_selected", self.handle, row, None, 0, kind=ctypes.c_size_t)
+        length = _lib.made("context_selected", self, row, None, 0, kind=ctypes.c_size_t)
         tokens = (ctypes.c_uint32 * length)()
-        _lib.made("context_selected", self.handle, row, tokens, length, kind=ctypes.c_size_t)
+        _lib.made("context_selected", self, row, tokens, length, kind=ctypes.c_size_t)
         return list(tokens)
 
     def _kv(self, kv):
@@ -510,7 +593,7 @@ class Context(_Handle):
         lse = like(q, heads, "float32") if lse is True else lse
         view = View("out", out, self.device)
         dtypes = list(dict.fromkeys([self.config.dtype, "f32", "f16", "bf16"]))
-        raw = abi.Output(view.expect("out", shape, dtypes), None, _CODES[view.dtype("out", dtypes)])
+        raw = abi.Output(out=view.expect("out", shape, dtypes), out_dtype=_CODES[view.dtype("out", dtypes)])
         if lse is None:
             return raw, out
         raw.lse = View("lse", lse, self.device).expect("lse", heads, ["f32"])
@@ -519,15 +602,11 @@ class Context(_Handle):
     def _attend(self, name, batch, kv, q, more, out, lse):
         address = self._rows("q", q, batch)
         output, answer = self._output(batch.num_query_tokens, q, out, lse)
-        getattr(_lib, name)(self.handle, batch.handle, self._kv(kv), address, *more, output)
+        getattr(_lib, name)(self, batch, self._kv(kv), address, *more, output)
         return answer
 
     def _step(self, name, cache, layer, batch, tensors, out, lse):
-        addresses = [self._rows(what, tensor, batch) for what, tensor in zip("qkv", tensors)]
+        given = {what: self._rows(what, tensor, batch) for what, tensor in zip("qkv", tensors)}
         output, answer = self._output(batch.num_query_tokens, tensors[0], out, lse)
-        getattr(_lib, name)(self.handle, cache.handle, layer, batch.handle, abi.StepInput(*addresses), output)
+        getattr(_lib, name)(self, cache, layer, batch, abi.StepInput(**given), output)
         return answer
-
-
-def _handle(optional):
-    return None if optional is None else optional.handle

@@ -5,10 +5,11 @@ Follows include/tokenselect.h; the test compares the size of every structure.
 
 import ctypes
 import os
+import threading
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
 from pathlib import Path
 
-ABI_VERSION = 1
+ABI_VERSION = 2
 
 
 class Error(RuntimeError):
@@ -22,9 +23,31 @@ class Error(RuntimeError):
         self.status = status
 
 
+class Address(int):
+    """An address, which holds what it points into: as long as somebody has the address, the memory is there."""
+
+    def __new__(cls, address, owner):
+        made = super().__new__(cls, address)
+        made.owner = owner
+        return made
+
+
+class _Structure(ctypes.Structure):
+    """A structure that knows its size and holds what is put into it, such as an `Address`."""
+
+    def __init__(self, **fields):
+        if "struct_size" in dict(self._fields_):
+            fields["struct_size"] = ctypes.sizeof(self)
+        super().__init__(**fields)
+
+    def __setattr__(self, name, value):
+        super().__setattr__(name, value)
+        self.__dict__.setdefault("_held", {})[name] = value
+
+
 def _structure(name, **fields):
     """A structure with these fields, in this order."""
-    return type(name, (ctypes.Structure,), {"_fields_": list(fields.items())})
+    return type(name, (_Structure,), {"_fields_": list(fields.items())})
 
 
 Rope = _structure(
@@ -41,8 +64,10 @@ Config = _structure(
     similarity_threshold=c_float, max_reuse=c_uint32, reserved=c_uint32,
 )  # fmt: skip
 Limits = _structure(
-    "ts_limits", struct_size=c_size_t, max_rows=c_size_t, max_block_len=c_size_t, max_kv_tokens=c_size_t
-)
+    "ts_limits",
+    struct_size=c_size_t, max_rows=c_size_t, max_block_len=c_size_t, max_kv_tokens=c_size_t, operations=c_int32,
+    reserved=c_int32,
+)  # fmt: skip
 CacheConfig = _structure(
     "ts_cache_config",
     struct_size=c_size_t, num_layers=c_size_t, num_pages=c_size_t, page_size=c_size_t, max_sequences=c_size_t,
@@ -50,13 +75,20 @@ CacheConfig = _structure(
 )  # fmt: skip
 KvView = _structure(
     "ts_kv_view",
-    k=c_void_p, v=c_void_p, num_pages=c_size_t, page_size=c_size_t, num_kv_heads=c_size_t, head_dim=c_size_t,
-    stride_page=c_size_t, stride_token=c_size_t, stride_head=c_size_t,
+    struct_size=c_size_t, k=c_void_p, v=c_void_p, num_pages=c_size_t, page_size=c_size_t, num_kv_heads=c_size_t,
+    head_dim=c_size_t, k_stride_page=c_size_t, k_stride_token=c_size_t, k_stride_head=c_size_t, v_stride_page=c_size_t,
+    v_stride_token=c_size_t, v_stride_head=c_size_t,
 )  # fmt: skip
 BatchTables = _structure(
     "ts_batch_tables",
-    page_size=c_size_t, num_rows=c_size_t, qo_indptr=c_void_p, indptr=c_void_p, indices=c_void_p,
-    last_page_len=c_void_p, sequence_indices=c_void_p, candidates=c_void_p,
+    struct_size=c_size_t, page_size=c_size_t, num_rows=c_size_t, qo_indptr=c_void_p, indptr=c_void_p,
+    indices=c_void_p, last_page_len=c_void_p, sequence_indices=c_void_p, candidates=c_void_p,
+)  # fmt: skip
+DeviceTables = _structure(
+    "ts_device_tables",
+    struct_size=c_size_t, num_table_rows=c_size_t, num_entries=c_size_t, entries=c_void_p, entries_are_slots=c_int32,
+    reserved=c_int32, rows=c_void_p, kv_lens=c_void_p, sequence_indices=c_void_p, num_pages=c_size_t,
+    num_sequences=c_size_t,
 )  # fmt: skip
 BatchInfo = _structure(
     "ts_batch_info",
@@ -66,21 +98,25 @@ BatchInfo = _structure(
 BatchRow = _structure(
     "ts_batch_row", query_begin=c_size_t, block_len=c_size_t, kv_len=c_size_t, token_base=c_size_t
 )
-Output = _structure("ts_output", out=c_void_p, lse=c_void_p, out_dtype=c_int32, reserved=c_int32)
+Output = _structure(
+    "ts_output", struct_size=c_size_t, out=c_void_p, lse=c_void_p, out_dtype=c_int32, reserved=c_int32
+)
 Selection = _structure(
     "ts_selection",
-    num_rows=c_size_t, width=c_size_t, tokens=c_void_p, len=c_void_p, ranks=c_void_p, total_len=c_void_p,
+    struct_size=c_size_t, num_rows=c_size_t, width=c_size_t, tokens=c_void_p, len=c_void_p, ranks=c_void_p,
+    total_len=c_void_p,
 )  # fmt: skip
 Parts = _structure(
-    "ts_parts", num_parts=c_size_t, num_query_tokens=c_size_t, parts=c_void_p, part_lses=c_void_p
-)
-StepInput = _structure("ts_step_input", q=c_void_p, k=c_void_p, v=c_void_p)
+    "ts_parts",
+    struct_size=c_size_t, num_parts=c_size_t, num_query_tokens=c_size_t, parts=c_void_p, part_lses=c_void_p,
+)  # fmt: skip
+StepInput = _structure("ts_step_input", struct_size=c_size_t, q=c_void_p, k=c_void_p, v=c_void_p)
 SelectionStats = _structure("ts_selection_stats", reused=c_uint64, scored=c_uint64, complete=c_uint64)
 Tensor = _structure("ts_tensor", data=c_void_p, dtype=c_int32, rank=c_uint32, shape=c_size_t * 4)
 
 STRUCTURES = [
-    Rope, Config, Limits, CacheConfig, KvView, BatchTables, BatchInfo, BatchRow, Output, Selection, Parts,
-    StepInput, SelectionStats, Tensor,
+    Rope, Config, Limits, CacheConfig, KvView, BatchTables, DeviceTables, BatchInfo, BatchRow, Output, Selection,
+    Parts, StepInput, SelectionStats, Tensor,
 ]  # fmt: skip
 
 WORK = ctypes.CFUNCTYPE(c_int32, c_void_p)
@@ -92,6 +128,7 @@ FUNCTIONS = {
     "ts_device_cuda": [c_uint32, _OUT],
     "ts_device_cuda_on_stream": [c_uint32, _P, _OUT],
     "ts_device_emulated": [c_uint64, _OUT],
+    "ts_device_supports": [_P, POINTER(Config)],
     "ts_device_synchronize": [_P],
     "ts_buffer_create": [_P, c_size_t, _OUT],
     "ts_buffer_data": [_P, _OUT],
@@ -104,6 +141,8 @@ FUNCTIONS = {
     "ts_context_create": [_P, POINTER(Config), POINTER(Limits), _OUT],
     "ts_workspace_bytes": [_P, POINTER(Config), POINTER(Limits), POINTER(c_size_t)],
     "ts_context_workspace": [_P, c_int32, POINTER(Tensor)],
+    "ts_context_provide": [_P, c_int32, _P],
+    "ts_context_logit_index": [_P, _P, c_size_t, c_size_t, c_size_t, POINTER(c_size_t)],
     "ts_context_selected": [_P, c_size_t, POINTER(c_uint32), c_size_t, POINTER(c_size_t)],
     "ts_batch_create": [POINTER(BatchTables), _OUT],
     "ts_batch_padded": [_P, c_size_t, c_size_t, _OUT],
@@ -111,6 +150,8 @@ FUNCTIONS = {
     "ts_batch_get_row": [_P, c_size_t, POINTER(BatchRow)],
     "ts_batch_slot_create": [_P, _P, c_size_t, _OUT],
     "ts_batch_slot_put": [_P, _P, _OUT],
+    "ts_batch_slot_translate": [_P, POINTER(DeviceTables), _OUT],
+    "ts_batch_slot_faults": [_P, POINTER(c_uint32)],
     "ts_append": [_P, _P, POINTER(KvView), _P, _P],
     "ts_append_select": [_P, _P, POINTER(KvView), _P, _P, _P, _P, c_size_t],
     "ts_vote_top_k": [_P, _P, _P, c_size_t],
@@ -136,9 +177,11 @@ FUNCTIONS = {
     "ts_cache_sequence_truncate": [_P, c_uint64, c_size_t],
     "ts_cache_sequence_free": [_P, c_uint64],
     "ts_cache_sequence_len": [_P, c_uint64, POINTER(c_size_t)],
+    "ts_cache_written_len": [_P, c_size_t, c_uint64, POINTER(c_size_t)],
     "ts_cache_num_free_pages": [_P, POINTER(c_size_t)],
     "ts_cache_extend": [_P, POINTER(c_uint64), POINTER(c_size_t), c_size_t, _OUT],
-    "ts_cache_layer": [_P, c_size_t, POINTER(KvView)],
+    "ts_cache_layer": [_P, c_size_t, POINTER(KvView), c_size_t],
+    "ts_cache_layer_mut": [_P, c_size_t, POINTER(KvView), c_size_t],
     "ts_cache_selections": [_P, _OUT],
     "ts_cache_stats": [_P, POINTER(SelectionStats)],
     "ts_cache_append": [_P, _P, c_size_t, _P, _P, _P],
@@ -168,7 +211,11 @@ def _find():
 
 
 class Library:
-    """Every function of the header by its name without `ts_`; one that fails raises `Error`."""
+    """Every function of the header by its name without `ts_`; one that fails raises `Error`.
+
+    Handles are passed as the objects that own them and tensors as an `Address`, so that both live as long as the call;
+    what is passed while work is recorded lives as long as the record.
+    """
 
     def __init__(self):
         self.path = _find()
@@ -186,6 +233,7 @@ class Library:
             )
         self.version = library.ts_version().decode()
         self.device_name = library.ts_device_name
+        self._recording = threading.local()
 
         def check(status, function, arguments):
             if status != 0:
@@ -195,7 +243,29 @@ class Library:
         for name, types in FUNCTIONS.items():
             function = getattr(library, name)
             function.argtypes, function.restype, function.errcheck = types, c_int32, check
-            setattr(self, name.removeprefix("ts_"), function)
+            setattr(self, name.removeprefix("ts_"), self._held(function))
+
+    def _held(self, function):
+        """The function, whose arguments are held while this thread records."""
+        recording = self._recording
+
+        def call(*arguments):
+            record = getattr(recording, "record", None)
+            if record is not None:
+                record.append(arguments)
+            function(*arguments)
+
+        return call
+
+    def recorded(self, work):
+        """Runs `work()`; answers what this thread passed to the library meanwhile."""
+        outer, record = getattr(self._recording, "record", None), []
+        self._recording.record = record
+        try:
+            work()
+        finally:
+            self._recording.record = outer
+        return record
 
     def made(self, function, *arguments, kind=c_void_p):
         """What `function` writes through its last argument."""

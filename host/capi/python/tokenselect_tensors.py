@@ -3,7 +3,7 @@
 import array
 import ctypes
 
-from tokenselect_abi import Library
+from tokenselect_abi import Address, Library
 
 LIBRARY = Library()
 
@@ -14,7 +14,7 @@ _TORCH = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int32": "u32"
 
 
 class View:
-    """Address, types, shape and strides (in elements) of somebody's tensor."""
+    """Address, types, shape and strides (in elements) of somebody's tensor. The address holds the tensor."""
 
     def __init__(self, what, tensor, device):
         on_cpu = device.kind == "cpu"
@@ -23,13 +23,15 @@ class View:
             here = {"cpu": "cpu", "cuda": f"cuda:{device.ordinal}"}.get(device.kind)
             if str(tensor.device) != here:
                 raise ValueError(f"`{what}` must be on {here or 'no PyTorch device'}, it is on {tensor.device}")
-            self.ptr, self.shape, self.strides = tensor.data_ptr(), tuple(tensor.shape), tuple(tensor.stride())
+            self.ptr = Address(tensor.data_ptr(), tensor)
+            self.shape, self.strides = tuple(tensor.shape), tuple(tensor.stride())
             return
         name = "__array_interface__" if on_cpu else "__cuda_array_interface__"
         interface = getattr(tensor, name, None)
         if interface is None:
             raise TypeError(f"`{what}` must have `data_ptr` or `{name}` on {device.name}, got {type(tensor).__name__}")
-        self.ptr, self.shape = interface["data"][0] or 0, tuple(interface["shape"])
+        self.ptr = Address(interface["data"][0] or 0, (tensor, interface))
+        self.shape = tuple(interface["shape"])
         self.dtypes = _TYPESTRS.get(interface["typestr"], [interface["typestr"]])
         strides = interface.get("strides")
         size = int(interface["typestr"][2:])
@@ -88,7 +90,7 @@ class Memory:
         to = bytearray(self.num_bytes)
         if self.num_bytes:
             place = (ctypes.c_char * self.num_bytes).from_buffer(to)
-            LIBRARY.memory_read(self.device.handle, ctypes.addressof(place), self.ptr, self.num_bytes)
+            LIBRARY.memory_read(self.device, ctypes.addressof(place), self.ptr, self.num_bytes)
             del place
         return to
 
@@ -110,16 +112,16 @@ class Memory:
 
 
 def int32(what, values):
-    """Address of numbers as int32 in the host's memory, how many, and what must live meanwhile."""
+    """Address of numbers as int32 in the host's memory, and how many."""
     if hasattr(values, "data_ptr"):
         values = values.detach().to("cpu").int().contiguous()
-        return values.data_ptr(), values.numel(), values
+        return Address(values.data_ptr(), values), values.numel()
     if hasattr(values, "astype"):
         values = values.astype("<i4", copy=False).copy()
-        return values.__array_interface__["data"][0], values.size, values
+        return Address(values.__array_interface__["data"][0], values), values.size
     values = array.array("i", values)
     address, count = values.buffer_info()
-    return address, count, values
+    return Address(address, values), count
 
 
 def like(tensor, shape, dtype):

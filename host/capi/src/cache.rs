@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{KvLayout, KvStrides, PagedKvCache, SequenceId, StepInput};
+use tokenselect::{PagedKvCache, SequenceId, StepInput};
 
 use crate::batch::ts_batch;
 use crate::config::{read_cache_config, read_config, ts_cache_config, ts_config};
@@ -10,8 +10,9 @@ use crate::context::ts_context;
 use crate::device::ts_device;
 use crate::kv::ts_kv_view;
 use crate::ops::{NewKv, Output, Queries, ts_output};
-use crate::pointers::{answer, hand_out, reference, reference_mut, slice, take_back};
+use crate::pointers::{Argument, answer, hand_out, reference, reference_mut, slice, take_back};
 use crate::selection_cache::{NO_SELECTIONS, ts_selection_cache, ts_selection_stats};
+use crate::sized;
 use crate::status::{Result, fence, ts_status};
 
 /// Names a sequence of one cache. A name is never used twice.
@@ -21,13 +22,14 @@ pub type ts_sequence = u64;
 #[derive(Debug)]
 pub struct ts_cache {
     pub(crate) cache: PagedKvCache,
-    layout: KvLayout,
 }
 
-/// Inputs of a step of one layer, of the configuration's type, dense.
+/// Inputs of a step of one layer, of the configuration's type, dense. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_step_input {
+    /// `sizeof(ts_step_input)`.
+    pub struct_size: usize,
     /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows.
     pub q: *const c_void,
     /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append.
@@ -39,7 +41,8 @@ pub struct ts_step_input {
 /// Allocates an empty cache on a device, with a Selection Cache if `config` asks for one: `2 * num_layers * num_pages *
 /// page_size * num_kv_heads * head_dim` elements.
 ///
-/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_DRIVER`.
 ///
 /// # Safety
 /// - `device` is null or a handle; `config` and `cache_config` are null or hold as many bytes as their `struct_size`.
@@ -57,10 +60,7 @@ pub unsafe extern "C" fn ts_cache_create(
             let device = &reference("device", device)?.device;
             (device.clone(), read_config(config)?, read_cache_config(cache_config)?)
         };
-        let make = || {
-            let cache = PagedKvCache::new(&device, &config, &cache_config)?;
-            Ok(ts_cache { cache, layout: cache_config.layout })
-        };
+        let make = || Ok(ts_cache { cache: PagedKvCache::new(&device, &config, &cache_config)? });
         // SAFETY: as above.
         unsafe { hand_out("cache", cache, make) }
     })
@@ -156,6 +156,30 @@ pub unsafe extern "C" fn ts_cache_sequence_len(
     })
 }
 
+/// Leading tokens of a sequence whose keys and values a layer has: less than `ts_cache_sequence_len` between
+/// `ts_cache_extend` and the layer's step. A layer that was left out of a step, or whose step failed, stays behind, and
+/// its next step answers `TS_STATUS_UNWRITTEN`. Two ways lead back: the layer's step with the batch that it missed,
+/// which is valid until its sequences are truncated or forked; or `ts_cache_sequence_truncate` to the shortest of the
+/// layers.
+///
+/// Errors: `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer.
+///
+/// # Safety
+/// - `cache` is null or a handle that nothing changes meanwhile; `len` is null or has room for a number, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_cache_written_len(
+    cache: *const ts_cache,
+    layer: usize,
+    sequence: ts_sequence,
+    len: *mut usize,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe {
+        let cache = reference("cache", cache)?;
+        answer("len", len, || Ok(cache.cache.written_len(layer, SequenceId::from_bits(sequence))?))
+    })
+}
+
 /// Pages that no sequence holds.
 ///
 /// # Safety
@@ -200,24 +224,49 @@ pub unsafe extern "C" fn ts_cache_extend(
     })
 }
 
-/// A layer's keys and values, for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To write them on
-/// the processor use `ts_cache_append`.
+/// A layer's keys and values, to read: for `ts_score`, `ts_select`, `ts_attend` and kernels of the caller's own. To
+/// write them use `ts_cache_append`, or `ts_cache_layer_mut`, so that the cache knows of it.
 ///
-/// Errors: `TS_STATUS_INDEX` where there is no such layer.
+/// `struct_size` is `sizeof(ts_kv_view)`; it is written to `kv->struct_size`. Errors: `TS_STATUS_INDEX` where there is
+/// no such layer, `TS_STATUS_STRUCT_SIZE`.
 ///
 /// # Safety
 /// - `cache` is null or a handle that nothing changes meanwhile. The view is valid as long as the cache.
-/// - `kv` is null or has room for the structure, written.
+/// - `kv` is null or has room for `struct_size` bytes, written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_cache_layer(
     cache: *const ts_cache,
     layer: usize,
     kv: *mut ts_kv_view,
+    struct_size: usize,
 ) -> ts_status {
     // SAFETY: the caller's promise.
     fence(|| unsafe {
         let cache = reference("cache", cache)?;
-        answer("kv", kv, || cache.layer_view(layer))
+        sized::write(kv, struct_size, cache.layer_view(layer)?)
+    })
+}
+
+/// As `ts_cache_layer`, for kernels of the caller's own that write keys and values on a GPU: all tokens that the
+/// sequences have now count as written in this layer. (On the processor use `ts_cache_append`.)
+///
+/// Errors: as `ts_cache_layer`.
+///
+/// # Safety
+/// - As for `ts_cache_layer`, and nothing else uses `cache` meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_cache_layer_mut(
+    cache: *mut ts_cache,
+    layer: usize,
+    kv: *mut ts_kv_view,
+    struct_size: usize,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe {
+        let cache = reference_mut("cache", cache)?;
+        sized::write(kv, struct_size, cache.layer_view(layer)?)?;
+        cache.cache.layer_mut(layer)?;
+        Ok(())
     })
 }
 
@@ -226,19 +275,29 @@ impl ts_cache {
         let layer = self.cache.layer(layer)?;
         let shape = layer.shape();
         let mut view = ts_kv_view {
+            struct_size: size_of::<ts_kv_view>(),
             k: address(layer.k())?,
             v: address(layer.v())?,
             num_pages: shape.num_pages,
             page_size: shape.page_size,
             num_kv_heads: shape.num_kv_heads,
             head_dim: shape.head_dim,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
+            k_stride_page: 0,
+            k_stride_token: 0,
+            k_stride_head: 0,
+            v_stride_page: 0,
+            v_stride_token: 0,
+            v_stride_head: 0,
         };
-        view.set_strides(KvStrides::dense(shape, self.layout));
+        view.set_strides(layer.strides());
         Ok(view)
     }
+}
+
+/// Checks that nothing given is memory of a layer's, where there is such a layer.
+fn expect_apart_from_pages(cache: &ts_cache, layer: usize, given: &[Argument]) -> Result<()> {
+    let Ok(view) = cache.layer_view(layer) else { return Ok(()) };
+    view.arguments(cache.cache.dtype())?.iter().try_for_each(|pages| pages.expect_apart(given))
 }
 
 /// Address of the first element, wherever it lies.
@@ -281,7 +340,8 @@ pub unsafe extern "C" fn ts_cache_selections(
 /// device's earlier work.
 ///
 /// # Safety
-/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure, written.
+/// - `cache` is null or a handle that nothing changes meanwhile; `stats` is null or has room for the structure,
+///   written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_cache_stats(cache: *const ts_cache, stats: *mut ts_selection_stats) -> ts_status {
     // SAFETY: the caller's promise.
@@ -293,8 +353,14 @@ pub unsafe extern "C" fn ts_cache_stats(cache: *const ts_cache, stats: *mut ts_s
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type. `batch` comes from
-/// `ts_cache_extend`. Errors: `TS_STATUS_STALE_BATCH`, `TS_STATUS_INDEX`, `TS_STATUS_LIMIT` and those of pointers.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
+/// own. `batch` comes from `ts_cache_extend`.
+///
+/// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
+/// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
+/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
+/// and those of pointers. Then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
@@ -318,6 +384,7 @@ pub unsafe extern "C" fn ts_cache_append(
             )
         };
         let new = NewKv::of(context, batch, k, v);
+        expect_apart_from_pages(cache, layer, &[new.k, new.v])?;
         // SAFETY: as above.
         let (k, v) = unsafe { new.views(&context.device)? };
         Ok(context.select.fill(&mut cache.cache, layer, batch, k, v)?)
@@ -330,13 +397,15 @@ pub unsafe extern "C" fn ts_cache_append(
 /// a Selection Cache. On a GPU this returns as soon as everything is in the stream; what was wrong with it by then is
 /// found at a later call.
 ///
-/// Errors: a status for every wrong pointer, layer, limit or stale batch, and then nothing was written;
-/// `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+/// Errors: those of `ts_cache_append` and of `ts_attend`, `TS_STATUS_ORDER` excepted; the context needs all operations.
+/// Then nothing was written. After an error of the device (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`) the layer counts as
+/// not written, and the same step may be done again.
 ///
 /// # Safety
 /// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile.
-/// - `input` and `output` are null or structures whose pointers are memory of the device with the stated shapes, which
-///   lives, unchanged by others, until the device's work is done. Outputs overlap nothing.
+/// - `input` and `output` are null or structures of `struct_size` bytes whose pointers are memory of the device with
+///   the stated shapes, which lives, unchanged by others, until the device's work is done. Nothing is in the context's
+///   workspace.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_step(
     context: *mut ts_context,
@@ -350,7 +419,8 @@ pub unsafe extern "C" fn ts_step(
     fence(|| unsafe { step(context, cache, layer, batch, (input, output, Kind::Select)) })
 }
 
-/// As `ts_step`, with dense attention: append keys and values, attend to all tokens.
+/// As `ts_step`, with dense attention: append keys and values, attend to all tokens. Errors: those of `ts_step`; the
+/// context needs `TS_OPERATION_APPEND` and `_ATTEND` alone.
 ///
 /// # Safety
 /// - As for `ts_step`.
@@ -387,14 +457,16 @@ unsafe fn step(
             reference_mut("context", context)?,
             reference_mut("cache", cache)?,
             &reference("batch", batch)?.batch,
-            reference("input", input)?,
-            reference("output", output)?,
+            sized::read(input)?,
+            sized::read(output)?,
         )
     };
     let queries = Queries::of(context, batch, input.q);
     let new = NewKv::of(context, batch, input.k, input.v);
-    let output = Output::of(context, batch.num_query_tokens(), output)?;
+    let output = Output::of(context, batch.num_query_tokens(), &output)?;
     output.expect_apart(&[queries.0, new.k, new.v])?;
+    let outputs = output.arguments();
+    expect_apart_from_pages(cache, layer, &[&outputs[..], &[queries.0, new.k, new.v]].concat())?;
     let device = context.device.clone();
     // SAFETY: as above, and outputs are apart from inputs.
     let (q, (k, v), output) = unsafe { (queries.view(&device)?, new.views(&device)?, output.view(&device)?) };

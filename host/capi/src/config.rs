@@ -3,11 +3,11 @@
 //! Each begins with its size, so that a later version of the library can tell which fields its caller knows.
 
 use tokenselect::{
-    CacheConfig, DType, HeadShape, KvLayout, Limits, Positions, Rope, RopePairing, RopeScaling, SelectConfig,
-    SelectionCacheConfig,
+    CacheConfig, DType, HeadShape, KvLayout, Limits, Operations, Positions, Rope, RopePairing, RopeScaling,
+    SelectConfig, SelectionCacheConfig,
 };
 
-use crate::pointers::{reference, slice};
+use crate::sized;
 use crate::status::{Failure, Result, fence, ts_status};
 
 /// Element types.
@@ -112,7 +112,8 @@ pub struct ts_config {
     pub num_kv_heads: u32,
     /// Elements of a head, a multiple of 8, at most 256. Default 128.
     pub head_dim: u32,
-    /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default `TS_DTYPE_BF16`.
+    /// Type of queries, keys and values, a `ts_dtype`: f16, bf16 or f32 (on a GPU f16 or bf16). Default
+    /// `TS_DTYPE_BF16`.
     pub dtype: i32,
     /// The first `n_init` tokens of a sequence are always selected. Default 128.
     pub n_init: usize,
@@ -142,7 +143,28 @@ pub struct ts_config {
     pub reserved: u32,
 }
 
-/// The largest batch that a context will be given. Filled by `ts_limits_default`.
+/// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
+/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+#[derive(Debug, Clone, Copy)]
+#[repr(i32)]
+pub enum ts_operation {
+    /// `ts_append`, `ts_cache_append`.
+    Append = 1,
+    /// `ts_pool`.
+    Pool = 2,
+    /// `ts_score`.
+    Score = 4,
+    /// `ts_vote`, `ts_top_k`, `ts_vote_top_k`.
+    Vote = 8,
+    /// `ts_attend`, `ts_attend_dense`, `ts_attend_to`.
+    Attend = 16,
+    /// All but attention, for engines that attend with kernels of their own: `ts_select` and `ts_append_select`, too.
+    Selection = 15,
+    /// All of them.
+    All = 31,
+}
+
+/// What a context is made for: the largest batch that it will be given, and operations. Filled by `ts_limits_default`.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_limits {
@@ -154,6 +176,11 @@ pub struct ts_limits {
     pub max_block_len: usize,
     /// Tokens cached by all rows of a batch together, every row rounded up to whole pages. Default 131072.
     pub max_kv_tokens: usize,
+    /// A sum of `ts_operation`; 0 for all of them. What is left out answers `TS_STATUS_MISSING`. Default
+    /// `TS_OPERATION_ALL`.
+    pub operations: i32,
+    /// 0.
+    pub reserved: i32,
 }
 
 /// Size and layout of an owned cache. Filled by `ts_cache_config_default`.
@@ -176,73 +203,11 @@ pub struct ts_cache_config {
     pub reserved: i32,
 }
 
-/// A structure that begins with its size.
-///
-/// # Safety
-/// - `repr(C)`, the first field is a `usize`, and every bit pattern is a value.
-pub(crate) unsafe trait Versioned: Copy {
-    /// The type's name in the header.
-    const NAME: &'static str;
-}
-
-// SAFETY: integers, floats and structures of them, the size first.
-unsafe impl Versioned for ts_config {
-    const NAME: &'static str = "config";
-}
-// SAFETY: as above.
-unsafe impl Versioned for ts_limits {
-    const NAME: &'static str = "limits";
-}
-// SAFETY: as above.
-unsafe impl Versioned for ts_cache_config {
-    const NAME: &'static str = "cache_config";
-}
-
-/// Reads a structure of this version, or a longer one whose further fields are 0, which stands for "as before".
-///
-/// # Safety
-/// - Null, or as many bytes as its first field says, which nothing writes meanwhile.
-pub(crate) unsafe fn read_sized<T: Versioned>(pointer: *const T) -> Result<T> {
-    let (what, expected) = (T::NAME, size_of::<T>());
-    // SAFETY: the first field is there, by the caller's promise.
-    let got = *unsafe { reference(what, pointer.cast::<usize>())? };
-    if got < expected {
-        return Err(Failure::StructSize { what, expected, got });
-    }
-    // SAFETY: `got` bytes are there, by the caller's promise.
-    let bytes = unsafe { slice(what, pointer.cast::<u8>(), got)? };
-    if bytes[expected..].iter().any(|&byte| byte != 0) {
-        return Err(Failure::StructSize { what, expected, got });
-    }
-    // SAFETY: at least `size_of::<T>()` bytes, aligned.
-    Ok(unsafe { pointer.read() })
-}
-
-/// Writes a structure of this version into one of the caller's, whose further fields become 0.
-///
-/// # Safety
-/// - Null, or `struct_size` bytes that nothing else uses meanwhile.
-unsafe fn write_sized<T: Versioned>(to: *mut T, struct_size: usize, mut value: T) -> Result<()> {
-    let (what, expected) = (T::NAME, size_of::<T>());
-    if struct_size < expected {
-        return Err(Failure::StructSize { what, expected, got: struct_size });
-    }
-    // SAFETY: `struct_size` bytes, by the caller's promise; the first field is the size.
-    unsafe {
-        std::ptr::from_mut(&mut value).cast::<usize>().write(struct_size);
-        let bytes = crate::pointers::slice_mut(what, to.cast::<u8>(), struct_size)?;
-        crate::pointers::reference_mut(what, to)?;
-        bytes.fill(0);
-        to.write(value);
-    }
-    Ok(())
-}
-
 /// Fills a configuration with defaults: 32 query heads and 8 KV heads of 128, bf16, 128 initial, 2048 chosen and 512
 /// local tokens, native positions, Selection Cache on.
 ///
 /// `struct_size` is `sizeof(ts_config)`; it is written to `config->struct_size`.
-/// Errors: `TS_STATUS_STRUCT_SIZE` where it is less than this version's.
+/// Errors: `TS_STATUS_STRUCT_SIZE` where it is less than that of the first version.
 ///
 /// # Safety
 /// - `config` is null or has room for `struct_size` bytes, written.
@@ -284,19 +249,21 @@ pub unsafe extern "C" fn ts_config_default(config: *mut ts_config, struct_size: 
         reserved: 0,
     };
     // SAFETY: the caller's promise.
-    fence(|| unsafe { write_sized(config, struct_size, value) })
+    fence(|| unsafe { sized::write(config, struct_size, value) })
 }
 
-/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens. `struct_size` is `sizeof(ts_limits)`.
+/// Fills limits with defaults: 1 row, blocks of 512, 131072 tokens, all operations. `struct_size` is
+/// `sizeof(ts_limits)`.
 ///
 /// # Safety
 /// - `limits` is null or has room for `struct_size` bytes, written.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_limits_default(limits: *mut ts_limits, struct_size: usize) -> ts_status {
     let Limits { max_rows, max_block_len, max_kv_tokens } = Limits::default();
-    let value = ts_limits { struct_size, max_rows, max_block_len, max_kv_tokens };
+    let operations = ts_operation::All as i32;
+    let value = ts_limits { struct_size, max_rows, max_block_len, max_kv_tokens, operations, reserved: 0 };
     // SAFETY: the caller's promise.
-    fence(|| unsafe { write_sized(limits, struct_size, value) })
+    fence(|| unsafe { sized::write(limits, struct_size, value) })
 }
 
 /// Fills the configuration of an owned cache with defaults: 1 layer, 1024 pages of 16 tokens, 16 sequences, NHD.
@@ -314,11 +281,11 @@ pub unsafe extern "C" fn ts_cache_config_default(
     let value =
         ts_cache_config { struct_size, num_layers, num_pages, page_size, max_sequences, layout, reserved: 0 };
     // SAFETY: the caller's promise.
-    fence(|| unsafe { write_sized(config, struct_size, value) })
+    fence(|| unsafe { sized::write(config, struct_size, value) })
 }
 
-/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
-/// naming the first field that breaks its rule.
+/// Checks every field of a configuration. Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`,
+/// `TS_STATUS_STRUCT_SIZE`, naming the first field that breaks its rule.
 ///
 /// # Safety
 /// - `config` is null or holds `config->struct_size` bytes.
@@ -331,10 +298,12 @@ pub unsafe extern "C" fn ts_config_validate(config: *const ts_config) -> ts_stat
 /// The library's configuration.
 ///
 /// # Safety
-/// - As for [`read_sized`].
+/// - As for [`sized::read`].
 pub(crate) unsafe fn read_config(config: *const ts_config) -> Result<SelectConfig> {
     // SAFETY: the caller's promise.
-    let given = unsafe { read_sized(config)? };
+    let given = unsafe { sized::read(config)? };
+    expect_zero("config.reserved", given.reserved as i32)?;
+    expect_zero("config.rope.reserved", given.rope.reserved as i32)?;
     let optional = |scale: f32| (!scale.is_nan()).then_some(scale);
     let positions = [(ts_positions::Native as i32, false), (ts_positions::Reassigned as i32, true)];
     let positions = if choose("config.positions", "a ts_positions", given.positions, &positions)? {
@@ -393,23 +362,39 @@ fn rope(given: &ts_rope) -> Result<Rope> {
     })
 }
 
-/// The library's limits.
+/// The library's limits, and the operations that are asked for.
 ///
 /// # Safety
-/// - As for [`read_sized`].
-pub(crate) unsafe fn read_limits(limits: *const ts_limits) -> Result<Limits> {
+/// - As for [`sized::read`].
+pub(crate) unsafe fn read_limits(limits: *const ts_limits) -> Result<(Limits, Operations)> {
     // SAFETY: the caller's promise.
-    let ts_limits { max_rows, max_block_len, max_kv_tokens, .. } = unsafe { read_sized(limits)? };
-    Ok(Limits { max_rows, max_block_len, max_kv_tokens })
+    let given = unsafe { sized::read(limits)? };
+    let ts_limits { max_rows, max_block_len, max_kv_tokens, operations, reserved, .. } = given;
+    expect_zero("limits.reserved", reserved)?;
+    let all = ts_operation::All as i32;
+    if operations & !all != 0 {
+        let (what, allowed) = ("limits.operations", "a sum of ts_operation");
+        return Err(Failure::UnknownEnum { what, allowed, got: operations });
+    }
+    let has = |operation| operations == 0 || operations & operation as i32 != 0;
+    let operations = Operations {
+        append: has(ts_operation::Append),
+        pool: has(ts_operation::Pool),
+        score: has(ts_operation::Score),
+        vote: has(ts_operation::Vote),
+        attend: has(ts_operation::Attend),
+    };
+    Ok((Limits { max_rows, max_block_len, max_kv_tokens }, operations))
 }
 
 /// The library's configuration of a cache.
 ///
 /// # Safety
-/// - As for [`read_sized`].
+/// - As for [`sized::read`].
 pub(crate) unsafe fn read_cache_config(config: *const ts_cache_config) -> Result<CacheConfig> {
     // SAFETY: the caller's promise.
-    let given = unsafe { read_sized(config)? };
+    let given = unsafe { sized::read(config)? };
+    expect_zero("cache_config.reserved", given.reserved)?;
     Ok(CacheConfig {
         num_layers: given.num_layers,
         num_pages: given.num_pages,
@@ -441,6 +426,11 @@ pub(crate) fn dtype_code(dtype: DType) -> i32 {
 pub(crate) fn layout(what: &'static str, code: i32) -> Result<KvLayout> {
     let layouts = [(ts_kv_layout::Nhd as i32, KvLayout::Nhd), (ts_kv_layout::Hnd as i32, KvLayout::Hnd)];
     choose(what, "a ts_kv_layout", code, &layouts)
+}
+
+/// Checks a field that means nothing yet.
+pub(crate) fn expect_zero(what: &'static str, reserved: i32) -> Result<()> {
+    choose(what, "0", reserved, &[(0, ())])
 }
 
 /// What a number stands for.

@@ -2,8 +2,9 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{Buffer, Device, Error, Operations, Plan, TokenSelect, Workspace};
+use tokenselect::{Buffer, Device, Error, Plan, TokenSelect, Workspace};
 
+use crate::batch::ts_batch;
 use crate::config::{choose, dtype_code, read_config, read_limits, ts_config, ts_limits};
 use crate::device::{address, ts_device};
 use crate::pointers::{answer, hand_out, reference, reference_mut, slice_mut, take_back};
@@ -28,7 +29,10 @@ pub enum ts_workspace {
     Similarities = 1,
     /// `[max_rows]` u32, written by pool: a `ts_row_action`.
     Actions = 2,
-    /// `[max_kv_tokens, num_qo_heads]` f32, written by score for candidates: scaled dot products.
+    /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
+    /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
+    /// `[token_base + token, num_qo_heads]`; on GPUs tiles of `[num_kv_heads, 16 tokens, num_qo_heads / num_kv_heads]`,
+    /// each row from a tile of its own on.
     Logits = 3,
     /// `[max_rows, num_qo_heads, 2]` f32, written by score: the largest logit, and the sum of `exp(logit - largest)`.
     Stats = 4,
@@ -74,7 +78,12 @@ pub struct ts_tensor {
 
 /// Validates the configuration and allocates a workspace, `ts_workspace_bytes` in all, for batches within the limits.
 ///
-/// Errors: `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_DRIVER`.
+/// On a GPU this loads the kernels of the operations in `limits`, which takes seconds the first time that its driver
+/// compiles them. One of whole steps (`ts_step`) needs all operations.
+///
+/// Errors: `TS_STATUS_OUT_OF_MEMORY`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration
+/// (`ts_device_supports` tells before), `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_DRIVER`.
 ///
 /// # Safety
 /// - `device` is null or a handle; `config` and `limits` are null or hold as many bytes as their `struct_size`.
@@ -88,11 +97,14 @@ pub unsafe extern "C" fn ts_context_create(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (device, config, limits) = unsafe {
+        let (device, config, (limits, operations)) = unsafe {
             let device = &reference("device", device)?.device;
             (device.clone(), read_config(config)?, read_limits(limits)?)
         };
-        let make = || Ok(ts_context { select: TokenSelect::new(&device, config, limits)?, device });
+        let make = || {
+            let plan = Plan::new(&device, config, limits, operations)?;
+            Ok(ts_context { select: TokenSelect::with_plan(plan)?, device })
+        };
         // SAFETY: as above.
         unsafe { hand_out("context", context, make) }
     })
@@ -114,9 +126,9 @@ pub unsafe extern "C" fn ts_workspace_bytes(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (device, config, limits) =
+        let (device, config, (limits, operations)) =
             unsafe { (reference("device", device)?, read_config(config)?, read_limits(limits)?) };
-        let make = || Ok(Workspace::num_bytes(&Plan::new(&device.device, config, limits, Operations::ALL)?)?);
+        let make = || Ok(Workspace::num_bytes(&Plan::new(&device.device, config, limits, operations)?)?);
         // SAFETY: as above.
         unsafe { answer("num_bytes", num_bytes, make) }
     })
@@ -132,8 +144,8 @@ pub unsafe extern "C" fn ts_context_destroy(context: *mut ts_context) -> ts_stat
     fence(|| unsafe { take_back("context", context) })
 }
 
-/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations. Its
-/// address never changes.
+/// One buffer of the workspace, a `ts_workspace`, for a collective that reads or changes it between two operations, or
+/// for results of the caller's own (`ts_context_provide`). Its address never changes.
 ///
 /// Errors: `TS_STATUS_UNKNOWN_ENUM`.
 ///
@@ -162,6 +174,57 @@ pub unsafe extern "C" fn ts_context_workspace(
     })
 }
 
+/// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
+/// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
+///
+/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
+/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// what is made of results that break a rule, such as lists that do not ascend, is not specified.
+///
+/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
+///
+/// # Safety
+/// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_provide(
+    context: *mut ts_context,
+    buffer: i32,
+    batch: *const ts_batch,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (context, batch) = unsafe { (reference_mut("context", context)?, reference("batch", batch)?) };
+        Ok(context.select.workspace_mut().provide(buffer_of(buffer)?, &batch.batch)?)
+    })
+}
+
+/// Index into the elements of `TS_WORKSPACE_LOGITS` of a query head's logit for a token of a row: `token` counts from
+/// the row's first, chosen or not.
+///
+/// Errors: `TS_STATUS_INDEX` where the batch has no such row, the row no such token (none is known of tables on the
+/// device) or the configuration no such head, `TS_STATUS_LIMIT`.
+///
+/// # Safety
+/// - `context` and `batch` are null or handles; nothing changes `context` meanwhile.
+/// - `index` is null or has room for a number, written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_context_logit_index(
+    context: *const ts_context,
+    batch: *const ts_batch,
+    row: usize,
+    token: usize,
+    qo_head: usize,
+    index: *mut usize,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    fence(|| unsafe {
+        let (context, batch) = (reference("context", context)?, reference("batch", batch)?);
+        let make = || Ok(context.select.logit_index(&batch.batch, row, token, qo_head)?);
+        answer("index", index, make)
+    })
+}
+
 /// Copies the selected tokens of one row of the current batch, ascending, to the host. Waits for the device's earlier
 /// work. With `tokens` null and `capacity` 0, only tells the length.
 ///
@@ -183,17 +246,16 @@ pub unsafe extern "C" fn ts_context_selected(
     fence(|| {
         // SAFETY: the caller's promise.
         let workspace = unsafe { reference("context", context)? }.select.workspace();
+        // SAFETY: as above.
+        let to = unsafe { slice_mut("tokens", tokens, capacity)? };
         let list = workspace.selected(row)?;
         // SAFETY: as above.
         unsafe { answer("len", len, || Ok(list.len()))? };
-        if tokens.is_null() && capacity == 0 {
+        if tokens.is_null() {
             return Ok(());
         }
-        if list.len() > capacity {
-            return Err(Failure::Capacity { what: "tokens", capacity, needed: list.len() });
-        }
-        // SAFETY: as above.
-        let to = unsafe { slice_mut("tokens", tokens, list.len())? };
+        let needed = list.len();
+        let to = to.get_mut(..needed).ok_or(Failure::Capacity { what: "tokens", capacity, needed })?;
         to.copy_from_slice(&list);
         Ok(())
     })

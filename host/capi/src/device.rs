@@ -4,6 +4,7 @@ use std::ffi::{CString, c_char, c_void};
 
 use tokenselect::{DType, Device, Error, Tensor, TensorViewMut};
 
+use crate::config::{read_config, ts_config};
 use crate::pointers::{Argument, answer, hand_out, reference, take_back};
 use crate::status::{Result, fence, ts_status};
 
@@ -34,11 +35,11 @@ pub unsafe extern "C" fn ts_device_cpu(device: *mut *mut ts_device) -> ts_status
     fence(|| unsafe { hand_out("device", device, || Ok(ts_device::new(Device::cpu()))) })
 }
 
-/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own, which
-/// does not wait for the default stream.
+/// CUDA device `ordinal`, in its primary context (which the CUDA runtime and PyTorch use), on a stream of its own,
+/// which does not wait for the default stream.
 ///
-/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0 or
-/// in a build without CUDA.
+/// Errors: `TS_STATUS_DRIVER` without a driver or such a device, `TS_STATUS_UNSUPPORTED` below compute capability 8.0
+/// or in a build without CUDA.
 ///
 /// # Safety
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
@@ -54,10 +55,10 @@ pub unsafe extern "C" fn ts_device_cuda(ordinal: u32, device: *mut *mut ts_devic
 /// Errors: those of `ts_device_cuda`.
 ///
 /// # Safety
-/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that was
-///   made on it are destroyed.
-/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
-///   written all that this device reads: queries, keys, values, pages, lists.
+/// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives until the device and all that
+///   was made on it are destroyed.
+/// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by
+///   then written all that this device reads: queries, keys, values, pages, lists.
 /// - `device` is null or has room for a pointer, written: the new handle, null on an error.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_device_cuda_on_stream(
@@ -70,8 +71,8 @@ pub unsafe extern "C" fn ts_device_cuda_on_stream(
 }
 
 /// The GPU kernels, run on the processor by an emulator that reports races, accesses out of bounds and divergence as
-/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws the
-/// schedule.
+/// `TS_STATUS_LAUNCH`: for tests. Memory comes from `ts_buffer_create`. `seed` is 0 for lanes in order, else it draws
+/// the schedule.
 ///
 /// Errors: `TS_STATUS_UNSUPPORTED` in a build without the emulator.
 ///
@@ -128,6 +129,23 @@ fn not_built(device: String, feature: &str) -> crate::status::Failure {
 pub unsafe extern "C" fn ts_device_name(device: *const ts_device) -> *const c_char {
     // SAFETY: the caller's promise.
     unsafe { device.as_ref() }.map_or(std::ptr::null(), |device| device.name.as_ptr())
+}
+
+/// Whether a device can run steps of a configuration: what `ts_context_create` would answer for all operations, without
+/// its allocations. For some of them, ask `ts_workspace_bytes`.
+///
+/// Errors: `TS_STATUS_UNSUPPORTED` where the device has no kernels for it, with a text that says what it lacks;
+/// `TS_STATUS_CONFIG`, `TS_STATUS_UNKNOWN_ENUM`, `TS_STATUS_STRUCT_SIZE`.
+///
+/// # Safety
+/// - `device` is null or a handle; `config` is null or holds `config->struct_size` bytes.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_device_supports(device: *const ts_device, config: *const ts_config) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let (device, config) = unsafe { (reference("device", device)?, read_config(config)?) };
+        Ok(device.device.supports(&config)?)
+    })
 }
 
 /// Waits until everything put on the device is done.

@@ -18,8 +18,8 @@ pub struct ts_graph {
 /// Answers 0 if all went well. Must not unwind.
 pub type ts_work = Option<unsafe extern "C" fn(user_data: *mut c_void) -> i32>;
 
-/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one call
-/// for the whole of it.
+/// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one
+/// call for the whole of it.
 ///
 /// Run the work once before: what it allocates at its first run (tables of a batch, angles) cannot be recorded. Batches
 /// come from a `ts_batch_slot`, so that each launch reads the lengths and pages put there last.

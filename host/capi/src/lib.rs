@@ -8,12 +8,13 @@
 //!   configuration and batch; all tensors but the cache are dense.
 //! - Work on a GPU is put in the device's stream. Only functions that say so wait for it.
 //! - A handle is used by one thread at a time, except where it says otherwise.
+//! - Structures that callers fill begin with their size and grow at their end.
 //!
 //! Each file has the same order: structures of the header, functions of the header, private steps.
 
 // The names are those of the header.
 #![allow(non_camel_case_types)]
-#![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]
+#![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 mod batch;
 mod cache;
@@ -25,6 +26,7 @@ mod kv;
 mod ops;
 mod pointers;
 mod selection_cache;
+mod sized;
 mod status;
 mod version;
 

@@ -8,17 +8,20 @@ use tokenselect::{
 };
 
 use crate::batch::ts_batch;
-use crate::config::dtype;
+use crate::config::{dtype, expect_zero};
 use crate::context::{expect_at_least_one, ts_context};
 use crate::kv::ts_kv_view;
 use crate::pointers::{Argument, reference, reference_mut};
 use crate::selection_cache::{layer_of, ts_selection_cache};
+use crate::sized;
 use crate::status::{Result, fence, ts_status};
 
-/// Outputs of attention, dense.
+/// Outputs of attention, dense. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_output {
+    /// `sizeof(ts_output)`.
+    pub struct_size: usize,
     /// `[num_query_tokens, num_qo_heads, head_dim]` of `out_dtype`, written.
     pub out: *mut c_void,
     /// `[num_query_tokens, num_qo_heads]` f32, written: natural log of the sum of exponentials. May be null.
@@ -29,10 +32,12 @@ pub struct ts_output {
     pub reserved: i32,
 }
 
-/// Lists of tokens to attend to, one a row, in memory of the device.
+/// Lists of tokens to attend to, one a row, in memory of the device. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_selection {
+    /// `sizeof(ts_selection)`.
+    pub struct_size: usize,
     /// Rows of the arrays, at least the batch's.
     pub num_rows: usize,
     /// Places for tokens in a row.
@@ -47,10 +52,12 @@ pub struct ts_selection {
     pub total_len: *const u32,
 }
 
-/// Attention outputs over disjoint parts of a list, dense.
+/// Attention outputs over disjoint parts of a list, dense. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
 pub struct ts_parts {
+    /// `sizeof(ts_parts)`.
+    pub struct_size: usize,
     /// Parts, at least 1.
     pub num_parts: usize,
     /// Query tokens.
@@ -103,7 +110,7 @@ impl NewKv {
 }
 
 /// What a selection works with, borrowed from its handles.
-type Selecting<'a> = (&'a mut ts_context, &'a Batch, &'a ts_kv_view, Option<SelectionCacheLayer<'a>>);
+type Selecting<'a> = (&'a mut ts_context, &'a Batch, ts_kv_view, Option<SelectionCacheLayer<'a>>);
 
 /// # Safety
 /// - Handles are null or live through `'a`; nothing else uses `context` and `selection_cache` meanwhile.
@@ -118,7 +125,7 @@ unsafe fn selection_handles<'a>(
     unsafe {
         let context = reference_mut("context", context)?;
         let batch = &reference("batch", batch)?.batch;
-        Ok((context, batch, reference("kv", kv)?, layer_of(selection_cache, layer)?))
+        Ok((context, batch, sized::read(kv)?, layer_of(selection_cache, layer)?))
     }
 }
 
@@ -133,6 +140,7 @@ impl Output {
     pub fn of(context: &ts_context, num_query_tokens: usize, given: &ts_output) -> Result<Self> {
         let heads = context.select.config().heads;
         let (tokens, hq) = (num_query_tokens, heads.num_qo_heads);
+        expect_zero("output.reserved", given.reserved)?;
         let out_dtype = dtype("output.out_dtype", given.out_dtype)?;
         let out = Argument::new("output.out", given.out, out_dtype, [tokens, hq, heads.head_dim]);
         let lse = Argument::new("output.lse", given.lse.cast(), DType::F32, [tokens, hq]);
@@ -143,6 +151,11 @@ impl Output {
     pub fn expect_apart(&self, others: &[Argument]) -> Result<()> {
         self.out.expect_apart(others.iter().chain(&self.lse))?;
         self.lse.map_or(Ok(()), |lse| lse.expect_apart(others))
+    }
+
+    /// What is written.
+    pub fn arguments(&self) -> Vec<Argument> {
+        [Some(self.out), self.lse].into_iter().flatten().collect()
     }
 
     /// # Safety
@@ -158,16 +171,20 @@ impl Output {
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the model
-/// for native positions, not rotated for reassigned ones. Writes `kv`.
+/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
+/// model for native positions, not rotated for reassigned ones. Writes `kv`.
 ///
-/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond the
-/// pool, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` for parts of sequences, and those of pointers.
+/// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
+/// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for parts of sequences, a batch whose
+/// slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and
+/// those of pointers. Then nothing was written.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles.
-/// - `kv` is null or a view whose memory, from the first element to the last, is the device's; all pointers are valid
-///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
+/// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
+///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
+///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_append(
     context: *const ts_context,
@@ -178,9 +195,8 @@ pub unsafe extern "C" fn ts_append(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv) = unsafe {
-            (reference("context", context)?, &reference("batch", batch)?.batch, reference("kv", kv)?)
-        };
+        let (context, batch, kv) =
+            unsafe { (reference("context", context)?, &reference("batch", batch)?.batch, sized::read(kv)?) };
         let (device, dtype) = (&context.device, context.select.config().dtype);
         let new = NewKv::of(context, batch, k, v);
         for pages in kv.arguments(dtype)? {
@@ -194,14 +210,15 @@ pub unsafe extern "C" fn ts_append(
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`, whose
-/// `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
+/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
 ///
-/// Errors: those of the four operations.
+/// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view; its memory and `q` are the device's and unchanged until its work is done.
+/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
+///   done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_select(
     context: *mut ts_context,
@@ -226,10 +243,10 @@ pub unsafe extern "C" fn ts_select(
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type, dense.
-/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
+/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
-/// Errors: those of the two.
+/// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// # Safety
 /// - As for `ts_append` and `ts_select`.
@@ -267,8 +284,10 @@ pub unsafe extern "C" fn ts_append_select(
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or layer
-/// that the Selection Cache does not have, and those of pointers.
+/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
+/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
+/// pointers.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -296,7 +315,9 @@ pub unsafe extern "C" fn ts_pool(
 /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
 /// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
 ///
-/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool.
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`,
+/// `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
+/// `TS_STATUS_MISSING` as `ts_pool`, and those of pointers.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -309,7 +330,7 @@ pub unsafe extern "C" fn ts_score(
     fence(|| {
         // SAFETY: the caller's promise.
         let (context, batch, kv) = unsafe {
-            (reference_mut("context", context)?, &reference("batch", batch)?.batch, reference("kv", kv)?)
+            (reference_mut("context", context)?, &reference("batch", batch)?.batch, sized::read(kv)?)
         };
         let (device, dtype) = (&context.device, context.select.config().dtype);
         // SAFETY: as above.
@@ -321,7 +342,8 @@ pub unsafe extern "C" fn ts_score(
 /// Votes: softmax probabilities of the candidates, summed over heads. Reads `TS_WORKSPACE_ACTIONS`, `_LOGITS` and
 /// `_STATS`, writes `_VOTES`. With tensor parallelism, sum these over the ranks before `ts_top_k`.
 ///
-/// Errors: `TS_STATUS_LIMIT`.
+/// Errors: `TS_STATUS_ORDER` without `ts_score` of the same batch before it, `TS_STATUS_LIMIT`, `TS_STATUS_MISSING` as
+/// `ts_pool`.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing else uses `context` meanwhile.
@@ -336,10 +358,12 @@ pub unsafe extern "C" fn ts_vote(context: *mut ts_context, batch: *const ts_batc
 
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
-/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds, and
-/// every row is counted; pass what was passed to `ts_pool`.
+/// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
+/// and every row is counted; pass what was passed to `ts_pool`.
 ///
-/// Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_MISSING` where rows reuse a selection that is not given.
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
+/// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
+/// and, on the processor, where rows reuse a selection that is not given.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -354,8 +378,11 @@ pub unsafe extern "C" fn ts_top_k(
     unsafe { choose(context, batch, selection_cache, layer, TokenSelect::top_k) }
 }
 
-/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments and errors are those of
+/// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of
 /// `ts_top_k`.
+///
+/// Errors: those of the two, `TS_STATUS_ORDER` without `ts_pool` and `ts_score` of the same batch before it. Then
+/// nothing was written.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -397,13 +424,16 @@ unsafe fn choose(
 /// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
 /// `lse = -inf`.
 ///
-/// Errors: `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_TABLE`,
-/// `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED` where a GPU has no kernel for the configuration.
+/// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
+/// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_TABLE` for a list on the processor that breaks
+/// a rule, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`, `TS_STATUS_MISSING` for parts of sequences, a batch whose slot
+/// holds another, and a context without `TS_OPERATION_ATTEND`, and those of pointers.
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures; all memory is the device's and valid until its work is done, and nothing
-///   else uses the outputs meanwhile.
+/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
+///   work is done, and nothing else uses the outputs meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend(
     context: *const ts_context,
@@ -418,7 +448,7 @@ pub unsafe extern "C" fn ts_attend(
 
 /// As `ts_attend`, over all tokens of each row: ordinary paged attention.
 ///
-/// Errors: those of `ts_attend`, and `TS_STATUS_MISSING` for parts of sequences.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted.
 ///
 /// # Safety
 /// - As for `ts_attend`.
@@ -435,13 +465,14 @@ pub unsafe extern "C" fn ts_attend_dense(
 }
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
-/// are combined by `ts_merge`.
+/// are combined by `ts_merge`. Lists ascend, name tokens of their row only, and are no longer than `width`.
 ///
-/// Errors: those of `ts_attend`. On a GPU the lists are not looked at.
+/// Errors: those of `ts_attend`, `TS_STATUS_ORDER` excepted, and `TS_STATUS_MISSING` for parts of sequences without
+/// `ranks`. On a GPU the lists are not looked at: outputs of rows whose list breaks a rule are not specified.
 ///
 /// # Safety
-/// - As for `ts_attend`, and `selection` is null or a structure whose arrays are the device's and unchanged until its
-///   work is done. On a GPU: every list ascends, names tokens of its row only, and is no longer than `width`.
+/// - As for `ts_attend`, and `selection` is null or a structure of `struct_size` bytes whose arrays are the device's
+///   and unchanged until its work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend_to(
     context: *const ts_context,
@@ -452,15 +483,13 @@ pub unsafe extern "C" fn ts_attend_to(
     output: *const ts_output,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    fence(|| unsafe {
-        attend(context, batch, (kv, q), output, To::Lists(reference("selection", selection)?))
-    })
+    fence(|| unsafe { attend(context, batch, (kv, q), output, To::Lists(sized::read(selection)?)) })
 }
 
-enum To<'a> {
+enum To {
     Selected,
     All,
-    Lists(&'a ts_selection),
+    Lists(ts_selection),
 }
 
 /// # Safety
@@ -470,24 +499,24 @@ unsafe fn attend(
     batch: *const ts_batch,
     (kv, q): (*const ts_kv_view, *const c_void),
     output: *const ts_output,
-    to: To<'_>,
+    to: To,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
     let (context, batch, kv, output) = unsafe {
         (
             reference("context", context)?,
             &reference("batch", batch)?.batch,
-            reference("kv", kv)?,
-            reference("output", output)?,
+            sized::read(kv)?,
+            sized::read(output)?,
         )
     };
     let (device, dtype, select) = (&context.device, context.select.config().dtype, &context.select);
     let queries = Queries::of(context, batch, q);
-    let output = Output::of(context, batch.num_query_tokens(), output)?;
+    let output = Output::of(context, batch.num_query_tokens(), &output)?;
     let [k, v] = kv.arguments(dtype)?;
     output.expect_apart(&[queries.0, k, v])?;
     let lists = match to {
-        To::Lists(given) => lists(given)?,
+        To::Lists(ref given) => lists(given)?,
         To::Selected | To::All => Vec::new(),
     };
     output.expect_apart(&lists)?;
@@ -527,11 +556,12 @@ fn lists(given: &ts_selection) -> Result<Vec<Argument>> {
 /// Combines attention outputs over disjoint parts of a list through their log-sum-exps. Writes `output`, whose
 /// `out_dtype` may be f16, bf16 or f32.
 ///
-/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_UNSUPPORTED`.
+/// Errors: those of pointers, `TS_STATUS_CONFIG` for 0 parts, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE`,
+/// `TS_STATUS_UNSUPPORTED`.
 ///
 /// # Safety
-/// - `context` is null or a handle; `parts` and `output` are null or structures; all memory is the device's and valid
-///   until its work is done, and nothing else uses the outputs meanwhile.
+/// - `context` is null or a handle; `parts` and `output` are null or structures of `struct_size` bytes; all memory is
+///   the device's and valid until its work is done, and nothing else uses the outputs meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_merge(
     context: *const ts_context,
@@ -540,16 +570,15 @@ pub unsafe extern "C" fn ts_merge(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, given, output) = unsafe {
-            (reference("context", context)?, reference("parts", parts)?, reference("output", output)?)
-        };
+        let (context, given, output) =
+            unsafe { (reference("context", context)?, sized::read(parts)?, sized::read(output)?) };
         let (device, heads) = (&context.device, context.select.config().heads);
-        let &ts_parts { num_parts, num_query_tokens: tokens, parts, part_lses } = given;
+        let ts_parts { num_parts, num_query_tokens: tokens, parts, part_lses, .. } = given;
         expect_at_least_one("num_parts", num_parts)?;
         let (hq, d) = (heads.num_qo_heads, heads.head_dim);
         let parts = Argument::new("parts.parts", parts.cast(), DType::F32, [num_parts, tokens, hq, d]);
         let lses = Argument::new("parts.part_lses", part_lses.cast(), DType::F32, [num_parts, tokens, hq]);
-        let output = Output::of(context, tokens, output)?;
+        let output = Output::of(context, tokens, &output)?;
         output.expect_apart(&[parts, lses])?;
         // SAFETY: as above, and outputs are apart from inputs.
         let (parts, lses, output) =

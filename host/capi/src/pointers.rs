@@ -196,8 +196,26 @@ impl Argument {
     /// - The memory is `device`'s (the host's for the processor) and holds the tensor during `'a`.
     /// - Nothing writes it while operations on the tensor run.
     pub unsafe fn view<'a>(&self, device: &'a Device) -> Result<TensorView<'a>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.view_aligned(device, GPU_ALIGN) }
+    }
+
+    /// A table, to read, whose entries a GPU reads one at a time.
+    ///
+    /// # Safety
+    /// - As for [`view`](Self::view).
+    pub unsafe fn table<'a>(&self, device: &'a Device) -> Result<TensorView<'a>> {
+        // SAFETY: the caller's promise.
+        unsafe { self.view_aligned(device, self.dtype.size()) }
+    }
+
+    /// The tensor, to read, aligned as said where it is a GPU's.
+    ///
+    /// # Safety
+    /// - As for [`view`](Self::view).
+    unsafe fn view_aligned<'a>(&self, device: &'a Device, align: usize) -> Result<TensorView<'a>> {
         if !device.is_cpu() {
-            self.check(GPU_ALIGN)?;
+            self.check(align)?;
             // SAFETY: the caller's promise, and aligned.
             return Ok(unsafe {
                 TensorView::from_device_addr(device, self.data.addr() as u64, self.dtype, self.shape)?

@@ -1,7 +1,7 @@
 //! Versions of the library and of its interface.
 
 /// Version of the interface. Raised when a function or structure changes in a way that old programs do not survive.
-pub const TS_ABI_VERSION: u32 = 1;
+pub const TS_ABI_VERSION: u32 = 2;
 
 /// `TS_ABI_VERSION` of the library that was loaded, to be compared with that of the header.
 #[unsafe(no_mangle)]

@@ -2,9 +2,9 @@
 
 mod common;
 
-use std::ptr::{null, null_mut};
+use std::ptr::null_mut;
 
-use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected};
+use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected, sized};
 use tokenselect::{
     CacheConfig, Device, HeadShape, Limits, PagedKvCache, Positions, Rope, SelectConfig,
     SelectionCacheConfig, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
@@ -131,7 +131,7 @@ fn owned_cache_with(rust: SelectConfig, config: &ts_config) {
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             for (layer, [q, k, v]) in layers.iter().enumerate() {
                 let mut got = Out::new(tokens, config);
-                let input = ts_step_input { q: at(q), k: at(k), v: at(v) };
+                let input = ts_step_input { q: at(q), k: at(k), v: at(v), ..sized() };
                 let run = if dense { ts_step_dense } else { ts_step };
                 ok(run(context, cache, layer, batch, &input, &got.as_output()));
                 assert_same(&got, &want[layer], &format!("step {step}, layer {layer}"));
@@ -175,30 +175,61 @@ fn sequences() {
     }
 }
 
-/// The operations one by one over borrowed memory in which values lie before keys, with a Selection Cache of its own:
-/// the same as the steps of an owned cache.
+/// Where keys and values lie: elements before the first of each, and strides of page, token and head.
+type Places = [(usize, [usize; 3]); 2];
+
+/// Pages of 4 tokens in a pool: one after the other, and among each other in either order.
+fn pools() -> [(&'static str, Places); 6] {
+    let (page, (nhd, hnd)) = (4 * HKV * D, ([HKV * D, D], [D, 4 * D]));
+    let strides = |page, [token, head]: [usize; 2]| [page, token, head];
+    let behind = 20 * page;
+    let rows = [2 * page, 2 * D, 8 * D];
+    [
+        ("two pools", [(0, strides(page, nhd)), (behind, strides(page, nhd))]),
+        ("two pools, keys NHD, values HND", [(0, strides(page, nhd)), (behind, strides(page, hnd))]),
+        ("[pages, 2, ...], values first", [(page, strides(2 * page, nhd)), (0, strides(2 * page, nhd))]),
+        (
+            "[pages, 2, ...], keys HND, values NHD",
+            [(0, strides(2 * page, hnd)), (page, strides(2 * page, nhd))],
+        ),
+        ("[pages, heads, tokens, 2 D]", [(0, rows), (D, rows)]),
+        ("[pages, heads, tokens, 2 D], values first", [(D, rows), (0, rows)]),
+    ]
+}
+
+/// The operations one by one over borrowed memory, wherever keys and values lie, with a Selection Cache of its own: the same
+/// as the steps of an owned cache.
 #[test]
 fn borrowed_cache() {
+    for (what, places) in pools() {
+        borrowed_cache_at(what, places);
+    }
+}
+
+fn borrowed_cache_at(what: &str, [k_place, v_place]: Places) {
     let config = config();
     let mut reference = Reference::new(rust_config());
     let device = cpu();
-    // `[num_pages, 2, page_size, hkv, d]`, values first; pages in reverse order.
+    // Pages in reverse order.
     let (num_pages, page_size) = (16, 4);
-    let page = page_size * HKV * D;
-    let mut pool = vec![f32::NAN; num_pages * 2 * page];
+    let mut pool = vec![f32::NAN; 40 * page_size * HKV * D];
     let base = pool.as_mut_ptr();
     // SAFETY: within the pool; all handles are alive until they are destroyed, all arrays have the shapes asked for.
     unsafe {
         let kv = ts_kv_view {
-            k: base.add(page).cast(),
-            v: base.cast(),
+            k: base.add(k_place.0).cast(),
+            v: base.add(v_place.0).cast(),
             num_pages,
             page_size,
             num_kv_heads: HKV,
             head_dim: D,
-            stride_page: 2 * page,
-            stride_token: HKV * D,
-            stride_head: D,
+            k_stride_page: k_place.1[0],
+            k_stride_token: k_place.1[1],
+            k_stride_head: k_place.1[2],
+            v_stride_page: v_place.1[0],
+            v_stride_token: v_place.1[1],
+            v_stride_head: v_place.1[2],
+            ..sized()
         };
         let context = context(device, &config, &limits(1, 8, 64));
         let selections = made(|to| ts_selection_cache_create(device, &config, 1, 3, to));
@@ -220,7 +251,7 @@ fn borrowed_cache() {
                 indices: indices.as_ptr(),
                 last_page_len: &last_page_len,
                 sequence_indices: &sequence_index,
-                candidates: null(),
+                ..sized()
             };
             let batch = made(|to| ts_batch_create(&tables, to));
             let mut got = Out::new(tokens, &config);
@@ -244,9 +275,9 @@ fn borrowed_cache() {
                 }
             }
             ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
-            assert_same(&got, &want[0], &format!("step {step}"));
+            assert_same(&got, &want[0], &format!("{what}, step {step}"));
             let list = selected(context, 0);
-            assert_eq!(list, reference.select.workspace().selected(0).unwrap());
+            assert_eq!(list, reference.select.workspace().selected(0).unwrap(), "{what}, step {step}");
             attends_to_lists(context, batch, (&kv, at(&q)), &list, &mut got);
             let row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
             assert_eq!((row.query_begin, row.block_len, row.kv_len, row.token_base), (0, tokens, len, 0));
@@ -287,6 +318,7 @@ unsafe fn attends_to_lists(
             len: &(ranks.len() as u32),
             ranks: ranks.as_ptr(),
             total_len: &(width as u32),
+            ..sized()
         };
         let mut got = Out::new(tokens, &config());
         // SAFETY: the lists have the lengths stated.
@@ -295,7 +327,8 @@ unsafe fn attends_to_lists(
         lses.extend(got.lse);
     }
     let (num_parts, num_query_tokens) = (2, tokens);
-    let given = ts_parts { num_parts, num_query_tokens, parts: parts.as_ptr(), part_lses: lses.as_ptr() };
+    let (parts, part_lses) = (parts.as_ptr(), lses.as_ptr());
+    let given = ts_parts { num_parts, num_query_tokens, parts, part_lses, ..sized() };
     let mut got = Out::new(tokens, &config());
     // SAFETY: two parts of the shape stated.
     ok(unsafe { ts_merge(context, &given, &got.as_output()) });
@@ -321,7 +354,7 @@ fn owned_cache_one_operation_at_a_time() {
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             let mut got = Out::new(tokens, &config);
             ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
-            let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to));
+            let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to, size_of::<ts_kv_view>()));
             ok(ts_select(context, batch, &kv, at(&q), selections, 0));
             ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
             assert_same(&got, &want[0], &format!("step {step}"));
@@ -335,9 +368,127 @@ fn owned_cache_one_operation_at_a_time() {
         // 17 tokens were scored last: the sum of the votes for [2, 17 - 1 - 3) is the number of heads.
         let of_candidates = &std::slice::from_raw_parts(votes.data.cast::<f32>(), 64)[2..13];
         assert!((of_candidates.iter().sum::<f32>() - HQ as f32).abs() < 1e-4);
+        // Softmax of the logits, summed over heads, is the votes.
+        let logits: ts_tensor = made(|to| ts_context_workspace(context, ts_workspace::Logits as i32, to));
+        let logits = std::slice::from_raw_parts(logits.data.cast::<f32>(), logits.shape[0] * logits.shape[1]);
+        let batch = made(|to| ts_cache_extend(cache, &sequence, &0, 1, to));
+        let logit =
+            |token, head| logits[made(|to| ts_context_logit_index(context, batch, 0, token, head, to))];
+        let weights = |head| (2..13).map(move |token| f64::from(logit(token, head)).exp());
+        for token in 2..13 {
+            let vote: f64 =
+                (0..HQ).map(|head| f64::from(logit(token, head)).exp() / weights(head).sum::<f64>()).sum();
+            assert!((f64::from(of_candidates[token - 2]) - vote).abs() < 1e-5);
+        }
+        ok(ts_batch_destroy(batch));
         let top_k: ts_tensor = made(|to| ts_context_workspace(context, ts_workspace::TopK as i32, to));
         assert_eq!((top_k.dtype, top_k.rank, top_k.shape), (ts_dtype::U32 as i32, 2, [1, 5, 1, 1]));
         ok(ts_selection_cache_destroy(selections));
+        ok(ts_context_destroy(context));
+        ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// Votes and lists of the caller's own take the place of what operations write.
+#[test]
+fn results_of_ones_own() {
+    let (config, device) = (config(), cpu());
+    // SAFETY: all handles are alive until they are destroyed, all arrays have the shapes asked for.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, &config, &cache_config(), to));
+        let context = context(device, &config, &limits(1, 17, 64));
+        let sequence = made(|to| ts_cache_sequence_create(cache, to));
+        let [_, k, v] = inputs(1, 16);
+        let batch = made(|to| ts_cache_extend(cache, &sequence, &16, 1, to));
+        ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+        ok(ts_batch_destroy(batch));
+        let [q, k, v] = inputs(2, 1);
+        let batch = made(|to| ts_cache_extend(cache, &sequence, &1, 1, to));
+        ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+        let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to, size_of::<ts_kv_view>()));
+        let mut got = Out::new(1, &config);
+
+        let buffer = |buffer: ts_workspace| -> *mut std::ffi::c_void {
+            made::<ts_tensor>(|to| ts_context_workspace(context, buffer as i32, to)).data
+        };
+        let (votes, lists) = (ts_workspace::Votes as i32, ts_workspace::Selected as i32);
+        assert_eq!(ts_context_provide(context, votes, batch), ts_status::Order);
+        ok(ts_pool(context, batch, at(&q), null_mut(), 0));
+        assert_eq!(ts_top_k(context, batch, null_mut(), 0), ts_status::Order);
+        let places = std::slice::from_raw_parts_mut(buffer(ts_workspace::Votes).cast::<f32>(), 64);
+        (0..17).for_each(|token| places[token] = (token * 5 % 17) as f32);
+        ok(ts_context_provide(context, votes, batch));
+        ok(ts_top_k(context, batch, null_mut(), 0));
+        // 0, 1; the five of 2..13 with the largest 5 t mod 17; 13.. .
+        let mut chosen: Vec<u32> = (2..13).collect();
+        chosen.sort_by_key(|token| std::cmp::Reverse(token * 5 % 17));
+        chosen.truncate(5);
+        chosen.sort_unstable();
+        assert_eq!(selected(context, 0), [&[0, 1], &chosen[..], &[13, 14, 15, 16]].concat());
+        ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
+
+        let other = made(|to| ts_batch_padded(batch, 1, 0, to));
+        let output = got.as_output();
+        assert_eq!(ts_attend(context, other, &kv, at(&q), &output), ts_status::Order);
+        let all = std::slice::from_raw_parts_mut(buffer(ts_workspace::Selected).cast::<u32>(), 17);
+        (0..17).for_each(|token| all[token as usize] = token);
+        *buffer(ts_workspace::SelectedLen).cast::<u32>() = 17;
+        ok(ts_context_provide(context, lists, other));
+        ok(ts_attend(context, other, &kv, at(&q), &output));
+        let mut dense = Out::new(1, &config);
+        ok(ts_attend_dense(context, other, &kv, at(&q), &dense.as_output()));
+        assert_same(&got, &dense, "a list of all tokens");
+        all[3] = 2;
+        assert_eq!(ts_attend(context, other, &kv, at(&q), &output), ts_status::Table);
+        for batch in [batch, other] {
+            ok(ts_batch_destroy(batch));
+        }
+        ok(ts_context_destroy(context));
+        ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// How far each layer is written, and how a layer that was left behind catches up.
+#[test]
+fn layers_that_missed_a_step() {
+    let (config, device) = (config(), cpu());
+    // SAFETY: all handles are alive until they are destroyed, all arrays have the shapes asked for.
+    unsafe {
+        let cache = made(|to| ts_cache_create(device, &config, &cache_config(), to));
+        let context = context(device, &config, &limits(1, 8, 64));
+        let sequence = made(|to| ts_cache_sequence_create(cache, to));
+        let [q, k, v] = inputs(1, 8);
+        let input = ts_step_input { q: at(&q), k: at(&k), v: at(&v), ..sized() };
+        let mut got = Out::new(8, &config);
+        let output = got.as_output();
+        let written = |layer| made(|to| ts_cache_written_len(cache, layer, sequence, to));
+        let first = made(|to| ts_cache_extend(cache, &sequence, &8, 1, to));
+        assert_eq!((written(0), written(1)), (0, 0));
+        ok(ts_step(context, cache, 0, first, &input, &output));
+        assert_eq!((written(0), written(1)), (8, 0));
+        let second = made(|to| ts_cache_extend(cache, &sequence, &8, 1, to));
+        ok(ts_step(context, cache, 0, second, &input, &output));
+        for step in [ts_step, ts_step_dense] {
+            assert_eq!(step(context, cache, 1, second, &input, &output), ts_status::Unwritten);
+        }
+        assert_eq!(ts_cache_append(context, cache, 1, second, at(&k), at(&v)), ts_status::Unwritten);
+        ok(ts_cache_append(context, cache, 1, first, at(&k), at(&v)));
+        ok(ts_step_dense(context, cache, 1, second, &input, &output));
+        assert_eq!((written(0), written(1)), (16, 16));
+        let third = made(|to| ts_cache_extend(cache, &sequence, &8, 1, to));
+        let _: ts_kv_view = made(|to| ts_cache_layer_mut(cache, 1, to, size_of::<ts_kv_view>()));
+        assert_eq!((written(0), written(1)), (16, 24));
+        ok(ts_cache_sequence_truncate(cache, sequence, 12));
+        assert_eq!((written(0), written(1)), (12, 12));
+        let mut len = 7;
+        assert_eq!(ts_cache_written_len(cache, 2, sequence, &mut len), ts_status::Index);
+        assert_eq!(ts_cache_written_len(cache, 0, sequence + 1, &mut len), ts_status::UnknownSequence);
+        assert_eq!(len, 7);
+        for batch in [first, second, third] {
+            ok(ts_batch_destroy(batch));
+        }
         ok(ts_context_destroy(context));
         ok(ts_cache_destroy(cache));
         ok(ts_device_destroy(device));

@@ -4,9 +4,9 @@
 mod common;
 
 use std::ffi::c_void;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 
-use common::{config, context, cpu, fails, limits, made, numbers, ok, selected};
+use common::{config, context, cpu, fails, limits, made, numbers, ok, selected, sized};
 use half::bf16;
 use tokenselect_c::*;
 
@@ -22,28 +22,88 @@ struct Rig {
     kv: ts_kv_view,
 }
 
+/// How keys and values lie.
+#[derive(Debug, Clone, Copy, PartialEq)]
+enum Pages {
+    /// Two pools `[pages, tokens, heads, D]`.
+    Apart,
+    /// `[pages, heads, tokens, 2 D]`, values first.
+    ValuesFirst,
+    /// Two pools, keys `[pages, tokens, heads, D]` and values `[pages, heads, tokens, D]`.
+    Unlike,
+}
+
 impl Rig {
     fn new(device: *mut ts_device) -> Self {
+        Rig::with_pages(device, Pages::Apart)
+    }
+
+    fn with_pages(device: *mut ts_device, pages: Pages) -> Self {
         let [_, num_kv_heads, head_dim] = HEADS;
         let config = ts_config { dtype: ts_dtype::Bf16 as i32, head_dim: head_dim as u32, ..config() };
         let context = context(device, &config, &limits(2, 8, 64));
-        let mut kv = ts_kv_view {
-            k: null_mut(),
-            v: null_mut(),
-            num_pages: NUM_PAGES,
-            page_size: PAGE_SIZE,
-            num_kv_heads,
-            head_dim,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
-        };
-        // SAFETY: a view that is alive.
-        ok(unsafe { ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32) });
+        let kv = ts_kv_view { num_pages: NUM_PAGES, page_size: PAGE_SIZE, num_kv_heads, head_dim, ..sized() };
         let mut rig = Rig { device, context, buffers: Vec::new(), kv };
-        let pool = vec![bf16::ZERO; NUM_PAGES * PAGE_SIZE * num_kv_heads * head_dim];
-        (rig.kv.k, rig.kv.v) = (rig.upload(&pool), rig.upload(&pool));
+        let pool = vec![bf16::ZERO; 2 * NUM_PAGES * PAGE_SIZE * num_kv_heads * head_dim];
+        let base = rig.upload(&pool);
+        let behind = base.wrapping_byte_add(size_of_val(&pool[..]) / 2);
+        let kv = &mut rig.kv;
+        // SAFETY: views that are alive.
+        let set_dense = |kv: &mut ts_kv_view, layout| ok(unsafe { ts_kv_view_set_dense(kv, layout as i32) });
+        match pages {
+            Pages::Apart => {
+                set_dense(kv, ts_kv_layout::Nhd);
+                (kv.k, kv.v) = (base, behind);
+            }
+            Pages::ValuesFirst => {
+                kv.head_dim = 2 * head_dim;
+                set_dense(kv, ts_kv_layout::Hnd);
+                kv.head_dim = head_dim;
+                (kv.v, kv.k) = (base, base.wrapping_byte_add(2 * head_dim));
+            }
+            Pages::Unlike => {
+                let mut values = *kv;
+                set_dense(kv, ts_kv_layout::Nhd);
+                set_dense(&mut values, ts_kv_layout::Hnd);
+                *kv = ts_kv_view {
+                    k_stride_page: kv.k_stride_page,
+                    k_stride_token: kv.k_stride_token,
+                    k_stride_head: kv.k_stride_head,
+                    k: base,
+                    v: behind,
+                    ..values
+                };
+            }
+        }
         rig
+    }
+
+    /// Numbers in memory of the device's, copied to the host.
+    fn download<T: Copy + Default>(&self, from: *const c_void, len: usize) -> Vec<T> {
+        let mut to = vec![T::default(); len];
+        // SAFETY: as many bytes as are asked for, on both sides.
+        ok(unsafe { ts_memory_read(self.device, to.as_mut_ptr().cast(), from, size_of_val(&to[..])) });
+        to
+    }
+
+    /// A buffer of the workspace, copied to the host.
+    fn workspace<T: Copy + Default>(&self, buffer: ts_workspace) -> Vec<T> {
+        // SAFETY: the context is alive.
+        let tensor: ts_tensor = made(|to| unsafe { ts_context_workspace(self.context, buffer as i32, to) });
+        self.download(tensor.data, tensor.shape.iter().product())
+    }
+
+    /// 32-bit numbers in memory of the device.
+    fn table(&mut self, numbers: &[i32]) -> *const i32 {
+        let num_bytes = size_of_val(numbers);
+        // SAFETY: the buffer has room for the numbers.
+        unsafe {
+            let buffer = made(|to| ts_buffer_create(self.device, num_bytes, to));
+            let data = made(|to| ts_buffer_data(buffer, to));
+            ok(ts_memory_write(self.device, data, numbers.as_ptr().cast(), num_bytes));
+            self.buffers.push(buffer);
+            data.cast_const().cast()
+        }
     }
 
     /// A copy in the device's memory.
@@ -93,7 +153,7 @@ impl Drop for Rig {
 
 fn batch(len: usize, block: usize) -> *mut ts_batch {
     let pages = len.div_ceil(PAGE_SIZE);
-    let indices: Vec<i32> = (0..pages as i32).rev().collect();
+    let indices: Vec<i32> = (0..pages as i32).map(|page| NUM_PAGES as i32 - 1 - page).collect();
     let (qo_indptr, indptr) = ([0, block as i32], [0, pages as i32]);
     let last_page_len = (len - (pages - 1) * PAGE_SIZE) as i32;
     let tables = ts_batch_tables {
@@ -103,8 +163,7 @@ fn batch(len: usize, block: usize) -> *mut ts_batch {
         indptr: indptr.as_ptr(),
         indices: indices.as_ptr(),
         last_page_len: &last_page_len,
-        sequence_indices: std::ptr::null(),
-        candidates: std::ptr::null(),
+        ..sized()
     };
     // SAFETY: the arrays have the lengths that the tables say.
     made(|to| unsafe { ts_batch_create(&tables, to) })
@@ -120,6 +179,213 @@ fn selects_like_the_processor() {
     assert_eq!(lists[0][3].len(), 2 + 5 + 3 + 1);
     let last = lists[0].clone();
     lists.iter_mut().for_each(|list| assert_eq!(*list, last));
+}
+
+/// The same lists and outputs wherever keys and values lie.
+#[test]
+fn pages_anywhere() {
+    let [hq, _, d] = HEADS;
+    let q: Vec<bf16> = numbers(5, hq * d).into_iter().map(bf16::from_f32).collect();
+    for device in [cpu, || emulated(0)] {
+        // Few queries and keys unlike values are attended to by different kernels: the last bits may differ.
+        let mut expected: Option<(Vec<u32>, Vec<f32>)> = None;
+        for pages in [Pages::Apart, Pages::ValuesFirst, Pages::Unlike] {
+            let mut rig = Rig::with_pages(device(), pages);
+            for (len, block) in [(8, 8), (16, 8), (24, 8), (25, 1)] {
+                rig.append_and_select(len as u64, len, block);
+            }
+            let (batch, q) = (batch(25, 1), rig.upload(&q));
+            let out = rig.upload(&vec![bf16::NAN; 2 * hq * d]);
+            let output = ts_output { out, out_dtype: ts_dtype::F32 as i32, ..sized() };
+            // SAFETY: handles are alive, tensors as long as they must be.
+            unsafe {
+                ok(ts_select(rig.context, batch, &rig.kv, q, null_mut(), 0));
+                ok(ts_attend(rig.context, batch, &rig.kv, q, &output));
+                ok(ts_batch_destroy(batch));
+            }
+            let (list, out) = (selected(rig.context, 0), rig.download::<f32>(out, hq * d));
+            let (first, expected) = expected.get_or_insert_with(|| (list.clone(), out.clone()));
+            assert_eq!(*first, list, "{pages:?}");
+            let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-2 * b.abs().max(1.0);
+            assert!(out.iter().zip(&*expected).all(close), "{pages:?}: {out:?}, {expected:?}");
+        }
+    }
+}
+
+/// Logits lie in another order on each device, and are the same.
+#[test]
+fn places_of_logits() {
+    let logits = [cpu(), emulated(0)].map(|device| {
+        let mut rig = Rig::new(device);
+        for (len, block) in [(8, 8), (16, 8), (24, 8)] {
+            rig.append_and_select(len as u64, len, block);
+        }
+        let (all, batch) = (rig.workspace::<f32>(ts_workspace::Logits), batch(24, 8));
+        // SAFETY: handles are alive.
+        let place = |token, head| unsafe {
+            made::<usize>(|to| ts_context_logit_index(rig.context, batch, 0, token, head, to))
+        };
+        let of_candidates: Vec<f32> = (2..13)
+            .flat_map(|token| (0..4).map(move |head| (token, head)))
+            .map(|(t, h)| all[place(t, h)])
+            .collect();
+        // SAFETY: used for the last time.
+        ok(unsafe { ts_batch_destroy(batch) });
+        of_candidates
+    });
+    assert!(logits[0].iter().zip(&logits[1]).all(|(cpu, gpu)| (cpu - gpu).abs() < 1e-4), "{logits:?}");
+    assert!(logits[0].iter().any(|&logit| logit.abs() > 0.01));
+}
+
+/// Votes of the caller's own, written to the device's memory.
+#[test]
+fn votes_of_ones_own() {
+    let mut rig = Rig::new(emulated(0));
+    for (len, block) in [(8, 8), (16, 8)] {
+        rig.append_and_select(len as u64, len, block);
+    }
+    let [hq, _, d] = HEADS;
+    let (q, batch) = (rig.upload(&vec![bf16::ONE; hq * d]), batch(16, 1));
+    let votes: Vec<f32> = (0..64).map(|token| if token % 2 == 1 { token as f32 } else { 0.0 }).collect();
+    // SAFETY: handles are alive, arrays as long as they must be.
+    unsafe {
+        ok(ts_pool(rig.context, batch, q, null_mut(), 0));
+        let to: ts_tensor = made(|to| ts_context_workspace(rig.context, ts_workspace::Votes as i32, to));
+        ok(ts_memory_write(rig.device, to.data, votes.as_ptr().cast(), size_of_val(&votes[..])));
+        ok(ts_context_provide(rig.context, ts_workspace::Votes as i32, batch));
+        ok(ts_top_k(rig.context, batch, null_mut(), 0));
+        ok(ts_batch_destroy(batch));
+    }
+    assert_eq!(selected(rig.context, 0), [0, 1, 3, 5, 7, 9, 11, 12, 13, 14, 15]);
+}
+
+/// Tables that lie on the device, as pages and as slots of tokens, direct and in captured work.
+#[test]
+fn tables_on_the_device() {
+    let mut rig = Rig::new(emulated(0));
+    for (len, block) in [(8, 8), (16, 8), (24, 8), (25, 1)] {
+        rig.append_and_select(len as u64, len, block);
+    }
+    let [hq, _, d] = HEADS;
+    let q: Vec<bf16> = numbers(5, hq * d).into_iter().map(bf16::from_f32).collect();
+    let q = rig.upload(&q);
+    let like = batch(25, 1);
+    // SAFETY: handles and arrays are alive and as long as they must be.
+    unsafe {
+        ok(ts_select(rig.context, like, &rig.kv, q, null_mut(), 0));
+        let expected = selected(rig.context, 0);
+        // Row 1 of the table is that of `batch`: pages in reverse order; its slots are in row 1, too.
+        let pages: Vec<i32> = [[0; 8], [15, 14, 13, 12, 11, 10, 9, 0]].concat();
+        let slots: Vec<i32> =
+            pages.iter().flat_map(|page| (0..4).map(move |token| 4 * page + token)).collect();
+        let (pages, slots) = (rig.table(&pages), rig.table(&slots));
+        let lens = rig.table(&[0, 25, 99]);
+        let tables = ts_device_tables {
+            num_table_rows: 2,
+            num_entries: 8,
+            entries: pages,
+            rows: rig.table(&[1]),
+            kv_lens: lens.wrapping_add(1), // which is not aligned to 16 bytes
+            num_pages: NUM_PAGES,
+            ..sized()
+        };
+        let slots = ts_device_tables { num_entries: 32, entries: slots, entries_are_slots: 1, ..tables };
+        let slot = made(|to| ts_batch_slot_create(rig.device, like, 2 * NUM_PAGES, to));
+        let faults = || made::<u32>(|to| ts_batch_slot_faults(slot, to));
+        for tables in [&tables, &slots] {
+            let bound = made(|to| ts_batch_slot_translate(slot, tables, to));
+            ok(ts_select(rig.context, bound, &rig.kv, q, null_mut(), 0));
+            assert_eq!(selected(rig.context, 0), expected);
+            let info: ts_batch_info = made(|to| ts_batch_get_info(bound, to));
+            assert_eq!((info.num_rows, info.max_kv_len), (1, 32));
+            let mut row: ts_batch_row = std::mem::zeroed();
+            let text = "`row` needs tables on the host";
+            fails(ts_batch_get_row(bound, 0, &mut row), ts_status::Missing, text);
+            assert_eq!(ts_context_logit_index(rig.context, bound, 0, 0, 0, &mut 0), ts_status::Index);
+            ok(ts_batch_destroy(bound));
+        }
+        assert_eq!(faults(), 0);
+        let mut bound = std::ptr::dangling_mut();
+        for (wrong, status, text) in [
+            (
+                ts_device_tables { entries: null(), ..tables },
+                ts_status::NullPointer,
+                "`tables.entries` must not be null",
+            ),
+            (
+                ts_device_tables { kv_lens: null(), ..tables },
+                ts_status::NullPointer,
+                "`tables.kv_lens` must not be null",
+            ),
+            (
+                ts_device_tables { entries_are_slots: 2, ..tables },
+                ts_status::UnknownEnum,
+                "`tables.entries_are_slots` must be 0 or 1, got 2",
+            ),
+            (
+                ts_device_tables { reserved: 1, ..tables },
+                ts_status::UnknownEnum,
+                "`tables.reserved` must be 0, got 1",
+            ),
+            (
+                ts_device_tables { sequence_indices: lens, ..tables },
+                ts_status::Table,
+                "batch row 1: `sequences` must be as in the slot, 0, got 1",
+            ),
+            (
+                ts_device_tables { num_pages: 0, ..tables },
+                ts_status::Config,
+                "configuration field `num_pages` must be at least 1, got 0",
+            ),
+        ] {
+            fails(ts_batch_slot_translate(slot, &wrong, &mut bound), status, text);
+            assert!(bound.is_null());
+        }
+        let odd = ts_device_tables { kv_lens: tables.kv_lens.byte_add(2), ..tables };
+        assert_eq!(ts_batch_slot_translate(slot, &odd, &mut bound), ts_status::Misaligned);
+        let short = ts_device_tables { struct_size: size_of::<ts_device_tables>() - 1, ..tables };
+        assert_eq!(ts_batch_slot_translate(slot, &short, &mut bound), ts_status::StructSize);
+
+        // A row that is longer than its table is left without tokens, and counted.
+        let long = ts_device_tables { kv_lens: lens.wrapping_add(2), ..tables };
+        let bound = made(|to| ts_batch_slot_translate(slot, &long, to));
+        assert_eq!(faults(), 1);
+        ok(ts_batch_destroy(bound));
+
+        // Captured: the tables are read at each launch.
+        let mut state = Translated { rig: &rig, slot, tables, q };
+        ok(ts_batch_destroy(made(|to| ts_batch_slot_translate(slot, &tables, to))));
+        let data: *mut c_void = (&raw mut state).cast();
+        let graph = made(|to| ts_capture(rig.device, Some(translate_and_select), data, to));
+        ok(ts_graph_launch(graph));
+        assert_eq!(selected(rig.context, 0), expected);
+        let shorter = [0i32, 24];
+        ok(ts_memory_write(rig.device, lens.cast_mut().cast(), shorter.as_ptr().cast(), 8));
+        ok(ts_graph_launch(graph));
+        assert_eq!(*selected(rig.context, 0).last().unwrap(), 23);
+        ok(ts_graph_destroy(graph));
+        ok(ts_batch_slot_destroy(slot));
+        ok(ts_batch_destroy(like));
+    }
+}
+
+/// What `translate_and_select` needs.
+struct Translated<'a> {
+    rig: &'a Rig,
+    slot: *mut ts_batch_slot,
+    tables: ts_device_tables,
+    q: *const c_void,
+}
+
+extern "C" fn translate_and_select(data: *mut c_void) -> i32 {
+    // SAFETY: `ts_capture` was given a `Translated`, whose handles and tensors are alive.
+    unsafe {
+        let work = &*data.cast::<Translated>();
+        let bound = made(|to| ts_batch_slot_translate(work.slot, &work.tables, to));
+        ok(ts_select(work.rig.context, bound, &work.rig.kv, work.q, null_mut(), 0));
+        ok(ts_batch_destroy(bound));
+    }
+    0
 }
 
 fn emulated(seed: u64) -> *mut ts_device {

@@ -5,7 +5,9 @@ mod common;
 use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
-use common::{Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok};
+use common::{
+    Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok, sized,
+};
 use tokenselect_c::*;
 
 /// A batch of one row with the tables given.
@@ -17,8 +19,7 @@ fn batch(qo: &[i32], indptr: &[i32], indices: &[i32], last: &[i32], to: *mut *mu
         indptr: indptr.as_ptr(),
         indices: indices.as_ptr(),
         last_page_len: last.as_ptr(),
-        sequence_indices: null(),
-        candidates: null(),
+        ..sized()
     };
     // SAFETY: the arrays have the lengths that the tables say, or the tables are refused before.
     unsafe { ts_batch_create(&tables, to) }
@@ -80,19 +81,10 @@ fn null_pointers() {
 
         let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
         fails(ts_pool(context, batch, null(), null_mut(), 0), NullPointer, "`q` must not be null");
-        let mut kv = ts_kv_view {
-            k: null_mut(),
-            v: null_mut(),
-            num_pages: 1,
-            page_size: 4,
-            num_kv_heads: 2,
-            head_dim: 16,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
-        };
+        let mut kv = ts_kv_view { num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Hnd as i32));
-        assert_eq!((kv.stride_page, kv.stride_token, kv.stride_head), (128, 16, 64));
+        assert_eq!((kv.k_stride_page, kv.k_stride_token, kv.k_stride_head), (128, 16, 64));
+        assert_eq!((kv.v_stride_page, kv.v_stride_token, kv.v_stride_head), (128, 16, 64));
         fails(ts_score(context, batch, &kv), NullPointer, "`kv.k` must not be null");
         for destroyed in [
             ts_device_destroy(null_mut()),
@@ -180,10 +172,300 @@ fn configurations() {
         let text = "`cache_config.layout` must be a ts_kv_layout, got 2";
         fails(ts_cache_create(device, &valid, &cache, &mut handle), UnknownEnum, text);
         cache.layout = 1;
-        let text = "configuration field `num_layers` must be at least 1, got 0";
+        let text = "configuration field `num_layers` must be from 1 to 65536, got 0";
         handle = std::ptr::dangling_mut();
         fails(ts_cache_create(device, &valid, &cache, &mut handle), Config, text);
         assert!(handle.is_null(), "no handle where there is an error");
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// Every structure that callers fill is asked for its size, and for what is behind it.
+#[test]
+fn sizes_of_structures() {
+    use ts_status::{StructSize, UnknownEnum};
+
+    /// A structure of a caller that knows one more field.
+    #[repr(C)]
+    struct Later<T> {
+        known: T,
+        new_field: u64,
+    }
+
+    fn check<T: Copy>(name: &str, mut call: impl FnMut(*const T) -> ts_status) {
+        let size = size_of::<T>();
+        let text = |expected: usize, got: usize| {
+            format!("`{name}.struct_size` must be {expected}, or more with zeros after it, got {got}")
+        };
+        let mut later = Later::<T> { known: sized(), new_field: 0 };
+        let at = &raw mut later;
+        let mut with = |struct_size: usize, new_field: u64| {
+            // SAFETY: the structure is alive and begins with its size.
+            unsafe {
+                (*at).new_field = new_field;
+                at.cast::<usize>().write(struct_size);
+            }
+            call(at.cast_const().cast())
+        };
+        // Whatever is wrong in a structure of zeros, it is not its size.
+        for fine in [size, size + 8] {
+            assert_ne!(with(fine, 0), StructSize, "{name}");
+        }
+        let first = if name == "limits" { 32 } else { size };
+        for short in [0, 8, first - 1] {
+            fails(with(short, 0), StructSize, &text(first, short));
+        }
+        fails(with(4097, 0), StructSize, &text(first, 4097));
+        fails(with(size + 8, 1), StructSize, &text(size, size + 8));
+        fails(with(size + 1, 1), StructSize, &text(size, size + 1));
+    }
+
+    let (config, device) = (config(), cpu());
+    let context = context(device, &config, &limits(1, 4, 16));
+    let batch = made(|to| batch(&[0, 0], &[0, 0], &[], &[0], to));
+    let (mut bytes, mut handle, mut cache) = (0, null_mut(), null_mut());
+    let (input, output): (ts_step_input, ts_output) = (sized(), sized());
+    // SAFETY: structures are alive and as long as they say; what they name is empty or null.
+    unsafe {
+        let owned = made(|to| ts_cache_create(device, &config, &cache_config(), to));
+        check("config", |it| ts_config_validate(it));
+        check("limits", |it| ts_workspace_bytes(device, &config, it, &mut bytes));
+        check("cache_config", |it| ts_cache_create(device, &config, it, &mut cache));
+        check("tables", |it| ts_batch_create(it, &mut handle));
+        check("kv", |it| ts_score(context, batch, it));
+        check("kv", |it| ts_append(context, batch, it, null(), null()));
+        check("kv", |it| ts_select(context, batch, it, null(), null_mut(), 0));
+        check("kv", |it| ts_append_select(context, batch, it, null(), null(), null(), null_mut(), 0));
+        check::<ts_kv_view>("kv", |it| ts_kv_view_set_dense(it.cast_mut(), 0));
+        let kv: ts_kv_view = sized();
+        check("output", |it| ts_attend(context, batch, &kv, null(), it));
+        check("output", |it| ts_attend_dense(context, batch, &kv, null(), it));
+        check("kv", |it| ts_attend(context, batch, it, null(), &output));
+        check("selection", |it| ts_attend_to(context, batch, &kv, null(), it, &output));
+        check("parts", |it| ts_merge(context, it, &output));
+        check("input", |it| ts_step(context, owned, 0, batch, it, &output));
+        check("output", |it| ts_step_dense(context, owned, 0, batch, &input, it));
+        let mut view: ts_kv_view = sized();
+        let text = "`kv.struct_size` must be 104, or more with zeros after it, got 103";
+        fails(ts_cache_layer(owned, 0, &mut view, 103), StructSize, text);
+        fails(ts_cache_layer_mut(owned, 0, &mut view, 103), StructSize, text);
+        assert!(view.k.is_null());
+
+        let zero = "must be 0, got 1";
+        let check = |status, what: &str| fails(status, UnknownEnum, &format!("`{what}` {zero}"));
+        let reserved = ts_output { reserved: 1, ..output };
+        check(ts_attend(context, batch, &kv, null(), &reserved), "output.reserved");
+        let reserved = ts_limits { reserved: 1, ..limits(1, 4, 16) };
+        check(ts_workspace_bytes(device, &config, &reserved, &mut bytes), "limits.reserved");
+        check(ts_config_validate(&ts_config { reserved: 1, ..config }), "config.reserved");
+        let reserved = ts_cache_config { reserved: 1, ..cache_config() };
+        check(ts_cache_create(device, &config, &reserved, &mut cache), "cache_config.reserved");
+        for handle in [handle, batch] {
+            ok(ts_batch_destroy(handle));
+        }
+        ok(ts_cache_destroy(owned));
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// A context that was made for some operations refuses the others.
+#[test]
+fn operations() {
+    let (config, device) = (config(), cpu());
+    let only = |operations| ts_limits { operations, ..limits(1, 4, 16) };
+    let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
+    let (mut pool, q) = (vec![0.0; 256], numbers(2, 64));
+    // SAFETY: within the arrays; handles are alive.
+    unsafe {
+        let mut bytes = 0;
+        for wrong in [-1, 32, 33] {
+            let status = ts_workspace_bytes(device, &config, &only(wrong), &mut bytes);
+            let text = format!("`limits.operations` must be a sum of ts_operation, got {wrong}");
+            fails(status, ts_status::UnknownEnum, &text);
+        }
+        let (k, v) = (pool.as_mut_ptr().cast(), pool.as_mut_ptr().add(128).cast());
+        let mut kv =
+            ts_kv_view { k, v, num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
+        ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
+        let (q, none) = (at(&q), null_mut());
+        for operations in 1..=ts_operation::All as i32 {
+            let context = context(device, &config, &only(operations));
+            let has = |all: &[ts_operation]| all.iter().all(|&one| operations & one as i32 != 0);
+            let mut got = Out::new(1, &config);
+            let output = got.as_output();
+            use ts_operation::{Append, Attend, Pool, Score, Vote};
+            let selects = has(&[Pool, Score, Vote]);
+            for (needed, status) in [
+                (has(&[Append]), ts_append(context, batch, &kv, q, q)),
+                (selects, ts_select(context, batch, &kv, q, none, 0)),
+                (selects && has(&[Append]), ts_append_select(context, batch, &kv, q, q, q, none, 0)),
+                (has(&[Pool]), ts_pool(context, batch, q, none, 0)),
+                (has(&[Attend]), ts_attend_dense(context, batch, &kv, q, &output)),
+            ] {
+                let expected = if needed { ts_status::Ok } else { ts_status::Missing };
+                assert_eq!(status, expected, "{operations}: {}", last_error());
+            }
+            for (needed, status) in [
+                (has(&[Score]), ts_score(context, batch, &kv)),
+                (has(&[Vote]), ts_vote(context, batch)),
+                (has(&[Vote]), ts_top_k(context, batch, none, 0)),
+                (has(&[Vote]), ts_vote_top_k(context, batch, none, 0)),
+                (has(&[Attend]), ts_attend(context, batch, &kv, q, &output)),
+            ] {
+                assert_eq!(status == ts_status::Missing, !needed, "{operations}: {}", last_error());
+            }
+            ok(ts_context_destroy(context));
+        }
+        ok(ts_device_supports(device, &config));
+        let wrong = ts_config { top_k: 0, ..config };
+        assert_eq!(ts_device_supports(device, &wrong), ts_status::Config);
+        ok(ts_batch_destroy(batch));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// An operation that comes before what it works on, or after that was done for another batch.
+#[test]
+fn order() {
+    use ts_status::{Order, UnknownEnum};
+    let (config, device) = (config(), cpu());
+    let context = context(device, &config, &limits(1, 4, 16));
+    let [first, second] = [0, 1].map(|_| made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to)));
+    let (mut pool, q) = (vec![0.0; 256], numbers(2, 64));
+    let mut got = Out::new(1, &config);
+    // SAFETY: within the arrays; handles are alive.
+    unsafe {
+        let (k, v) = (pool.as_mut_ptr().cast(), pool.as_mut_ptr().add(128).cast());
+        let mut kv =
+            ts_kv_view { k, v, num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
+        ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
+        let (q, none, output) = (at(&q), null_mut(), got.as_output());
+        let text = |op: &str, needs: &str, holds: &str| {
+            format!("`{op}` needs `{needs}` of the same batch before it, the workspace holds {holds}")
+        };
+        let no = "no such results";
+        fails(ts_score(context, first, &kv), Order, &text("score", "pool", no));
+        fails(ts_attend(context, first, &kv, q, &output), Order, &text("attend", "top_k", no));
+        ok(ts_pool(context, first, q, none, 0));
+        fails(ts_vote(context, first), Order, &text("vote", "score", no));
+        fails(ts_vote_top_k(context, first, none, 0), Order, &text("vote_top_k", "score", no));
+        fails(ts_top_k(context, first, none, 0), Order, &text("top_k", "vote", no));
+        fails(ts_score(context, second, &kv), Order, &text("score", "pool", "the results of another batch"));
+        ok(ts_score(context, first, &kv));
+        ok(ts_vote(context, first));
+        ok(ts_top_k(context, first, none, 0));
+        ok(ts_attend(context, first, &kv, q, &output));
+        let text = text("attend", "top_k", "the results of another batch");
+        fails(ts_attend(context, second, &kv, q, &output), Order, &text);
+        let mut index = 9;
+        for (row, token, head, what) in [(1, 0, 0, "row"), (0, 1, 0, "token"), (0, 0, 4, "query head")] {
+            let status = ts_context_logit_index(context, first, row, token, head, &mut index);
+            assert_eq!((status, index), (ts_status::Index, 9));
+            assert!(last_error().starts_with(&format!("`{what}` must be below ")), "{}", last_error());
+        }
+        assert_eq!(ts_context_provide(context, 10, first), UnknownEnum);
+        for handle in [first, second] {
+            ok(ts_batch_destroy(handle));
+        }
+        ok(ts_context_destroy(context));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// A call that fails has written nothing: neither pages nor outputs nor counts.
+#[test]
+fn failed_calls_change_nothing() {
+    use ts_status::{Misaligned, NullPointer, Overlap};
+    let (config, device) = (config(), cpu());
+    let context = context(device, &config, &limits(1, 4, 16));
+    let (mut pool, q) = (numbers(1, 256), numbers(2, 64));
+    let (before, mut got) = (pool.clone(), Out::new(1, &config));
+    let base = pool.as_mut_ptr();
+    let (qo_indptr, indptr, indices, last_page_len) = ([0, 1], [0, 1], [0], 1);
+    let tables = |sequence_indices| ts_batch_tables {
+        page_size: 4,
+        num_rows: 1,
+        qo_indptr: qo_indptr.as_ptr(),
+        indptr: indptr.as_ptr(),
+        indices: indices.as_ptr(),
+        last_page_len: &last_page_len,
+        sequence_indices,
+        ..sized()
+    };
+    // SAFETY: within the arrays; handles are alive.
+    unsafe {
+        let selections = made(|to| ts_selection_cache_create(device, &config, 1, 2, to));
+        let right_batch = made(|to| ts_batch_create(&tables(&1), to));
+        let far = made(|to| ts_batch_create(&tables(&2), to)); // a sequence that the Selection Cache does not have
+        for [k_place, v_place] in [[0, 128], [128, 0], [0, 16], [16, 0]] {
+            let (k, v) = (base.add(k_place).cast(), base.add(v_place).cast());
+            let mut kv =
+                ts_kv_view { k, v, num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
+            ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
+            if k_place.abs_diff(v_place) == 16 {
+                (kv.k_stride_head, kv.v_stride_head) = (32, 32);
+                (kv.k_stride_token, kv.v_stride_token) = (64, 64);
+            }
+            let few_pages = ts_kv_view { num_pages: 0, ..kv };
+            let other_heads = ts_kv_view { num_kv_heads: 1, ..kv };
+            let (q, output) = (at(&q), got.as_output());
+            let odd = q.byte_add(2);
+            let step = |batch, kv: &ts_kv_view, [q, k, v]: [*const std::ffi::c_void; 3], layer| {
+                ts_append_select(context, batch, kv, q, k, v, selections, layer)
+            };
+            for (status, expected) in [
+                (step(far, &kv, [q, q, q], 0), ts_status::Index),
+                (step(right_batch, &kv, [q, q, q], 1), ts_status::Index),
+                (step(right_batch, &few_pages, [q, q, q], 0), ts_status::Index),
+                (step(right_batch, &other_heads, [q, q, q], 0), ts_status::Shape),
+                (step(right_batch, &kv, [odd, q, q], 0), Misaligned),
+                (step(right_batch, &kv, [q, null(), q], 0), NullPointer),
+                (step(right_batch, &kv, [q, q, kv.k], 0), Overlap),
+                (step(right_batch, &kv, [kv.v, q, q], 0), Overlap),
+                (ts_append(context, right_batch, &few_pages, q, q), ts_status::Index),
+                (ts_append(context, right_batch, &kv, q, odd), Misaligned),
+                (ts_append(context, right_batch, &kv, kv.v, q), Overlap),
+                (ts_attend_dense(context, right_batch, &few_pages, q, &output), ts_status::Index),
+                (ts_attend_dense(context, right_batch, &kv, odd, &output), Misaligned),
+            ] {
+                assert_eq!(status, expected, "{}", last_error());
+                assert_eq!(pool, before);
+                assert!(got.out.iter().chain(&got.lse).all(|x| x.is_nan()));
+            }
+            ok(step(right_batch, &kv, [q, q, q], 0)); // all is well without the mistakes
+            assert_ne!(pool, before);
+            pool.copy_from_slice(&before);
+        }
+        let stats: ts_selection_stats = made(|to| ts_selection_cache_stats(selections, to));
+        assert_eq!((stats.reused, stats.scored, stats.complete), (0, 0, 4));
+
+        // The same for a step of an owned cache, whose own pages are no inputs and outputs.
+        let cache = made(|to| ts_cache_create(device, &config, &cache_config(), to));
+        let id = made(|to| ts_cache_sequence_create(cache, to));
+        let batch = made(|to| ts_cache_extend(cache, &id, &1, 1, to));
+        let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 1, to, size_of::<ts_kv_view>()));
+        let pages = std::slice::from_raw_parts(kv.k.cast::<f32>(), 32 * 4 * 32);
+        let (q, output) = (at(&q), got.as_output());
+        let right = ts_step_input { q, k: q, v: q, ..sized() };
+        for (input, output) in [
+            (ts_step_input { k: kv.k, ..right }, output),
+            (ts_step_input { q: kv.v, ..right }, output),
+            (right, ts_output { out: kv.k, ..output }),
+            (right, ts_output { lse: kv.v.cast(), ..output }),
+        ] {
+            assert_eq!(ts_step(context, cache, 1, batch, &input, &output), Overlap);
+            assert_eq!(ts_step_dense(context, cache, 1, batch, &input, &output), Overlap);
+        }
+        assert_eq!(ts_cache_append(context, cache, 1, batch, q, kv.v), Overlap);
+        assert!(pages.iter().all(|&x| x == 0.0));
+        assert_eq!(made::<usize>(|to| ts_cache_written_len(cache, 1, id, to)), 0);
+        ok(ts_cache_destroy(cache));
+        for handle in [batch, far, right_batch] {
+            ok(ts_batch_destroy(handle));
+        }
+        ok(ts_selection_cache_destroy(selections));
+        ok(ts_context_destroy(context));
         ok(ts_device_destroy(device));
     }
 }
@@ -244,9 +526,7 @@ fn pointers_to_tensors() {
             page_size: 4,
             num_kv_heads: 2,
             head_dim: 16,
-            stride_page: 0,
-            stride_token: 0,
-            stride_head: 0,
+            ..sized()
         };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
         let text = "`layout` must be a ts_kv_layout, got 5";
@@ -282,7 +562,7 @@ fn pointers_to_tensors() {
         let wrong = ts_kv_view { head_dim: 8, ..kv };
         let text = "`kv` must have shape [1, 4, 2, 16], got [1, 4, 2, 8]";
         fails(ts_score(context, batch, &wrong), ts_status::Shape, text);
-        let far = ts_kv_view { num_pages: 3, stride_page: usize::MAX, ..kv };
+        let far = ts_kv_view { num_pages: 3, v_stride_page: usize::MAX, ..kv };
         assert_eq!(ts_score(context, batch, &far), ts_status::Config);
 
         ok(ts_attend(context, batch, &kv, at(&q), &ts_output { lse: null_mut(), ..output }));
@@ -291,12 +571,16 @@ fn pointers_to_tensors() {
         let status = ts_context_selected(context, 0, tokens.as_mut_ptr(), 0, &mut len);
         fails(status, Capacity, "`tokens` has room for 0 entries, 1 are needed");
         assert_eq!(len, 1);
+        len = 7;
+        let status = ts_context_selected(context, 0, null_mut(), 3, &mut len);
+        fails(status, ts_status::NullPointer, "`tokens` must not be null");
+        assert_eq!(len, 7);
         let status = ts_context_selected(context, 1, null_mut(), 0, &mut len);
         fails(status, ts_status::Index, "`row` must be below 1, got 1");
         let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
         let text = "`buffer` must be a ts_workspace, got 10";
         fails(ts_context_workspace(context, 10, &mut tensor), UnknownEnum, text);
-        let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base };
+        let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base, ..sized() };
         let text = "configuration field `num_parts` must be at least 1, got 0";
         fails(ts_merge(context, &parts, &output), ts_status::Config, text);
         ok(ts_batch_destroy(batch));
@@ -336,7 +620,7 @@ fn owned_caches() {
         let batch = made(|to| ts_cache_extend(cache, &id, &2, 1, to));
         let (q, kv) = (numbers(1, 2 * 64), numbers(2, 2 * 32));
         let mut got = Out::new(2, &plain);
-        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv) };
+        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv), ..sized() };
         let status = ts_step(context, cache, 2, batch, &input, &got.as_output());
         fails(status, ts_status::Index, "`layer` must be below 2, got 2");
         ok(ts_cache_sequence_truncate(cache, id, 1));
@@ -348,6 +632,33 @@ fn owned_caches() {
         ok(ts_batch_destroy(batch));
         ok(ts_context_destroy(context));
         ok(ts_cache_destroy(cache));
+        ok(ts_device_destroy(device));
+    }
+}
+
+/// What there is no memory for is refused, and no handle is made.
+#[test]
+fn more_than_there_is() {
+    use ts_status::OutOfMemory;
+    let device = cpu();
+    let config = ts_config { num_qo_heads: 128, num_kv_heads: 128, head_dim: 256, ..config() };
+    let (mut cache, mut context, mut selections) =
+        (std::ptr::dangling_mut(), std::ptr::dangling_mut(), std::ptr::dangling_mut());
+    // SAFETY: structures that are alive, room for handles.
+    unsafe {
+        let size = ts_cache_config { num_pages: 1 << 30, page_size: 256, ..cache_config() };
+        assert_eq!(ts_cache_create(device, &config, &size, &mut cache), OutOfMemory, "{}", last_error());
+        assert!(last_error().starts_with("cpu: no memory for "), "{}", last_error());
+        let limits = limits(1 << 30, 1, 1 << 30);
+        assert_eq!(
+            ts_context_create(device, &config, &limits, &mut context),
+            OutOfMemory,
+            "{}",
+            last_error()
+        );
+        let status = ts_selection_cache_create(device, &config, 1 << 16, 1 << 30, &mut selections);
+        assert_eq!(status, OutOfMemory, "{}", last_error());
+        assert!(cache.is_null() && context.is_null() && selections.is_null());
         ok(ts_device_destroy(device));
     }
 }

@@ -39,6 +39,7 @@ fn python(arguments: &[&str]) -> std::io::Result<std::process::Output> {
         ("ts_cache_config", size_of::<ts_cache_config>()),
         ("ts_kv_view", size_of::<ts_kv_view>()),
         ("ts_batch_tables", size_of::<ts_batch_tables>()),
+        ("ts_device_tables", size_of::<ts_device_tables>()),
         ("ts_batch_info", size_of::<ts_batch_info>()),
         ("ts_batch_row", size_of::<ts_batch_row>()),
         ("ts_output", size_of::<ts_output>()),

@@ -69,11 +69,11 @@ int main(void) {
 
     /* The same in memory of our own: [num_pages, 2, page_size, HKV, D]. */
     static float pool[NUM_PAGES * 2 * PAGE_SIZE * HKV * D];
-    ts_kv_view kv = {0};
+    ts_kv_view kv = {.struct_size = sizeof kv};
     kv.num_pages = NUM_PAGES, kv.page_size = PAGE_SIZE, kv.num_kv_heads = HKV, kv.head_dim = D;
     kv.k = pool, kv.v = pool + PAGE_SIZE * HKV * D;
     CHECK(ts_kv_view_set_dense(&kv, TS_KV_LAYOUT_NHD));
-    kv.stride_page *= 2;
+    kv.k_stride_page *= 2, kv.v_stride_page *= 2;
     ts_selection_cache *selections;
     CHECK(ts_selection_cache_create(device, &config, 1, 1, &selections));
 
@@ -87,11 +87,11 @@ int main(void) {
         fill(v, tokens * HKV * D, 3 + 3 * (uint32_t)step);
 
         float out[MAX_BLOCK * HQ * D], lse[MAX_BLOCK * HQ];
-        ts_output output = {0};
+        ts_output output = {.struct_size = sizeof output};
         output.out = out, output.lse = lse, output.out_dtype = TS_DTYPE_F32;
         ts_batch *batch;
         CHECK(ts_cache_extend(cache, &sequence, &tokens, 1, &batch));
-        ts_step_input input = {q, k, v};
+        ts_step_input input = {.struct_size = sizeof input, .q = q, .k = k, .v = v};
         CHECK(ts_step(context, cache, 0, batch, &input, &output));
         CHECK(ts_batch_destroy(batch));
         len += tokens;
@@ -108,7 +108,7 @@ int main(void) {
         int32_t qo_indptr[2] = {0, (int32_t)tokens}, indptr[2] = {0, pages}, indices[NUM_PAGES];
         for (int32_t page = 0; page < pages; page++) indices[page] = NUM_PAGES - 1 - page;
         int32_t last_page_len = (int32_t)len - (pages - 1) * PAGE_SIZE, sequence_index = 0;
-        ts_batch_tables tables = {0};
+        ts_batch_tables tables = {.struct_size = sizeof tables};
         tables.page_size = PAGE_SIZE, tables.num_rows = 1;
         tables.qo_indptr = qo_indptr, tables.indptr = indptr, tables.indices = indices;
         tables.last_page_len = &last_page_len, tables.sequence_indices = &sequence_index;

@@ -37,6 +37,16 @@ pub fn made<T: Copy>(make: impl FnOnce(*mut T) -> ts_status) -> T {
     value
 }
 
+/// A structure of zeros that begins with its size.
+pub fn sized<T: Copy>() -> T {
+    // SAFETY: structures of the interface that begin with their size are plain data.
+    unsafe {
+        let mut value: T = std::mem::zeroed();
+        (&raw mut value).cast::<usize>().write(size_of::<T>());
+        value
+    }
+}
+
 pub fn cpu() -> *mut ts_device {
     // SAFETY: room for the handle.
     made(|to| unsafe { ts_device_cpu(to) })
@@ -52,7 +62,7 @@ pub fn config() -> ts_config {
 }
 
 pub fn limits(max_rows: usize, max_block_len: usize, max_kv_tokens: usize) -> ts_limits {
-    ts_limits { struct_size: size_of::<ts_limits>(), max_rows, max_block_len, max_kv_tokens }
+    ts_limits { max_rows, max_block_len, max_kv_tokens, ..sized() }
 }
 
 pub fn cache_config() -> ts_cache_config {
@@ -92,7 +102,7 @@ impl Out {
 
     pub fn as_output(&mut self) -> ts_output {
         let (out, lse) = (self.out.as_mut_ptr().cast(), self.lse.as_mut_ptr());
-        ts_output { out, lse, out_dtype: ts_dtype::F32 as i32, reserved: 0 }
+        ts_output { out, lse, out_dtype: ts_dtype::F32 as i32, ..sized() }
     }
 }
 
