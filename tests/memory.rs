@@ -32,8 +32,10 @@ fn sizes_that_cannot_be_had(device: &Device) {
     no_memory(Tensor::zeros_on(device, DType::F32, [1 << 60]));
     no_memory(Tensor::zeros_on(device, DType::U64, [usize::MAX, 4]));
     no_memory(Tensor::zeros_on(device, DType::F16, [1 << 46]));
-    no_memory(SelectionCache::new(device, &config, usize::MAX, 2));
-    no_memory(SelectionCache::new(device, &config, 1 << 20, 1 << 24));
+    let error = SelectionCache::new(device, &config, usize::MAX, 2).unwrap_err();
+    assert!(matches!(error, Error::Config { field: "num_layers", .. }), "{error}");
+    no_memory(SelectionCache::new(device, &config, 2, usize::MAX));
+    no_memory(SelectionCache::new(device, &config, 1 << 16, 1 << 28));
     let pages = CacheConfig { num_pages: MAX_SEQUENCE_LEN, page_size: 256, ..CacheConfig::default() };
     no_memory(PagedKvCache::new(device, &config, &pages));
     let many = CacheConfig { num_pages: 1, page_size: 1, num_layers: usize::MAX, ..CacheConfig::default() };

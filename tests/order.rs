@@ -10,14 +10,14 @@ use common::run::{Inputs, outputs_on, token_select};
 use common::{bits, on_devices};
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, Limits, Over, PageTables,
-    PagedKvCache, Positions, Rope, SelectConfig, StepInput, StepOutput, Tensor, TokenSelect,
+    PagedKvCache, Positions, Rope, SelectConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TokenSelect,
 };
 
 on_devices! {
     all: operations_follow_each_other, a_failed_call_leaves_what_was_selected, positions_are_those_of_the_cache,
         a_layer_that_missed_a_step_is_known, a_page_of_two_rows_is_not_written;
     gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
-        a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_panic_ends_a_recording,
+        a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_recorded_translation_takes_the_slot_when_it_is_done, a_panic_ends_a_recording,
         another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin;
 }
 
@@ -346,6 +346,45 @@ fn a_slot_keeps_what_was_recorded_with_it(device: &Device) {
     r.slot.put(batch(vec![1, 0])).unwrap();
     let huge = BatchSlot::new(device, &bound, usize::MAX / 4).unwrap_err();
     assert!(matches!(huge, Error::Limit { what: "pages of a slot", .. }), "{huge}");
+}
+
+fn a_recorded_translation_takes_the_slot_when_it_is_done(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let first = r.slot.put(fresh).unwrap();
+    r.select(&first).unwrap();
+    let entries = Tensor::from_slice_on(device, &[0u32, 1, 2, 3, 0, 1], [2, 3]).unwrap();
+    let lens = Tensor::from_slice_on(device, &[20u32, 40], [2]).unwrap();
+    let tables = TablesOnDevice {
+        entries: entries.view(),
+        slots: false,
+        rows: None,
+        kv_lens: lens.view(),
+        sequences: None,
+        num_pages: r.pool.view().shape().num_pages,
+        num_sequences: 0,
+    };
+    let mut slot = BatchSlot::new(device, &r.batch(), 40).unwrap();
+    let fresh = r.batch();
+    let bound = slot.put(fresh).unwrap();
+    let mut translated = None;
+    let graph = device.capture(|| {
+        let batch = slot.translate(&tables)?;
+        r.select(&batch)?;
+        translated = Some(batch);
+        Ok(())
+    });
+    let (graph, translated) = (graph.unwrap(), translated.unwrap());
+    r.select(&bound).unwrap(); // still there
+    assert!(r.select(&translated).is_err(), "not yet there");
+    // SAFETY: all that was recorded is alive.
+    unsafe { graph.launch().unwrap() };
+    assert!(r.select(&bound).is_err(), "replaced");
+    r.attend(&translated).unwrap();
+    // A translation that is refused leaves the slot as it was.
+    let wrong = TablesOnDevice { num_pages: 0, ..tables };
+    slot.translate(&wrong).unwrap_err();
+    r.select(&translated).unwrap();
 }
 
 fn a_panic_ends_a_recording(device: &Device) {

@@ -9,12 +9,9 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
 use crate::pages::PageAllocator;
-use crate::selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
+use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
 use crate::tensor::Tensor;
-
-/// The most layers of a cache.
-const MAX_LAYERS: usize = 1 << 16;
 
 /// Size and layout of a [`PagedKvCache`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

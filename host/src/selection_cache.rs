@@ -14,6 +14,9 @@ use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
 use crate::tensor::{Tensor, TensorViewMut};
 
+/// The most layers of a cache.
+pub(crate) const MAX_LAYERS: usize = 1 << 16;
+
 /// Marks a cached selection that cannot be used.
 pub(crate) const EMPTY: u32 = u32::MAX;
 
@@ -78,6 +81,9 @@ impl SelectionCache {
         num_sequences: usize,
     ) -> Result<Self> {
         config.validate()?;
+        if num_layers > MAX_LAYERS {
+            return Err(Error::config("num_layers", format!("at most {MAX_LAYERS}"), num_layers));
+        }
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
         let per_sequence = [num_layers, num_sequences];
         let zeros = |dtype, shape: Shape| Tensor::zeros_on(device, dtype, shape);
@@ -175,8 +181,7 @@ impl SelectionCache {
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_stats(&self, layer: usize) -> Result<SelectionStats> {
         self.check_layer(layer)?;
-        let counters = self.counters.to_vec::<u64>()?;
-        let c = &counters[3 * layer..][..3];
+        let c = self.counters.outer(layer).to_vec::<u64>()?;
         Ok(SelectionStats { reused: c[0], scored: c[1], complete: c[2] })
     }
 

@@ -246,6 +246,13 @@ impl Tensor {
         TensorViewMut { shape: self.shape, data }
     }
 
+    /// Entry `index` of the outermost dimension of a tensor that has one; the caller has checked that.
+    pub(crate) fn outer(&self, index: usize) -> TensorView<'_> {
+        let width = self.shape.dims()[1..].iter().product::<usize>();
+        let data = self.view().data_part(index * width, width);
+        TensorView { shape: [width].into(), data, strides: None }
+    }
+
     /// The elements of a host tensor.
     ///
     /// # Errors

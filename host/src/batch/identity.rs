@@ -3,6 +3,7 @@
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::sequence::SequenceId;
 
@@ -26,17 +27,18 @@ pub(crate) struct Block {
 
 /// What all batches of one slot share.
 #[derive(Debug)]
-pub(crate) struct Place(Mutex<Occupied>);
+pub(crate) struct Place {
+    occupied: Arc<Mutex<Occupied>>,
+    /// What a batch must keep to be used by recorded work.
+    needs: Mutex<Needs>,
+}
 
-/// What recorded work relies on, and who is there.
-#[derive(Debug)]
+/// The batch that was put in a slot last.
+#[derive(Debug, Clone, Default)]
 pub(crate) struct Occupied {
-    /// The batch that was put here last.
     pub number: u64,
     /// Its blocks, where a cache made it.
     pub blocks: Vec<Block>,
-    /// What a batch must keep to be used by recorded work.
-    pub needs: Needs,
 }
 
 /// Limits of the work that was recorded with a slot's batches.
@@ -95,7 +97,7 @@ impl Identity {
     /// Recorded work relies on these limits from now on.
     pub fn need(&self, needs: Needs) {
         if let Some(place) = &self.place {
-            let now = &mut place.occupied().needs;
+            let mut now = place.needs.lock().unwrap_or_else(PoisonError::into_inner);
             now.max_kv_tokens = now.max_kv_tokens.min(needs.max_kv_tokens);
             now.num_pages = now.num_pages.min(needs.num_pages);
             now.num_sequences = now.num_sequences.min(needs.num_sequences);
@@ -107,10 +109,22 @@ impl Identity {
 impl Place {
     /// With nothing in it.
     pub fn new() -> Arc<Self> {
-        Arc::new(Place(Mutex::new(Occupied { number: 0, blocks: Vec::new(), needs: Needs::NONE })))
+        Arc::new(Place { occupied: Arc::default(), needs: Mutex::new(Needs::NONE) })
     }
 
     pub fn occupied(&self) -> MutexGuard<'_, Occupied> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.occupied.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The batch is there, each time that this is done where it is recorded.
+    pub fn occupy(&self, device: &Device, number: u64, blocks: Vec<Block>) {
+        device.note(&self.occupied, move |occupied| {
+            *occupied = Occupied { number, blocks: blocks.clone() };
+        });
+    }
+
+    /// What was recorded so far.
+    pub fn needs(&self) -> Needs {
+        *self.needs.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -26,6 +26,7 @@ pub struct BatchSlot {
     /// Tables, room for page numbers, and a word for faults.
     pub(super) memory: Arc<DeviceMemory>,
     place: Arc<Place>,
+    device: Device,
 }
 
 /// Where the parts of a slot lie.
@@ -61,6 +62,7 @@ impl BatchSlot {
             max_pages,
             memory: Arc::new(memory),
             place: Place::new(),
+            device: device.clone(),
         })
     }
 
@@ -114,8 +116,8 @@ impl BatchSlot {
     }
 
     /// Checks that a batch stays within the limits of what was recorded with this slot's batches.
-    fn check_needs(&self, batch: &Batch) -> Result<()> {
-        let needs = self.place.occupied().needs;
+    pub(super) fn check_needs(&self, batch: &Batch) -> Result<()> {
+        let needs = self.place.needs();
         let (limit, got) = (needs.max_kv_tokens, batch.num_token_places());
         if got > limit {
             return Err(Error::Limit { what: "max_kv_tokens", limit, got });
@@ -125,17 +127,14 @@ impl BatchSlot {
         if needs.appends { batch.check_written_pages() } else { Ok(()) }
     }
 
-    /// Binds a batch whose tables are, or will be, in the slot's memory.
-    pub(super) fn bind(&mut self, mut batch: Batch) -> Result<Batch> {
-        self.check_needs(&batch)?;
+    /// Binds a batch whose tables are in the slot's memory.
+    pub(super) fn bind(&mut self, mut batch: Batch) -> Batch {
         batch.on_device = DeviceTables::bound(&self.like, &self.memory);
-        Ok(self.occupy(batch))
+        self.occupy(batch)
     }
 
     fn occupy(&mut self, mut batch: Batch) -> Batch {
-        let mut occupied = self.place.occupied();
-        (occupied.number, occupied.blocks) = (batch.number(), batch.blocks());
-        drop(occupied);
+        self.place.occupy(&self.device, batch.number(), batch.blocks());
         batch.identity = batch.identity.placed(&self.place);
         batch
     }

@@ -56,14 +56,14 @@ impl BatchSlot {
             num_pages: tables.num_pages,
             num_sequences: tables.num_sequences,
         });
-        let batch = self.bind(batch)?;
+        self.check_needs(&batch)?;
         let driver = Arc::clone(self.memory.slice().driver());
         let entry = driver.find("translate", Op::Translate, Key::NONE)?;
         if params.num_rows > 0 {
             // SAFETY: shapes were checked; the slot's memory has room for the tables of its rows and `max_pages` page numbers.
             unsafe { driver.launch_with(entry, params.dims(), &params)? };
         }
-        Ok(batch)
+        Ok(self.bind(batch))
     }
 
     /// How many rows were left without tokens, pages replaced and sequences left out since the slot was made. Waits for earlier
