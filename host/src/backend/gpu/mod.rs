@@ -25,7 +25,7 @@ use kernels_gpu::ops::top_k::TopKParams;
 use super::{AttendArgs, Backend, MergeArgs, SelectedKv};
 use crate::batch::Batch;
 use crate::dtype::DType;
-use crate::error::{Error, Result};
+use crate::error::Result;
 use crate::kv::{KvView, KvViewMut};
 use crate::plan::{FEW_QUERY_ROWS, GpuPlan, Plan, ScoreKernel, VoteKernels, missing};
 use crate::selection_cache::SelectionCacheLayer;
@@ -37,10 +37,6 @@ use crate::workspace::Workspace;
 const PREFETCHED_STAGES: u32 = 2;
 
 impl GpuPlan {
-    fn unsupported(&self, op: &'static str, what: impl std::fmt::Display) -> Error {
-        Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_string() }
-    }
-
     /// Launches an entry.
     ///
     /// # Safety
@@ -106,16 +102,11 @@ impl GpuPlan {
         let rotates = workspace.angles.is_some();
         let gathers = if rotates { self.gather_params(workspace, params, head_dim)? } else { None };
         let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
-        if let Some(entry) = kernels.decode.filter(|_| few || (rotates && gathers.is_none())) {
+        if few || (rotates && gathers.is_none()) {
             // SAFETY: as above.
-            return unsafe { self.launch(entry, params.decode_dims(gpu, head_dim), &params) };
+            return unsafe { self.launch(kernels.decode, params.decode_dims(gpu, head_dim), &params) };
         }
-        if rotates {
-            let Some(gather) = gathers else {
-                let what =
-                    "half-split pairs over a part of the head, but over lists within the plan's limits";
-                return Err(self.unsupported("attend", what));
-            };
+        if let Some(gather) = gathers {
             // SAFETY: as above; the scratch memory has room for all places of all lists.
             unsafe { self.launch(kernels.gather, gather.dims(), &gather)? };
             let head = gather.max_places as u64 * u64::from(head_dim);
