@@ -11,8 +11,8 @@ use common::{
 };
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, DType, Device, HeadShape, Over, Positions, Ranks, Rope, SelectConfig, Selection, StepOutput,
-    Tensor,
+    Batch, DType, Device, HeadShape, Over, Positions, Ranks, Rope, RopePairing, RopeScaling, SelectConfig,
+    Selection, StepOutput, Tensor,
 };
 
 on_devices! {
@@ -25,7 +25,8 @@ on_devices! {
         lse_may_be_left_out_and_padding_has_no_rows;
     gpus:
         gpu_lists_of_every_kind, gpu_list_lengths_around_every_cut, gpu_block_lengths_around_every_cut,
-        gpu_values_that_are_not_finite, gpu_dense_decoding, gpu_streamed_lengths_around_every_cut;
+        gpu_values_that_are_not_finite, gpu_dense_decoding, gpu_streamed_lengths_around_every_cut,
+        gpu_rotations_of_every_part;
 }
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
@@ -583,6 +584,58 @@ fn gpu_streamed_lengths_around_every_cut(device: &Device) {
         for edge in [16, stage, 3 * stage, 12 * stage] {
             for n in [edge - 1, edge, edge + 1] {
                 check_dense(device, &config, n, 1 + n % 2, Content::Peaked);
+            }
+        }
+    }
+}
+
+/// Pairs of both kinds, an even number and an odd one, over every part of a head: decoding, a few queries and blocks, over all
+/// tokens, over lists, and over lists longer than the plan has room to gather.
+fn gpu_rotations_of_every_part(device: &Device) {
+    let yarn = RopeScaling::Yarn {
+        factor: 4.0,
+        original_max_position: 128.0,
+        beta_fast: 32.0,
+        beta_slow: 1.0,
+        attention_factor: Some(1.3),
+    };
+    let pairings = [RopePairing::HalfSplit, RopePairing::Interleaved];
+    let mut i = 0;
+    for head_dim in [64, 96, 128] {
+        for rotary_dim in [2, 6, 16, 20, 24, 32, 48, 64, head_dim - 2, head_dim] {
+            for (j, pairing) in pairings.into_iter().enumerate() {
+                let (n, t, group) =
+                    [(45, 1, 8), (300, 2, 3), (70, 33, 2), (1, 1, 1), (131, 1, 4)][(i + i / 20) % 5];
+                let rope = Rope {
+                    rotary_dim: Some(rotary_dim),
+                    pairing,
+                    scaling: [RopeScaling::None, yarn][(i / 2 + i / 20) % 2],
+                    ..Rope::default()
+                };
+                let config = SelectConfig {
+                    heads: HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim },
+                    dtype: [DType::F16, DType::Bf16][(i / 4 + j) % 2],
+                    positions: Positions::Reassigned(rope),
+                    top_k: [5, 400][i / 3 % 2],
+                    ..small_config()
+                };
+                let problem =
+                    Problem::new(&config, &[(n, t), (n / 2, t.min(n / 2))], Content::Peaked, i as u64);
+                let pool = Pool::full(&problem, [1, 7, 16][i % 3], STORAGES[i % STORAGES.len()], 3);
+                let what = format!("n = {n}, T = {t}, {config:?}");
+                let all =
+                    Lists::whole(&problem.rows.iter().map(|row| (0..row.n).collect()).collect::<Vec<_>>());
+                let got = attend_dense(device, &problem, &pool, &pool.batch(&problem), DType::F32);
+                let want = expected(&problem, &all);
+                assert_same(device, &format!("dense, {what}"), &problem, &got, &want, DType::F32);
+                let mut random = Random(i as u64);
+                let lists = Lists::whole(
+                    &problem.rows.iter().map(|row| random_list(row, &mut random)).collect::<Vec<_>>(),
+                );
+                let got = attend_to(device, &problem, &pool, &lists, i % 4 == 0, config.dtype);
+                let want = expected(&problem, &lists);
+                assert_same(device, &format!("listed, {what}"), &problem, &got, &want, config.dtype);
+                i += 1;
             }
         }
     }

@@ -15,14 +15,15 @@ use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
 use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
     Batch, Buffer, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, KvShape, KvStrides, KvView,
-    KvViewMut, Limits, Operations, Over, PageTables, PagedKvCache, Plan, Positions, Rope, SelectConfig,
-    SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
+    KvViewMut, Limits, Operations, PageTables, PagedKvCache, Plan, Positions, Rope, RopePairing,
+    SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
 };
 
 on_devices! {
     gpus:
         tensors_move_between_host_and_device, cached_selections_are_forked_and_forgotten,
         forks_are_copied_on_write, every_layer_caches_selections, what_has_no_kernel_is_refused,
+        rotations_of_every_kind_are_supported,
         tensors_must_be_where_the_device_works, strides_that_break_pieces_are_refused, kernels_are_launched_by_name;
     cuda: work_joins_the_stream_of_the_caller;
 }
@@ -170,11 +171,19 @@ fn what_has_no_kernel_is_refused(device: &Device) {
     assert_eq!(text, format!("{name} has no `append` for f32, only for f16 and bf16"));
     let text = error(config(256, 2, DType::Bf16));
     assert_eq!(text, format!("{name} has no `attend` for bf16, head dimension 256; there are 64, 96, 128"));
-    let rope = Rope { rotary_dim: Some(32), ..Rope::default() };
-    let partial = SelectConfig { positions: Positions::Reassigned(rope), ..config(64, 2, DType::F16) };
-    let text = attend_error(device, partial);
-    let rest = "half-split pairs over a part of the head, but over lists within the plan's limits";
-    assert_eq!(text, format!("{name} has no `attend` for {rest}"));
+}
+
+/// Rotation is no reason to refuse: every one that is valid has its kernels.
+fn rotations_of_every_kind_are_supported(device: &Device) {
+    for (head_dim, dtype) in [(64, DType::F16), (96, DType::Bf16), (128, DType::F16)] {
+        for rotary_dim in (2..=head_dim).step_by(2) {
+            for pairing in [RopePairing::HalfSplit, RopePairing::Interleaved] {
+                let rope = Rope { rotary_dim: Some(rotary_dim), pairing, ..Rope::default() };
+                let positions = Positions::Reassigned(rope);
+                device.supports(&SelectConfig { positions, ..config(head_dim, 2, dtype) }).unwrap();
+            }
+        }
+    }
 }
 
 /// Kernels move pieces of 8 elements, which must lie at multiples of 8.
@@ -218,20 +227,6 @@ fn refused(device: &Device, config: SelectConfig, operations: Operations) -> Str
         assert!(device.supports(&config).is_err());
     }
     Plan::new(device, config, Limits::default(), operations).unwrap_err().to_string()
-}
-
-/// The error of dense attention.
-fn attend_error(device: &Device, config: SelectConfig) -> String {
-    let heads = config.heads;
-    let cache_config = CacheConfig { num_pages: 8, ..CacheConfig::default() };
-    let mut cache = PagedKvCache::new(device, &config, &cache_config).unwrap();
-    let ts = TokenSelect::new(device, config.clone(), Limits::default()).unwrap();
-    let id = cache.create().unwrap();
-    let batch = cache.extend(&[(id, 1)]).unwrap();
-    let q = Tensor::zeros_on(device, config.dtype, [1, heads.num_qo_heads, heads.head_dim]).unwrap();
-    let mut out = Tensor::zeros_on(device, config.dtype, q.shape()).unwrap();
-    let output = StepOutput { out: out.view_mut(), lse: None };
-    ts.attend(&batch, cache.layer(0).unwrap(), q.view(), Over::All, output).unwrap_err().to_string()
 }
 
 fn tensors_must_be_where_the_device_works(device: &Device) {

@@ -148,10 +148,13 @@ impl ElementType {
 pub enum Rotation {
     /// Not at all: the model has, before they entered the cache.
     Native = crate::common::rope::NATIVE,
-    /// In pairs of one half of the head with the other.
+    /// In pairs of one half of the head with the other, an even number.
     HalfSplit = crate::common::rope::HALF_SPLIT,
-    /// In pairs of neighbours.
+    /// In pairs of neighbours, an even number, over the head or a part of it.
     Interleaved = crate::common::rope::INTERLEAVED,
+    /// In pairs of either kind, any number of them, over the head or a part of it. As fast as [`HalfSplit`](Self::HalfSplit) where
+    /// these are half-split and a multiple of 8 (of 4 where the head dimension is no multiple of 64), slower elsewhere.
+    AnyPairs = crate::common::rope::ANY_PAIRS,
 }
 
 /// The values that a kernel is compiled for; `None` for those that it does not depend on.

@@ -79,8 +79,8 @@ pub(crate) struct VoteKernels {
 /// The kernels of attention.
 #[derive(Debug, Clone)]
 pub(crate) struct AttendKernels {
-    /// Rotates its keys itself. Absent where a lane does not find both elements of a pair.
-    pub decode: Option<&'static Entry>,
+    /// Rotates its keys itself.
+    pub decode: &'static Entry,
     pub prefill: &'static Entry,
     pub gather: &'static Entry,
     pub stream: &'static Entry,
@@ -127,8 +127,7 @@ impl GpuPlan {
             all.extend([k.vote, k.smooth, k.count, k.refine, k.choose, k.choose_in_cluster]);
         }
         if let Some(k) = attend {
-            all.extend([k.prefill, k.gather, k.stream, k.stream_merge, k.merge]);
-            all.extend(k.decode);
+            all.extend([k.decode, k.prefill, k.gather, k.stream, k.stream_merge, k.merge]);
         }
         self.driver.prepare(&all)
     }
@@ -202,21 +201,19 @@ impl AttendKernels {
         let dtype = element_type(driver, "attend", config.dtype)?;
         let key = Key::of(dtype).with_head_dim(head_dim as u32);
         let rotation = match &config.positions {
-            Positions::Native => Some(Rotation::Native),
+            Positions::Native => Rotation::Native,
             Positions::Reassigned(rope) => {
                 let dim = rope.rotary_dim(head_dim);
-                let in_lane =
-                    dim.is_multiple_of(4) && (dim == head_dim || rope.pairing == RopePairing::Interleaved);
-                in_lane.then_some(match rope.pairing {
+                match rope.pairing {
+                    _ if !dim.is_multiple_of(4) => Rotation::AnyPairs,
+                    RopePairing::HalfSplit if dim < head_dim => Rotation::AnyPairs,
                     RopePairing::HalfSplit => Rotation::HalfSplit,
                     RopePairing::Interleaved => Rotation::Interleaved,
-                })
+                }
             }
         };
-        let decode =
-            rotation.map(|rotation| driver.find("attend", Op::AttendDecode, key.with_rotation(rotation)));
         Ok(AttendKernels {
-            decode: decode.transpose()?,
+            decode: driver.find("attend", Op::AttendDecode, key.with_rotation(rotation))?,
             prefill: driver.find("attend", Op::AttendPrefill, key)?,
             gather: driver.find("attend", Op::Gather, Key::of(dtype))?,
             stream: driver.find("attend", Op::AttendStream, key)?,

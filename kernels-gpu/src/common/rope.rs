@@ -21,6 +21,8 @@ pub const NATIVE: u32 = 0;
 pub const HALF_SPLIT: u32 = 1;
 /// Pairing: element `2 i` is rotated with `2 i + 1` (GPT-J).
 pub const INTERLEAVED: u32 = 2;
+/// No pairing, but what a kernel does that serves either, of any number of pairs.
+pub const ANY_PAIRS: u32 = 3;
 
 /// The tables, and what is rotated.
 #[derive(Clone, Copy, Debug)]
@@ -48,20 +50,22 @@ impl RopeTables {
         }
     }
 
-    /// Whether [`attend_decode`](mod@crate::ops::attend_decode) finds both elements of every pair in one lane, two pairs at a
-    /// time: interleaved pairs, or half-split pairs of the whole head. Nothing to rotate will do, too.
-    pub const fn pairs_in_lane(&self, head_dim: u32) -> bool {
-        let whole = 2 * self.pairs == head_dim;
-        let even = self.pairs.is_multiple_of(2) && self.pairs != 0;
-        self.coarse.addr() == 0 || (even && (whole || self.pairing == INTERLEAVED))
-    }
-
     /// The two elements of pair `pair` of a head; beyond the rotated pairs, adjacent elements.
     pub fn elements(&self, pair: u32) -> (u32, u32) {
         if pair < self.pairs && self.pairing == HALF_SPLIT {
             (pair, pair + self.pairs)
         } else {
             (2 * pair, 2 * pair + 1)
+        }
+    }
+
+    /// The same, but of half-split pairs, elements beyond the rotated ones are paired half-split, too: the pairs `0..pairs` and
+    /// `pairs..head_dim / 2` are two runs, in which both elements ascend by one.
+    pub fn elements_in_runs(&self, pair: u32, head_dim: u32) -> (u32, u32) {
+        match self.pairing {
+            HALF_SPLIT if pair < self.pairs => (pair, pair + self.pairs),
+            HALF_SPLIT => (pair + self.pairs, pair + head_dim / 2),
+            _ => (2 * pair, 2 * pair + 1),
         }
     }
 }

@@ -87,6 +87,7 @@ macro_rules! entries {
         entries!(@rotation $list $line, $dtype, $type, $head_dim, Native, "");
         entries!(@rotation $list $line, $dtype, $type, $head_dim, HalfSplit, "_half_split");
         entries!(@rotation $list $line, $dtype, $type, $head_dim, Interleaved, "_interleaved");
+        entries!(@rotation $list $line, $dtype, $type, $head_dim, AnyPairs, "_any_pairs");
     };
     (@rotation $list:ident $line:tt, $dtype:ident, $type:ident, $head_dim:literal, $rotation:ident, $suffix:literal) => {
         entries!(

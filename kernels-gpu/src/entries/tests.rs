@@ -15,11 +15,17 @@ fn keys() -> impl Iterator<Item = Key> {
     let dtypes = [None, Some(ElementType::F16), Some(ElementType::Bf16)];
     let head_dims = [None, Some(64), Some(80), Some(96), Some(128), Some(256)];
     let columns = [None, Some(4), Some(8), Some(16), Some(32)];
-    let rotations = [None, Some(Rotation::Native), Some(Rotation::HalfSplit), Some(Rotation::Interleaved)];
+    let rotations =
+        [Rotation::Native, Rotation::HalfSplit, Rotation::Interleaved, Rotation::AnyPairs].map(Some);
     dtypes.into_iter().flat_map(move |dtype| {
         head_dims.into_iter().flat_map(move |head_dim| {
             columns.into_iter().flat_map(move |columns| {
-                rotations.into_iter().map(move |rotation| Key { dtype, head_dim, columns, rotation })
+                rotations.into_iter().chain([None]).map(move |rotation| Key {
+                    dtype,
+                    head_dim,
+                    columns,
+                    rotation,
+                })
             })
         })
     })
@@ -52,10 +58,14 @@ fn names_are_unique_and_say_the_values() {
             assert_eq!(says(&format!("d{size}")), entry.key.head_dim == Some(size), "{}", entry.name);
             assert_eq!(says(&format!("g{size}")), entry.key.columns == Some(size), "{}", entry.name);
         }
-        let (half_split, interleaved) = (Some(Rotation::HalfSplit), Some(Rotation::Interleaved));
-        let ends = |suffix| entry.name.ends_with(suffix);
-        assert_eq!(ends("_half_split"), entry.key.rotation == half_split, "{}", entry.name);
-        assert_eq!(ends("_interleaved"), entry.key.rotation == interleaved, "{}", entry.name);
+        for (suffix, rotation) in [
+            ("_half_split", Rotation::HalfSplit),
+            ("_interleaved", Rotation::Interleaved),
+            ("_any_pairs", Rotation::AnyPairs),
+        ] {
+            let ends = entry.name.ends_with(suffix);
+            assert_eq!(ends, entry.key.rotation == Some(rotation), "{}", entry.name);
+        }
         let op = format!("{:?}", entry.op).to_lowercase();
         assert!(entry.name.replace('_', "").starts_with(&op), "{}", entry.name);
     }
@@ -76,6 +86,7 @@ fn symbols_stay_as_they_are() {
         "attend_decode_bf16_d128",
         "attend_decode_f16_d96_half_split",
         "attend_decode_bf16_d64_interleaved",
+        "attend_decode_f16_d128_any_pairs",
         "attend_prefill_bf16_d128",
         "attend_stream_merge_f16",
     ] {

@@ -37,8 +37,8 @@ use crate::workspace::Workspace;
 const PREFETCHED_STAGES: u32 = 2;
 
 impl GpuPlan {
-    fn unsupported(&self, op: &'static str, what: impl std::fmt::Display) -> Error {
-        Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_string() }
+    fn unsupported(&self, op: &'static str, what: &str) -> Error {
+        Error::Unsupported { device: self.driver.name().to_owned(), op, what: what.to_owned() }
     }
 
     /// Launches an entry.
@@ -108,20 +108,16 @@ impl GpuPlan {
         // `attend_decode` finds values where it finds keys.
         let alike = params.k_stride == params.v_stride;
         let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
-        let decodes = alike && (few || (rotates && gathers.is_none()));
-        if let Some(entry) = kernels.decode.filter(|_| decodes) {
+        if alike && (few || (rotates && gathers.is_none())) {
             // SAFETY: as above.
-            return unsafe { self.launch(entry, params.decode_dims(gpu, head_dim), &params) };
+            return unsafe { self.launch(kernels.decode, params.decode_dims(gpu, head_dim), &params) };
         }
-        if rotates {
-            let Some(gather) = gathers else {
-                let what = if alike {
-                    "half-split pairs over a part of the head, but over lists within the plan's limits"
-                } else {
-                    "keys that it rotates in other strides than the values', but over lists within the plan's limits"
-                };
-                return Err(self.unsupported("attend", what));
-            };
+        if rotates && gathers.is_none() {
+            let what =
+                "rotated keys in other strides than the values', but over lists within the plan's limits";
+            return Err(self.unsupported("attend", what));
+        }
+        if let Some(gather) = gathers {
             // SAFETY: as above; the scratch memory has room for all places of all lists.
             unsafe { self.launch(kernels.gather, gather.dims(), &gather)? };
             let head = gather.max_places as u64 * u64::from(head_dim);

@@ -29,6 +29,30 @@ impl RopeTables {
         self.two_entries(pair, position).angles()
     }
 
+    /// Angles of the pairs `pair`, which is even, and `pair + 1` at `position`, of any number of pairs. Beyond those that are
+    /// rotated: some angles.
+    ///
+    /// # Safety
+    /// - The tables are as described, 16-byte aligned, cover `position`, and have a pair.
+    #[track_caller]
+    pub unsafe fn two_angles_of_any(&self, pair: u32, position: u32) -> [Angle; 2] {
+        if self.pairs.is_multiple_of(2) {
+            return self.two_angles(pair.min(self.pairs.saturating_sub(2)), position);
+        }
+        // Every other row of the tables is not aligned for two entries.
+        let last = self.pairs.saturating_sub(1);
+        [self.angle(pair.min(last), position), self.angle((pair + 1).min(last), position)]
+    }
+
+    /// Angle of a pair at `position`.
+    #[track_caller]
+    unsafe fn angle(&self, pair: u32, position: u32) -> Angle {
+        let entry = |position: u32| position as u64 * self.pairs as u64 + pair as u64;
+        let coarse = self.coarse.add(entry(position / FINE)).load_constant().0;
+        let fine = self.fine.add(entry(position % FINE)).load_constant().0;
+        Angle::sum(coarse, fine)
+    }
+
     /// Entries of both tables for the pairs `pair`, which is even, and `pair + 1` at `position`.
     ///
     /// # Safety

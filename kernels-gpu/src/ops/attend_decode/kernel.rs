@@ -9,7 +9,7 @@ use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
 use crate::common::fragment::{Accumulator, Lane, lane};
-use crate::common::rope::NATIVE;
+use crate::common::rope::{ANY_PAIRS, HALF_SPLIT, NATIVE};
 use crate::common::softmax::Running;
 use crate::common::words::{load_row, store_shared};
 use crate::ops::attend::AttendParams;
@@ -38,13 +38,13 @@ struct At {
 }
 
 /// See the module. `W` words a piece, `C` chunks of keys, `V` chunks of values; `ROTATE`: how keys are rotated, [`NATIVE`],
-/// [`HALF_SPLIT`](crate::common::rope::HALF_SPLIT) or [`INTERLEAVED`](crate::common::rope::INTERLEAVED).
+/// [`HALF_SPLIT`], [`INTERLEAVED`](crate::common::rope::INTERLEAVED) or [`ANY_PAIRS`].
 ///
 /// # Safety
 /// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
 /// - `head_dim = 8 W C = 16 W V`. Keys are not gathered; `k_stride` is `v_stride`.
-/// - The rope tables cover `last_position` and the longest block, and have the pairs that `ROTATE` says
-///   ([`RopeTables::pairs_in_lane`](crate::common::rope::RopeTables::pairs_in_lane)).
+/// - The rope tables cover `last_position` and the longest block, and have the pairs that `ROTATE` says (the meaning of each is at
+///   [`Rotation`](crate::entries::Rotation)).
 /// - Launched with [`AttendParams::decode_dims`].
 pub unsafe fn attend_decode<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
     params: AttendParams<T>,
@@ -147,7 +147,16 @@ unsafe fn put_queries<T: Element, const W: usize, const C: usize, const ROTATE: 
                 let first = 8 * W as u32 * chunk + 2 * W as u32 * t;
                 let from = layout.rotated.get().add(g * (8 * W * C) as u32 + first);
                 for w in 0..W {
-                    let pair = from.add(2 * w as u32).cast::<V2<f32>>().load().0;
+                    let pair = if ROTATE == ANY_PAIRS {
+                        let (row, half) = (layout.rotated.get().add(g * (8 * W * C) as u32), C as u32 / 2);
+                        let element = |i: usize| {
+                            let (x, y) = elements_of_pair::<T, W, C>(work, chunk % half, t, 2 * w + i);
+                            row.add(if chunk < half { x } else { y }).load()
+                        };
+                        [element(0), element(1)]
+                    } else {
+                        from.add(2 * w as u32).cast::<V2<f32>>().load().0
+                    };
                     (high[w], low[w]) = work.params.split_rotated(pair[0], pair[1]);
                 }
             }
@@ -157,6 +166,17 @@ unsafe fn put_queries<T: Element, const W: usize, const C: usize, const ROTATE: 
     }
     thread::sync_threads();
     fragments.add(warp::lane_id() * W as u32)
+}
+
+/// In the order of pairs, first elements come before second ones: chunk `c` of keys and queries holds the first elements of the
+/// pairs whose second ones are in chunk `c + C / 2`. These are the elements of lane `t`'s pair `i`.
+fn elements_of_pair<T: Element, const W: usize, const C: usize>(
+    work: &Work<'_, T>,
+    c: u32,
+    t: u32,
+    i: usize,
+) -> (u32, u32) {
+    work.params.rope.elements_in_runs(8 * W as u32 * c + 2 * W as u32 * t + i as u32, (8 * W * C) as u32)
 }
 
 /// Looks up the lane's place of a tile, place `lane % 16`. Beyond the end it is the last one's.
@@ -192,17 +212,61 @@ unsafe fn offset_of(at: At, place: u32) -> u64 {
 }
 
 /// The lane's pieces of the keys at places `g` and `g + 8` of the tile.
-unsafe fn load_keys<T: Element, const W: usize, const C: usize>(
+unsafe fn load_keys<T: Element, const W: usize, const C: usize, const ROTATE: u32>(
+    work: &Work<'_, T>,
+    at: At,
+) -> [Key<W, C>; 2] {
+    if !pieces_are_whole::<T, W, ROTATE>(work) {
+        return load_keys_by_elements(work, at);
+    }
+    let Lane { g, t } = lane();
+    let mut keys = [[[0; W]; C]; 2];
+    if ROTATE == ANY_PAIRS {
+        for half in 0..2 {
+            let from = work.params.k_pages.add(offset_of(at, 8 * half as u32 + g));
+            for c in 0..C / 2 {
+                let (x, y) = elements_of_pair::<T, W, C>(work, c as u32, t, 0);
+                keys[half][c] = load_row(from.add(x as u64));
+                keys[half][c + C / 2] = load_row(from.add(y as u64));
+            }
+        }
+        return keys;
+    }
+    for half in 0..2 {
+        let offset = offset_of(at, 8 * half as u32 + g) + (2 * W as u32 * t) as u64;
+        let from = work.params.k_pages.add(offset);
+        for c in 0..C {
+            keys[half][c] = load_row(from.add((8 * W * c) as u64));
+        }
+    }
+    keys
+}
+
+/// Whether the lane's pieces of a key are pieces of it: in the order of pairs, if each lies in one run, at a multiple of its size.
+fn pieces_are_whole<T: Element, const W: usize, const ROTATE: u32>(work: &Work<'_, T>) -> bool {
+    let rope = &work.params.rope;
+    ROTATE != ANY_PAIRS || (rope.pairing == HALF_SPLIT && rope.pairs.is_multiple_of(2 * W as u32))
+}
+
+/// As [`load_keys`] in the order of pairs, wherever their elements lie.
+unsafe fn load_keys_by_elements<T: Element, const W: usize, const C: usize>(
     work: &Work<'_, T>,
     at: At,
 ) -> [Key<W, C>; 2] {
     let Lane { g, t } = lane();
     let mut keys = [[[0; W]; C]; 2];
     for half in 0..2 {
-        let offset = offset_of(at, 8 * half as u32 + g) + (2 * W as u32 * t) as u64;
-        let from = work.params.k_pages.add(offset);
-        for c in 0..C {
-            keys[half][c] = load_row(from.add((8 * W * c) as u64));
+        let from = work.params.k_pages.add(offset_of(at, 8 * half as u32 + g)).cast::<u16>();
+        // By way of a shuffle, whose result the compiler does not know: it would find the places of all elements once, before the
+        // loop over tiles, and has no registers to keep them in.
+        let t = warp::shuffle_idx(warp::FULL, t, warp::lane_id());
+        let bits = |element: u32| from.add(element as u64).load_constant() as u32;
+        for c in 0..C / 2 {
+            for i in 0..2 * W {
+                let (x, y) = elements_of_pair::<T, W, C>(work, c as u32, t, i);
+                keys[half][c][i / 2] |= bits(x) << (16 * (i % 2));
+                keys[half][c + C / 2][i / 2] |= bits(y) << (16 * (i % 2));
+            }
         }
     }
     keys
@@ -244,7 +308,7 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
     let mut rank = here.rank;
     let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
     if ROTATE == NATIVE || W == 4 {
-        keys = load_keys::<T, W, C>(work, here);
+        keys = load_keys::<T, W, C, ROTATE>(work, here);
     }
     if ROTATE == NATIVE {
         values = load_values::<T, W, V>(work, here);
@@ -253,7 +317,7 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
     }
     let queries = put_queries::<T, W, C, ROTATE>(work, layout, loaded);
     if ROTATE != NATIVE && W != 4 {
-        keys = load_keys::<T, W, C>(work, here);
+        keys = load_keys::<T, W, C, ROTATE>(work, here);
     }
     if ROTATE != NATIVE {
         values = load_values::<T, W, V>(work, here);
@@ -269,7 +333,7 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
         let followed = exists(next);
         if followed {
-            keys = load_keys::<T, W, C>(work, ahead);
+            keys = load_keys::<T, W, C, ROTATE>(work, ahead);
         }
         let rank_at = |place: u32| warp::shuffle_idx(warp::FULL, rank, place + lane().g);
         let weights = weigh(work, [rank_at(0), rank_at(8)], products, &mut softmax, &mut out);

@@ -17,8 +17,12 @@
 //!    memory but the queries.
 //! 2. Keys are rotated in registers, where both elements of a pair lie in one lane: for half-split pairs of the whole
 //!    head, chunk `c` pairs with chunk `c + C / 2`. (For `D = 96` pieces are 8 bytes, since 48 is no multiple of 32.)
+//!    Where pairs are over a part of the head, or odd in number, `_any_pairs` permutes the head dimension once more, in queries
+//!    and keys alike: first elements of all pairs, then second ones, so that they are apart by half a head again. Half-split
+//!    pieces of the key remain pieces where the number of pairs is a multiple of `2 W`; elsewhere, and with neighbours, elements
+//!    are loaded one by one, `2 W` times as many loads.
 //!    Rotated queries and keys are split in high and low halves, as in [`score`](mod@crate::ops::score), so that rotation
-//!    costs no precision. (High halves of f16 are scaled by a power of two, since a rotated pair may be beyond its range.) (Half-split pairs of a part of the head are left to [`gather`](mod@crate::ops::gather).)
+//!    costs no precision. (High halves of f16 are scaled by a power of two, since a rotated pair may be beyond its range.)
 //! 3. A tile's keys are multiplied while its values are in flight; both are replaced by the next tile's as soon as they
 //!    are used, from pages that are looked up a tile ahead.
 //! 4. Tiles are dealt to splits and warps in turn, so that a warp can look up its first places before it knows how many

@@ -2,7 +2,7 @@
 
 use crate::common::element::Element;
 use crate::common::fragment::{A, Accumulator, B, lane};
-use crate::common::rope::{HALF_SPLIT, NATIVE};
+use crate::common::rope::{ANY_PAIRS, HALF_SPLIT, NATIVE};
 use crate::common::words::load_shared;
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::tile::{Key, Work};
@@ -36,18 +36,27 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
     let first = 2 * W as u32 * lane().t;
     let rope = &work.params.rope;
     // Two words at a time, one product deep: what is rotated goes to the tensor cores before more is.
-    for c in 0..if ROTATE == HALF_SPLIT { C / 2 } else { C } {
+    let split = const { ROTATE == HALF_SPLIT || ROTATE == ANY_PAIRS };
+    for c in 0..if split { C / 2 } else { C } {
         for w in (0..W).step_by(2) {
             let (mut x, mut y) = ([Split::ZERO; 2], [Split::ZERO; 2]);
             for half in 0..2 {
-                if ROTATE == HALF_SPLIT {
+                if split {
                     for i in 0..2 {
                         let pair = (8 * W * c + 2 * (w + i)) as u32 + first;
-                        let angles = rope.two_angles(pair, positions[half]);
+                        let angles = if ROTATE == ANY_PAIRS {
+                            rope.two_angles_of_any(pair, positions[half])
+                        } else {
+                            rope.two_angles(pair, positions[half])
+                        };
                         let own = T::unpack(keys[half][c][w + i]);
                         let partner = T::unpack(keys[half][c + C / 2][w + i]);
-                        let (x0, y0) = angles[0].turn((own[0], partner[0]));
-                        let (x1, y1) = angles[1].turn((own[1], partner[1]));
+                        let (mut x0, mut y0) = angles[0].turn((own[0], partner[0]));
+                        let (mut x1, mut y1) = angles[1].turn((own[1], partner[1]));
+                        if ROTATE == ANY_PAIRS {
+                            (x0, y0) = if pair < rope.pairs { (x0, y0) } else { (own[0], partner[0]) };
+                            (x1, y1) = if pair + 1 < rope.pairs { (x1, y1) } else { (own[1], partner[1]) };
+                        }
                         x[half].set(work.params, i, (x0, x1));
                         y[half].set(work.params, i, (y0, y1));
                     }
@@ -67,7 +76,7 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
                 }
             }
             dot_split::<T, W, C>(&mut d, &mut rest, queries, c, w, &x);
-            if ROTATE == HALF_SPLIT {
+            if split {
                 dot_split::<T, W, C>(&mut d, &mut rest, queries, c + C / 2, w, &y);
             }
         }
