@@ -499,7 +499,7 @@ fn operations_that_lack_something(device: &Device) {
         f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)
     };
     f.refuses(dense, "`attend` needs a batch of whole sequences");
-    f.ts.workspace_mut().provide(Buffer::Selected, &part).unwrap();
+    f.ts.provide(Buffer::Selected, &part).unwrap();
     let attend = |f: &mut Fixture| {
         let output = StepOutput { out: f.out.view_mut(), lse: None };
         f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::Selected, output)
@@ -508,7 +508,7 @@ fn operations_that_lack_something(device: &Device) {
     // `pool` decided to reuse (the fixture has made the same step before); `top_k` must know what.
     let cached = f.cache.layer_mut(0).unwrap().selections.unwrap();
     f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
-    f.ts.workspace_mut().provide(Buffer::Votes, &f.batch).unwrap();
+    f.ts.provide(Buffer::Votes, &f.batch).unwrap();
     let text = "`top_k` needs the cached selections that `pool` was given";
     f.refuses(|f| f.ts.top_k(&f.batch, None), text);
     let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);

@@ -10,15 +10,19 @@ use common::run::{Inputs, outputs_on, token_select};
 use common::{bits, on_devices};
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, Limits, Over, PageTables,
-    PagedKvCache, Positions, Rope, SelectConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TokenSelect,
+    PagedKvCache, Positions, Rope, SelectConfig, SelectionCache, SelectionCacheConfig, StepInput, StepOutput,
+    TablesOnDevice, Tensor, TokenSelect,
 };
 
 on_devices! {
     all: operations_follow_each_other, a_failed_call_leaves_what_was_selected, positions_are_those_of_the_cache,
-        a_layer_that_missed_a_step_is_known, a_page_of_two_rows_is_not_written;
+        a_layer_that_missed_a_step_is_known, a_page_of_two_rows_is_not_written, selections_of_another_layer_are_refused,
+        renamed_rows_are_no_cache_s_own, hostile_tables_do_no_harm, elements_in_two_places_are_refused;
     gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
         a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_recorded_translation_takes_the_slot_when_it_is_done, a_panic_ends_a_recording,
-        another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin;
+        another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin, a_cache_does_not_change_while_work_is_recorded,
+        a_graph_asks_what_a_step_asks, a_graph_keeps_the_tables_of_its_batches, a_failed_recording_leaves_no_limits,
+        another_thread_s_failure_is_not_recorded, tables_of_another_device_are_refused, parts_in_a_slot_are_checked;
 }
 
 fn config() -> SelectConfig {
@@ -56,7 +60,7 @@ fn operations_follow_each_other(device: &Device) {
     early(ts.vote(&batch), ("vote", "pool"));
     early(ts.top_k(&batch, None), ("top_k", "pool"));
     early(attend(&ts, &batch), ("attend", "top_k"));
-    early(ts.workspace_mut().provide(Buffer::Votes, &batch), ("provide", "pool"));
+    early(ts.provide(Buffer::Votes, &batch), ("provide", "pool"));
     ts.pool(&batch, q.view(), None).unwrap();
     early(ts.vote(&batch), ("vote", "score"));
     early(ts.top_k(&batch, None), ("top_k", "vote"));
@@ -81,7 +85,7 @@ fn operations_follow_each_other(device: &Device) {
     attend(&ts, &other).unwrap();
     // Votes of one's own take the place of `score` and `vote`.
     ts.pool(&batch, q.view(), None).unwrap();
-    ts.workspace_mut().provide(Buffer::Votes, &batch).unwrap();
+    ts.provide(Buffer::Votes, &batch).unwrap();
     ts.top_k(&batch, None).unwrap();
     attend(&ts, &batch).unwrap();
 }
@@ -305,8 +309,9 @@ fn recorded_layers_count_when_they_are_done(device: &Device) {
     let next = cache.extend(&[(id, 1)]).unwrap();
     slot.put(next).unwrap();
     // SAFETY: as above.
-    unsafe { graph.launch().unwrap() };
-    assert_eq!(cache.written_len(0, id), Ok(4));
+    let error = unsafe { graph.launch().unwrap_err() };
+    assert_eq!(error, Error::Unwritten { layer: 0, id, written: 4, begin: 5 });
+    assert_eq!(cache.written_len(0, id), Ok(4), "nothing was done");
 }
 
 fn a_batch_that_was_replaced_is_refused(device: &Device) {
@@ -432,4 +437,279 @@ fn a_step_that_cannot_end_does_not_begin(device: &Device) {
     let error = owner.ts.step(&mut owner.cache, 0, &batch, input, output).unwrap_err().to_string();
     assert_eq!(error, format!("configuration field `out` must be at an address divisible by 16, got {addr}"));
     assert_eq!(owner.cache.written_len(0, id), Ok(0));
+}
+
+/// A cache, a graph of its step, and the slot that this reads.
+struct Graphed {
+    owner: Owner,
+    slot: BatchSlot,
+    graph: tokenselect::Graph,
+    id: tokenselect::SequenceId,
+    _tensors: Vec<Tensor>,
+}
+
+impl Graphed {
+    fn new(device: &Device) -> Self {
+        let mut owner = Owner::new(device, &config(), 1);
+        let zeros = |heads: usize| Tensor::zeros_on(device, DType::Bf16, [1, heads, 64]).unwrap();
+        let (q, kv) = (zeros(4), zeros(2));
+        let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
+        let id = owner.cache.create().unwrap();
+        let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+        let mut slot = BatchSlot::new(device, &batch, 16).unwrap();
+        let batch = slot.put(batch).unwrap();
+        let Owner { cache, ts } = &mut owner;
+        let mut step = || {
+            let input = StepInput { q: q.view(), k: kv.view(), v: kv.view() };
+            ts.step(cache, 0, &batch, input, StepOutput { out: out.view_mut(), lse: None })
+        };
+        step().unwrap();
+        let graph = device.capture(step).unwrap();
+        Graphed { owner, slot, graph, id, _tensors: vec![q, kv, out] }
+    }
+
+    fn put(&mut self, batch: Batch) -> Result<(), Error> {
+        self.slot.put(batch)?;
+        // SAFETY: all that was recorded is alive.
+        unsafe { self.graph.launch() }
+    }
+}
+
+fn a_graph_asks_what_a_step_asks(device: &Device) {
+    let mut g = Graphed::new(device);
+    let next = g.owner.cache.extend(&[(g.id, 1)]).unwrap();
+    g.put(next).unwrap();
+    // Another cache's batch, an engine's, and one that was truncated since.
+    let mut other = Owner::new(device, &config(), 1);
+    let id = other.cache.create().unwrap();
+    let foreign = other.cache.extend(&[(id, 1)]).unwrap();
+    assert!(matches!(g.put(foreign), Err(Error::Missing { .. })));
+    let tables = PageTables { indptr: vec![0, 1], indices: vec![0], last_page_len: vec![1] };
+    let engine = Batch::new(16, vec![0, 1], tables).unwrap().with_sequence_indices(vec![0]).unwrap();
+    assert!(matches!(g.put(engine), Err(Error::Missing { .. })));
+    let stale = g.owner.cache.extend(&[(g.id, 1)]).unwrap();
+    g.owner.cache.truncate(g.id, 1).unwrap();
+    assert!(matches!(g.put(stale), Err(Error::StaleBatch { .. })));
+    let next = g.owner.cache.extend(&[(g.id, 1)]).unwrap();
+    g.put(next).unwrap();
+    // The sequence has gone; its pages are another one's.
+    g.owner.cache.free(g.id).unwrap();
+    let fresh = g.owner.cache.create().unwrap();
+    let batch = g.owner.cache.extend(&[(fresh, 5)]).unwrap();
+    g.owner.step(0, &batch).unwrap();
+    // SAFETY: as in `put`.
+    let error = unsafe { g.graph.launch().unwrap_err() };
+    assert_eq!(error, Error::UnknownSequence(g.id));
+    assert_eq!(g.owner.cache.written_len(0, fresh), Ok(5));
+}
+
+fn a_cache_does_not_change_while_work_is_recorded(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 20)]).unwrap();
+    owner.step(0, &batch).unwrap();
+    let before = format!("{:?}", owner.cache.pages());
+    let graph = device.capture(|| {
+        let cache = &mut owner.cache;
+        for refused in [
+            cache.create().map(drop),
+            cache.fork(id).map(drop),
+            cache.extend(&[(id, 1)]).map(drop),
+            cache.truncate(id, 3),
+            cache.free(id),
+        ] {
+            assert!(matches!(refused, Err(Error::Missing { .. })));
+        }
+        // Nor by another thread.
+        let other =
+            std::thread::scope(|scope| scope.spawn(|| cache.extend(&[(id, 1)]).map(drop)).join().unwrap());
+        assert!(matches!(other, Err(Error::Missing { .. })));
+        Ok(())
+    });
+    drop(graph.unwrap());
+    assert_eq!(format!("{:?}", owner.cache.pages()), before);
+    assert_eq!(owner.cache.written_len(0, id), Ok(20));
+}
+
+fn a_graph_keeps_the_tables_of_its_batches(device: &Device) {
+    let mut r = Recorded::new(device);
+    let batch = r.batch();
+    r.select(&batch).unwrap();
+    let graph = device.capture(|| r.select(&batch)).unwrap();
+    drop(batch);
+    // SAFETY: the context, its inputs and its pages are alive.
+    unsafe { graph.launch().unwrap() };
+    device.synchronize().unwrap();
+}
+
+fn a_failed_recording_leaves_no_limits(device: &Device) {
+    let mut r = Recorded::new(device);
+    let fresh = r.batch();
+    let bound = r.slot.put(fresh).unwrap();
+    let short = Tensor::zeros_on(device, DType::Bf16, [2, 4, 32]).unwrap();
+    assert!(device.capture(|| r.ts.select(&bound, r.pool.view(), short.view(), None)).is_err());
+    let count = 20;
+    let tables = PageTables {
+        indptr: vec![0, count - 1, count],
+        indices: vec![0; count as usize],
+        last_page_len: vec![16; 2],
+    };
+    r.slot.put(Batch::new(16, vec![0, 1, 2], tables).unwrap()).unwrap();
+}
+
+fn another_thread_s_failure_is_not_recorded(device: &Device) {
+    let mut r = Recorded::new(device);
+    let mut other = Recorded::new(device);
+    let batch = other.batch();
+    other.select(&batch).unwrap();
+    let fresh = r.batch();
+    let bound = r.slot.put(fresh).unwrap();
+    r.select(&bound).unwrap();
+    let graph = device.capture(|| {
+        let failed = std::thread::scope(|scope| scope.spawn(|| other.select(&batch)).join().unwrap());
+        assert!(failed.is_err());
+        r.select(&bound)
+    });
+    other.select(&batch).unwrap();
+    // SAFETY: all that was recorded is alive.
+    unsafe { graph.unwrap().launch().unwrap() };
+    other.attend(&batch).unwrap();
+}
+
+fn tables_of_another_device_are_refused(device: &Device) {
+    let mut r = Recorded::new(device);
+    let own = r.batch();
+    r.select(&own).unwrap();
+    let elsewhere = Device::emulated();
+    let mut there = Recorded::new(&elsewhere);
+    let foreign = there.batch();
+    there.select(&foreign).unwrap();
+    assert!(matches!(r.select(&foreign), Err(Error::WrongDevice { what: "batch", .. })));
+    r.attend(&own).unwrap(); // which the refused call has not changed
+    // Tables that a device alone has are none for the processor.
+    let lens = Tensor::from_slice_on(device, &[20u32, 20], [2]).unwrap();
+    let entries = Tensor::from_slice_on(device, &[0u32, 1, 0, 1], [2, 2]).unwrap();
+    let tables = TablesOnDevice {
+        entries: entries.view(),
+        slots: false,
+        rows: None,
+        kv_lens: lens.view(),
+        sequences: None,
+        num_pages: 2,
+        num_sequences: 0,
+    };
+    let batch = r.slot.translate(&tables).unwrap();
+    let mut cpu = Recorded::new(&Device::emulated_random(1));
+    assert!(cpu.select(&batch).is_err());
+    let on_cpu =
+        TokenSelect::new(&Device::cpu(), config(), Limits { max_rows: 2, ..Limits::default() }).unwrap();
+    let host = Tensor::zeros(DType::Bf16, [2, 2, 64]).unwrap();
+    let mut pages = [0, 1].map(|_| Tensor::zeros(DType::Bf16, [2, 16, 2, 64]).unwrap());
+    let [k, v] = &mut pages;
+    let kv = tokenselect::KvViewMut::new(k.view_mut(), v.view_mut(), tokenselect::KvLayout::Nhd).unwrap();
+    assert!(on_cpu.append(&batch, kv, host.view(), host.view()).is_err());
+}
+
+fn parts_in_a_slot_are_checked(device: &Device) {
+    let part = |candidates: std::ops::Range<u32>| {
+        let tables = PageTables { indptr: vec![0, 13], indices: (0..13).collect(), last_page_len: vec![8] };
+        Batch::partial(16, vec![0, 1], tables, vec![candidates]).unwrap()
+    };
+    let limits = Limits { max_block_len: 1, max_kv_tokens: 256, ..Limits::default() };
+    let mut ts = TokenSelect::new(device, config(), limits).unwrap();
+    let zeros = |shape: [usize; 4]| Tensor::zeros_on(device, DType::Bf16, shape).unwrap();
+    let (k, v) = (zeros([13, 16, 2, 64]), zeros([13, 16, 2, 64]));
+    let q = Tensor::zeros_on(device, DType::Bf16, [1, 4, 64]).unwrap();
+    let mut slot = BatchSlot::new(device, &part(2..196), 16).unwrap();
+    let batch = slot.put(part(2..196)).unwrap();
+    let kv = tokenselect::KvView::new(k.view(), v.view(), tokenselect::KvLayout::Nhd).unwrap();
+    device.capture(|| ts.select(&batch, kv, q.view(), None)).unwrap();
+    let direct = ts.select(&part(0..0), kv, q.view(), None).unwrap_err();
+    assert_eq!(slot.put(part(0..0)).unwrap_err(), direct);
+}
+
+/// Cached selections that decided for one layer are no other layer's.
+fn selections_of_another_layer_are_refused(device: &Device) {
+    let cached = SelectConfig {
+        selection_cache: Some(SelectionCacheConfig { similarity_threshold: -1.0, max_reuse: Some(9) }),
+        ..config()
+    };
+    let problem = Problem::new(&cached, &[(60, 1)], Content::Peaked, 1);
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 2).to(device);
+    let batch = pool.batch(&problem).with_sequence_indices(vec![0]).unwrap();
+    let q = Inputs::new(&problem).to(device).q;
+    let mut ts = TokenSelect::new(device, cached.clone(), limits(&batch)).unwrap();
+    let mut layers = SelectionCache::new(device, &cached, 2, 1).unwrap();
+    ts.select(&batch, pool.view(), q.view(), Some(layers.layer_mut(0).unwrap())).unwrap();
+    ts.pool(&batch, q.view(), Some(layers.layer_mut(0).unwrap())).unwrap();
+    ts.score(&batch, pool.view()).unwrap();
+    let text = "`top_k` needs the cached selections that `pool` was given";
+    let error = ts.vote_top_k(&batch, Some(layers.layer_mut(1).unwrap())).unwrap_err();
+    assert_eq!(error.to_string(), text);
+    assert_eq!(ts.vote_top_k(&batch, None).unwrap_err().to_string(), text);
+    ts.vote_top_k(&batch, Some(layers.layer_mut(0).unwrap())).unwrap();
+}
+
+fn renamed_rows_are_no_cache_s_own(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 1)]).unwrap().with_sequence_indices(vec![3]).unwrap();
+    assert!(matches!(owner.step(0, &batch), Err(Error::Missing { .. })));
+}
+
+/// Tables of cached selections that a caller may have filled with anything.
+fn hostile_tables_do_no_harm(device: &Device) {
+    let cached = SelectConfig {
+        selection_cache: Some(SelectionCacheConfig { similarity_threshold: -1.0, max_reuse: Some(9) }),
+        ..config()
+    };
+    let mut owner = Owner::new(device, &cached, 1);
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 60)]).unwrap();
+    owner.step(0, &batch).unwrap();
+    let next = owner.cache.extend(&[(id, 1)]).unwrap();
+    {
+        let layer = owner.cache.layer_mut(0).unwrap().selections.unwrap();
+        let tokens = Tensor::from_vec(vec![5u32, u32::MAX, 1000, 7, 3_000_000, 9, 10, 20], [1, 8]).unwrap();
+        let rows = layer.selections.shape().dims()[0];
+        let all: Vec<u32> = (0..rows).flat_map(|_| tokens.to_vec::<u32>().unwrap()).collect();
+        layer.selections.copy_from(tokenselect::TensorView::new(&all, [rows, 8]).unwrap()).unwrap();
+        layer.counters.copy_from(tokenselect::TensorView::new(&[u64::MAX; 3], [3]).unwrap()).unwrap();
+    }
+    let _ = owner.step(0, &next); // an error or an output of no meaning, and no panic
+    device.synchronize().unwrap();
+}
+
+fn elements_in_two_places_are_refused(device: &Device) {
+    let shape = tokenselect::KvShape { num_pages: 2, page_size: 4, num_kv_heads: 2, head_dim: 8 };
+    let dense = tokenselect::KvStrides { page: 64, token: 16, head: 8 };
+    let tensor = || Tensor::zeros_on(device, DType::F32, [512]).unwrap();
+    for strides in [
+        tokenselect::KvStrides { page: 0, ..dense },
+        tokenselect::KvStrides { token: 0, ..dense },
+        tokenselect::KvStrides { head: 4, ..dense },
+        tokenselect::KvStrides { page: 40, ..dense },
+    ] {
+        let (mut k, mut v) = (tensor(), tensor());
+        let made = tokenselect::KvViewMut::strided(k.view_mut(), v.view_mut(), shape, [dense, strides]);
+        assert!(matches!(made, Err(Error::Config { field: "v_strides", .. })), "{strides:?}");
+    }
+    let mut kv = tensor();
+    for (offset, strides) in [(0, [dense; 2]), (64, [dense; 2]), (4, [dense; 2])] {
+        let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, offset], shape, strides);
+        assert!(matches!(made, Err(Error::Config { field: "offsets", .. })), "{offset}");
+    }
+    let apart = tokenselect::KvStrides { page: 128, ..dense };
+    tokenselect::KvViewMut::combined(kv.view_mut(), [64, 0], shape, [apart; 2]).unwrap();
+    tokenselect::KvViewMut::combined(kv.view_mut(), [0, 128], shape, [dense, apart]).unwrap();
+    let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, 100], shape, [dense, apart]);
+    assert!(matches!(made, Err(Error::Config { field: "offsets", .. })));
+    // Keys are dense memory, too.
+    let heads = Tensor::zeros_on(device, DType::F32, [16, 4, 8]).unwrap();
+    let part = heads.view().heads(1..3).unwrap();
+    assert!(tokenselect::KvView::strided(part, kv.view(), shape, [dense; 2]).is_err());
+    // Sizes of nothing need not fit anything.
+    let nothing = tokenselect::TensorView::new::<f32>(&[], [0, usize::MAX, 2]).unwrap();
+    assert!(nothing.heads(usize::MAX - 1..usize::MAX).is_ok());
+    assert!(nothing.heads(std::ops::Range { start: 5, end: 3 }).is_err());
 }

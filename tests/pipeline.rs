@@ -292,7 +292,7 @@ fn tensor_parallel(device: &Device, problem: &Problem, split: usize, seed: u64) 
     let sum: Vec<f32> = votes[0].iter().zip(&votes[1]).map(|(a, b)| a + b).collect();
     let mut parts = Vec::new();
     for i in 0..2 {
-        ranks[i].workspace_mut().buffer_mut(Buffer::Votes).into_slice::<f32>().unwrap().copy_from_slice(&sum);
+        ranks[i].buffer_mut(Buffer::Votes).into_slice::<f32>().unwrap().copy_from_slice(&sum);
         ranks[i].top_k(&batches[i], None).unwrap();
         let (mut out, mut lse) = outputs(&halves[i], DType::F32);
         let output = StepOutput { out: out.view_mut(), lse: Some(lse.view_mut()) };
@@ -419,7 +419,7 @@ fn all_reduce_stats(ranks: &mut [Rank], hq: usize, num_rows: usize) {
         let max = scored.iter().map(|&i| stat(i).0).fold(f32::NEG_INFINITY, f32::max);
         let sum: f32 = scored.iter().map(|&i| stat(i)).map(|(m, sum)| sum * (m - max).exp()).sum();
         for &i in &scored {
-            let stats = ranks[i].ts.workspace_mut().buffer_mut(Buffer::Stats).into_slice::<f32>().unwrap();
+            let stats = ranks[i].ts.buffer_mut(Buffer::Stats).into_slice::<f32>().unwrap();
             (stats[place], stats[place + 1]) = (max, sum);
         }
     }

@@ -35,7 +35,7 @@ fn prepared(
         let len = ts.workspace().buffer(buffer).shape().checked_len().unwrap();
         common::put(&mut ts, buffer, &vec![UNTOUCHED; len]);
     }
-    ts.workspace_mut().provide(Buffer::Queries, batch).unwrap();
+    ts.provide(Buffer::Queries, batch).unwrap();
     ts
 }
 

@@ -377,7 +377,7 @@ fn operations_follow_each_other(device: &Device) {
     let (batch, other) = (batch_of(&rank.pool, &decoding.lens(0)), batch_of(&rank.pool, &decoding.lens(0)));
     early(rank.ts.compare(&batch, None), ("compare", "pool"));
     early(rank.ts.decide(&batch, None), ("decide", "compare"));
-    early(rank.ts.workspace_mut().provide(Buffer::Products, &batch), ("provide", "pool"));
+    early(rank.ts.provide(Buffer::Products, &batch), ("provide", "pool"));
     rank.pool(&batch, &problem, false);
     early(rank.ts.decide(&batch, None), ("decide", "compare"));
     early(rank.ts.compare(&other, None), ("compare", "pool"));
@@ -392,7 +392,7 @@ fn operations_follow_each_other(device: &Device) {
     early(rank.ts.top_k(&batch, None), ("top_k", "decide"));
     early(rank.ts.vote_top_k(&batch, None), ("vote_top_k", "decide"));
     for buffer in [Buffer::Logits, Buffer::Votes] {
-        early(rank.ts.workspace_mut().provide(buffer, &batch), ("provide", "decide"));
+        early(rank.ts.provide(buffer, &batch), ("provide", "decide"));
     }
     rank.decide(&batch);
     early(rank.ts.vote(&batch), ("vote", "score"));
@@ -410,12 +410,12 @@ fn operations_follow_each_other(device: &Device) {
     rank.top_k(&batch);
     // Products and decisions of one's own.
     rank.pool(&batch, &problem, false);
-    rank.ts.workspace_mut().provide(Buffer::Products, &batch).unwrap();
+    rank.ts.provide(Buffer::Products, &batch).unwrap();
     early(rank.ts.score(&batch, rank.pool.view()), ("score", "decide"));
     rank.decide(&batch);
     rank.vote(&batch);
     rank.compare(&batch);
-    rank.ts.workspace_mut().provide(Buffer::Actions, &batch).unwrap();
+    rank.ts.provide(Buffer::Actions, &batch).unwrap();
     early(rank.ts.decide(&batch, None), ("decide", "compare"));
     rank.vote(&batch);
 

@@ -77,12 +77,11 @@ impl Case {
             limits(&self.batch),
             Operations { vote: true, ..Operations::NONE },
         );
-        let workspace = select.workspace_mut();
-        assert_eq!(workspace.buffer(Buffer::Votes).shape(), self.votes.shape());
-        workspace.buffer_mut(Buffer::Votes).copy_from(to_device(device, &self.votes).view()).unwrap();
-        workspace.buffer_mut(Buffer::Actions).copy_from(to_device(device, &self.actions).view()).unwrap();
-        workspace.provide(Buffer::Actions, &self.batch).unwrap();
-        workspace.provide(Buffer::Votes, &self.batch).unwrap();
+        assert_eq!(select.workspace().buffer(Buffer::Votes).shape(), self.votes.shape());
+        select.buffer_mut(Buffer::Votes).copy_from(to_device(device, &self.votes).view()).unwrap();
+        select.buffer_mut(Buffer::Actions).copy_from(to_device(device, &self.actions).view()).unwrap();
+        select.provide(Buffer::Actions, &self.batch).unwrap();
+        select.provide(Buffer::Votes, &self.batch).unwrap();
         select
     }
 
@@ -91,7 +90,7 @@ impl Case {
         let shape = select.workspace().buffer(Buffer::TopK).shape();
         let blank = vec![UNTOUCHED; shape.checked_len().unwrap()];
         let blank = TensorView::new(&blank, shape).unwrap();
-        select.workspace_mut().buffer_mut(Buffer::TopK).copy_from(blank).unwrap();
+        select.buffer_mut(Buffer::TopK).copy_from(blank).unwrap();
         select.top_k(&self.batch, None).unwrap();
         let workspace = select.workspace();
         let lists = (0..self.rows.len()).map(|row| workspace.selected(row).unwrap()).collect();

@@ -59,9 +59,8 @@ fn run(device: &Device, window: usize, rows: &[Logits], actions: &[RowAction]) -
     if window > 1 {
         common::put(&mut ts, Buffer::PooledVotes, &untouched);
     }
-    let workspace = ts.workspace_mut();
-    workspace.provide(Buffer::Actions, &batch).unwrap();
-    workspace.provide(Buffer::Logits, &batch).unwrap();
+    ts.provide(Buffer::Actions, &batch).unwrap();
+    ts.provide(Buffer::Logits, &batch).unwrap();
     ts.vote(&batch).unwrap();
     if window > 1 {
         ts.top_k(&batch, None).unwrap();

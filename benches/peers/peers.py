@@ -246,6 +246,7 @@ def compare(results, device, ours_device, size, tokens, k, v):
     ours.select()
     measure("score", "tokenselect", tokens, keys + 4 * num_candidates * size.hq, ours.score)
     measure("score", "published (Triton)", tokens, keys + 4 * num_candidates * size.hq, published.score)
+    ours.select()  # votes to choose from
     measure("top_k", "tokenselect", tokens, 4 * (num_candidates + listed), ours.top_k)
     in_torch = lambda: torch.topk(votes, size.top_k, sorted=False)  # noqa: E731
     measure("top_k", "torch.topk", tokens, 4 * (num_candidates + size.top_k), in_torch)

@@ -295,14 +295,14 @@ fn operate(
     let width = (config.num_qo_heads.max(config.num_kv_heads) as u128) * config.head_dim as u128;
     let elements = width * info.num_query_tokens as u128;
     let there = elements < 1 << 20;
-    let memory = || vec![0u32; if there { elements as usize } else { 0 }];
+    let memory = || vec![0u32; if there { elements as usize + POOL } else { 0 }];
     let (mut q, mut new, mut out, mut lse) = (memory(), memory(), memory(), memory());
     let at = |memory: &mut Vec<u32>| if there { memory.as_mut_ptr().cast::<c_void>() } else { null_mut() };
     let (q, new) = (at(&mut q), at(&mut new));
     let output = ts_output {
         out: at(&mut out),
         lse: if input.ratio(1, 4)? { null_mut() } else { at(&mut lse).cast() },
-        out_dtype: input.int_in_range(-1..=5)?,
+        out_dtype: input.int_in_range(-1..=6)?,
         reserved: i32::from(input.ratio(1, 16)?),
         ..sized(input)?
     };
@@ -311,29 +311,70 @@ fn operate(
     if input.ratio(1, 2)? {
         second = at(&mut other);
     }
+    let step = step_input(input, config, &info, [q, new, second])?;
+    let step = or_null(&step, input)?;
     for _ in 0..input.int_in_range(1..=5)? {
         let none = null_mut();
         fine(unsafe {
             let mut index = 0;
-            match input.int_in_range(0..=10)? {
-                0 => ts_append(context, batch, kv_at, new, second),
-                1 => ts_select(context, batch, kv_at, q, none, 0),
-                2 => ts_pool(context, batch, q, none, 0),
+            match input.int_in_range(0..=12)? {
+                0 => ts_append(context, batch, kv_at, step),
+                1 => ts_select(context, batch, kv_at, step, none, 0),
+                2 => ts_pool(context, batch, step, none, 0),
                 3 => ts_score(context, batch, kv_at),
                 4 => ts_vote(context, batch),
                 5 => ts_top_k(context, batch, none, 0),
-                6 => ts_attend(context, batch, kv_at, q, &output),
-                7 => ts_append_select(context, batch, kv_at, q, new, second, none, 0),
-                8 => ts_context_provide(context, input.int_in_range(-1..=10)?, batch),
-                9 => {
+                6 => ts_attend(context, batch, kv_at, step, &output),
+                7 => ts_append_select(context, batch, kv_at, step, none, 0),
+                8 => ts_context_provide(context, input.int_in_range(-1..=11)?, batch),
+                9 => ts_compare(context, batch, none, 0),
+                10 => ts_decide(context, batch, none, 0),
+                11 => {
                     let [row, token, head] = [number(input, 4)?, number(input, 40)?, number(input, 4)?];
                     ts_context_logit_index(context, batch, row, token, head, &mut index)
                 }
-                _ => ts_attend_dense(context, batch, kv_at, q, &output),
+                _ => ts_attend_dense(context, batch, kv_at, step, &output),
             }
         });
     }
     Ok(())
+}
+
+/// Queries, keys and values in any strides; null where these reach beyond a dense tensor and a pool.
+fn step_input(
+    input: &mut Unstructured<'_>,
+    config: &ts_config,
+    info: &ts_batch_info,
+    [q, k, v]: [*mut c_void; 3],
+) -> arbitrary::Result<ts_step_input> {
+    let dim = config.head_dim as u128;
+    let mut strided = |data: *mut c_void, heads: u32| {
+        let strides = if input.ratio(1, 2)? { [0, 0] } else { [number(input, 200)?, number(input, 40)?] };
+        let heads = u128::from(heads);
+        let [token, head] = [(strides[0], heads * dim), (strides[1], dim)]
+            .map(|(stride, dense)| if stride == 0 { dense } else { stride as u128 });
+        let reach = (info.num_query_tokens as u128).saturating_sub(1).saturating_mul(token)
+            + heads.saturating_sub(1).saturating_mul(head)
+            + dim;
+        let width = u128::from(config.num_qo_heads.max(config.num_kv_heads)) * dim;
+        let there = reach <= width * info.num_query_tokens as u128 + POOL as u128;
+        Ok((if there { data } else { null_mut() }, strides))
+    };
+    let (q, [q_stride_token, q_stride_head]) = strided(q, config.num_qo_heads)?;
+    let (k, [k_stride_token, k_stride_head]) = strided(k, config.num_kv_heads)?;
+    let (v, [v_stride_token, v_stride_head]) = strided(v, config.num_kv_heads)?;
+    Ok(ts_step_input {
+        q,
+        k,
+        v,
+        q_stride_token,
+        q_stride_head,
+        k_stride_token,
+        k_stride_head,
+        v_stride_token,
+        v_stride_head,
+        ..sized(input)?
+    })
 }
 
 /// A cache of any size, and calls with any numbers.
@@ -360,17 +401,14 @@ fn owned(
     };
     let (heads, dim) = (config.num_kv_heads as usize, config.head_dim as usize);
     let query = (config.num_qo_heads as usize).saturating_mul(dim).saturating_add(config.top_k);
-    let bytes = product(&[size.num_layers, size.num_pages, size.page_size, heads, dim]).max(product(&[
-        size.num_layers,
-        size.max_sequences,
-        query,
-    ]));
+    let selection_bytes = product(&[size.num_layers, size.max_sequences, query]);
+    let bytes = product(&[size.num_layers, size.num_pages, size.page_size, heads, dim]).max(selection_bytes);
     // What does not fit the address space must be refused; what fits, and is large, would be allocated.
-    let tried =
-        bytes < MOST && size.max_sequences < 1 << 16 && size.num_pages < 1 << 16 && size.num_layers < 64;
-    let tried = tried || bytes > isize::MAX as u128;
+    let few = size.max_sequences < 1 << 16 && size.num_pages < 1 << 16 && size.num_layers < 64;
+    let [tried, selections_tried] =
+        [bytes, selection_bytes].map(|bytes| bytes < MOST && few || bytes > isize::MAX as u128);
     let mut selections = null_mut();
-    if tried {
+    if selections_tried {
         fine(unsafe {
             let config = or_null(config, input)?;
             ts_selection_cache_create(device, config, size.num_layers, size.max_sequences, &mut selections)
@@ -446,7 +484,7 @@ fn extend(
         match input.int_in_range(0..=2)? {
             0 => ts_step(context, cache, layer, batch, &step, &output),
             1 => ts_step_dense(context, cache, layer, batch, &step, &output),
-            _ => ts_cache_append(context, cache, layer, batch, k, v),
+            _ => ts_cache_append(context, cache, layer, batch, &step),
         }
     });
     assert!(fine(unsafe { ts_batch_destroy(batch) }));

@@ -2,9 +2,9 @@
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use crate::batch::{Batch, Block};
-use crate::config::SelectConfig;
-use crate::device::Device;
+use crate::batch::{Batch, Block, MAX_ROWS, Owned};
+use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
+use crate::device::{Device, Pending};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
@@ -58,7 +58,7 @@ pub struct PagedKvCache {
     positions_are_reassigned: bool,
     layers: Vec<LayerKv>,
     selections: Option<SelectionCache>,
-    written: Arc<Mutex<Written>>,
+    ledger: Arc<Mutex<Ledger>>,
     device: Device,
 }
 
@@ -71,13 +71,39 @@ pub struct LayerMut<'a> {
     pub selections: Option<SelectionCacheLayer<'a>>,
 }
 
-/// How many leading tokens of each sequence have keys and values, by layer and index of the sequence; 0 beyond the end.
+/// What recorded work asks before it is done: which sequences there are, and how many leading tokens of each have keys and
+/// values, by layer and index of the sequence; 0 beyond the end.
 #[derive(Debug, Clone)]
-struct Written(Vec<Vec<usize>>);
+struct Ledger {
+    written: Vec<Vec<usize>>,
+    /// Each sequence that is alive, its revision and its tokens.
+    sequences: Vec<Option<(SequenceId, u64, usize)>>,
+}
 
-impl Written {
+impl Ledger {
     fn get(&self, layer: usize, sequence: usize) -> usize {
-        self.0[layer].get(sequence).copied().unwrap_or(0)
+        self.written[layer].get(sequence).copied().unwrap_or(0)
+    }
+
+    /// Checks rows as a step of the layer would, after what is `pending` of the same work.
+    fn check(&self, layer: usize, owned: &Owned, pending: &mut Pending) -> Result<()> {
+        for (row, &(id, revision, expected)) in owned.rows.iter().enumerate() {
+            let found = self.sequences.get(id.index()).copied().flatten();
+            let (_, now, got) = found.filter(|found| found.0 == id).ok_or(Error::UnknownSequence(id))?;
+            if now != revision || got < expected {
+                return Err(Error::StaleBatch { row, id, expected, got });
+            }
+        }
+        let own = std::ptr::from_ref(self) as usize;
+        for &Block { id, begin, end } in &owned.blocks {
+            let pending = pending.entry((own, layer, id.index())).or_default();
+            let written = self.get(layer, id.index()).max(*pending);
+            if written < begin {
+                return Err(Error::Unwritten { layer, id, written, begin });
+            }
+            *pending = end.max(*pending);
+        }
+        Ok(())
     }
 
     /// The entry of a sequence in a layer.
@@ -91,7 +117,7 @@ impl Written {
     /// The blocks are there, but for those that begin where nothing was written yet.
     fn add(&mut self, layer: usize, blocks: &[Block]) {
         for block in blocks {
-            let len = Written::entry(&mut self.0[layer], block.id.index());
+            let len = Ledger::entry(&mut self.written[layer], block.id.index());
             if *len >= block.begin {
                 *len = block.end.max(*len);
             }
@@ -145,7 +171,10 @@ impl PagedKvCache {
             positions_are_reassigned: config.positions.are_reassigned(),
             layers,
             selections,
-            written: Arc::new(Mutex::new(Written(vec![Vec::new(); cache.num_layers]))),
+            ledger: Arc::new(Mutex::new(Ledger {
+                written: vec![Vec::new(); cache.num_layers],
+                sequences: Vec::new(),
+            })),
             device: device.clone(),
         })
     }
@@ -183,11 +212,14 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::TooManySequences`].
     pub fn create(&mut self) -> Result<SequenceId> {
+        self.device.expect_no_recording("create")?;
         let id = self.pages.create()?;
-        self.written().0.iter_mut().for_each(|layer| *Written::entry(layer, id.index()) = 0);
-        if let Some(selections) = &mut self.selections {
-            selections.clear(id.index())?;
+        self.ledger().written.iter_mut().for_each(|layer| *Ledger::entry(layer, id.index()) = 0);
+        if let Some(Err(error)) = self.selections.as_mut().map(|selections| selections.clear(id.index())) {
+            self.pages.free(id)?;
+            return Err(error);
         }
+        self.enter(id);
         Ok(id)
     }
 
@@ -197,14 +229,19 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::TooManySequences`].
     pub fn fork(&mut self, id: SequenceId) -> Result<SequenceId> {
+        self.device.expect_no_recording("fork")?;
         let child = self.pages.fork(id)?;
-        for layer in &mut self.written().0 {
-            let of_parent = *Written::entry(layer, id.index());
-            *Written::entry(layer, child.index()) = of_parent;
+        for layer in &mut self.ledger().written {
+            let of_parent = *Ledger::entry(layer, id.index());
+            *Ledger::entry(layer, child.index()) = of_parent;
         }
-        if let Some(selections) = &mut self.selections {
-            selections.fork(id.index(), child.index())?;
+        let (parent, index) = (id.index(), child.index());
+        if let Some(Err(error)) = self.selections.as_mut().map(|selections| selections.fork(parent, index)) {
+            self.pages.free(child)?;
+            return Err(error);
         }
+        self.enter(id);
+        self.enter(child);
         Ok(child)
     }
 
@@ -214,11 +251,13 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::UnknownSequence`], [`Error::TruncateBeyondEnd`].
     pub fn truncate(&mut self, id: SequenceId, len: usize) -> Result<()> {
+        self.device.expect_no_recording("truncate")?;
         self.pages.truncate(id, len)?;
-        for layer in &mut self.written().0 {
-            let written = Written::entry(layer, id.index());
+        for layer in &mut self.ledger().written {
+            let written = Ledger::entry(layer, id.index());
             *written = len.min(*written);
         }
+        self.enter(id);
         match &mut self.selections {
             Some(selections) => selections.truncate(id.index(), len),
             None => Ok(()),
@@ -230,7 +269,20 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::UnknownSequence`].
     pub fn free(&mut self, id: SequenceId) -> Result<()> {
-        self.pages.free(id)
+        self.device.expect_no_recording("free")?;
+        self.pages.free(id)?;
+        self.ledger().sequences[id.index()] = None;
+        Ok(())
+    }
+
+    /// Brings the ledger up to date.
+    fn enter(&self, id: SequenceId) {
+        let now = self.pages.revision(id).and_then(|revision| Ok((id, revision, self.pages.len(id)?)));
+        let sequences = &mut self.ledger().sequences;
+        if sequences.len() <= id.index() {
+            sequences.resize(id.index() + 1, None);
+        }
+        sequences[id.index()] = now.ok();
     }
 
     /// Makes room for a block of new tokens of each sequence named, all or nothing, and returns the batch
@@ -243,6 +295,18 @@ impl PagedKvCache {
     /// [`Error::OutOfPages`], [`Error::UnknownSequence`], [`Error::DuplicateSequence`],
     /// [`Error::SequenceTooLong`].
     pub fn extend(&mut self, growth: &[(SequenceId, usize)]) -> Result<Batch> {
+        self.device.expect_no_recording("extend")?;
+        let tokens = growth.iter().fold(0usize, |sum, &(_, tokens)| sum.saturating_add(tokens));
+        let mut limits = vec![("rows of a batch", MAX_ROWS, growth.len())];
+        // A block that is too long by itself is the allocator's to refuse.
+        if growth.iter().all(|&(_, tokens)| tokens <= MAX_SEQUENCE_LEN) {
+            limits.push(("query tokens of a batch", MAX_SEQUENCE_LEN, tokens));
+        }
+        for (what, limit, got) in limits {
+            if got > limit {
+                return Err(Error::Limit { what, limit, got });
+            }
+        }
         let copies = self.pages.extend(growth)?;
         if !copies.is_empty() {
             for layer in &mut self.layers {
@@ -258,6 +322,7 @@ impl PagedKvCache {
         }
         let batch = Batch::new(self.pages.page_size(), qo_indptr, self.pages.tables(&ids)?)?;
         let owners = ids.iter().map(|&id| Ok((id, self.pages.revision(id)?))).collect::<Result<_>>()?;
+        ids.iter().for_each(|&id| self.enter(id));
         Ok(batch.owned_by(self.pages.id(), owners))
     }
 
@@ -297,7 +362,7 @@ impl PagedKvCache {
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
         let lens = self.pages.lens();
-        if let Some(written) = self.written().0.get_mut(layer) {
+        if let Some(written) = self.ledger().written.get_mut(layer) {
             *written = lens;
         }
         self.parts_mut(layer)
@@ -329,7 +394,7 @@ impl PagedKvCache {
         if layer >= limit {
             return Err(Error::Index { what: "layer", limit, got: layer });
         }
-        Ok(self.written().get(layer, id.index()))
+        Ok(self.ledger().get(layer, id.index()))
     }
 
     /// Checks that the layer has all tokens before the blocks of a batch.
@@ -337,8 +402,28 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Unwritten`], [`Error::Index`] where there is no such layer.
     pub(crate) fn check_layer(&self, layer: usize, batch: &Batch) -> Result<()> {
-        for Block { id, begin, .. } in batch.blocks() {
-            let written = self.written_len(layer, id)?;
+        let limit = self.layers.len();
+        if layer >= limit {
+            return Err(Error::Index { what: "layer", limit, got: layer });
+        }
+        let blocks = batch.owned().blocks;
+        // While work is recorded, this is asked each time before it is done.
+        let (identity, ledger, allocator) =
+            (batch.identity().clone(), Arc::clone(&self.ledger), self.pages.id());
+        let recorded = batch.owned();
+        self.device.check_when_done(move |pending| {
+            let owned = identity.latest_owned().unwrap_or_else(|| recorded.clone());
+            if owned.allocator != allocator {
+                return Err(Error::Missing {
+                    op: "launch",
+                    needs: "a batch made by the recorded cache's `extend`",
+                });
+            }
+            ledger.lock().unwrap_or_else(PoisonError::into_inner).check(layer, &owned, pending)
+        });
+        let ledger = self.ledger();
+        for Block { id, begin, .. } in blocks {
+            let written = ledger.get(layer, id.index());
             if written < begin {
                 return Err(Error::Unwritten { layer, id, written, begin });
             }
@@ -348,10 +433,10 @@ impl PagedKvCache {
 
     /// A layer has the blocks of a batch; where this is recorded, those of the batch in its slot, each time.
     pub(crate) fn wrote(&self, layer: usize, batch: &Batch) {
-        let (identity, blocks) = (batch.identity().clone(), batch.blocks());
-        self.device.note(&self.written, move |written| match identity.latest_blocks() {
-            Some(latest) => written.add(layer, &latest),
-            None => written.add(layer, &blocks),
+        let (identity, owned) = (batch.identity().clone(), batch.owned());
+        self.device.note(&self.ledger, move |ledger| match identity.latest_owned() {
+            Some(latest) => ledger.add(layer, &latest.blocks),
+            None => ledger.add(layer, &owned.blocks),
         });
     }
 
@@ -360,8 +445,8 @@ impl PagedKvCache {
         self.positions_are_reassigned
     }
 
-    fn written(&self) -> MutexGuard<'_, Written> {
-        self.written.lock().unwrap_or_else(PoisonError::into_inner)
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Extent of one layer's keys (and of its values).

@@ -1,12 +1,15 @@
 //! Where operations run.
 
+use std::any::Any;
+use std::collections::HashMap;
 use std::fmt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
 use kernels_gpu::launch::Dims;
 
-use crate::driver::{Captured, Driver, Event};
+use crate::driver::{Captured, Driver, Event, while_capturing};
 use crate::error::{Error, Result};
 
 /// A place where operations run and memory lies. Cheap to clone; clones share memory and order of work.
@@ -24,13 +27,27 @@ struct Gpu {
 /// What changes on the host when work is done.
 type Change = Box<dyn Fn() + Send + Sync>;
 
+/// What must hold before work is done.
+type Check = Box<dyn Fn(&mut Pending) -> Result<()> + Send + Sync>;
+
+/// What earlier parts of the same work will have written, while the later ones are checked: tokens, by ledger, layer and
+/// sequence.
+pub(crate) type Pending = HashMap<(usize, usize, usize), usize>;
+
 /// What the host has to know of work that is being recorded.
-#[derive(Default)]
 struct Recording {
+    /// The thread that records.
+    by: ThreadId,
     /// What changes on the host each time that the work is done.
     changes: Vec<Change>,
     /// How things were, the last change first to be undone: recorded work was not done.
     before: Vec<Box<dyn FnOnce() + Send>>,
+    /// What must hold each time that the work is done.
+    checks: Vec<Check>,
+    /// What holds from the end of the recording on, if it succeeds.
+    at_end: Vec<Box<dyn FnOnce() + Send>>,
+    /// Memory that the work uses.
+    kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Device {
@@ -162,10 +179,12 @@ impl Device {
     /// events of another device.
     pub fn elapsed(&self, from: &Event, to: &Event) -> Result<Duration> {
         if let Some(driver) = self.driver() {
-            return Ok(Duration::from_secs_f64(f64::from(driver.elapsed(from, to)?) / 1e3));
+            // No time where the later moment is the first one given.
+            let milliseconds = f64::from(driver.elapsed(from, to)?).max(0.0);
+            return Ok(Duration::from_secs_f64(milliseconds / 1e3));
         }
         match (from.0.downcast_ref::<Instant>(), to.0.downcast_ref::<Instant>()) {
-            (Some(from), Some(to)) => Ok(to.duration_since(*from)),
+            (Some(from), Some(to)) => Ok(to.saturating_duration_since(*from)),
             _ => Err(Error::Missing { op: "elapsed", needs: "events of this device" }),
         }
     }
@@ -187,12 +206,15 @@ impl Device {
         };
         gpu.driver.begin_capture()?;
         gpu.driver.order().forget();
-        *gpu.recording() = Some(Recording::default());
+        *gpu.recording() = Some(Recording::new());
         let capture = Capture { gpu, ended: false };
         let done = work();
-        let (captured, changes) = capture.end();
+        let (captured, recording) = capture.end();
         done?;
-        Ok(Graph { driver: Arc::clone(&gpu.driver), captured: captured?, changes })
+        let captured = captured?;
+        let Recording { changes, checks, at_end, kept, .. } = recording;
+        at_end.into_iter().for_each(|apply| apply());
+        Ok(Graph { driver: Arc::clone(&gpu.driver), captured, changes, checks, _kept: kept })
     }
 
     /// Changes what the host knows of the device's work: now, and while work is recorded each time that it is done.
@@ -204,10 +226,7 @@ impl Device {
         let of = |state: &Mutex<S>, change: &dyn Fn(&mut S)| {
             change(&mut state.lock().unwrap_or_else(PoisonError::into_inner));
         };
-        let recording = self.gpu.as_ref().map(|gpu| gpu.recording());
-        let Some(mut recording) = recording.filter(|recording| recording.is_some()) else {
-            return of(state, &change);
-        };
+        let Some(mut recording) = self.own_recording() else { return of(state, &change) };
         let before = state.lock().unwrap_or_else(PoisonError::into_inner).clone();
         of(state, &change);
         if let Some(recording) = recording.as_mut() {
@@ -219,9 +238,38 @@ impl Device {
         }
     }
 
-    /// Whether work is being recorded.
-    pub(crate) fn is_recording(&self) -> bool {
-        self.gpu.as_ref().is_some_and(|gpu| gpu.recording().is_some())
+    /// Checks each time before recorded work is done.
+    pub(crate) fn check_when_done(&self, check: impl Fn(&mut Pending) -> Result<()> + Send + Sync + 'static) {
+        if let Some(recording) = self.own_recording().as_deref_mut().and_then(Option::as_mut) {
+            recording.checks.push(Box::new(check));
+        }
+    }
+
+    /// Does this at the end of a recording that succeeds.
+    pub(crate) fn at_end_of_recording(&self, apply: impl FnOnce() + Send + 'static) {
+        if let Some(recording) = self.own_recording().as_deref_mut().and_then(Option::as_mut) {
+            recording.at_end.push(Box::new(apply));
+        }
+    }
+
+    /// Keeps memory for as long as what is being recorded.
+    pub(crate) fn keep(&self, memory: impl FnOnce() -> Option<Arc<dyn Any + Send + Sync>>) {
+        if let Some(recording) = self.own_recording().as_deref_mut().and_then(Option::as_mut) {
+            recording.kept.extend(memory());
+        }
+    }
+
+    /// The error for what can be no part of recorded work, while work is recorded, by any thread.
+    pub(crate) fn expect_no_recording(&self, op: &'static str) -> Result<()> {
+        let is_recording = self.gpu.as_ref().is_some_and(|gpu| gpu.recording().is_some());
+        if is_recording { Err(while_capturing(op)) } else { Ok(()) }
+    }
+
+    /// What this thread records.
+    fn own_recording(&self) -> Option<MutexGuard<'_, Option<Recording>>> {
+        let recording = self.gpu.as_ref()?.recording();
+        let is_own = recording.as_ref().is_some_and(|recording| recording.by == thread::current().id());
+        is_own.then_some(recording)
     }
 
     /// How long it took to load kernels so far, each once per context; zero for the processor.
@@ -231,6 +279,19 @@ impl Device {
 
     pub(crate) fn driver(&self) -> Option<&Arc<dyn Driver>> {
         self.gpu.as_ref().map(|gpu| &gpu.driver)
+    }
+}
+
+impl Recording {
+    fn new() -> Self {
+        Recording {
+            by: thread::current().id(),
+            changes: Vec::new(),
+            before: Vec::new(),
+            checks: Vec::new(),
+            at_end: Vec::new(),
+            kept: Vec::new(),
+        }
     }
 }
 
@@ -247,17 +308,17 @@ struct Capture<'a> {
 }
 
 impl Capture<'_> {
-    fn end(mut self) -> (Result<Captured>, Vec<Change>) {
+    fn end(mut self) -> (Result<Captured>, Recording) {
         self.stop()
     }
 
-    fn stop(&mut self) -> (Result<Captured>, Vec<Change>) {
+    fn stop(&mut self) -> (Result<Captured>, Recording) {
         self.ended = true;
         let captured = self.gpu.driver.end_capture();
         self.gpu.driver.order().forget();
-        let recording = self.gpu.recording().take().unwrap_or_default();
-        recording.before.into_iter().rev().for_each(|restore| restore());
-        (captured, recording.changes)
+        let mut recording = self.gpu.recording().take().unwrap_or_else(Recording::new);
+        recording.before.drain(..).rev().for_each(|restore| restore());
+        (captured, recording)
     }
 }
 
@@ -281,6 +342,10 @@ pub struct Graph {
     captured: Captured,
     /// What the host knows when the work was done.
     changes: Vec<Change>,
+    /// What must hold before.
+    checks: Vec<Check>,
+    /// Memory that the work uses.
+    _kept: Vec<Arc<dyn Any + Send + Sync>>,
 }
 
 impl Graph {
@@ -291,8 +356,11 @@ impl Graph {
     ///   of its tensors has been replaced.
     ///
     /// # Errors
-    /// [`Error::Driver`], or [`Error::Launch`] in the emulator.
+    /// What a step would answer for the batch that lies in the slot now: [`Error::StaleBatch`], [`Error::UnknownSequence`],
+    /// [`Error::Unwritten`], [`Error::Missing`]; then nothing was done. [`Error::Driver`], or [`Error::Launch`] in the emulator.
     pub unsafe fn launch(&self) -> Result<()> {
+        let mut pending = Pending::new();
+        self.checks.iter().try_for_each(|check| check(&mut pending))?;
         self.driver.order().forget();
         // SAFETY: the arguments were checked when the work was recorded; the memory is there, by the caller's promise.
         unsafe { self.driver.replay(&self.captured)? };

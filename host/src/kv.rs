@@ -131,9 +131,10 @@ impl<'a> KvView<'a> {
         strides: [KvStrides; 2],
     ) -> Result<Self> {
         let [k_strides, v_strides] = strides;
+        k.expect("k", &[k.dtype()], k.shape())?; // dense
+        v.expect("v", &[k.dtype()], v.shape())?;
         reach("k", shape, k_strides, 0, k.shape())?;
         reach("v", shape, v_strides, 0, v.shape())?;
-        v.expect("v", &[k.dtype()], v.shape())?;
         Ok(KvView { k, v, shape, k_strides, v_strides })
     }
 
@@ -214,6 +215,8 @@ impl<'a> KvViewMut<'a> {
         reach("k", shape, k_strides, 0, k.shape())?;
         reach("v", shape, v_strides, 0, v.shape())?;
         v.expect("v", &[k.dtype()], v.shape())?;
+        expect_apart("k_strides", shape, k_strides, None)?;
+        expect_apart("v_strides", shape, v_strides, None)?;
         Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, k_strides, v_strides })
     }
 
@@ -222,7 +225,8 @@ impl<'a> KvViewMut<'a> {
     /// other element by element.
     ///
     /// # Errors
-    /// [`Error::Length`] where the tensor is shorter than the strides reach, [`Error::Config`] for equal offsets.
+    /// [`Error::Length`] where the tensor is shorter than the strides reach, [`Error::Config`] where keys and values, or two of
+    /// either, may share an element.
     pub fn combined(
         kv: TensorViewMut<'a>,
         offsets: [usize; 2],
@@ -230,11 +234,21 @@ impl<'a> KvViewMut<'a> {
         strides: [KvStrides; 2],
     ) -> Result<Self> {
         let [k_strides, v_strides] = strides;
-        if offsets[0] == offsets[1] {
-            return Err(Error::config("offsets", "those of a key and of another element", offsets[0]));
-        }
         reach("kv", shape, k_strides, offsets[0], kv.shape())?;
         reach("kv", shape, v_strides, offsets[1], kv.shape())?;
+        let distance = offsets[0].abs_diff(offsets[1]);
+        if k_strides == v_strides {
+            expect_apart("offsets", shape, k_strides, Some(distance))?;
+        } else {
+            expect_apart("k_strides", shape, k_strides, None)?;
+            expect_apart("v_strides", shape, v_strides, None)?;
+            let first = if offsets[0] < offsets[1] { k_strides } else { v_strides };
+            let extent = shape.extent(first).unwrap_or(usize::MAX);
+            if distance < extent {
+                let rule = format!("at least {extent} apart, where keys and values have other strides");
+                return Err(Error::config("offsets", rule, distance));
+            }
+        }
         Ok(KvViewMut { storage: KvStorageMut::Combined { kv, offsets }, shape, k_strides, v_strides })
     }
 
@@ -329,6 +343,35 @@ impl KvStorageMut<'_> {
         };
         std::iter::once(first).chain(second)
     }
+}
+
+/// Checks that no two heads of a pool share an element: sorted by their strides, each step goes beyond all that the smaller ones
+/// reach. With `distance` there are two such pools, so far from each other.
+fn expect_apart(
+    what: &'static str,
+    shape: KvShape,
+    strides: KvStrides,
+    distance: Option<usize>,
+) -> Result<()> {
+    let mut steps = [
+        (strides.page, shape.num_pages),
+        (strides.token, shape.page_size),
+        (strides.head, shape.num_kv_heads),
+        (distance.unwrap_or(0), if distance.is_some() { 2 } else { 1 }),
+    ];
+    steps.sort_unstable();
+    let mut reached = shape.head_dim;
+    for (step, count) in steps.into_iter().filter(|&(_, count)| count > 1) {
+        if step < reached {
+            return Err(Error::config(
+                what,
+                format!("at least {reached}, so that nothing is in two places"),
+                step,
+            ));
+        }
+        reached = step.saturating_mul(count - 1).saturating_add(reached);
+    }
+    Ok(())
 }
 
 fn reach(what: &'static str, shape: KvShape, strides: KvStrides, offset: usize, given: Shape) -> Result<()> {

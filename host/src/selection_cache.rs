@@ -244,6 +244,13 @@ fn forget_on_device(
 }
 
 impl SelectionCacheLayer<'_> {
+    /// Where it lies: tells layers from each other.
+    pub(crate) fn place(&self) -> usize {
+        let view = self.made_at.as_view();
+        let on_host = || view.as_slice::<u32>().map_or(0, |entries| entries.as_ptr() as usize);
+        view.device_addr().map_or_else(|_| on_host(), |addr| addr as usize)
+    }
+
     /// A shorter borrow of the same memory.
     pub fn reborrow(&mut self) -> SelectionCacheLayer<'_> {
         SelectionCacheLayer {

@@ -372,12 +372,17 @@ impl<'a> TensorView<'a> {
         };
         self.expect_dense("tensor")?;
         if heads.start > heads.end || heads.end > all {
-            return Err(Error::Index { what: "head", limit: all + 1, got: heads.end.max(heads.start) });
+            let (limit, got) = (all.saturating_add(1), heads.end.max(heads.start));
+            return Err(Error::Index { what: "head", limit, got });
         }
-        let (first, count) = (heads.start * dim, heads.len());
-        let elements = if tokens == 0 || count == 0 { 0 } else { (tokens - 1) * all * dim + count * dim };
-        let data = self.data_part(first.min(self.num_elements()), elements);
-        Ok(TensorView { shape: [tokens, count, dim].into(), data, strides: Some([all * dim, dim]) })
+        let count = heads.len();
+        // Of an empty tensor no number need fit anything.
+        let is_empty = self.num_elements() == 0 || count == 0;
+        let (first, elements) =
+            if is_empty { (0, 0) } else { (heads.start * dim, (tokens - 1) * all * dim + count * dim) };
+        let all_dim = if is_empty { 0 } else { all * dim };
+        let data = self.data_part(first, elements);
+        Ok(TensorView { shape: [tokens, count, dim].into(), data, strides: Some([all_dim, dim]) })
     }
 
     /// A strided tensor `[tokens, heads, dim]` in a slice: distances in elements from a token to the next and from a head to the
@@ -431,7 +436,7 @@ impl<'a> TensorView<'a> {
     /// Elements from a token to the next, and from a head to the next, of a tensor `[tokens, heads, dim]`.
     pub(crate) fn head_strides(&self) -> [usize; 2] {
         let dims = self.shape.dims;
-        self.strides.unwrap_or([dims[1] * dims[2], dims[2]])
+        self.strides.unwrap_or([dims[1].saturating_mul(dims[2]), dims[2]])
     }
 
     /// Elements from the first to one past the last, gaps included.

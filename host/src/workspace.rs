@@ -106,8 +106,8 @@ macro_rules! buffers {
                 match buffer { $(Buffer::$name => &self.$field,)* }
             }
 
-            /// One of the buffers, writable: for a collective, or for results of one's own ([`provide`](Self::provide)).
-            pub fn buffer_mut(&mut self, buffer: Buffer) -> TensorViewMut<'_> {
+            /// One of the buffers, writable.
+            pub(crate) fn buffer_mut(&mut self, buffer: Buffer) -> TensorViewMut<'_> {
                 match buffer { $(Buffer::$name => self.$field.view_mut(),)* }
             }
         }

@@ -117,7 +117,7 @@ pub fn to_device(device: &Device, tensor: &Tensor) -> Tensor {
 pub fn put(ts: &mut TokenSelect, buffer: Buffer, values: &[f64]) {
     let shape = ts.workspace().buffer(buffer).shape();
     let values = to_device(&ts.device().clone(), &tensor(buffer.dtype(), values, shape));
-    ts.workspace_mut().buffer_mut(buffer).copy_from(values.view()).unwrap();
+    ts.buffer_mut(buffer).copy_from(values.view()).unwrap();
 }
 
 /// The elements of a tensor as f64.

@@ -49,12 +49,12 @@ impl Reader {
         let all = std::iter::once(0..n as u32).collect();
         let batch = Batch::partial(page_size, vec![0, 0], tables.clone(), all).unwrap();
         let hq = self.ts.config().heads.num_qo_heads;
-        let workspace = self.ts.workspace_mut();
-        let queries = workspace.buffer_mut(Buffer::Queries).into_slice::<f32>().unwrap();
+        let ts = &mut self.ts;
+        let queries = ts.buffer_mut(Buffer::Queries).into_slice::<f32>().unwrap();
         queries.fill(0.0);
         (0..hq).for_each(|head| queries[head * 8 + head % 8] = 1.0);
-        workspace.buffer_mut(Buffer::Actions).into_slice::<u32>().unwrap()[0] = RowAction::Score as u32;
-        workspace.provide(Buffer::Actions, &batch).unwrap();
+        ts.buffer_mut(Buffer::Actions).into_slice::<u32>().unwrap()[0] = RowAction::Score as u32;
+        ts.provide(Buffer::Actions, &batch).unwrap();
         self.ts.score(&batch, cache.layer(layer).unwrap()).unwrap();
         values(self.ts.workspace().buffer(Buffer::Logits))[..n * hq].to_vec()
     }

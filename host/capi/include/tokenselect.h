@@ -5,7 +5,8 @@
  * - A function answers a ts_status, 0 for success; the text of the last error is kept per thread, ts_last_error_message.
  * - Objects are opaque handles, made by a _create function and given back by _destroy, in any order.
  * - Pointers to tensors are addresses of the device, of the host for the processor. Types and shapes follow from
- *   configuration and batch; all tensors but the cache are dense. A null pointer is an error unless the text allows it.
+ *   configuration and batch. The cache and a step's queries, keys and values may be strided; other tensors are dense. A null
+ *   pointer is an error unless the text allows it.
  * - Work on a GPU is put in the device's stream; only functions that say so wait for it.
  * - A handle is used by one thread at a time, except where it says otherwise.
  * - Structures that callers fill begin with their size, struct_size. A shorter one than this version's is an older one, and
@@ -118,6 +119,8 @@ enum ts_dtype
   TS_DTYPE_U32 = 3,
   /// Unsigned 64-bit integer.
   TS_DTYPE_U64 = 4,
+  /// IEEE 754 double precision.
+  TS_DTYPE_F64 = 5,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -269,9 +272,9 @@ enum ts_workspace
  {
   /// `[max_rows, num_qo_heads, head_dim]` f32, written by pool: the scoring queries.
   TS_WORKSPACE_QUERIES = 0,
-  /// `[max_rows]` f32, written by pool: cosine with the cached scoring query; -1 where there is none.
+  /// `[max_rows]` f32, written by pool and decide: cosine with the cached scoring query; -1 where there is none.
   TS_WORKSPACE_SIMILARITIES = 1,
-  /// `[max_rows]` u32, written by pool: a `ts_row_action`.
+  /// `[max_rows]` u32, written by pool and decide: a `ts_row_action`.
   TS_WORKSPACE_ACTIONS = 2,
   /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
   /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
@@ -290,6 +293,9 @@ enum ts_workspace
   TS_WORKSPACE_SELECTED = 8,
   /// `[max_rows]` u32, written by top-k: length of each selected list.
   TS_WORKSPACE_SELECTED_LEN = 9,
+  /// `[max_rows, 3]` f64, written by compare: scoring query times cached one, scoring query squared, cached one squared,
+  /// each over all heads of this context; zeros where no cached selection is usable.
+  TS_WORKSPACE_PRODUCTS = 10,
 };
 #ifndef __cplusplus
 #if __STDC_VERSION__ >= 202311L
@@ -572,6 +578,37 @@ typedef struct ts_device_tables {
   size_t num_sequences;
 } ts_device_tables;
 
+/// Queries, keys and values of a step of one layer, of the configuration's type. An operation reads those that it needs;
+/// the others may be null.
+///
+/// The element `i` of head `h` of token `t` of the queries is at `t * q_stride_token + h * q_stride_head + i`, and of keys
+/// and values likewise. Strides that are 0 are those of dense tensors, others may be those of slices of a fused projection,
+/// `[num_query_tokens, num_qo_heads + 2 * num_kv_heads, head_dim]`: all `_stride_token` are then the elements of its row.
+/// On a GPU strides are multiples of 8. Fields that are not set are 0.
+typedef struct ts_step_input {
+  /// `sizeof(ts_step_input)`.
+  size_t struct_size;
+  /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows. Aligned to 16 bytes on a GPU.
+  const void *q;
+  /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append, rotated by the model for native positions, not rotated
+  /// for reassigned ones. As `q`.
+  const void *k;
+  /// As `k`: values to append.
+  const void *v;
+  /// Elements from a token to the next, in the queries; 0 for `num_qo_heads * head_dim`.
+  size_t q_stride_token;
+  /// Elements from a head to the next of its token, in the queries; 0 for `head_dim`.
+  size_t q_stride_head;
+  /// As `q_stride_token`, in the keys; 0 for `num_kv_heads * head_dim`.
+  size_t k_stride_token;
+  /// As `q_stride_head`, in the keys.
+  size_t k_stride_head;
+  /// As `k_stride_token`, in the values.
+  size_t v_stride_token;
+  /// As `q_stride_head`, in the values.
+  size_t v_stride_head;
+} ts_step_input;
+
 /// Outputs of attention, dense. Fields that are not set are 0.
 typedef struct ts_output {
   /// `sizeof(ts_output)`.
@@ -630,18 +667,6 @@ typedef struct ts_selection_stats {
 
 /// Names a sequence of one cache. A name is never used twice.
 typedef uint64_t ts_sequence;
-
-/// Inputs of a step of one layer, of the configuration's type, dense. Fields that are not set are 0.
-typedef struct ts_step_input {
-  /// `sizeof(ts_step_input)`.
-  size_t struct_size;
-  /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows.
-  const void *q;
-  /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append.
-  const void *k;
-  /// As `k`: values to append.
-  const void *v;
-} ts_step_input;
 
 /// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given.
 /// Answers 0 if all went well. Must not unwind.
@@ -874,11 +899,12 @@ ts_status ts_context_workspace(struct ts_context *context,
 /// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
 /// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
-/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
-/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// Queries, similarities and actions stand for what pool writes, products for what compare does, logits and statistics
+/// for what score does, the selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
 /// what is made of results that break a rule, such as lists that do not ascend, is not specified.
 ///
-/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// Errors: `TS_STATUS_ORDER` for products, logits, statistics and votes without `ts_pool` of the same batch before, for
+/// all of these but products also after `ts_compare` without `ts_decide`,
 /// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// Promised by the caller:
@@ -1049,8 +1075,7 @@ ts_status ts_batch_slot_destroy(struct ts_batch_slot *slot);
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
-/// model for native positions, not rotated for reassigned ones. Writes `kv`.
+/// Of `input` this reads `k` and `v`. Writes `kv`.
 ///
 /// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
 /// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
@@ -1061,37 +1086,36 @@ ts_status ts_batch_slot_destroy(struct ts_batch_slot *slot);
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles.
 /// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
-///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
-///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
+///   among each other, is the device's, and in which no element is a key's and a value's; `input` is null or a structure
+///   of `struct_size` bytes, whose tensors, from the first element to the last, are the device's. All memory is valid
+///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
 ts_status ts_append(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
-                    const void *k,
-                    const void *v);
+                    const struct ts_step_input *input);
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
-/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// Of `input` this reads `q`. With `selection_cache`, whose `layer` is used, selections of rows that name their sequence
+/// may be used again; null selects anew.
 ///
 /// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
-///   done.
+/// - `kv` and `input` are null or structures of `struct_size` bytes; their memory is the device's and unchanged until its
+///   work is done.
 ts_status ts_select(struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
-                    const void *q,
+                    const struct ts_step_input *input,
                     struct ts_selection_cache *selection_cache,
                     size_t layer);
 
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
-/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
 /// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
@@ -1100,33 +1124,63 @@ ts_status ts_select(struct ts_context *context,
 ts_status ts_append_select(struct ts_context *context,
                            const struct ts_batch *batch,
                            const struct ts_kv_view *kv,
-                           const void *q,
-                           const void *k,
-                           const void *v,
+                           const struct ts_step_input *input,
                            struct ts_selection_cache *selection_cache,
                            size_t layer);
 
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// `input` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
 /// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
-/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
-/// pointers.
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another and
+/// a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
 ts_status ts_pool(struct ts_context *context,
                   const struct ts_batch *batch,
-                  const void *q,
+                  const struct ts_step_input *input,
                   struct ts_selection_cache *selection_cache,
                   size_t layer);
+
+/// What the cosines are made of, where ranks share the heads of a layer (tensor parallelism): `TS_WORKSPACE_PRODUCTS` of
+/// this context's heads, to be added over all ranks before `ts_decide`. Every rank then takes the same action, and chooses
+/// the same tokens, as one context with all heads would, up to rounding; each has a Selection Cache for its own heads:
+///
+/// ```text
+/// ts_pool with null;  ts_compare;  sum TS_WORKSPACE_PRODUCTS over ranks;  ts_decide
+/// ts_score;           ts_vote;     sum TS_WORKSPACE_VOTES over ranks;     ts_top_k
+/// ```
+///
+/// Reads `TS_WORKSPACE_QUERIES`; changes nothing in `selection_cache`. Actions are void until `ts_decide`.
+///
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, and those of `ts_pool`.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_compare(struct ts_context *context,
+                     const struct ts_batch *batch,
+                     struct ts_selection_cache *selection_cache,
+                     size_t layer);
+
+/// What is to be done for each row, by the sums of `TS_WORKSPACE_PRODUCTS` over all ranks. Writes
+/// `TS_WORKSPACE_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`. Pass what was passed to `ts_compare`.
+///
+/// Errors: `TS_STATUS_ORDER` without `ts_compare` of the same batch before it, and those of `ts_pool`.
+///
+/// Promised by the caller:
+/// - As for `ts_select`.
+ts_status ts_decide(struct ts_context *context,
+                    const struct ts_batch *batch,
+                    struct ts_selection_cache *selection_cache,
+                    size_t layer);
 
 /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
 /// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
 ///
-/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`,
-/// `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, or after `ts_compare` without `ts_decide`,
+/// `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
 /// `TS_STATUS_MISSING` as `ts_pool`, and those of pointers.
 ///
 /// Promised by the caller:
@@ -1149,7 +1203,7 @@ ts_status ts_vote(struct ts_context *context,
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
 /// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
-/// and every row is counted; pass what was passed to `ts_pool`.
+/// and every row is counted; pass what was passed to `ts_pool` or `ts_decide`.
 ///
 /// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
 /// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
@@ -1177,9 +1231,8 @@ ts_status ts_vote_top_k(struct ts_context *context,
 
 /// Attention over the selected lists of the workspace. Writes `output`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. Query `t` of a block of `T`
-/// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
-/// `lse = -inf`.
+/// Of `input` this reads `q`. Query `t` of a block of `T` sees the first `m - T + t + 1` of the `m` tokens of its row's
+/// list. Rows whose list is empty get `out = 0` and `lse = -inf`.
 ///
 /// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
 /// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
@@ -1189,12 +1242,12 @@ ts_status ts_vote_top_k(struct ts_context *context,
 ///
 /// Promised by the caller:
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
-///   work is done, and nothing else uses the outputs meanwhile.
+/// - `kv`, `input` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until
+///   its work is done, and nothing else uses the outputs meanwhile.
 ts_status ts_attend(const struct ts_context *context,
                     const struct ts_batch *batch,
                     const struct ts_kv_view *kv,
-                    const void *q,
+                    const struct ts_step_input *input,
                     const struct ts_output *output);
 
 /// As `ts_attend`, over all tokens of each row: ordinary paged attention.
@@ -1206,7 +1259,7 @@ ts_status ts_attend(const struct ts_context *context,
 ts_status ts_attend_dense(const struct ts_context *context,
                           const struct ts_batch *batch,
                           const struct ts_kv_view *kv,
-                          const void *q,
+                          const struct ts_step_input *input,
                           const struct ts_output *output);
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
@@ -1221,7 +1274,7 @@ ts_status ts_attend_dense(const struct ts_context *context,
 ts_status ts_attend_to(const struct ts_context *context,
                        const struct ts_batch *batch,
                        const struct ts_kv_view *kv,
-                       const void *q,
+                       const struct ts_step_input *input,
                        const struct ts_selection *selection,
                        const struct ts_output *output);
 
@@ -1448,24 +1501,23 @@ ts_status ts_cache_stats(const struct ts_cache *cache,
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
-/// own. `batch` comes from `ts_cache_extend`.
+/// Of `input` this reads `k` and `v`, which are not the cache's own. `batch` comes from `ts_cache_extend`.
 ///
 /// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
 /// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
-/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
-/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
-/// and those of pointers. Then nothing was written.
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's and for strides that the device cannot go,
+/// `TS_STATUS_MISSING` for a batch that this cache did not make, one whose slot holds another, and a context without
+/// `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and those of pointers. Then nothing was written.
 ///
 /// Promised by the caller:
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
-/// - `k` and `v` are memory of the device that lives, unchanged, until its work is done.
+/// - `input` is null or a structure of `struct_size` bytes, whose `k` and `v` are memory of the device that lives,
+///   unchanged, until its work is done.
 ts_status ts_cache_append(const struct ts_context *context,
                           struct ts_cache *cache,
                           size_t layer,
                           const struct ts_batch *batch,
-                          const void *k,
-                          const void *v);
+                          const struct ts_step_input *input);
 
 /// One step of one layer of an owned cache: append keys and values, select, attend.
 ///

@@ -317,6 +317,49 @@ class Steps(unittest.TestCase):
         with self.assertRaisesRegex(ValueError, "the last strides of k and v pages must be 1"):
             ctx.score(batch, ts.KvView(rows[..., ::2], rows[..., ::2], "HND"))
 
+    def test_fused(self):
+        """Slices of a fused projection are taken as they are, and give the bits of dense tensors."""
+        cfg = config()
+        ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=64)
+
+        def run(of, cast=lambda tensor: tensor):
+            """What every function makes of `[tokens, heads, D]` that are `of(fused)`."""
+            random = np.random.default_rng(9)
+            cache = ts.Cache(self.device, cfg, num_pages=32, page_size=PAGE)
+            sequences, kv, made = [cache.create(), cache.create()], cache.layer(0), []
+            for block in (8, 8, 1, 1):
+                fused = random.standard_normal((block, HQ + 2 * HKV, D)).astype(np.float32)
+                q, k, v = (cast(of(part)) for part in np.split(fused, [HQ, HQ + HKV], axis=1))
+                out, lse = np.empty((block, HQ, D), np.float32), np.empty((block, HQ), np.float32)
+                given = dict(out=cast(out), lse=cast(lse))
+                step = lambda name: getattr(ctx, name)(cache, 0, batch, q, k, v, **given)  # noqa: E731
+                batch = cache.extend([(sequences[0], block)])
+                step("step" if block == 8 else "step_dense")
+                made += [out.copy(), lse.copy()]
+                batch = cache.extend([(sequences[1], block)])
+                ctx.append(batch, (cache, 0), k, v)
+                ctx.pool(batch, q)
+                ctx.score(batch, kv)
+                ctx.vote_top_k(batch)
+                ctx.attend(batch, kv, q, **given)
+                made += [out.copy(), lse.copy(), ctx.selected()]
+                ctx.select(batch, kv, q)
+                length = np.array([len(ctx.selected())], np.int32)
+                ctx.attend_to(batch, kv, q, np.array([ctx.selected()], np.int32), length, **given)
+                made += [out.copy(), lse.copy()]
+                ctx.attend_dense(batch, kv, q, **given)
+                made += [out.copy(), lse.copy()]
+            return made
+
+        def heads_first(part):
+            return np.ascontiguousarray(part.transpose(1, 0, 2)).transpose(1, 0, 2)
+
+        want = run(np.ascontiguousarray)
+        stand_in = lambda tensor: StandIn(tensor, "float32")  # noqa: E731
+        for got in (run(lambda part: part), run(heads_first), run(lambda part: part, stand_in)):
+            for got, want_one in zip(got, want, strict=True):
+                np.testing.assert_array_equal(got, want_one)
+
     def test_own_results(self):
         """Logits by their index, votes and lists of one's own, and what comes too early."""
         cfg = config()
@@ -348,6 +391,54 @@ class Steps(unittest.TestCase):
         np.testing.assert_array_equal(ctx.attend(other, kv, q), ctx.attend_to(batch, kv, q, tokens, length))
         with self.assertRaisesRegex(ValueError, "`name` must be one of queries"):
             ctx.provide("vote", batch)
+
+    def test_ranks(self):
+        """Two contexts that share the heads, with their products and votes added, decide as one with all heads."""
+        fields = dict(selection_cache=1, similarity_threshold=0.8, max_reuse=2)
+        pools = [np.zeros((16, PAGE, HKV, D), np.float32) for _ in "kv"]
+
+        def rank(heads):
+            cfg = config(num_qo_heads=heads * HQ // HKV, num_kv_heads=heads, **fields)
+            ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=64)
+            return ctx, ts.SelectionCache(self.device, cfg, num_layers=1, num_sequences=1)
+
+        (whole, reuse), ranks, first = rank(HKV), [rank(1) for _ in range(HKV)], self.draw(8, HQ, D)
+        length, actions, own_differ = 0, [], False
+        for step, block in enumerate([8, 8, 8, *[1] * 9]):
+            length += block
+            q, k, v = first[:block] + 0.3 * self.draw(block, HQ, D), *(self.draw(block, HKV, D) for _ in "kv")
+            q[:, HQ // 2 :] += (0.7 if step % 2 else 0) * self.draw(block, HQ // 2, D)
+            batch = ts.Batch(PAGE, [0, block], *tables(length, 16), sequence_indices=[0])
+            whole.append_select(batch, ts.KvView(*pools), q, k, v, reuse)
+            action = whole.workspace("actions").numpy()[0]
+            actions.append(action)
+            parts = [q[:, HQ // HKV * head :][:, : HQ // HKV] for head in range(HKV)]
+            views = [ts.KvView(*(pool[:, :, head : head + 1] for pool in pools)) for head in range(HKV)]
+
+            def all_reduce(name):
+                buffers = [np.asarray(ctx.workspace(name)) for ctx, _ in ranks]
+                total = sum(buffers)
+                for buffer in buffers:
+                    buffer[:] = total
+
+            for (ctx, cached), part in zip(ranks, parts):
+                ctx.pool(batch, part, cached)
+                own_differ |= ctx.workspace("actions").numpy()[0] != action
+                ctx.pool(batch, part)
+                ctx.compare(batch, cached)
+            self.assertEqual(ctx.workspace("products").numpy().dtype, np.float64)
+            all_reduce("products")
+            for (ctx, cached), kv in zip(ranks, views):
+                ctx.decide(batch, cached)
+                self.assertEqual(ctx.workspace("actions").numpy()[0], action)
+                ctx.score(batch, kv)
+                ctx.vote(batch)
+            all_reduce("votes")
+            for ctx, cached in ranks:
+                ctx.top_k(batch, cached)
+                self.assertEqual(ctx.selected(), whole.selected())
+        self.assertEqual(set(actions), {1, 2, 3})
+        self.assertTrue(own_differ)
 
     def test_operations(self):
         """A context for some operations, and what a device supports."""
@@ -405,8 +496,18 @@ class Steps(unittest.TestCase):
             ctx.pool(batch, self.draw(2, HQ, D))
         with self.assertRaisesRegex(TypeError, "`q` must be f32, got f16"):
             ctx.pool(batch, self.draw(1, HQ, D).astype(np.float16))
-        with self.assertRaisesRegex(ValueError, "`q` must be contiguous"):
+        with self.assertRaisesRegex(ValueError, "`q` must have adjacent elements in its last dimension"):
             ctx.pool(batch, self.draw(1, HQ, 2 * D)[:, :, ::2])
+        heads = self.draw(1, HQ, D)
+        for wrong in (heads[:, ::-1], np.broadcast_to(heads[:, :1], heads.shape)):
+            with self.assertRaisesRegex(ValueError, "`q` must have strides above 0, its strides are"):
+                ctx.pool(batch, wrong)
+        part = np.zeros((1, HQ), np.dtype([("head", "<f4", D), ("flag", "u1")]))["head"]
+        with self.assertRaisesRegex(ValueError, "`q` must have strides of whole elements, 4 bytes, its strides are"):
+            ctx.pool(batch, part)
+        with self.assertRaisesRegex(ValueError, "`out` must be contiguous"):
+            kv = ts.KvView(self.draw(1, PAGE, HKV, D), self.draw(1, PAGE, HKV, D))
+            ctx.attend_dense(batch, kv, heads, out=self.draw(1, HQ, 2 * D)[:, :, :D])
         with self.assertRaisesRegex(ValueError, "`indptr` must have 2 entries for 1 rows, got 3"):
             ts.Batch(PAGE, [0, 1], [0, 1, 2], [0], [1])
         with self.assertRaisesRegex(ValueError, "`indptr` must end with the number of indices, 2, got 1"):
@@ -452,8 +553,50 @@ class Steps(unittest.TestCase):
         self.assertEqual(ctx.workspace("selected").torch()[0, :8].tolist(), list(range(8)))
 
 
+class Slice:
+    """A part of a buffer, with strides."""
+
+    def __init__(self, buffer, array, part):
+        self.buffer = buffer  # holds the memory
+        self.interface = {
+            "data": (buffer.ptr + part.ctypes.data - array.ctypes.data, False),
+            "shape": part.shape, "typestr": buffer.typestr, "strides": part.strides, "version": 3, "stream": None,
+        }  # fmt: skip
+
+    @property
+    def __cuda_array_interface__(self):
+        return self.interface
+
+
 class Emulated(unittest.TestCase):
     """GPU kernels."""
+
+    def test_fused(self):
+        """Slices of a fused projection on the device."""
+        try:
+            device = ts.Device.emulated()
+        except ts.Error as error:
+            self.skipTest(str(error))
+        cfg = config(dtype="bf16", head_dim=64)
+        ctx = ts.Context(device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=32)
+        results = []
+        for fused in (False, True):
+            random = np.random.default_rng(6)
+            kv = ts.KvView(*(device.to_device(to_bf16(np.zeros((8, PAGE, HKV, 64)))) for _ in "kv"))
+            made = []
+            for length, block in ((8, 8), (16, 8), (24, 8), (25, 1)):
+                array = to_bf16(random.standard_normal((block, HQ + 2 * HKV, 64)))
+                buffer = device.to_device(array)
+                parts = np.split(array, [HQ, HQ + HKV], axis=1)
+                copy = lambda part: device.to_device(np.ascontiguousarray(part))  # noqa: E731
+                q, k, v = (Slice(buffer, array, part) if fused else copy(part) for part in parts)
+                batch, out = ts.Batch(PAGE, [0, block], *tables(length, 8)), ts.Buffer(device, (block, HQ, 64), "<f4")
+                ctx.append_select(batch, kv, q, k, v)
+                ctx.attend(batch, kv, q, out)
+                made += [ctx.selected(), out.numpy()]
+            results.append(made)
+        for dense, fused in zip(*results, strict=True):
+            np.testing.assert_array_equal(dense, fused)
 
     def test_select_and_capture(self):
         try:

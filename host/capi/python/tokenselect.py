@@ -12,6 +12,9 @@ the CPU device they lie in the host's memory, on a CUDA device in that device's.
     ctx.select(batch, kv, q)
     out = ctx.attend(batch, kv, q)
 
+Queries, keys and values, `[tokens, heads, head_dim]`, may be slices of a fused projection's output: any strides above 0
+but that of the last dimension, which is 1.
+
 Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. A tensor that is passed
 lives until the call returns, and must live until the device has done the work; tensors of PyTorch's caching allocator
 do, if both use one stream. Objects may be dropped in any order. One object is used by one thread at a time; a failed
@@ -30,7 +33,7 @@ __all__ += ["SelectionCache", "version"]
 
 version = _lib.version
 
-_DTYPES = ["f16", "bf16", "f32", "u32", "u64"]
+_DTYPES = ["f16", "bf16", "f32", "u32", "u64", "f64"]
 _CODES = {name: code for code, name in enumerate(_DTYPES)}
 _CODES.update(float16=0, bfloat16=1, float32=2, half=0)
 _LAYOUTS = {"NHD": 0, "HND": 1}
@@ -44,7 +47,7 @@ _CHOICES = {
 _OPERATIONS = dict(append=1, pool=2, score=4, vote=8, attend=16)
 _WORKSPACE = [
     "queries", "similarities", "actions", "logits", "stats", "votes", "pooled_votes", "top_k", "selected",
-    "selected_len",
+    "selected_len", "products",
 ]  # fmt: skip
 
 
@@ -472,20 +475,19 @@ class Context(_Handle):
     def append(self, batch, kv, k, v):
         """Writes `k` and `v`, `[num_query_tokens, num_kv_heads, head_dim]`, into the pages of the batch; `kv` may be a
         pair `(cache, layer)`."""
-        k, v = self._rows("k", k, batch), self._rows("v", v, batch)
+        given = self._input(batch, k=k, v=v)
         if isinstance(kv, tuple):
-            return _lib.cache_append(self, kv[0], kv[1], batch, k, v)
-        return _lib.append(self, batch, self._kv(kv), k, v)
+            return _lib.cache_append(self, kv[0], kv[1], batch, given)
+        return _lib.append(self, batch, self._kv(kv), given)
 
     def select(self, batch, kv, q, selection_cache=None, layer=0):
         """`pool`, `score`, `vote` and `top_k` in one."""
-        _lib.select(self, batch, self._kv(kv), self._rows("q", q, batch), selection_cache, layer)
+        _lib.select(self, batch, self._kv(kv), self._input(batch, q=q), selection_cache, layer)
 
     def append_select(self, batch, kv, q, k, v, selection_cache=None, layer=0):
         """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a
         borrowed cache."""
-        q, k, v = (self._rows(name, given, batch) for name, given in (("q", q), ("k", k), ("v", v)))
-        _lib.append_select(self, batch, self._kv(kv), q, k, v, selection_cache, layer)
+        _lib.append_select(self, batch, self._kv(kv), self._input(batch, q=q, k=k, v=v), selection_cache, layer)
 
     def vote_top_k(self, batch, selection_cache=None, layer=0):
         """`vote`, then `top_k` of these votes."""
@@ -493,7 +495,16 @@ class Context(_Handle):
 
     def pool(self, batch, q, selection_cache=None, layer=0):
         """Scoring queries, similarities and actions from `q`, `[num_query_tokens, num_qo_heads, head_dim]`."""
-        _lib.pool(self, batch, self._rows("q", q, batch), selection_cache, layer)
+        _lib.pool(self, batch, self._input(batch, q=q), selection_cache, layer)
+
+    def compare(self, batch, selection_cache=None, layer=0):
+        """Where ranks share the heads of a layer: the buffer `products`, f64, to be added over all ranks between `pool`
+        without a Selection Cache and `decide`. See `ts_compare`."""
+        _lib.compare(self, batch, selection_cache, layer)
+
+    def decide(self, batch, selection_cache=None, layer=0):
+        """Similarities and actions by the sums of `products`; pass what was passed to `compare`."""
+        _lib.decide(self, batch, selection_cache, layer)
 
     def score(self, batch, kv):
         """Logits and softmax statistics of the candidates."""
@@ -504,7 +515,7 @@ class Context(_Handle):
         _lib.vote(self, batch)
 
     def top_k(self, batch, selection_cache=None, layer=0):
-        """The selected lists; pass what was passed to `pool`."""
+        """The selected lists; pass what was passed to `pool`, or `decide`."""
         _lib.top_k(self, batch, selection_cache, layer)
 
     def attend(self, batch, kv, q, out=None, lse=None):
@@ -550,7 +561,8 @@ class Context(_Handle):
 
     def workspace(self, name):
         """A buffer between operations, by name: `queries`, `similarities`, `actions`, `logits`, `stats`, `votes`,
-        `pooled_votes`, `top_k`, `selected`, `selected_len`. The same memory; `.torch()`, `.numpy()` for copies."""
+        `pooled_votes`, `top_k`, `selected`, `selected_len`, `products`. The same memory; `.torch()`, `.numpy()` for
+        copies."""
         return Workspace(self, self._buffer(name))
 
     @staticmethod
@@ -579,11 +591,16 @@ class Context(_Handle):
     def _kv(self, kv):
         return kv.raw(self.device, self.config.dtype)
 
-    def _rows(self, what, tensor, batch):
-        """Address of a tensor with a row for every query token."""
-        heads = self.config.num_qo_heads if what == "q" else self.config.num_kv_heads
-        shape = (batch.num_query_tokens, heads, self.config.head_dim)
-        return View(what, tensor, self.device).expect(what, shape, [self.config.dtype])
+    def _input(self, batch, **tensors):
+        """The structure of the library with some of `q`, `k` and `v`."""
+        raw, config = abi.StepInput(), self.config
+        for what, tensor in tensors.items():
+            heads = config.num_qo_heads if what == "q" else config.num_kv_heads
+            shape = (batch.num_query_tokens, heads, config.head_dim)
+            found = View(what, tensor, self.device).heads(what, shape, [config.dtype])
+            for name, value in zip((what, f"{what}_stride_token", f"{what}_stride_head"), found):
+                setattr(raw, name, value)
+        return raw
 
     def _output(self, tokens, q, out, lse):
         """The structure of the library, and what is answered."""
@@ -600,13 +617,13 @@ class Context(_Handle):
         return raw, (out, lse)
 
     def _attend(self, name, batch, kv, q, more, out, lse):
-        address = self._rows("q", q, batch)
+        given = self._input(batch, q=q)
         output, answer = self._output(batch.num_query_tokens, q, out, lse)
-        getattr(_lib, name)(self, batch, self._kv(kv), address, *more, output)
+        getattr(_lib, name)(self, batch, self._kv(kv), given, *more, output)
         return answer
 
     def _step(self, name, cache, layer, batch, tensors, out, lse):
-        given = {what: self._rows(what, tensor, batch) for what, tensor in zip("qkv", tensors)}
+        given = self._input(batch, **dict(zip("qkv", tensors)))
         output, answer = self._output(batch.num_query_tokens, tensors[0], out, lse)
-        getattr(_lib, name)(self, cache, layer, batch, abi.StepInput(**given), output)
+        getattr(_lib, name)(self, cache, layer, batch, given, output)
         return answer

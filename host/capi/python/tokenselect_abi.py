@@ -110,7 +110,11 @@ Parts = _structure(
     "ts_parts",
     struct_size=c_size_t, num_parts=c_size_t, num_query_tokens=c_size_t, parts=c_void_p, part_lses=c_void_p,
 )  # fmt: skip
-StepInput = _structure("ts_step_input", struct_size=c_size_t, q=c_void_p, k=c_void_p, v=c_void_p)
+StepInput = _structure(
+    "ts_step_input",
+    struct_size=c_size_t, q=c_void_p, k=c_void_p, v=c_void_p, q_stride_token=c_size_t, q_stride_head=c_size_t,
+    k_stride_token=c_size_t, k_stride_head=c_size_t, v_stride_token=c_size_t, v_stride_head=c_size_t,
+)  # fmt: skip
 SelectionStats = _structure("ts_selection_stats", reused=c_uint64, scored=c_uint64, complete=c_uint64)
 Tensor = _structure("ts_tensor", data=c_void_p, dtype=c_int32, rank=c_uint32, shape=c_size_t * 4)
 
@@ -152,17 +156,19 @@ FUNCTIONS = {
     "ts_batch_slot_put": [_P, _P, _OUT],
     "ts_batch_slot_translate": [_P, POINTER(DeviceTables), _OUT],
     "ts_batch_slot_faults": [_P, POINTER(c_uint32)],
-    "ts_append": [_P, _P, POINTER(KvView), _P, _P],
-    "ts_append_select": [_P, _P, POINTER(KvView), _P, _P, _P, _P, c_size_t],
+    "ts_append": [_P, _P, POINTER(KvView), POINTER(StepInput)],
+    "ts_append_select": [_P, _P, POINTER(KvView), POINTER(StepInput), _P, c_size_t],
     "ts_vote_top_k": [_P, _P, _P, c_size_t],
-    "ts_select": [_P, _P, POINTER(KvView), _P, _P, c_size_t],
-    "ts_pool": [_P, _P, _P, _P, c_size_t],
+    "ts_select": [_P, _P, POINTER(KvView), POINTER(StepInput), _P, c_size_t],
+    "ts_pool": [_P, _P, POINTER(StepInput), _P, c_size_t],
+    "ts_compare": [_P, _P, _P, c_size_t],
+    "ts_decide": [_P, _P, _P, c_size_t],
     "ts_score": [_P, _P, POINTER(KvView)],
     "ts_vote": [_P, _P],
     "ts_top_k": [_P, _P, _P, c_size_t],
-    "ts_attend": [_P, _P, POINTER(KvView), _P, POINTER(Output)],
-    "ts_attend_dense": [_P, _P, POINTER(KvView), _P, POINTER(Output)],
-    "ts_attend_to": [_P, _P, POINTER(KvView), _P, POINTER(Selection), POINTER(Output)],
+    "ts_attend": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output)],
+    "ts_attend_dense": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output)],
+    "ts_attend_to": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Selection), POINTER(Output)],
     "ts_merge": [_P, POINTER(Parts), POINTER(Output)],
     "ts_selection_cache_create": [_P, POINTER(Config), c_size_t, c_size_t, _OUT],
     "ts_selection_cache_clear": [_P, c_size_t],
@@ -184,7 +190,7 @@ FUNCTIONS = {
     "ts_cache_layer_mut": [_P, c_size_t, POINTER(KvView), c_size_t],
     "ts_cache_selections": [_P, _OUT],
     "ts_cache_stats": [_P, POINTER(SelectionStats)],
-    "ts_cache_append": [_P, _P, c_size_t, _P, _P, _P],
+    "ts_cache_append": [_P, _P, c_size_t, _P, POINTER(StepInput)],
     "ts_step": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
     "ts_step_dense": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
     "ts_capture": [_P, WORK, _P, _OUT],

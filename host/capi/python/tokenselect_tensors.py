@@ -9,7 +9,7 @@ LIBRARY = Library()
 
 # What a type string of the array interfaces may hold. Token numbers fit an int32, which PyTorch can compute with.
 _TYPESTRS = {"<f2": ["f16"], "<u2": ["bf16", "f16"], "<f4": ["f32"], "<u4": ["u32"], "<i4": ["u32"]}
-TYPESTR = {"f16": "<f2", "bf16": "<u2", "f32": "<f4", "u32": "<i4", "u64": "<i8"}
+TYPESTR = {"f16": "<f2", "bf16": "<u2", "f32": "<f4", "u32": "<i4", "u64": "<i8", "f64": "<f8"}
 _TORCH = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int32": "u32", "uint32": "u32"}
 
 
@@ -35,17 +35,37 @@ class View:
         self.dtypes = _TYPESTRS.get(interface["typestr"], [interface["typestr"]])
         strides = interface.get("strides")
         size = int(interface["typestr"][2:])
+        if any(stride % size for stride in strides or ()):
+            raise ValueError(f"`{what}` must have strides of whole elements, {size} bytes, its strides are {strides}")
         self.strides = dense(self.shape) if strides is None else tuple(stride // size for stride in strides)
 
-    def expect(self, what, shape, dtypes):
-        """Checks type, shape and that the tensor is dense; answers the address."""
+    def _expect_shape(self, what, shape, dtypes):
         if self.shape != tuple(shape):
             raise ValueError(f"`{what}` must have shape {tuple(shape)}, got {self.shape}")
         self.dtype(what, dtypes)
+
+    def expect(self, what, shape, dtypes):
+        """Checks type, shape and that the tensor is dense; answers the address."""
+        self._expect_shape(what, shape, dtypes)
         differ = [size for size, got, need in zip(shape, self.strides, dense(shape)) if size > 1 and got != need]
         if differ and 0 not in shape:
             raise ValueError(f"`{what}` must be contiguous, its strides are {self.strides}")
         return self.ptr
+
+    def heads(self, what, shape, dtypes):
+        """Checks type and shape, `[tokens, heads, dim]`, and that elements of a head are adjacent; answers the address
+        and the strides of tokens and heads, 0 for those of a dense tensor."""
+        self._expect_shape(what, shape, dtypes)
+        if 0 in shape:
+            return self.ptr, 0, 0
+        if shape[2] > 1 and self.strides[2] != 1:
+            rule = "must have adjacent elements in its last dimension"
+            raise ValueError(f"`{what}` {rule}, its strides are {self.strides}")
+        # The stride of a dimension of one place means nothing, and 0 is not a stride of the library's.
+        token, head = (stride if size > 1 else None for size, stride in zip(shape[:2], self.strides))
+        if any(stride is not None and stride <= 0 for stride in (token, head)):
+            raise ValueError(f"`{what}` must have strides above 0, its strides are {self.strides}")
+        return self.ptr, token or 0, head or 0
 
     def dtype(self, what, dtypes):
         """The type of the elements, one of `dtypes`."""

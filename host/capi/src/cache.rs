@@ -9,7 +9,7 @@ use crate::config::{read_cache_config, read_config, ts_cache_config, ts_config};
 use crate::context::ts_context;
 use crate::device::ts_device;
 use crate::kv::ts_kv_view;
-use crate::ops::{NewKv, Output, Queries, ts_output};
+use crate::ops::{NewKv, Output, Queries, ts_output, ts_step_input};
 use crate::pointers::{Argument, answer, hand_out, reference, reference_mut, slice, take_back};
 use crate::selection_cache::{NO_SELECTIONS, ts_selection_cache, ts_selection_stats};
 use crate::sized;
@@ -22,20 +22,6 @@ pub type ts_sequence = u64;
 #[derive(Debug)]
 pub struct ts_cache {
     pub(crate) cache: PagedKvCache,
-}
-
-/// Inputs of a step of one layer, of the configuration's type, dense. Fields that are not set are 0.
-#[derive(Debug, Clone, Copy)]
-#[repr(C)]
-pub struct ts_step_input {
-    /// `sizeof(ts_step_input)`.
-    pub struct_size: usize,
-    /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows.
-    pub q: *const c_void,
-    /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append.
-    pub k: *const c_void,
-    /// As `k`: values to append.
-    pub v: *const c_void,
 }
 
 /// Allocates an empty cache on a device, with a Selection Cache if `config` asks for one: `2 * num_layers * num_pages *
@@ -353,37 +339,37 @@ pub unsafe extern "C" fn ts_cache_stats(cache: *const ts_cache, stats: *mut ts_s
 
 /// Writes the keys and values of each row's block into the pages of a layer.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense and not the cache's
-/// own. `batch` comes from `ts_cache_extend`.
+/// Of `input` this reads `k` and `v`, which are not the cache's own. `batch` comes from `ts_cache_extend`.
 ///
 /// Errors: `TS_STATUS_UNWRITTEN` where the layer was left out of an earlier step (`ts_cache_written_len`),
 /// `TS_STATUS_STALE_BATCH`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_INDEX` where there is no such layer,
-/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's, `TS_STATUS_MISSING` for a batch that this
-/// cache did not make, one whose slot holds another, and a context without `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`
-/// and those of pointers. Then nothing was written.
+/// `TS_STATUS_LIMIT`, `TS_STATUS_CONFIG` where positions are not the cache's and for strides that the device cannot go,
+/// `TS_STATUS_MISSING` for a batch that this cache did not make, one whose slot holds another, and a context without
+/// `TS_OPERATION_APPEND`, `TS_STATUS_OVERLAP`, `TS_STATUS_STRUCT_SIZE` and those of pointers. Then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles; nothing else uses `cache` meanwhile.
-/// - `k` and `v` are memory of the device that lives, unchanged, until its work is done.
+/// - `input` is null or a structure of `struct_size` bytes, whose `k` and `v` are memory of the device that lives,
+///   unchanged, until its work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_cache_append(
     context: *const ts_context,
     cache: *mut ts_cache,
     layer: usize,
     batch: *const ts_batch,
-    k: *const c_void,
-    v: *const c_void,
+    input: *const ts_step_input,
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, cache, batch) = unsafe {
+        let (context, cache, batch, input) = unsafe {
             (
                 reference("context", context)?,
                 reference_mut("cache", cache)?,
                 &reference("batch", batch)?.batch,
+                sized::read(input)?,
             )
         };
-        let new = NewKv::of(context, batch, k, v);
+        let new = NewKv::of(context, batch, &input);
         expect_apart_from_pages(cache, layer, &[new.k, new.v])?;
         // SAFETY: as above.
         let (k, v) = unsafe { new.views(&context.device)? };
@@ -461,8 +447,7 @@ unsafe fn step(
             sized::read(output)?,
         )
     };
-    let queries = Queries::of(context, batch, input.q);
-    let new = NewKv::of(context, batch, input.k, input.v);
+    let (queries, new) = (Queries::of(context, batch, &input), NewKv::of(context, batch, &input));
     let output = Output::of(context, batch.num_query_tokens(), &output)?;
     output.expect_apart(&[queries.0, new.k, new.v])?;
     let outputs = output.arguments();

@@ -24,6 +24,8 @@ pub enum ts_dtype {
     U32 = 3,
     /// Unsigned 64-bit integer.
     U64 = 4,
+    /// IEEE 754 double precision.
+    F64 = 5,
 }
 
 /// Where tokens stand when they are compared.
@@ -406,7 +408,7 @@ pub(crate) unsafe fn read_cache_config(config: *const ts_cache_config) -> Result
 
 /// An element type from its number.
 pub(crate) fn dtype(what: &'static str, code: i32) -> Result<DType> {
-    let types = [DType::F16, DType::Bf16, DType::F32, DType::U32, DType::U64];
+    let types = [DType::F16, DType::Bf16, DType::F32, DType::U32, DType::U64, DType::F64];
     choose(what, "a ts_dtype", code, &types.map(|dtype| (dtype_code(dtype), dtype)))
 }
 
@@ -417,7 +419,9 @@ pub(crate) fn dtype_code(dtype: DType) -> i32 {
         DType::Bf16 => ts_dtype::Bf16,
         DType::F32 => ts_dtype::F32,
         DType::U32 => ts_dtype::U32,
-        _ => ts_dtype::U64,
+        DType::U64 => ts_dtype::U64,
+        DType::F64 => ts_dtype::F64,
+        _ => return -1, // none that this interface gives out
     };
     code as i32
 }

@@ -25,9 +25,9 @@ pub struct ts_context {
 pub enum ts_workspace {
     /// `[max_rows, num_qo_heads, head_dim]` f32, written by pool: the scoring queries.
     Queries = 0,
-    /// `[max_rows]` f32, written by pool: cosine with the cached scoring query; -1 where there is none.
+    /// `[max_rows]` f32, written by pool and decide: cosine with the cached scoring query; -1 where there is none.
     Similarities = 1,
-    /// `[max_rows]` u32, written by pool: a `ts_row_action`.
+    /// `[max_rows]` u32, written by pool and decide: a `ts_row_action`.
     Actions = 2,
     /// `[places, num_qo_heads]` f32, written by score for candidates: scaled dot products. `places` is somewhat more
     /// than `max_kv_tokens`, and the order is the device's own, which `ts_context_logit_index` tells. On the processor
@@ -46,6 +46,9 @@ pub enum ts_workspace {
     Selected = 8,
     /// `[max_rows]` u32, written by top-k: length of each selected list.
     SelectedLen = 9,
+    /// `[max_rows, 3]` f64, written by compare: scoring query times cached one, scoring query squared, cached one squared,
+    /// each over all heads of this context; zeros where no cached selection is usable.
+    Products = 10,
 }
 
 /// What a step does for a row, as `TS_WORKSPACE_ACTIONS` holds it.
@@ -160,8 +163,8 @@ pub unsafe extern "C" fn ts_context_workspace(
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let workspace = unsafe { reference_mut("context", context)? }.select.workspace_mut();
-        let found = workspace.buffer_mut(buffer_of(buffer)?);
+        let select = unsafe { &mut reference_mut("context", context)?.select };
+        let found = select.buffer_mut(buffer_of(buffer)?);
         let make = || {
             let (dims, dtype) = (found.shape(), found.dtype());
             let data = address(found)?;
@@ -177,11 +180,12 @@ pub unsafe extern "C" fn ts_context_workspace(
 /// Says that a buffer of the workspace, a `ts_workspace`, holds results of the caller's own for a batch: votes of a
 /// policy of one's own, for `ts_top_k` to choose from, or lists for `ts_attend`.
 ///
-/// Queries, similarities and actions stand for what pool writes, logits and statistics for what score does, the
-/// selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
+/// Queries, similarities and actions stand for what pool writes, products for what compare does, logits and statistics
+/// for what score does, the selected tokens and their lengths for what top-k does: all of them are to be there. On a GPU they are not looked at:
 /// what is made of results that break a rule, such as lists that do not ascend, is not specified.
 ///
-/// Errors: `TS_STATUS_ORDER` for logits, statistics and votes without `ts_pool` of the same batch before,
+/// Errors: `TS_STATUS_ORDER` for products, logits, statistics and votes without `ts_pool` of the same batch before, for
+/// all of these but products also after `ts_compare` without `ts_decide`,
 /// `TS_STATUS_MISSING` for a batch whose slot holds another, `TS_STATUS_UNKNOWN_ENUM`.
 ///
 /// # Safety
@@ -195,7 +199,7 @@ pub unsafe extern "C" fn ts_context_provide(
     fence(|| {
         // SAFETY: the caller's promise.
         let (context, batch) = unsafe { (reference_mut("context", context)?, reference("batch", batch)?) };
-        Ok(context.select.workspace_mut().provide(buffer_of(buffer)?, &batch.batch)?)
+        Ok(context.select.provide(buffer_of(buffer)?, &batch.batch)?)
     })
 }
 
@@ -274,6 +278,7 @@ fn buffer_of(code: i32) -> Result<Buffer, Failure> {
         (ts_workspace::TopK, Buffer::TopK),
         (ts_workspace::Selected, Buffer::Selected),
         (ts_workspace::SelectedLen, Buffer::SelectedLen),
+        (ts_workspace::Products, Buffer::Products),
     ];
     choose("buffer", "a ts_workspace", code, &codes.map(|(code, buffer)| (code as i32, buffer)))
 }

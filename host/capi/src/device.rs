@@ -232,6 +232,7 @@ pub(crate) fn address(tensor: TensorViewMut<'_>) -> Result<*mut c_void> {
             DType::Bf16 => tensor.into_slice::<half::bf16>()?.as_mut_ptr().cast(),
             DType::F32 => tensor.into_slice::<f32>()?.as_mut_ptr().cast(),
             DType::U32 => tensor.into_slice::<u32>()?.as_mut_ptr().cast(),
+            DType::F64 => tensor.into_slice::<f64>()?.as_mut_ptr().cast(),
             _ => tensor.into_slice::<u64>()?.as_mut_ptr().cast(),
         }),
     }

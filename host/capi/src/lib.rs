@@ -5,7 +5,7 @@
 //!   panic leaves a function.
 //! - Objects are opaque handles, made by a `_create` function and given back by `_destroy`, in any order.
 //! - Pointers to tensors are addresses of the device, of the host for the processor. Types and shapes follow from
-//!   configuration and batch; all tensors but the cache are dense.
+//!   configuration and batch. The cache and a step's queries, keys and values may be strided; other tensors are dense.
 //! - Work on a GPU is put in the device's stream. Only functions that say so wait for it.
 //! - A handle is used by one thread at a time, except where it says otherwise.
 //! - Structures that callers fill begin with their size and grow at their end.

@@ -16,6 +16,39 @@ use crate::selection_cache::{layer_of, ts_selection_cache};
 use crate::sized;
 use crate::status::{Result, fence, ts_status};
 
+/// Queries, keys and values of a step of one layer, of the configuration's type. An operation reads those that it needs;
+/// the others may be null.
+///
+/// The element `i` of head `h` of token `t` of the queries is at `t * q_stride_token + h * q_stride_head + i`, and of keys
+/// and values likewise. Strides that are 0 are those of dense tensors, others may be those of slices of a fused projection,
+/// `[num_query_tokens, num_qo_heads + 2 * num_kv_heads, head_dim]`: all `_stride_token` are then the elements of its row.
+/// On a GPU strides are multiples of 8. Fields that are not set are 0.
+#[derive(Debug, Clone, Copy)]
+#[repr(C)]
+pub struct ts_step_input {
+    /// `sizeof(ts_step_input)`.
+    pub struct_size: usize,
+    /// `[num_query_tokens, num_qo_heads, head_dim]`: queries of all rows. Aligned to 16 bytes on a GPU.
+    pub q: *const c_void,
+    /// `[num_query_tokens, num_kv_heads, head_dim]`: keys to append, rotated by the model for native positions, not rotated
+    /// for reassigned ones. As `q`.
+    pub k: *const c_void,
+    /// As `k`: values to append.
+    pub v: *const c_void,
+    /// Elements from a token to the next, in the queries; 0 for `num_qo_heads * head_dim`.
+    pub q_stride_token: usize,
+    /// Elements from a head to the next of its token, in the queries; 0 for `head_dim`.
+    pub q_stride_head: usize,
+    /// As `q_stride_token`, in the keys; 0 for `num_kv_heads * head_dim`.
+    pub k_stride_token: usize,
+    /// As `q_stride_head`, in the keys.
+    pub k_stride_head: usize,
+    /// As `k_stride_token`, in the values.
+    pub v_stride_token: usize,
+    /// As `q_stride_head`, in the values.
+    pub v_stride_head: usize,
+}
+
 /// Outputs of attention, dense. Fields that are not set are 0.
 #[derive(Debug, Clone, Copy)]
 #[repr(C)]
@@ -73,10 +106,11 @@ pub struct ts_parts {
 pub(crate) struct Queries(pub Argument);
 
 impl Queries {
-    pub fn of(context: &ts_context, batch: &Batch, q: *const c_void) -> Self {
+    pub fn of(context: &ts_context, batch: &Batch, input: &ts_step_input) -> Self {
         let config = context.select.config();
         let shape = [batch.num_query_tokens(), config.heads.num_qo_heads, config.heads.head_dim];
-        Queries(Argument::new("q", q, config.dtype, shape))
+        let strides = [input.q_stride_token, input.q_stride_head];
+        Queries(Argument::heads("q", input.q, config.dtype, shape, strides))
     }
 
     /// # Safety
@@ -95,10 +129,15 @@ pub(crate) struct NewKv {
 }
 
 impl NewKv {
-    pub fn of(context: &ts_context, batch: &Batch, k: *const c_void, v: *const c_void) -> Self {
+    pub fn of(context: &ts_context, batch: &Batch, input: &ts_step_input) -> Self {
         let config = context.select.config();
         let shape = [batch.num_query_tokens(), config.heads.num_kv_heads, config.heads.head_dim];
-        NewKv { k: Argument::new("k", k, config.dtype, shape), v: Argument::new("v", v, config.dtype, shape) }
+        let (k_strides, v_strides) =
+            ([input.k_stride_token, input.k_stride_head], [input.v_stride_token, input.v_stride_head]);
+        NewKv {
+            k: Argument::heads("k", input.k, config.dtype, shape, k_strides),
+            v: Argument::heads("v", input.v, config.dtype, shape, v_strides),
+        }
     }
 
     /// # Safety
@@ -171,8 +210,7 @@ impl Output {
 
 /// Writes the keys and values of each row's block into its pages.
 ///
-/// `k` and `v` are `[num_query_tokens, num_kv_heads, head_dim]` of the configuration's type, dense: rotated by the
-/// model for native positions, not rotated for reassigned ones. Writes `kv`.
+/// Of `input` this reads `k` and `v`. Writes `kv`.
 ///
 /// Errors: `TS_STATUS_SHAPE` where `kv` is not as the configuration says, `TS_STATUS_INDEX` for a page number beyond
 /// the pool, `TS_STATUS_TABLE` for a page that is written and appears twice in the batch, `TS_STATUS_LIMIT`,
@@ -183,22 +221,28 @@ impl Output {
 /// # Safety
 /// - `context` and `batch` are null or handles.
 /// - `kv` is null or a view whose memory, from the first element to the last of keys and values together where they lie
-///   among each other, is the device's, and in which no element is a key's and a value's; all pointers are valid until
-///   the device's work is done, and nothing else uses the pages of the batch meanwhile.
+///   among each other, is the device's, and in which no element is a key's and a value's; `input` is null or a structure
+///   of `struct_size` bytes, whose tensors, from the first element to the last, are the device's. All memory is valid
+///   until the device's work is done, and nothing else uses the pages of the batch meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_append(
     context: *const ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    k: *const c_void,
-    v: *const c_void,
+    input: *const ts_step_input,
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv) =
-            unsafe { (reference("context", context)?, &reference("batch", batch)?.batch, sized::read(kv)?) };
+        let (context, batch, kv, input) = unsafe {
+            (
+                reference("context", context)?,
+                &reference("batch", batch)?.batch,
+                sized::read(kv)?,
+                sized::read(input)?,
+            )
+        };
         let (device, dtype) = (&context.device, context.select.config().dtype);
-        let new = NewKv::of(context, batch, k, v);
+        let new = NewKv::of(context, batch, &input);
         for pages in kv.arguments(dtype)? {
             pages.expect_apart(&[new.k, new.v])?;
         }
@@ -210,30 +254,30 @@ pub unsafe extern "C" fn ts_append(
 
 /// `ts_pool`, `ts_score`, `ts_vote` and `ts_top_k` in one: the tokens to attend to, left in `TS_WORKSPACE_SELECTED`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. With `selection_cache`,
-/// whose `layer` is used, selections of rows that name their sequence may be used again; null selects anew.
+/// Of `input` this reads `q`. With `selection_cache`, whose `layer` is used, selections of rows that name their sequence
+/// may be used again; null selects anew.
 ///
 /// Errors: those of the four operations, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
 /// # Safety
 /// - Handles are null or handles of one device; nothing else uses `context` and `selection_cache` meanwhile.
-/// - `kv` is null or a view of `struct_size` bytes; its memory and `q` are the device's and unchanged until its work is
-///   done.
+/// - `kv` and `input` are null or structures of `struct_size` bytes; their memory is the device's and unchanged until its
+///   work is done.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_select(
     context: *mut ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    q: *const c_void,
+    input: *const ts_step_input,
     selection_cache: *mut ts_selection_cache,
     layer: usize,
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv, cached) =
-            unsafe { selection_handles(context, batch, kv, selection_cache, layer)? };
+        let ((context, batch, kv, cached), input) =
+            unsafe { (selection_handles(context, batch, kv, selection_cache, layer)?, sized::read(input)?) };
         let (device, dtype) = (&context.device, context.select.config().dtype);
-        let queries = Queries::of(context, batch, q);
+        let queries = Queries::of(context, batch, &input);
         // SAFETY: as above.
         let (kv, q) = unsafe { (kv.view(device, dtype)?, queries.view(device)?) };
         Ok(context.select.select(batch, kv, q, cached)?)
@@ -243,8 +287,7 @@ pub unsafe extern "C" fn ts_select(
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `q`, `k` and `v` are `[num_query_tokens, num_qo_heads or num_kv_heads, head_dim]` of the configuration's type,
-/// dense. `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
 ///
 /// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///
@@ -255,17 +298,15 @@ pub unsafe extern "C" fn ts_append_select(
     context: *mut ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    q: *const c_void,
-    k: *const c_void,
-    v: *const c_void,
+    input: *const ts_step_input,
     selection_cache: *mut ts_selection_cache,
     layer: usize,
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, kv, cached) =
-            unsafe { selection_handles(context, batch, kv, selection_cache, layer)? };
-        let (new, queries) = (NewKv::of(context, batch, k, v), Queries::of(context, batch, q));
+        let ((context, batch, kv, cached), input) =
+            unsafe { (selection_handles(context, batch, kv, selection_cache, layer)?, sized::read(input)?) };
+        let (new, queries) = (NewKv::of(context, batch, &input), Queries::of(context, batch, &input));
         let (device, dtype) = (&context.device, context.select.config().dtype);
         for pages in kv.arguments(dtype)? {
             pages.expect_apart(&[new.k, new.v, queries.0])?;
@@ -284,10 +325,10 @@ pub unsafe extern "C" fn ts_append_select(
 /// Mean of the queries of each block, its cosine with the cached one, and what is to be done for the row. Writes
 /// `TS_WORKSPACE_QUERIES`, `_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`.
 ///
-/// `q` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
+/// `input` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
 /// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
-/// `TS_STATUS_MISSING` for a batch whose slot holds another and a context without `TS_OPERATION_POOL`, and those of
-/// pointers.
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another and
+/// a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
 ///
 /// # Safety
 /// - As for `ts_select`.
@@ -295,28 +336,73 @@ pub unsafe extern "C" fn ts_append_select(
 pub unsafe extern "C" fn ts_pool(
     context: *mut ts_context,
     batch: *const ts_batch,
-    q: *const c_void,
+    input: *const ts_step_input,
     selection_cache: *mut ts_selection_cache,
     layer: usize,
 ) -> ts_status {
     fence(|| {
         // SAFETY: the caller's promise.
-        let (context, batch, cached) = unsafe {
+        let (context, batch, input, cached) = unsafe {
             let context = reference_mut("context", context)?;
-            (context, &reference("batch", batch)?.batch, layer_of(selection_cache, layer)?)
+            let batch = &reference("batch", batch)?.batch;
+            (context, batch, sized::read(input)?, layer_of(selection_cache, layer)?)
         };
-        let queries = Queries::of(context, batch, q);
+        let queries = Queries::of(context, batch, &input);
         // SAFETY: as above.
         let q = unsafe { queries.view(&context.device)? };
         Ok(context.select.pool(batch, q, cached)?)
     })
 }
 
+/// What the cosines are made of, where ranks share the heads of a layer (tensor parallelism): `TS_WORKSPACE_PRODUCTS` of
+/// this context's heads, to be added over all ranks before `ts_decide`. Every rank then takes the same action, and chooses
+/// the same tokens, as one context with all heads would, up to rounding; each has a Selection Cache for its own heads:
+///
+/// ```text
+/// ts_pool with null;  ts_compare;  sum TS_WORKSPACE_PRODUCTS over ranks;  ts_decide
+/// ts_score;           ts_vote;     sum TS_WORKSPACE_VOTES over ranks;     ts_top_k
+/// ```
+///
+/// Reads `TS_WORKSPACE_QUERIES`; changes nothing in `selection_cache`. Actions are void until `ts_decide`.
+///
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, and those of `ts_pool`.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_compare(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    unsafe { with_cached(context, batch, selection_cache, layer, TokenSelect::compare) }
+}
+
+/// What is to be done for each row, by the sums of `TS_WORKSPACE_PRODUCTS` over all ranks. Writes
+/// `TS_WORKSPACE_SIMILARITIES` and `_ACTIONS`; changes nothing in `selection_cache`. Pass what was passed to `ts_compare`.
+///
+/// Errors: `TS_STATUS_ORDER` without `ts_compare` of the same batch before it, and those of `ts_pool`.
+///
+/// # Safety
+/// - As for `ts_select`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_decide(
+    context: *mut ts_context,
+    batch: *const ts_batch,
+    selection_cache: *mut ts_selection_cache,
+    layer: usize,
+) -> ts_status {
+    // SAFETY: the caller's promise.
+    unsafe { with_cached(context, batch, selection_cache, layer, TokenSelect::decide) }
+}
+
 /// Scaled dot products of the scoring queries with the candidates' keys, and softmax statistics. Reads
 /// `TS_WORKSPACE_QUERIES` and `_ACTIONS`, writes `_LOGITS` and `_STATS`.
 ///
-/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`,
-/// `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
+/// Errors: `TS_STATUS_ORDER` without `ts_pool` of the same batch before it, or after `ts_compare` without `ts_decide`,
+/// `TS_STATUS_SHAPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a page number beyond the pool, `TS_STATUS_CONFIG` for strides that the device cannot go,
 /// `TS_STATUS_MISSING` as `ts_pool`, and those of pointers.
 ///
 /// # Safety
@@ -359,7 +445,7 @@ pub unsafe extern "C" fn ts_vote(context: *mut ts_context, batch: *const ts_batc
 /// The `top_k` largest votes of each row (larger first, equal votes by smaller index, NaN last) and the selected lists.
 /// Reads `TS_WORKSPACE_ACTIONS`, `_VOTES` and `_QUERIES`, writes `_POOLED_VOTES`, `_TOP_K`, `_SELECTED` and
 /// `_SELECTED_LEN`. With `selection_cache`, reused rows take their tokens from it, scored rows replace what it holds,
-/// and every row is counted; pass what was passed to `ts_pool`.
+/// and every row is counted; pass what was passed to `ts_pool` or `ts_decide`.
 ///
 /// Errors: `TS_STATUS_ORDER` without `ts_pool` and `ts_vote` of the same batch before it (or votes of one's own,
 /// `ts_context_provide`), `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`, `TS_STATUS_SHAPE`, `TS_STATUS_MISSING` as `ts_pool`
@@ -375,7 +461,7 @@ pub unsafe extern "C" fn ts_top_k(
     layer: usize,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    unsafe { choose(context, batch, selection_cache, layer, TokenSelect::top_k) }
+    unsafe { with_cached(context, batch, selection_cache, layer, TokenSelect::top_k) }
 }
 
 /// `ts_vote`, then `ts_top_k` of these votes, which takes less than the two one by one. Arguments are those of
@@ -394,14 +480,14 @@ pub unsafe extern "C" fn ts_vote_top_k(
     layer: usize,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    unsafe { choose(context, batch, selection_cache, layer, TokenSelect::vote_top_k) }
+    unsafe { with_cached(context, batch, selection_cache, layer, TokenSelect::vote_top_k) }
 }
 
-/// An operation that chooses from votes.
+/// An operation on the workspace and cached selections.
 ///
 /// # Safety
 /// - As for `ts_select`.
-unsafe fn choose(
+unsafe fn with_cached(
     context: *mut ts_context,
     batch: *const ts_batch,
     selection_cache: *mut ts_selection_cache,
@@ -420,9 +506,8 @@ unsafe fn choose(
 
 /// Attention over the selected lists of the workspace. Writes `output`.
 ///
-/// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type, dense. Query `t` of a block of `T`
-/// sees the first `m - T + t + 1` of the `m` tokens of its row's list. Rows whose list is empty get `out = 0` and
-/// `lse = -inf`.
+/// Of `input` this reads `q`. Query `t` of a block of `T` sees the first `m - T + t + 1` of the `m` tokens of its row's
+/// list. Rows whose list is empty get `out = 0` and `lse = -inf`.
 ///
 /// Errors: `TS_STATUS_ORDER` without a selection of the same batch before it (or lists of one's own,
 /// `ts_context_provide`), `TS_STATUS_SHAPE`, `TS_STATUS_ELEMENT_TYPE`, `TS_STATUS_LIMIT`, `TS_STATUS_INDEX`,
@@ -432,18 +517,18 @@ unsafe fn choose(
 ///
 /// # Safety
 /// - `context` and `batch` are null or handles; nothing changes the context meanwhile.
-/// - `kv` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until its
-///   work is done, and nothing else uses the outputs meanwhile.
+/// - `kv`, `input` and `output` are null or structures of `struct_size` bytes; all memory is the device's and valid until
+///   its work is done, and nothing else uses the outputs meanwhile.
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn ts_attend(
     context: *const ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    q: *const c_void,
+    input: *const ts_step_input,
     output: *const ts_output,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    fence(|| unsafe { attend(context, batch, (kv, q), output, To::Selected) })
+    fence(|| unsafe { attend(context, batch, (kv, input), output, To::Selected) })
 }
 
 /// As `ts_attend`, over all tokens of each row: ordinary paged attention.
@@ -457,11 +542,11 @@ pub unsafe extern "C" fn ts_attend_dense(
     context: *const ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    q: *const c_void,
+    input: *const ts_step_input,
     output: *const ts_output,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    fence(|| unsafe { attend(context, batch, (kv, q), output, To::All) })
+    fence(|| unsafe { attend(context, batch, (kv, input), output, To::All) })
 }
 
 /// As `ts_attend`, over lists of the caller's own, which may be parts of longer ones. Outputs over the parts of a list
@@ -478,12 +563,12 @@ pub unsafe extern "C" fn ts_attend_to(
     context: *const ts_context,
     batch: *const ts_batch,
     kv: *const ts_kv_view,
-    q: *const c_void,
+    input: *const ts_step_input,
     selection: *const ts_selection,
     output: *const ts_output,
 ) -> ts_status {
     // SAFETY: the caller's promise.
-    fence(|| unsafe { attend(context, batch, (kv, q), output, To::Lists(sized::read(selection)?)) })
+    fence(|| unsafe { attend(context, batch, (kv, input), output, To::Lists(sized::read(selection)?)) })
 }
 
 enum To {
@@ -497,21 +582,22 @@ enum To {
 unsafe fn attend(
     context: *const ts_context,
     batch: *const ts_batch,
-    (kv, q): (*const ts_kv_view, *const c_void),
+    (kv, input): (*const ts_kv_view, *const ts_step_input),
     output: *const ts_output,
     to: To,
 ) -> Result<()> {
     // SAFETY: the caller's promise.
-    let (context, batch, kv, output) = unsafe {
+    let (context, batch, kv, input, output) = unsafe {
         (
             reference("context", context)?,
             &reference("batch", batch)?.batch,
             sized::read(kv)?,
+            sized::read(input)?,
             sized::read(output)?,
         )
     };
     let (device, dtype, select) = (&context.device, context.select.config().dtype, &context.select);
-    let queries = Queries::of(context, batch, q);
+    let queries = Queries::of(context, batch, &input);
     let output = Output::of(context, batch.num_query_tokens(), &output)?;
     let [k, v] = kv.arguments(dtype)?;
     output.expect_apart(&[queries.0, k, v])?;

@@ -129,22 +129,43 @@ pub(crate) unsafe fn take_back<T>(what: &'static str, handle: *mut T) -> Result<
     Ok(())
 }
 
-/// A dense tensor that the caller has described by a pointer; type and shape follow from the operation.
+/// A tensor that the caller has described by a pointer; type and shape follow from the operation.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Argument {
     pub what: &'static str,
     pub data: *mut c_void,
     pub dtype: DType,
     pub shape: Shape,
+    /// Of tokens and heads, where the tensor `[tokens, heads, dim]` is not dense.
+    strides: Option<[usize; 2]>,
 }
 
 impl Argument {
     /// An argument that is read.
     pub fn new(what: &'static str, data: *const c_void, dtype: DType, shape: impl Into<Shape>) -> Self {
-        Argument { what, data: data.cast_mut(), dtype, shape: shape.into() }
+        Argument { what, data: data.cast_mut(), dtype, shape: shape.into(), strides: None }
     }
 
-    /// Elements, where their bytes fit the address space.
+    /// An argument `[tokens, heads, dim]` that is read, with the strides of tokens and heads; 0 is that of a dense tensor.
+    pub fn heads(
+        what: &'static str,
+        data: *const c_void,
+        dtype: DType,
+        shape: [usize; 3],
+        strides: [usize; 2],
+    ) -> Self {
+        let dense = [shape[1] * shape[2], shape[2]];
+        let strides = [0, 1].map(|i| if strides[i] == 0 { dense[i] } else { strides[i] });
+        Argument { strides: (strides != dense).then_some(strides), ..Argument::new(what, data, dtype, shape) }
+    }
+
+    /// Shape and strides, where the tensor is not dense.
+    fn strided(&self) -> Option<([usize; 3], [usize; 2])> {
+        let &[tokens, heads, dim] = self.shape.dims() else { return None };
+        self.strides.map(|strides| ([tokens, heads, dim], strides))
+    }
+
+    /// Elements from the first to the last, gaps included, where their bytes fit the address space.
     fn len(&self) -> Result<usize> {
         let fits = |len: &usize| {
             len.checked_mul(self.dtype.size()).is_some_and(|bytes| bytes <= isize::MAX as usize)
@@ -152,9 +173,16 @@ impl Argument {
         let too_large = || Error::Config {
             field: self.what,
             rule: "at most isize::MAX bytes".into(),
-            got: self.shape.to_string(),
+            got: match self.strides {
+                None => self.shape.to_string(),
+                Some(strides) => format!("{} in strides {strides:?}", self.shape),
+            },
         };
-        Ok(self.shape.checked_len().filter(fits).ok_or_else(too_large)?)
+        let len = match self.strided() {
+            None => self.shape.checked_len(),
+            Some((shape, strides)) => reach(shape, strides),
+        };
+        Ok(len.filter(fits).ok_or_else(too_large)?)
     }
 
     /// First byte and the one after the last.
@@ -193,7 +221,7 @@ impl Argument {
     /// The tensor, to read.
     ///
     /// # Safety
-    /// - The memory is `device`'s (the host's for the processor) and holds the tensor during `'a`.
+    /// - The memory is `device`'s (the host's for the processor) and holds the tensor, gaps included, during `'a`.
     /// - Nothing writes it while operations on the tensor run.
     pub unsafe fn view<'a>(&self, device: &'a Device) -> Result<TensorView<'a>> {
         // SAFETY: the caller's promise.
@@ -216,9 +244,15 @@ impl Argument {
     unsafe fn view_aligned<'a>(&self, device: &'a Device, align: usize) -> Result<TensorView<'a>> {
         if !device.is_cpu() {
             self.check(align)?;
+            let (addr, dtype) = (self.data.addr() as u64, self.dtype);
             // SAFETY: the caller's promise, and aligned.
             return Ok(unsafe {
-                TensorView::from_device_addr(device, self.data.addr() as u64, self.dtype, self.shape)?
+                match self.strided() {
+                    None => TensorView::from_device_addr(device, addr, dtype, self.shape)?,
+                    Some((shape, strides)) => {
+                        TensorView::strided_from_device_addr(device, addr, dtype, shape, strides)?
+                    }
+                }
             });
         }
         self.check(self.dtype.size())?;
@@ -229,6 +263,7 @@ impl Argument {
                 DType::Bf16 => self.host_view::<bf16>(),
                 DType::F32 => self.host_view::<f32>(),
                 DType::U32 => self.host_view::<u32>(),
+                DType::F64 => self.host_view::<f64>(),
                 _ => self.host_view::<u64>(),
             }
         }
@@ -254,6 +289,7 @@ impl Argument {
                 DType::Bf16 => self.host_view_mut::<bf16>(),
                 DType::F32 => self.host_view_mut::<f32>(),
                 DType::U32 => self.host_view_mut::<u32>(),
+                DType::F64 => self.host_view_mut::<f64>(),
                 _ => self.host_view_mut::<u64>(),
             }
         }
@@ -262,7 +298,10 @@ impl Argument {
     unsafe fn host_view<'a, T: tokenselect::Element>(&self) -> Result<TensorView<'a>> {
         // SAFETY: the caller's promise.
         let elements = unsafe { slice(self.what, self.data.cast::<T>(), self.len()?)? };
-        Ok(TensorView::new(elements, self.shape)?)
+        Ok(match self.strided() {
+            None => TensorView::new(elements, self.shape)?,
+            Some((shape, strides)) => TensorView::strided(elements, shape, strides)?,
+        })
     }
 
     unsafe fn host_view_mut<'a, T: tokenselect::Element>(&self) -> Result<TensorViewMut<'a>> {
@@ -270,4 +309,12 @@ impl Argument {
         let elements = unsafe { slice_mut(self.what, self.data.cast::<T>(), self.len()?)? };
         Ok(TensorViewMut::new(elements, self.shape)?)
     }
+}
+
+/// Elements from the first to one past the last of a strided tensor `[tokens, heads, dim]`.
+fn reach([tokens, heads, dim]: [usize; 3], [token, head]: [usize; 2]) -> Option<usize> {
+    if tokens == 0 || heads == 0 || dim == 0 {
+        return Some(0);
+    }
+    (tokens - 1).checked_mul(token)?.checked_add((heads - 1).checked_mul(head)?)?.checked_add(dim)
 }

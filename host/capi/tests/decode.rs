@@ -4,7 +4,10 @@ mod common;
 
 use std::ptr::null_mut;
 
-use common::{Out, at, cache_config, config, context, cpu, limits, made, numbers, ok, selected, sized};
+use common::{
+    Lie, Out, arrange, at, cache_config, config, context, cpu, input, limits, made, numbers, ok, selected,
+    sized,
+};
 use tokenselect::{
     CacheConfig, Device, HeadShape, Limits, PagedKvCache, Positions, Rope, SelectConfig,
     SelectionCacheConfig, StepInput, StepOutput, TensorView, TensorViewMut, TokenSelect,
@@ -111,11 +114,11 @@ fn owned_cache() {
     };
     same.rope.theta = 5e5;
     for (rust, c) in [(rust_config(), config()), (reassigned, same)] {
-        owned_cache_with(rust, &c);
+        Lie::ALL.iter().for_each(|&lie| owned_cache_with(rust.clone(), &c, lie));
     }
 }
 
-fn owned_cache_with(rust: SelectConfig, config: &ts_config) {
+fn owned_cache_with(rust: SelectConfig, config: &ts_config, lie: Lie) {
     let mut reference = Reference::new(rust);
     let device = cpu();
     // SAFETY: all handles are alive until they are destroyed, all arrays have the shapes asked for.
@@ -131,10 +134,11 @@ fn owned_cache_with(rust: SelectConfig, config: &ts_config) {
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             for (layer, [q, k, v]) in layers.iter().enumerate() {
                 let mut got = Out::new(tokens, config);
-                let input = ts_step_input { q: at(q), k: at(k), v: at(v), ..sized() };
+                let (memory, input) = arrange(lie, [HQ, HKV, D], [q, k, v]);
+                let input = input(at(&memory));
                 let run = if dense { ts_step_dense } else { ts_step };
                 ok(run(context, cache, layer, batch, &input, &got.as_output()));
-                assert_same(&got, &want[layer], &format!("step {step}, layer {layer}"));
+                assert_same(&got, &want[layer], &format!("{lie:?}, step {step}, layer {layer}"));
             }
             assert_eq!(selected(context, 0), reference.select.workspace().selected(0).unwrap());
             let info: ts_batch_info = made(|to| ts_batch_get_info(batch, to));
@@ -197,16 +201,16 @@ fn pools() -> [(&'static str, Places); 6] {
     ]
 }
 
-/// The operations one by one over borrowed memory, wherever keys and values lie, with a Selection Cache of its own: the same
+/// The operations one by one over borrowed memory, wherever pages and inputs lie, with a Selection Cache of its own: the same
 /// as the steps of an owned cache.
 #[test]
 fn borrowed_cache() {
     for (what, places) in pools() {
-        borrowed_cache_at(what, places);
+        Lie::ALL.iter().for_each(|&lie| borrowed_cache_at(what, places, lie));
     }
 }
 
-fn borrowed_cache_at(what: &str, [k_place, v_place]: Places) {
+fn borrowed_cache_at(what: &str, [k_place, v_place]: Places, lie: Lie) {
     let config = config();
     let mut reference = Reference::new(rust_config());
     let device = cpu();
@@ -255,16 +259,18 @@ fn borrowed_cache_at(what: &str, [k_place, v_place]: Places) {
             };
             let batch = made(|to| ts_batch_create(&tables, to));
             let mut got = Out::new(tokens, &config);
+            let (memory, input) = arrange(lie, [HQ, HKV, D], [&q, &k, &v]);
+            let input = &input(at(&memory));
             if step % 4 == 3 {
-                ok(ts_append_select(context, batch, &kv, at(&q), at(&k), at(&v), selections, 0));
+                ok(ts_append_select(context, batch, &kv, input, selections, 0));
             } else {
-                ok(ts_append(context, batch, &kv, at(&k), at(&v)));
+                ok(ts_append(context, batch, &kv, input));
             }
             match step % 4 {
-                0 => ok(ts_select(context, batch, &kv, at(&q), selections, 0)),
+                0 => ok(ts_select(context, batch, &kv, input, selections, 0)),
                 3 => {}
                 pooled => {
-                    ok(ts_pool(context, batch, at(&q), selections, 0));
+                    ok(ts_pool(context, batch, input, selections, 0));
                     ok(ts_score(context, batch, &kv));
                     if pooled == 1 {
                         ok(ts_vote(context, batch));
@@ -274,11 +280,11 @@ fn borrowed_cache_at(what: &str, [k_place, v_place]: Places) {
                     }
                 }
             }
-            ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
-            assert_same(&got, &want[0], &format!("{what}, step {step}"));
+            ok(ts_attend(context, batch, &kv, input, &got.as_output()));
+            assert_same(&got, &want[0], &format!("{what}, {lie:?}, step {step}"));
             let list = selected(context, 0);
             assert_eq!(list, reference.select.workspace().selected(0).unwrap(), "{what}, step {step}");
-            attends_to_lists(context, batch, (&kv, at(&q)), &list, &mut got);
+            attends_to_lists(context, batch, (&kv, input), &list, &mut got);
             let row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
             assert_eq!((row.query_begin, row.block_len, row.kv_len, row.token_base), (0, tokens, len, 0));
             ok(ts_batch_destroy(batch));
@@ -302,7 +308,7 @@ fn borrowed_cache_at(what: &str, [k_place, v_place]: Places) {
 unsafe fn attends_to_lists(
     context: *mut ts_context,
     batch: *const ts_batch,
-    (kv, q): (&ts_kv_view, *const std::ffi::c_void),
+    (kv, input): (&ts_kv_view, &ts_step_input),
     list: &[u32],
     whole: &mut Out,
 ) {
@@ -322,7 +328,7 @@ unsafe fn attends_to_lists(
         };
         let mut got = Out::new(tokens, &config());
         // SAFETY: the lists have the lengths stated.
-        ok(unsafe { ts_attend_to(context, batch, kv, q, &part, &got.as_output()) });
+        ok(unsafe { ts_attend_to(context, batch, kv, input, &part, &got.as_output()) });
         parts.extend(got.out);
         lses.extend(got.lse);
     }
@@ -353,13 +359,15 @@ fn owned_cache_one_operation_at_a_time() {
                 reference.step(tokens, std::slice::from_ref(&[q.clone(), k.clone(), v.clone()]), false);
             let batch = made(|to| ts_cache_extend(cache, &sequence, &tokens, 1, to));
             let mut got = Out::new(tokens, &config);
-            ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+            let (memory, input) = arrange(Lie::ALL[step], [HQ, HKV, D], [&q, &k, &v]);
+            let input = input(at(&memory));
+            ok(ts_cache_append(context, cache, 0, batch, &input));
             let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to, size_of::<ts_kv_view>()));
-            ok(ts_select(context, batch, &kv, at(&q), selections, 0));
-            ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
+            ok(ts_select(context, batch, &kv, &input, selections, 0));
+            ok(ts_attend(context, batch, &kv, &input, &got.as_output()));
             assert_same(&got, &want[0], &format!("step {step}"));
             let mut dense = Out::new(tokens, &config);
-            ok(ts_attend_dense(context, batch, &kv, at(&q), &dense.as_output()));
+            ok(ts_attend_dense(context, batch, &kv, &input, &dense.as_output()));
             assert!(dense.lse.iter().zip(&got.lse).all(|(dense, chosen)| dense >= &(chosen - 1e-5)));
             ok(ts_batch_destroy(batch));
         }
@@ -399,13 +407,14 @@ fn results_of_ones_own() {
         let cache = made(|to| ts_cache_create(device, &config, &cache_config(), to));
         let context = context(device, &config, &limits(1, 17, 64));
         let sequence = made(|to| ts_cache_sequence_create(cache, to));
-        let [_, k, v] = inputs(1, 16);
+        let [q, k, v] = inputs(1, 16);
         let batch = made(|to| ts_cache_extend(cache, &sequence, &16, 1, to));
-        ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+        ok(ts_cache_append(context, cache, 0, batch, &input(at(&q), at(&k), at(&v))));
         ok(ts_batch_destroy(batch));
         let [q, k, v] = inputs(2, 1);
         let batch = made(|to| ts_cache_extend(cache, &sequence, &1, 1, to));
-        ok(ts_cache_append(context, cache, 0, batch, at(&k), at(&v)));
+        let input = input(at(&q), at(&k), at(&v));
+        ok(ts_cache_append(context, cache, 0, batch, &input));
         let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 0, to, size_of::<ts_kv_view>()));
         let mut got = Out::new(1, &config);
 
@@ -414,7 +423,7 @@ fn results_of_ones_own() {
         };
         let (votes, lists) = (ts_workspace::Votes as i32, ts_workspace::Selected as i32);
         assert_eq!(ts_context_provide(context, votes, batch), ts_status::Order);
-        ok(ts_pool(context, batch, at(&q), null_mut(), 0));
+        ok(ts_pool(context, batch, &input, null_mut(), 0));
         assert_eq!(ts_top_k(context, batch, null_mut(), 0), ts_status::Order);
         let places = std::slice::from_raw_parts_mut(buffer(ts_workspace::Votes).cast::<f32>(), 64);
         (0..17).for_each(|token| places[token] = (token * 5 % 17) as f32);
@@ -426,21 +435,21 @@ fn results_of_ones_own() {
         chosen.truncate(5);
         chosen.sort_unstable();
         assert_eq!(selected(context, 0), [&[0, 1], &chosen[..], &[13, 14, 15, 16]].concat());
-        ok(ts_attend(context, batch, &kv, at(&q), &got.as_output()));
+        ok(ts_attend(context, batch, &kv, &input, &got.as_output()));
 
         let other = made(|to| ts_batch_padded(batch, 1, 0, to));
         let output = got.as_output();
-        assert_eq!(ts_attend(context, other, &kv, at(&q), &output), ts_status::Order);
+        assert_eq!(ts_attend(context, other, &kv, &input, &output), ts_status::Order);
         let all = std::slice::from_raw_parts_mut(buffer(ts_workspace::Selected).cast::<u32>(), 17);
         (0..17).for_each(|token| all[token as usize] = token);
         *buffer(ts_workspace::SelectedLen).cast::<u32>() = 17;
         ok(ts_context_provide(context, lists, other));
-        ok(ts_attend(context, other, &kv, at(&q), &output));
+        ok(ts_attend(context, other, &kv, &input, &output));
         let mut dense = Out::new(1, &config);
-        ok(ts_attend_dense(context, other, &kv, at(&q), &dense.as_output()));
+        ok(ts_attend_dense(context, other, &kv, &input, &dense.as_output()));
         assert_same(&got, &dense, "a list of all tokens");
         all[3] = 2;
-        assert_eq!(ts_attend(context, other, &kv, at(&q), &output), ts_status::Table);
+        assert_eq!(ts_attend(context, other, &kv, &input, &output), ts_status::Table);
         for batch in [batch, other] {
             ok(ts_batch_destroy(batch));
         }
@@ -460,7 +469,7 @@ fn layers_that_missed_a_step() {
         let context = context(device, &config, &limits(1, 8, 64));
         let sequence = made(|to| ts_cache_sequence_create(cache, to));
         let [q, k, v] = inputs(1, 8);
-        let input = ts_step_input { q: at(&q), k: at(&k), v: at(&v), ..sized() };
+        let input = input(at(&q), at(&k), at(&v));
         let mut got = Out::new(8, &config);
         let output = got.as_output();
         let written = |layer| made(|to| ts_cache_written_len(cache, layer, sequence, to));
@@ -473,8 +482,8 @@ fn layers_that_missed_a_step() {
         for step in [ts_step, ts_step_dense] {
             assert_eq!(step(context, cache, 1, second, &input, &output), ts_status::Unwritten);
         }
-        assert_eq!(ts_cache_append(context, cache, 1, second, at(&k), at(&v)), ts_status::Unwritten);
-        ok(ts_cache_append(context, cache, 1, first, at(&k), at(&v)));
+        assert_eq!(ts_cache_append(context, cache, 1, second, &input), ts_status::Unwritten);
+        ok(ts_cache_append(context, cache, 1, first, &input));
         ok(ts_step_dense(context, cache, 1, second, &input, &output));
         assert_eq!((written(0), written(1)), (16, 16));
         let third = made(|to| ts_cache_extend(cache, &sequence, &8, 1, to));
@@ -502,9 +511,10 @@ fn workspace_bytes_are_those_of_the_buffers() {
     unsafe {
         let bytes: usize = made(|to| ts_workspace_bytes(device, &config, &limits, to));
         let context = context(device, &config, &limits);
-        let sum: usize = (0..10)
+        let sum: usize = (0..=ts_workspace::Products as i32)
             .map(|buffer| made::<ts_tensor>(|to| ts_context_workspace(context, buffer, to)))
-            .map(|tensor| 4 * tensor.shape.iter().product::<usize>())
+            .map(|tensor| (if tensor.dtype == ts_dtype::F64 as i32 { 8 } else { 4 }, tensor))
+            .map(|(size, tensor)| size * tensor.shape.iter().product::<usize>())
             .sum();
         assert_eq!(bytes, sum, "the processor needs no scratch memory");
         ok(ts_context_destroy(context));

@@ -6,7 +6,9 @@ mod common;
 use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
-use common::{config, context, cpu, fails, limits, made, numbers, ok, selected, sized};
+use common::{
+    Lie, arrange, config, context, cpu, fails, input, limits, made, numbers, ok, queries, selected, sized,
+};
 use half::bf16;
 use tokenselect_c::*;
 
@@ -125,12 +127,12 @@ impl Rig {
         let random = |seed, heads| numbers(seed, block * heads * d).into_iter().map(bf16::from_f32).collect();
         let (q, k, v): (Vec<bf16>, Vec<bf16>, Vec<bf16>) =
             (random(seed, hq), random(seed + 1, hkv), random(seed + 2, hkv));
-        let (q, k, v) = (self.upload(&q), self.upload(&k), self.upload(&v));
+        let input = input(self.upload(&q), self.upload(&k), self.upload(&v));
         let batch = batch(len, block);
         // SAFETY: handles are alive, tensors as long as they must be.
         unsafe {
-            ok(ts_append(self.context, batch, &self.kv, k, v));
-            ok(ts_select(self.context, batch, &self.kv, q, null_mut(), 0));
+            ok(ts_append(self.context, batch, &self.kv, &input));
+            ok(ts_select(self.context, batch, &self.kv, &input, null_mut(), 0));
             ok(ts_device_synchronize(self.device));
             ok(ts_batch_destroy(batch));
         }
@@ -194,13 +196,13 @@ fn pages_anywhere() {
             for (len, block) in [(8, 8), (16, 8), (24, 8), (25, 1)] {
                 rig.append_and_select(len as u64, len, block);
             }
-            let (batch, q) = (batch(25, 1), rig.upload(&q));
+            let (batch, q) = (batch(25, 1), queries(rig.upload(&q)));
             let out = rig.upload(&vec![bf16::NAN; 2 * hq * d]);
             let output = ts_output { out, out_dtype: ts_dtype::F32 as i32, ..sized() };
             // SAFETY: handles are alive, tensors as long as they must be.
             unsafe {
-                ok(ts_select(rig.context, batch, &rig.kv, q, null_mut(), 0));
-                ok(ts_attend(rig.context, batch, &rig.kv, q, &output));
+                ok(ts_select(rig.context, batch, &rig.kv, &q, null_mut(), 0));
+                ok(ts_attend(rig.context, batch, &rig.kv, &q, &output));
                 ok(ts_batch_destroy(batch));
             }
             let (list, out) = (selected(rig.context, 0), rig.download::<f32>(out, hq * d));
@@ -208,6 +210,49 @@ fn pages_anywhere() {
             assert_eq!(*first, list, "{pages:?}");
             let close = |(a, b): (&f32, &f32)| (a - b).abs() <= 1e-2 * b.abs().max(1.0);
             assert!(out.iter().zip(&*expected).all(close), "{pages:?}: {out:?}, {expected:?}");
+        }
+    }
+}
+
+/// The same bits wherever queries, keys and values lie.
+#[test]
+fn inputs_anywhere() {
+    let [hq, hkv, d] = HEADS;
+    for device in [cpu, || emulated(0)] {
+        let mut expected: Option<(Vec<u32>, Vec<u32>)> = None;
+        for lie in Lie::ALL {
+            let mut rig = Rig::new(device());
+            let (mut lists, mut bits) = (Vec::new(), Vec::new());
+            for (len, block) in [(8, 8), (16, 8), (24, 8), (25, 1)] {
+                let random = |seed, heads: usize| {
+                    numbers(seed, block * heads * d).into_iter().map(bf16::from_f32).collect::<Vec<_>>()
+                };
+                let seed = 3 * len as u64;
+                let (q, k, v) = (random(seed, hq), random(seed + 1, hkv), random(seed + 2, hkv));
+                let (memory, input) = arrange(lie, HEADS, [&q, &k, &v]);
+                let input = input(rig.upload(&memory));
+                let out = rig.upload(&vec![bf16::NAN; 2 * block * hq * d]);
+                let output = ts_output { out, out_dtype: ts_dtype::F32 as i32, ..sized() };
+                let (batch, none) = (batch(len, block), null_mut());
+                let mut attended = || {
+                    bits.extend(rig.download::<u32>(out, block * hq * d));
+                };
+                // SAFETY: handles are alive, tensors as long as they must be.
+                unsafe {
+                    ok(ts_append_select(rig.context, batch, &rig.kv, &input, none, 0));
+                    ok(ts_attend(rig.context, batch, &rig.kv, &input, &output));
+                    attended();
+                    ok(ts_append(rig.context, batch, &rig.kv, &input));
+                    ok(ts_pool(rig.context, batch, &input, none, 0));
+                    ok(ts_attend_dense(rig.context, batch, &rig.kv, &input, &output));
+                    attended();
+                    ok(ts_batch_destroy(batch));
+                }
+                bits.extend(rig.workspace::<u32>(ts_workspace::Queries));
+                lists.extend(selected(rig.context, 0));
+            }
+            let expected = expected.get_or_insert_with(|| (lists.clone(), bits.clone()));
+            assert!(*expected == (lists, bits), "{lie:?}");
         }
     }
 }
@@ -245,11 +290,11 @@ fn votes_of_ones_own() {
         rig.append_and_select(len as u64, len, block);
     }
     let [hq, _, d] = HEADS;
-    let (q, batch) = (rig.upload(&vec![bf16::ONE; hq * d]), batch(16, 1));
+    let (q, batch) = (queries(rig.upload(&vec![bf16::ONE; hq * d])), batch(16, 1));
     let votes: Vec<f32> = (0..64).map(|token| if token % 2 == 1 { token as f32 } else { 0.0 }).collect();
     // SAFETY: handles are alive, arrays as long as they must be.
     unsafe {
-        ok(ts_pool(rig.context, batch, q, null_mut(), 0));
+        ok(ts_pool(rig.context, batch, &q, null_mut(), 0));
         let to: ts_tensor = made(|to| ts_context_workspace(rig.context, ts_workspace::Votes as i32, to));
         ok(ts_memory_write(rig.device, to.data, votes.as_ptr().cast(), size_of_val(&votes[..])));
         ok(ts_context_provide(rig.context, ts_workspace::Votes as i32, batch));
@@ -268,11 +313,11 @@ fn tables_on_the_device() {
     }
     let [hq, _, d] = HEADS;
     let q: Vec<bf16> = numbers(5, hq * d).into_iter().map(bf16::from_f32).collect();
-    let q = rig.upload(&q);
+    let q = queries(rig.upload(&q));
     let like = batch(25, 1);
     // SAFETY: handles and arrays are alive and as long as they must be.
     unsafe {
-        ok(ts_select(rig.context, like, &rig.kv, q, null_mut(), 0));
+        ok(ts_select(rig.context, like, &rig.kv, &q, null_mut(), 0));
         let expected = selected(rig.context, 0);
         // Row 1 of the table is that of `batch`: pages in reverse order; its slots are in row 1, too.
         let pages: Vec<i32> = [[0; 8], [15, 14, 13, 12, 11, 10, 9, 0]].concat();
@@ -294,7 +339,7 @@ fn tables_on_the_device() {
         let faults = || made::<u32>(|to| ts_batch_slot_faults(slot, to));
         for tables in [&tables, &slots] {
             let bound = made(|to| ts_batch_slot_translate(slot, tables, to));
-            ok(ts_select(rig.context, bound, &rig.kv, q, null_mut(), 0));
+            ok(ts_select(rig.context, bound, &rig.kv, &q, null_mut(), 0));
             assert_eq!(selected(rig.context, 0), expected);
             let info: ts_batch_info = made(|to| ts_batch_get_info(bound, to));
             assert_eq!((info.num_rows, info.max_kv_len), (1, 32));
@@ -374,7 +419,7 @@ struct Translated<'a> {
     rig: &'a Rig,
     slot: *mut ts_batch_slot,
     tables: ts_device_tables,
-    q: *const c_void,
+    q: ts_step_input,
 }
 
 extern "C" fn translate_and_select(data: *mut c_void) -> i32 {
@@ -382,7 +427,7 @@ extern "C" fn translate_and_select(data: *mut c_void) -> i32 {
     unsafe {
         let work = &*data.cast::<Translated>();
         let bound = made(|to| ts_batch_slot_translate(work.slot, &work.tables, to));
-        ok(ts_select(work.rig.context, bound, &work.rig.kv, work.q, null_mut(), 0));
+        ok(ts_select(work.rig.context, bound, &work.rig.kv, &work.q, null_mut(), 0));
         ok(ts_batch_destroy(bound));
     }
     0
@@ -401,7 +446,19 @@ fn addresses_are_checked() {
     unsafe {
         let odd = rig.kv.k.byte_add(8);
         let text = format!("`q` must be at an address divisible by 16, got {:#x}", odd.addr());
-        fails(ts_pool(rig.context, batch, odd, null_mut(), 0), ts_status::Misaligned, &text);
+        fails(ts_pool(rig.context, batch, &queries(odd), null_mut(), 0), ts_status::Misaligned, &text);
+        let right = queries(rig.kv.k);
+        for (stride, rule) in
+            [(68, "a multiple of 8 elements"), (1 << 32, "of strides up to 4294967295 elements")]
+        {
+            let text = format!("configuration field `q` must be {rule} on a GPU, got {stride}");
+            for wrong in [
+                ts_step_input { q_stride_token: stride, ..right },
+                ts_step_input { q_stride_head: stride, ..right },
+            ] {
+                fails(ts_pool(rig.context, batch, &wrong, null_mut(), 0), ts_status::Config, &text);
+            }
+        }
         ok(ts_batch_destroy(batch));
     }
 }
@@ -410,19 +467,18 @@ fn addresses_are_checked() {
 struct Work {
     rig: Rig,
     batch: *mut ts_batch,
-    tensors: [*mut c_void; 3],
+    input: ts_step_input,
     answer: i32,
 }
 
 extern "C" fn work(data: *mut c_void) -> i32 {
     // SAFETY: `ts_capture` was given a `Work`.
     let work = unsafe { &*data.cast::<Work>() };
-    let [q, k, v] = work.tensors;
     // SAFETY: handles and tensors are alive.
     unsafe {
         let (context, kv) = (work.rig.context, &work.rig.kv);
-        ok(ts_append(context, work.batch, kv, k, v));
-        ok(ts_select(context, work.batch, kv, q, null_mut(), 0));
+        ok(ts_append(context, work.batch, kv, &work.input));
+        ok(ts_select(context, work.batch, kv, &work.input, null_mut(), 0));
     }
     work.answer
 }
@@ -437,12 +493,12 @@ fn captured_work() {
     let like = batch(20, 1);
     let [hq, hkv, d] = HEADS;
     let values = |heads| numbers(77, heads * d).into_iter().map(bf16::from_f32).collect::<Vec<_>>();
-    let tensors = [rig.upload(&values(hq)), rig.upload(&values(hkv)), rig.upload(&values(hkv))];
+    let input = input(rig.upload(&values(hq)), rig.upload(&values(hkv)), rig.upload(&values(hkv)));
     // SAFETY: handles and tensors are alive until they are destroyed.
     unsafe {
         let slot = made(|to| ts_batch_slot_create(rig.device, like, NUM_PAGES, to));
         let batch_in_slot = made(|to| ts_batch_slot_put(slot, like, to));
-        let mut state = Work { rig, batch: batch_in_slot, tensors, answer: 0 };
+        let mut state = Work { rig, batch: batch_in_slot, input, answer: 0 };
         let data: *mut c_void = (&raw mut state).cast();
         assert_eq!(work(data), 0);
         let eager = selected(state.rig.context, 0);

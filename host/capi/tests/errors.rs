@@ -6,7 +6,8 @@ use std::ffi::CStr;
 use std::ptr::{null, null_mut};
 
 use common::{
-    Out, at, cache_config, config, context, cpu, fails, last_error, limits, made, numbers, ok, sized,
+    Out, at, cache_config, config, context, cpu, fails, input, last_error, limits, made, numbers, ok,
+    queries, sized,
 };
 use tokenselect_c::*;
 
@@ -80,7 +81,9 @@ fn null_pointers() {
         fails(ts_selection_cache_clear(null_mut(), 0), NullPointer, "`selections` must not be null");
 
         let batch = made(|to| batch(&[0, 1], &[0, 1], &[0], &[1], to));
-        fails(ts_pool(context, batch, null(), null_mut(), 0), NullPointer, "`q` must not be null");
+        fails(ts_pool(context, batch, null(), null_mut(), 0), NullPointer, "`input` must not be null");
+        let none: ts_step_input = sized();
+        fails(ts_pool(context, batch, &none, null_mut(), 0), NullPointer, "`q` must not be null");
         let mut kv = ts_kv_view { num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Hnd as i32));
         assert_eq!((kv.k_stride_page, kv.k_stride_token, kv.k_stride_head), (128, 16, 64));
@@ -233,15 +236,21 @@ fn sizes_of_structures() {
         check("cache_config", |it| ts_cache_create(device, &config, it, &mut cache));
         check("tables", |it| ts_batch_create(it, &mut handle));
         check("kv", |it| ts_score(context, batch, it));
-        check("kv", |it| ts_append(context, batch, it, null(), null()));
-        check("kv", |it| ts_select(context, batch, it, null(), null_mut(), 0));
-        check("kv", |it| ts_append_select(context, batch, it, null(), null(), null(), null_mut(), 0));
+        check("kv", |it| ts_append(context, batch, it, &input));
+        check("kv", |it| ts_select(context, batch, it, &input, null_mut(), 0));
+        check("kv", |it| ts_append_select(context, batch, it, &input, null_mut(), 0));
         check::<ts_kv_view>("kv", |it| ts_kv_view_set_dense(it.cast_mut(), 0));
         let kv: ts_kv_view = sized();
-        check("output", |it| ts_attend(context, batch, &kv, null(), it));
-        check("output", |it| ts_attend_dense(context, batch, &kv, null(), it));
-        check("kv", |it| ts_attend(context, batch, it, null(), &output));
-        check("selection", |it| ts_attend_to(context, batch, &kv, null(), it, &output));
+        check("output", |it| ts_attend(context, batch, &kv, &input, it));
+        check("output", |it| ts_attend_dense(context, batch, &kv, &input, it));
+        check("kv", |it| ts_attend(context, batch, it, &input, &output));
+        check("selection", |it| ts_attend_to(context, batch, &kv, &input, it, &output));
+        check("input", |it| ts_append(context, batch, &kv, it));
+        check("input", |it| ts_select(context, batch, &kv, it, null_mut(), 0));
+        check("input", |it| ts_append_select(context, batch, &kv, it, null_mut(), 0));
+        check("input", |it| ts_pool(context, batch, it, null_mut(), 0));
+        check("input", |it| ts_attend(context, batch, &kv, it, &output));
+        check("input", |it| ts_cache_append(context, owned, 0, batch, it));
         check("parts", |it| ts_merge(context, it, &output));
         check("input", |it| ts_step(context, owned, 0, batch, it, &output));
         check("output", |it| ts_step_dense(context, owned, 0, batch, &input, it));
@@ -254,7 +263,7 @@ fn sizes_of_structures() {
         let zero = "must be 0, got 1";
         let check = |status, what: &str| fails(status, UnknownEnum, &format!("`{what}` {zero}"));
         let reserved = ts_output { reserved: 1, ..output };
-        check(ts_attend(context, batch, &kv, null(), &reserved), "output.reserved");
+        check(ts_attend(context, batch, &kv, &input, &reserved), "output.reserved");
         let reserved = ts_limits { reserved: 1, ..limits(1, 4, 16) };
         check(ts_workspace_bytes(device, &config, &reserved, &mut bytes), "limits.reserved");
         check(ts_config_validate(&ts_config { reserved: 1, ..config }), "config.reserved");
@@ -288,7 +297,7 @@ fn operations() {
         let mut kv =
             ts_kv_view { k, v, num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
-        let (q, none) = (at(&q), null_mut());
+        let (input, none) = (input(at(&q), at(&q), at(&q)), null_mut());
         for operations in 1..=ts_operation::All as i32 {
             let context = context(device, &config, &only(operations));
             let has = |all: &[ts_operation]| all.iter().all(|&one| operations & one as i32 != 0);
@@ -297,11 +306,13 @@ fn operations() {
             use ts_operation::{Append, Attend, Pool, Score, Vote};
             let selects = has(&[Pool, Score, Vote]);
             for (needed, status) in [
-                (has(&[Append]), ts_append(context, batch, &kv, q, q)),
-                (selects, ts_select(context, batch, &kv, q, none, 0)),
-                (selects && has(&[Append]), ts_append_select(context, batch, &kv, q, q, q, none, 0)),
-                (has(&[Pool]), ts_pool(context, batch, q, none, 0)),
-                (has(&[Attend]), ts_attend_dense(context, batch, &kv, q, &output)),
+                (has(&[Append]), ts_append(context, batch, &kv, &input)),
+                (selects, ts_select(context, batch, &kv, &input, none, 0)),
+                (selects && has(&[Append]), ts_append_select(context, batch, &kv, &input, none, 0)),
+                (has(&[Pool]), ts_pool(context, batch, &input, none, 0)),
+                (has(&[Pool]), ts_compare(context, batch, none, 0)),
+                (has(&[Pool]), ts_decide(context, batch, none, 0)),
+                (has(&[Attend]), ts_attend_dense(context, batch, &kv, &input, &output)),
             ] {
                 let expected = if needed { ts_status::Ok } else { ts_status::Missing };
                 assert_eq!(status, expected, "{operations}: {}", last_error());
@@ -311,7 +322,7 @@ fn operations() {
                 (has(&[Vote]), ts_vote(context, batch)),
                 (has(&[Vote]), ts_top_k(context, batch, none, 0)),
                 (has(&[Vote]), ts_vote_top_k(context, batch, none, 0)),
-                (has(&[Attend]), ts_attend(context, batch, &kv, q, &output)),
+                (has(&[Attend]), ts_attend(context, batch, &kv, &input, &output)),
             ] {
                 assert_eq!(status == ts_status::Missing, !needed, "{operations}: {}", last_error());
             }
@@ -340,18 +351,23 @@ fn order() {
         let mut kv =
             ts_kv_view { k, v, num_pages: 1, page_size: 4, num_kv_heads: 2, head_dim: 16, ..sized() };
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
-        let (q, none, output) = (at(&q), null_mut(), got.as_output());
+        let (q, none, output) = (&queries(at(&q)), null_mut(), got.as_output());
         let text = |op: &str, needs: &str, holds: &str| {
             format!("`{op}` needs `{needs}` of the same batch before it, the workspace holds {holds}")
         };
         let no = "no such results";
         fails(ts_score(context, first, &kv), Order, &text("score", "pool", no));
+        fails(ts_compare(context, first, none, 0), Order, &text("compare", "pool", no));
         fails(ts_attend(context, first, &kv, q, &output), Order, &text("attend", "top_k", no));
         ok(ts_pool(context, first, q, none, 0));
+        fails(ts_decide(context, first, none, 0), Order, &text("decide", "compare", no));
         fails(ts_vote(context, first), Order, &text("vote", "score", no));
         fails(ts_vote_top_k(context, first, none, 0), Order, &text("vote_top_k", "score", no));
         fails(ts_top_k(context, first, none, 0), Order, &text("top_k", "vote", no));
         fails(ts_score(context, second, &kv), Order, &text("score", "pool", "the results of another batch"));
+        ok(ts_compare(context, first, none, 0));
+        fails(ts_score(context, first, &kv), Order, &text("score", "decide", no));
+        ok(ts_decide(context, first, none, 0));
         ok(ts_score(context, first, &kv));
         ok(ts_vote(context, first));
         ok(ts_top_k(context, first, none, 0));
@@ -364,7 +380,7 @@ fn order() {
             assert_eq!((status, index), (ts_status::Index, 9));
             assert!(last_error().starts_with(&format!("`{what}` must be below ")), "{}", last_error());
         }
-        assert_eq!(ts_context_provide(context, 10, first), UnknownEnum);
+        assert_eq!(ts_context_provide(context, 11, first), UnknownEnum);
         for handle in [first, second] {
             ok(ts_batch_destroy(handle));
         }
@@ -412,7 +428,7 @@ fn failed_calls_change_nothing() {
             let (q, output) = (at(&q), got.as_output());
             let odd = q.byte_add(2);
             let step = |batch, kv: &ts_kv_view, [q, k, v]: [*const std::ffi::c_void; 3], layer| {
-                ts_append_select(context, batch, kv, q, k, v, selections, layer)
+                ts_append_select(context, batch, kv, &input(q, k, v), selections, layer)
             };
             for (status, expected) in [
                 (step(far, &kv, [q, q, q], 0), ts_status::Index),
@@ -423,11 +439,11 @@ fn failed_calls_change_nothing() {
                 (step(right_batch, &kv, [q, null(), q], 0), NullPointer),
                 (step(right_batch, &kv, [q, q, kv.k], 0), Overlap),
                 (step(right_batch, &kv, [kv.v, q, q], 0), Overlap),
-                (ts_append(context, right_batch, &few_pages, q, q), ts_status::Index),
-                (ts_append(context, right_batch, &kv, q, odd), Misaligned),
-                (ts_append(context, right_batch, &kv, kv.v, q), Overlap),
-                (ts_attend_dense(context, right_batch, &few_pages, q, &output), ts_status::Index),
-                (ts_attend_dense(context, right_batch, &kv, odd, &output), Misaligned),
+                (ts_append(context, right_batch, &few_pages, &input(q, q, q)), ts_status::Index),
+                (ts_append(context, right_batch, &kv, &input(q, q, odd)), Misaligned),
+                (ts_append(context, right_batch, &kv, &input(q, kv.v, q)), Overlap),
+                (ts_attend_dense(context, right_batch, &few_pages, &queries(q), &output), ts_status::Index),
+                (ts_attend_dense(context, right_batch, &kv, &queries(odd), &output), Misaligned),
             ] {
                 assert_eq!(status, expected, "{}", last_error());
                 assert_eq!(pool, before);
@@ -447,7 +463,7 @@ fn failed_calls_change_nothing() {
         let kv: ts_kv_view = made(|to| ts_cache_layer(cache, 1, to, size_of::<ts_kv_view>()));
         let pages = std::slice::from_raw_parts(kv.k.cast::<f32>(), 32 * 4 * 32);
         let (q, output) = (at(&q), got.as_output());
-        let right = ts_step_input { q, k: q, v: q, ..sized() };
+        let right = input(q, q, q);
         for (input, output) in [
             (ts_step_input { k: kv.k, ..right }, output),
             (ts_step_input { q: kv.v, ..right }, output),
@@ -457,7 +473,7 @@ fn failed_calls_change_nothing() {
             assert_eq!(ts_step(context, cache, 1, batch, &input, &output), Overlap);
             assert_eq!(ts_step_dense(context, cache, 1, batch, &input, &output), Overlap);
         }
-        assert_eq!(ts_cache_append(context, cache, 1, batch, q, kv.v), Overlap);
+        assert_eq!(ts_cache_append(context, cache, 1, batch, &input(q, q, kv.v)), Overlap);
         assert!(pages.iter().all(|&x| x == 0.0));
         assert_eq!(made::<usize>(|to| ts_cache_written_len(cache, 1, id, to)), 0);
         ok(ts_cache_destroy(cache));
@@ -531,12 +547,13 @@ fn pointers_to_tensors() {
         ok(ts_kv_view_set_dense(&mut kv, ts_kv_layout::Nhd as i32));
         let text = "`layout` must be a ts_kv_layout, got 5";
         fails(ts_kv_view_set_dense(&mut kv, 5), UnknownEnum, text);
-        ok(ts_append(context, batch, &kv, at(&q), at(&q)));
-        ok(ts_select(context, batch, &kv, at(&q), null_mut(), 0));
+        let right = input(at(&q), at(&q), at(&q));
+        ok(ts_append(context, batch, &kv, &right));
+        ok(ts_select(context, batch, &kv, &right, null_mut(), 0));
 
         let odd = at(&q).byte_add(1);
         let text = format!("`q` must be at an address divisible by 4, got {:#x}", odd.addr());
-        fails(ts_pool(context, batch, odd, null_mut(), 0), Misaligned, &text);
+        fails(ts_pool(context, batch, &queries(odd), null_mut(), 0), Misaligned, &text);
         let odd_batch: *const ts_batch = batch.byte_add(1);
         assert_eq!(ts_vote(context, odd_batch), Misaligned);
         assert!(last_error().starts_with("`batch` must be at an address divisible by 8, got 0x"));
@@ -544,28 +561,45 @@ fn pointers_to_tensors() {
         let output = got.as_output();
         let wrong = ts_output { out_dtype: 77, ..output };
         let text = "`output.out_dtype` must be a ts_dtype, got 77";
-        fails(ts_attend(context, batch, &kv, at(&q), &wrong), UnknownEnum, text);
+        fails(ts_attend(context, batch, &kv, &right, &wrong), UnknownEnum, text);
         let wrong = ts_output { out_dtype: ts_dtype::F16 as i32, ..output };
         let text = "`out` must be f32, got f16";
-        fails(ts_attend(context, batch, &kv, at(&q), &wrong), ts_status::ElementType, text);
+        fails(ts_attend(context, batch, &kv, &right, &wrong), ts_status::ElementType, text);
         let wrong = ts_output { out: q.as_ptr().cast_mut().cast(), ..output };
         let text = "`output.out` is written and must not overlap `q`";
-        fails(ts_attend(context, batch, &kv, at(&q), &wrong), Overlap, text);
+        fails(ts_attend(context, batch, &kv, &right, &wrong), Overlap, text);
         let wrong = ts_output { lse: output.out.cast::<f32>().add(63), ..output };
         let text = "`output.out` is written and must not overlap `output.lse`";
-        fails(ts_attend(context, batch, &kv, at(&q), &wrong), Overlap, text);
+        fails(ts_attend(context, batch, &kv, &right, &wrong), Overlap, text);
         let text = "`kv.k` is written and must not overlap `k`";
-        fails(ts_append(context, batch, &kv, kv.k, at(&q)), Overlap, text);
+        fails(ts_append(context, batch, &kv, &ts_step_input { k: kv.k, ..right }), Overlap, text);
         let same = ts_kv_view { v: kv.k, ..kv };
+        // What lies between the first element and the last counts, and nothing behind it.
+        let mut long = numbers(3, 256);
+        let base = long.as_mut_ptr();
+        let strided = ts_step_input { q_stride_head: 24, ..queries(base.cast()) };
+        let text = "`output.lse` is written and must not overlap `q`";
+        for gap in [16, 3 * 24 + 15] {
+            let wrong = ts_output { lse: base.add(gap), ..output };
+            fails(ts_attend(context, batch, &kv, &strided, &wrong), Overlap, text);
+        }
+        let behind = ts_output { lse: base.add(3 * 24 + 16), ..output };
+        ok(ts_attend(context, batch, &kv, &strided, &behind));
+        let far = ts_step_input { q_stride_head: usize::MAX, ..right };
+        let text = format!(
+            "configuration field `q` must be at most isize::MAX bytes, got [1, 4, 16] in strides [64, {}]",
+            usize::MAX
+        );
+        fails(ts_attend(context, batch, &kv, &far, &output), ts_status::Config, &text);
         let text = "`kv.k` is written and must not overlap `kv.v`";
-        fails(ts_append(context, batch, &same, at(&q), at(&q)), Overlap, text);
+        fails(ts_append(context, batch, &same, &right), Overlap, text);
         let wrong = ts_kv_view { head_dim: 8, ..kv };
         let text = "`kv` must have shape [1, 4, 2, 16], got [1, 4, 2, 8]";
         fails(ts_score(context, batch, &wrong), ts_status::Shape, text);
         let far = ts_kv_view { num_pages: 3, v_stride_page: usize::MAX, ..kv };
         assert_eq!(ts_score(context, batch, &far), ts_status::Config);
 
-        ok(ts_attend(context, batch, &kv, at(&q), &ts_output { lse: null_mut(), ..output }));
+        ok(ts_attend(context, batch, &kv, &right, &ts_output { lse: null_mut(), ..output }));
         let mut len = 0;
         let mut tokens = [7u32; 0];
         let status = ts_context_selected(context, 0, tokens.as_mut_ptr(), 0, &mut len);
@@ -578,8 +612,8 @@ fn pointers_to_tensors() {
         let status = ts_context_selected(context, 1, null_mut(), 0, &mut len);
         fails(status, ts_status::Index, "`row` must be below 1, got 1");
         let mut tensor: ts_tensor = made(|to| ts_context_workspace(context, 0, to));
-        let text = "`buffer` must be a ts_workspace, got 10";
-        fails(ts_context_workspace(context, 10, &mut tensor), UnknownEnum, text);
+        let text = "`buffer` must be a ts_workspace, got 11";
+        fails(ts_context_workspace(context, 11, &mut tensor), UnknownEnum, text);
         let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base, ..sized() };
         let text = "configuration field `num_parts` must be at least 1, got 0";
         fails(ts_merge(context, &parts, &output), ts_status::Config, text);
@@ -620,14 +654,14 @@ fn owned_caches() {
         let batch = made(|to| ts_cache_extend(cache, &id, &2, 1, to));
         let (q, kv) = (numbers(1, 2 * 64), numbers(2, 2 * 32));
         let mut got = Out::new(2, &plain);
-        let input = ts_step_input { q: at(&q), k: at(&kv), v: at(&kv), ..sized() };
+        let input = input(at(&q), at(&kv), at(&kv));
         let status = ts_step(context, cache, 2, batch, &input, &got.as_output());
         fails(status, ts_status::Index, "`layer` must be below 2, got 2");
         ok(ts_cache_sequence_truncate(cache, id, 1));
         let status = ts_step(context, cache, 0, batch, &input, &got.as_output());
         assert_eq!(status, ts_status::StaleBatch);
         assert!(last_error().starts_with("batch row 0 is stale: sequence "), "{}", last_error());
-        assert_eq!(ts_cache_append(context, cache, 0, batch, at(&kv), at(&kv)), ts_status::StaleBatch);
+        assert_eq!(ts_cache_append(context, cache, 0, batch, &input), ts_status::StaleBatch);
         assert!(got.out.iter().all(|x| x.is_nan()), "nothing was written");
         ok(ts_batch_destroy(batch));
         ok(ts_context_destroy(context));

@@ -43,6 +43,16 @@ impl DeviceTables {
         DeviceTables(OnceLock::from(Arc::new(Copied::at(like, Arc::clone(memory)))))
     }
 
+    /// Checks that a copy, if there is one, lies on the driver's device.
+    pub fn expect_on(&self, driver: &Arc<dyn Driver>) -> Result<()> {
+        self.0.get().map_or(Ok(()), |copied| copied.memory.slice().expect_on(driver, "batch"))
+    }
+
+    /// The memory of the copy, if there is one.
+    pub fn memory(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        self.0.get().map(|copied| -> Arc<dyn std::any::Any + Send + Sync> { copied.memory.clone() })
+    }
+
     /// A copy in memory of one's own, which holds at least [`Copied::bytes`].
     pub fn put(batch: &Batch, memory: &Arc<DeviceMemory>) -> Result<Self> {
         let bytes = Copied::bytes(batch);

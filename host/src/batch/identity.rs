@@ -37,7 +37,18 @@ pub(crate) struct Place {
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Occupied {
     pub number: u64,
-    /// Its blocks, where a cache made it.
+    /// Its rows, where a cache made it.
+    pub owned: Owned,
+}
+
+/// The rows of a batch that a cache made.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Owned {
+    /// The allocator of the cache; 0 where no cache made the batch.
+    pub allocator: u64,
+    /// Each row's sequence, its revision, and its tokens when the batch was made.
+    pub rows: Vec<(SequenceId, u64, usize)>,
+    /// The blocks that are not empty.
     pub blocks: Vec<Block>,
 }
 
@@ -52,12 +63,21 @@ pub(crate) struct Needs {
     pub num_sequences: usize,
     /// Whether pages are written.
     pub appends: bool,
+    /// For parts of sequences: the most tokens that a row selects, and how many of its candidates.
+    pub max_selected: usize,
+    pub top_k: usize,
 }
 
 impl Needs {
     /// None.
-    pub const NONE: Needs =
-        Needs { max_kv_tokens: usize::MAX, num_pages: usize::MAX, num_sequences: usize::MAX, appends: false };
+    pub const NONE: Needs = Needs {
+        max_kv_tokens: usize::MAX,
+        num_pages: usize::MAX,
+        num_sequences: usize::MAX,
+        appends: false,
+        max_selected: usize::MAX,
+        top_k: usize::MAX,
+    };
 }
 
 impl Identity {
@@ -81,9 +101,9 @@ impl Identity {
         self.place.as_ref().map_or(self.number, |place| place.occupied().number)
     }
 
-    /// Blocks of the batch that recorded work reads when it is done now; `None` without a slot.
-    pub fn latest_blocks(&self) -> Option<Vec<Block>> {
-        self.place.as_ref().map(|place| place.occupied().blocks.clone())
+    /// Rows of the batch that recorded work reads when it is done now; `None` without a slot.
+    pub fn latest_owned(&self) -> Option<Owned> {
+        self.place.as_ref().map(|place| place.occupied().owned.clone())
     }
 
     /// Checks that no other batch was put in the slot.
@@ -102,6 +122,8 @@ impl Identity {
             now.num_pages = now.num_pages.min(needs.num_pages);
             now.num_sequences = now.num_sequences.min(needs.num_sequences);
             now.appends |= needs.appends;
+            now.max_selected = now.max_selected.min(needs.max_selected);
+            now.top_k = now.top_k.min(needs.top_k);
         }
     }
 }
@@ -117,9 +139,9 @@ impl Place {
     }
 
     /// The batch is there, each time that this is done where it is recorded.
-    pub fn occupy(&self, device: &Device, number: u64, blocks: Vec<Block>) {
+    pub fn occupy(&self, device: &Device, number: u64, owned: Owned) {
         device.note(&self.occupied, move |occupied| {
-            *occupied = Occupied { number, blocks: blocks.clone() };
+            *occupied = Occupied { number, owned: owned.clone() };
         });
     }
 

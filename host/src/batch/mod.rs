@@ -13,10 +13,11 @@ use kernels_gpu::simt::global::GlobalPtr;
 
 use self::device_tables::DeviceTables;
 use self::identity::Place;
-pub(crate) use self::identity::{Block, Identity, Needs};
+pub(crate) use self::identity::{Block, Identity, Needs, Owned};
 pub use self::slot::BatchSlot;
 pub use self::translate::TablesOnDevice;
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
+use crate::device::Device;
 use crate::driver::Driver;
 use crate::error::{Error, Result};
 use crate::pages::{MAX_PAGE_SIZE, PageTables};
@@ -190,6 +191,8 @@ impl Batch {
             return Err(Error::table(pair[1].1, "sequence_indices", rule, pair[1].0));
         }
         self.sequence_indices = Some(indices);
+        // The rows are no longer those that a cache has made.
+        (self.owners, self.allocator) = (Vec::new(), 0);
         self.changed();
         Ok(self)
     }
@@ -445,8 +448,46 @@ impl Batch {
         Ok(GlobalPtr::from_addr(self.on_device.get(self, driver)?.sequence_indices))
     }
 
+    /// The rows of the batch of an owned cache.
+    pub(crate) fn owned(&self) -> Owned {
+        let row = |(row, &(id, revision)): (usize, &(SequenceId, u64))| (id, revision, self.kv_len(row));
+        let rows = self.owners.iter().enumerate().map(row).collect();
+        Owned { allocator: self.allocator, rows, blocks: self.blocks() }
+    }
+
+    /// Checks how many tokens the rows of parts of sequences select: everything outside a row's candidates, and `top_k` of
+    /// these.
+    ///
+    /// # Errors
+    /// [`Error::Limit`].
+    pub(crate) fn check_selected(&self, limit: usize, top_k: usize) -> Result<()> {
+        for (row, candidates) in self.candidates.iter().flatten().enumerate() {
+            let got = self.kv_len(row) - candidates.len() + candidates.len().min(top_k);
+            if got > limit {
+                return Err(Error::Limit { what: "selected tokens of a row", limit, got });
+            }
+        }
+        Ok(())
+    }
+
+    /// Checks that the tables are where `device` can read them.
+    ///
+    /// # Errors
+    /// [`Error::WrongDevice`], [`Error::Missing`].
+    pub(crate) fn check_device(&self, device: &Device) -> Result<()> {
+        match device.driver() {
+            None => self.expect_on_host("the processor"),
+            Some(driver) => self.on_device.expect_on(driver),
+        }
+    }
+
+    /// The memory of the tables on a device, if there is any.
+    pub(crate) fn device_memory(&self) -> Option<Arc<dyn std::any::Any + Send + Sync>> {
+        self.on_device.memory()
+    }
+
     /// The blocks of the batch of an owned cache.
-    pub(crate) fn blocks(&self) -> Vec<Block> {
+    fn blocks(&self) -> Vec<Block> {
         let block = |(row, &(id, _)): (usize, &(SequenceId, u64))| {
             let end = self.kv_len(row);
             Block { id, begin: end - self.block_len(row).min(end), end }

@@ -122,6 +122,7 @@ impl BatchSlot {
         if got > limit {
             return Err(Error::Limit { what: "max_kv_tokens", limit, got });
         }
+        batch.check_selected(needs.max_selected, needs.top_k)?;
         batch.check_pages(needs.num_pages)?;
         batch.check_sequences(needs.num_sequences)?;
         if needs.appends { batch.check_written_pages() } else { Ok(()) }
@@ -134,7 +135,7 @@ impl BatchSlot {
     }
 
     fn occupy(&mut self, mut batch: Batch) -> Batch {
-        self.place.occupy(&self.device, batch.number(), batch.blocks());
+        self.place.occupy(&self.device, batch.number(), batch.owned());
         batch.identity = batch.identity.placed(&self.place);
         batch
     }

@@ -194,18 +194,7 @@ impl Plan {
                 return Err(Error::Limit { what, limit, got });
             }
         }
-        if batch.is_partial() {
-            // Everything outside a partial row's candidates is selected, so its windows need checking.
-            let limit = self.config.max_selected(self.limits.max_block_len);
-            for row in 0..batch.num_rows() {
-                let candidates = batch.candidates(row, &self.config).len();
-                let got = batch.kv_len(row) - candidates + candidates.min(self.config.top_k);
-                if got > limit {
-                    return Err(Error::Limit { what: "selected tokens of a row", limit, got });
-                }
-            }
-        }
-        Ok(())
+        batch.check_selected(self.config.max_selected(self.limits.max_block_len), self.config.top_k)
     }
 }
 

@@ -51,7 +51,6 @@ impl TokenSelect {
         match &over {
             Over::Selected => {
                 self.workspace.progress.expect("attend", Stage::Selected, batch)?;
-                self.check_lists(batch, &self.own_lists())?; // which a caller may have written
             }
             Over::Lists(lists) => self.check_lists(batch, lists)?,
             Over::All if batch.is_partial() => {
@@ -80,7 +79,11 @@ impl TokenSelect {
         let lists = match over {
             Over::All => None,
             Over::Lists(lists) => Some(*lists),
-            Over::Selected => Some(self.own_lists()),
+            Over::Selected => {
+                // A caller may have written what they are made of, cached selections among it.
+                self.check_lists(batch, &self.own_lists())?;
+                Some(self.own_lists())
+            }
         };
         let args = AttendArgs { kv, q, lists, out: output.out, lse: output.lse };
         self.backend().attend(&self.plan, batch, &self.workspace, args)

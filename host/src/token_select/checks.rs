@@ -19,16 +19,23 @@ impl TokenSelect {
     pub(super) fn check_batch(&self, batch: &Batch) -> Result<()> {
         self.plan.check(batch)?;
         batch.expect_latest()?;
-        let limits = self.plan.limits();
-        self.note_needs(batch, Needs { max_kv_tokens: limits.max_kv_tokens, ..Needs::NONE });
+        batch.check_device(self.device())?;
+        let (config, limits) = (self.config(), self.plan.limits());
+        let needs = Needs {
+            max_kv_tokens: limits.max_kv_tokens,
+            max_selected: config.max_selected(limits.max_block_len),
+            top_k: config.top_k,
+            ..Needs::NONE
+        };
+        self.note_needs(batch, needs);
+        self.device().keep(|| batch.device_memory());
         Ok(())
     }
 
     /// While work is recorded: what a batch must keep that is put in the slot later.
     fn note_needs(&self, batch: &Batch, needs: Needs) {
-        if self.device().is_recording() {
-            batch.identity().need(needs);
-        }
+        let identity = batch.identity().clone();
+        self.device().at_end_of_recording(move || identity.need(needs));
     }
 
     /// A layer that is appended to, and what is.

@@ -15,7 +15,7 @@ use crate::device::Device;
 use crate::error::{Error, Result};
 use crate::plan::{Limits, Operations, Plan};
 use crate::tensor::{Element, TensorView, TensorViewMut};
-use crate::workspace::Workspace;
+use crate::workspace::{Buffer, Workspace};
 
 /// Inputs of a step of one layer: [`TokenSelect::input`], or tensors of one's own.
 #[derive(Debug, Clone, Copy)]
@@ -91,9 +91,24 @@ impl TokenSelect {
         &self.workspace
     }
 
-    /// The buffers between operations, for a collective that changes them.
-    pub fn workspace_mut(&mut self) -> &mut Workspace {
-        &mut self.workspace
+    /// One of the buffers between operations, writable: for a collective, or for results of one's own
+    /// ([`provide`](Self::provide)).
+    pub fn buffer_mut(&mut self, buffer: Buffer) -> TensorViewMut<'_> {
+        self.workspace.buffer_mut(buffer)
+    }
+
+    /// Says that a buffer holds results of the caller's own for `batch`, written through [`buffer_mut`](Self::buffer_mut):
+    /// votes of a policy of one's own, for [`top_k`](Self::top_k) to choose from, or lists for [`attend`](Self::attend).
+    ///
+    /// Queries, similarities and actions stand for what `pool` writes, products for what `compare` does, logits and statistics
+    /// for what `score` does, the selected tokens and their lengths for what `top_k` does: all of them are to be there.
+    ///
+    /// # Errors
+    /// [`Error::Order`] where the stage before was not done for this batch: logits, votes and products need `pool`;
+    /// [`Error::Limit`] for a batch beyond the limits.
+    pub fn provide(&mut self, buffer: Buffer, batch: &Batch) -> Result<()> {
+        self.check_batch(batch)?;
+        self.workspace.provide(buffer, batch)
     }
 
     /// Inputs of a step from slices of the host, whose shapes follow from batch and configuration.

@@ -80,9 +80,11 @@ impl TokenSelect {
     ) -> Result<()> {
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
+        let place = cached.as_ref().map(SelectionCacheLayer::place);
         workspace.progress.begin(Stage::Pooled);
         workspace.progress.begin(Stage::Selected);
         backend::of(plan).select(plan, batch, workspace, kv, q, cached)?;
+        workspace.progress.decided_by(place);
         for stage in [Stage::Pooled, Stage::Scored, Stage::Voted, Stage::Selected] {
             workspace.progress.finish(stage, batch);
         }
@@ -108,8 +110,10 @@ impl TokenSelect {
         self.check_cached(batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
+        let place = cached.as_ref().map(SelectionCacheLayer::place);
         workspace.progress.begin(Stage::Pooled);
         backend::of(plan).pool(plan, batch, workspace, q, cached)?;
+        workspace.progress.decided_by(place);
         workspace.progress.finish(Stage::Pooled, batch);
         Ok(())
     }
@@ -138,8 +142,10 @@ impl TokenSelect {
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         workspace.progress.expect("compare", Stage::Pooled, batch)?;
+        let place = cached.as_ref().map(SelectionCacheLayer::place);
         workspace.progress.begin(Stage::Compared);
         backend::of(plan).compare(plan, batch, workspace, cached)?;
+        workspace.progress.decided_by(place);
         workspace.progress.finish(Stage::Compared, batch);
         Ok(())
     }
@@ -161,6 +167,8 @@ impl TokenSelect {
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         workspace.progress.expect("decide", Stage::Compared, batch)?;
+        let place = cached.as_ref().map(SelectionCacheLayer::place);
+        workspace.progress.expect_decided_by("decide", place)?;
         workspace.progress.begin(Stage::Decided);
         backend::of(plan).decide(plan, batch, workspace, cached)?;
         workspace.progress.finish(Stage::Decided, batch);
@@ -270,7 +278,10 @@ impl TokenSelect {
 
     /// Checks that rows which reuse their selections are given these, as far as that is known without waiting for a device.
     fn check_reuse(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
-        if (cached.is_some() && self.caches(batch)) || !self.device().is_cpu() {
+        let cached = cached.filter(|_| self.caches(batch));
+        let place = cached.map(SelectionCacheLayer::place);
+        self.workspace.progress.expect_decided_by("top_k", place)?;
+        if cached.is_some() || !self.device().is_cpu() {
             return Ok(());
         }
         if self.workspace.actions()?[..batch.num_rows()].contains(&RowAction::Reuse) {

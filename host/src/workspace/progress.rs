@@ -37,8 +37,14 @@ impl Stage {
     }
 }
 
-/// The number of the batch that each stage was done for.
-type Done = [Option<u64>; 6];
+/// What was done.
+#[derive(Debug, Clone, Default)]
+struct Done {
+    /// The number of the batch that each stage was done for.
+    stages: [Option<u64>; 6],
+    /// The cached selections that decided, by where they lie.
+    cached: Option<usize>,
+}
 
 /// What was done. Recorded work changes it each time it is done.
 #[derive(Debug)]
@@ -62,7 +68,7 @@ impl Progress {
         if stage == Stage::Decided {
             self.expect(op, Stage::Pooled, batch)?;
         }
-        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner)[stage as usize];
+        let done = self.done.lock().unwrap_or_else(PoisonError::into_inner).stages[stage as usize];
         if done == Some(batch.number()) {
             return Ok(());
         }
@@ -76,7 +82,7 @@ impl Progress {
         self.device.note(&self.done, move |done| {
             let lists = Stage::Selected as usize;
             let replaced = if stage == Stage::Selected { lists..lists + 1 } else { stage as usize..lists };
-            done[replaced].fill(None);
+            done.stages[replaced].fill(None);
         });
     }
 
@@ -84,26 +90,34 @@ impl Progress {
     pub fn finish(&self, stage: Stage, batch: &Batch) {
         let batch = batch.identity().clone();
         self.device.note(&self.done, move |done| {
-            done[stage as usize] = Some(batch.latest());
+            done.stages[stage as usize] = Some(batch.latest());
             if stage == Stage::Pooled {
-                done[Stage::Decided as usize] = Some(batch.latest());
+                done.stages[Stage::Decided as usize] = Some(batch.latest());
             }
         });
+    }
+
+    /// Decisions were made by these cached selections.
+    pub fn decided_by(&self, cached: Option<usize>) {
+        self.device.note(&self.done, move |done| done.cached = cached);
+    }
+
+    /// Checks that the cached selections are those that decisions were made by, if they were made by any.
+    ///
+    /// # Errors
+    /// [`Error::Missing`].
+    pub fn expect_decided_by(&self, op: &'static str, cached: Option<usize>) -> Result<()> {
+        let decided = self.done.lock().unwrap_or_else(PoisonError::into_inner).cached;
+        if decided.is_some() && decided != cached {
+            return Err(Error::Missing { op, needs: "the cached selections that `pool` was given" });
+        }
+        Ok(())
     }
 }
 
 impl Workspace {
-    /// Says that a buffer holds results of the caller's own for `batch`, written through [`buffer_mut`](Self::buffer_mut):
-    /// votes of a policy of one's own, for [`top_k`](crate::TokenSelect::top_k) to choose from, or lists for
-    /// [`attend`](crate::TokenSelect::attend).
-    ///
-    /// Queries, similarities and actions stand for what `pool` writes, products for what `compare` does, logits and statistics
-    /// for what `score` does, the selected tokens and their lengths for what `top_k` does: all of them are to be there.
-    ///
-    /// # Errors
-    /// [`Error::Order`] where the stage before was not done for this batch: products, logits and votes need `pool`, the latter two
-    /// also `decide` where there was a `compare`.
-    pub fn provide(&mut self, buffer: Buffer, batch: &Batch) -> Result<()> {
+    /// See [`TokenSelect::provide`](crate::TokenSelect::provide).
+    pub(crate) fn provide(&mut self, buffer: Buffer, batch: &Batch) -> Result<()> {
         let stage = match buffer {
             Buffer::Queries | Buffer::Similarities | Buffer::Actions => Stage::Pooled,
             Buffer::Products => Stage::Compared,
@@ -119,6 +133,9 @@ impl Workspace {
         }
         self.progress.begin(stage);
         self.progress.finish(stage, batch);
+        if stage == Stage::Pooled {
+            self.progress.decided_by(None);
+        }
         Ok(())
     }
 }

@@ -113,11 +113,22 @@ int main(void) {
         tables.qo_indptr = qo_indptr, tables.indptr = indptr, tables.indices = indices;
         tables.last_page_len = &last_page_len, tables.sequence_indices = &sequence_index;
         CHECK(ts_batch_create(&tables, &batch));
-        CHECK(ts_append(context, batch, &kv, k, v));
-        CHECK(ts_select(context, batch, &kv, q, selections, 0));
+        /* The same in the output of a fused projection, [tokens, HQ + 2 HKV, D]. */
+        enum { ROW = (HQ + 2 * HKV) * D };
+        static float qkv[MAX_BLOCK * ROW];
+        for (size_t t = 0; t < tokens; t++) {
+            memcpy(qkv + t * ROW, q + t * HQ * D, HQ * D * sizeof(float));
+            memcpy(qkv + t * ROW + HQ * D, k + t * HKV * D, HKV * D * sizeof(float));
+            memcpy(qkv + t * ROW + (HQ + HKV) * D, v + t * HKV * D, HKV * D * sizeof(float));
+        }
+        ts_step_input fused = {.struct_size = sizeof fused};
+        fused.q = qkv, fused.k = qkv + HQ * D, fused.v = qkv + (HQ + HKV) * D;
+        fused.q_stride_token = fused.k_stride_token = fused.v_stride_token = ROW;
+        CHECK(ts_append(context, batch, &kv, &fused));
+        CHECK(ts_select(context, batch, &kv, &fused, selections, 0));
         float own_out[MAX_BLOCK * HQ * D], own_lse[MAX_BLOCK * HQ];
         output.out = own_out, output.lse = own_lse;
-        CHECK(ts_attend(context, batch, &kv, q, &output));
+        CHECK(ts_attend(context, batch, &kv, &fused, &output));
         CHECK(ts_batch_destroy(batch));
         EXPECT(memcmp(out, own_out, tokens * HQ * D * sizeof(float)) == 0);
         EXPECT(memcmp(lse, own_lse, tokens * HQ * sizeof(float)) == 0);

@@ -6,7 +6,7 @@
 use std::ffi::{CStr, c_void};
 use std::io::Write;
 use std::path::PathBuf;
-use std::ptr::null_mut;
+use std::ptr::{null, null_mut};
 
 use tokenselect_c::*;
 
@@ -109,6 +109,67 @@ impl Out {
 /// The address of numbers that are read.
 pub fn at(numbers: &[f32]) -> *const c_void {
     numbers.as_ptr().cast()
+}
+
+/// Dense queries, keys and values.
+pub fn input(q: *const c_void, k: *const c_void, v: *const c_void) -> ts_step_input {
+    ts_step_input { q, k, v, ..sized() }
+}
+
+/// Dense queries.
+pub fn queries(q: *const c_void) -> ts_step_input {
+    input(q, null(), null())
+}
+
+/// How queries, keys and values lie in the memory of [`arrange`].
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum Lie {
+    /// Three dense tensors.
+    Dense,
+    /// `[tokens, num_qo_heads + 2 * num_kv_heads, head_dim]`, as of a fused projection.
+    Fused,
+    /// `[num_qo_heads + 2 * num_kv_heads, tokens, head_dim]`.
+    HeadsFirst,
+}
+
+impl Lie {
+    pub const ALL: [Lie; 3] = [Lie::Dense, Lie::Fused, Lie::HeadsFirst];
+}
+
+/// Dense queries, keys and values copied into one memory, and what they are called when that is at an address.
+pub fn arrange<T: Copy>(
+    lie: Lie,
+    [hq, hkv, d]: [usize; 3],
+    [q, k, v]: [&[T]; 3],
+) -> (Vec<T>, impl Fn(*const c_void) -> ts_step_input + use<T>) {
+    let (mut memory, tokens) = ([q, k, v].concat(), q.len() / (hq * d));
+    let (row, places) = ((hq + 2 * hkv) * d, [0, q.len(), q.len() + k.len()]);
+    let (first, [token_stride, head_stride]) = match lie {
+        Lie::Dense => (places, [0, 0]),
+        Lie::Fused => ([0, hq * d, (hq + hkv) * d], [row, d]),
+        Lie::HeadsFirst => (places, [d, tokens * d]),
+    };
+    if lie != Lie::Dense {
+        for ((from, heads), first) in [(q, hq), (k, hkv), (v, hkv)].into_iter().zip(first) {
+            for (place, head) in from.chunks_exact(d).enumerate() {
+                let to = first + place / heads * token_stride + place % heads * head_stride;
+                memory[to..to + d].copy_from_slice(head);
+            }
+        }
+    }
+    let called = move |base: *const c_void| {
+        let [q, k, v] = first.map(|first| base.cast::<T>().wrapping_add(first).cast());
+        ts_step_input {
+            q_stride_token: token_stride,
+            q_stride_head: head_stride,
+            k_stride_token: token_stride,
+            k_stride_head: head_stride,
+            v_stride_token: token_stride,
+            v_stride_head: head_stride,
+            ..input(q, k, v)
+        }
+    };
+    (memory, called)
 }
 
 /// The lists that the last selection of a context made.

@@ -50,8 +50,8 @@ pub(super) fn top_k(
             match RowAction::from_code(action) {
                 Some(RowAction::Reuse) => {
                     chosen.copy_from_slice(kept);
-                    ages[index] += 1;
-                    counters[0] += 1;
+                    ages[index] = ages[index].saturating_add(1);
+                    counters[0] = counters[0].wrapping_add(1);
                 }
                 Some(RowAction::Score) => {
                     kept.copy_from_slice(chosen);
@@ -59,9 +59,9 @@ pub(super) fn top_k(
                         .copy_from_slice(&fresh[row * query_len..][..query_len]);
                     ages[index] = 0;
                     made_at[index] = (batch.kv_len(row) - batch.block_len(row)) as u32;
-                    counters[1] += 1;
+                    counters[1] = counters[1].wrapping_add(1);
                 }
-                Some(RowAction::Complete) => counters[2] += 1,
+                Some(RowAction::Complete) => counters[2] = counters[2].wrapping_add(1),
                 Some(RowAction::Skip) | None => {}
             }
         }
