@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::device_tables::{Copied, DeviceTables};
+use super::translate::translate_entry;
 use super::{Batch, Place};
 use crate::device::Device;
 use crate::error::{Error, Result};
@@ -52,6 +53,7 @@ impl BatchSlot {
         if max_pages > limit {
             return Err(Error::Limit { what: "pages of a slot", limit, got: max_pages });
         }
+        driver.prepare(&[translate_entry(driver)?])?; // which cannot be loaded while work is recorded
         let like = like.without_pages();
         let tables = Copied::bytes(&like);
         let memory = DeviceMemory::zeros(driver, tables.len() + 4 * max_pages + 4)?;

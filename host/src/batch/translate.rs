@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use kernels_gpu::entries::{Key, Op};
+use kernels_gpu::entries::{Entry, Key, Op};
 use kernels_gpu::ops::translate::TranslateParams;
 use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 
@@ -58,7 +58,7 @@ impl BatchSlot {
         });
         self.check_needs(&batch)?;
         let driver = Arc::clone(self.memory.slice().driver());
-        let entry = driver.find("translate", Op::Translate, Key::NONE)?;
+        let entry = translate_entry(&driver)?;
         if params.num_rows > 0 {
             // SAFETY: shapes were checked; the slot's memory has room for the tables of its rows and `max_pages` page numbers.
             unsafe { driver.launch_with(entry, params.dims(), &params)? };
@@ -129,6 +129,11 @@ impl BatchSlot {
             num_sequences: saturated(tables.num_sequences),
         })
     }
+}
+
+/// The kernel.
+pub(super) fn translate_entry(driver: &Arc<dyn Driver>) -> Result<&'static Entry> {
+    driver.find("translate", Op::Translate, Key::NONE)
 }
 
 fn saturated(number: usize) -> u32 {
