@@ -311,24 +311,24 @@ fn batches_that_do_not_fit_a_step(device: &Device) {
     let text = "`step` needs a batch made by this cache's `extend`";
     f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), text);
     let small = |limits: Limits| Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL).unwrap();
-    let text = "`max_rows` is limited to 1 by the plan, the batch needs 2";
+    let text = "`max_rows` is limited to 1, the batch needs 2";
     says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), text);
-    let text = "`max_block_len` is limited to 1 by the plan, the batch needs 2";
+    let text = "`max_block_len` is limited to 1, the batch needs 2";
     says(small(Limits { max_rows: 2, max_block_len: 1, ..Limits::default() }).check(&f.batch), text);
     // 40 and 30 tokens in pages of 8 take 5 and 4 pages.
-    let text = "`max_kv_tokens` is limited to 71 by the plan, the batch needs 72";
+    let text = "`max_kv_tokens` is limited to 71, the batch needs 72";
     says(small(Limits { max_rows: 2, max_kv_tokens: 71, ..Limits::default() }).check(&f.batch), text);
     small(Limits { max_rows: 2, max_block_len: 2, max_kv_tokens: 72 }).check(&f.batch).unwrap();
     // All operations check limits.
     let four = Batch::new(8, vec![0; 5], tables(&[0; 5], &[], &[0; 4])).unwrap();
-    let text = "`max_rows` is limited to 3 by the plan, the batch needs 4";
+    let text = "`max_rows` is limited to 3, the batch needs 4";
     f.refuses(|f| f.ts.pool(&four, f32s(&[0, 16, 8]).view(), None), text);
     f.refuses(|f| f.ts.vote(&four), text);
     f.refuses(|f| f.ts.top_k(&four, None), text);
     f.refuses(|f| f.ts.score(&four, f.cache.layer(0)?), text);
     // A part of a sequence with more tokens outside its candidates than the windows hold.
     let part = Batch::partial(8, vec![0, 1], tables(&[0, 8], &[0; 8], &[8]), std::iter::once(0..3).collect());
-    let text = "`selected tokens of a row` is limited to 51 by the plan, the batch needs 64";
+    let text = "`selected tokens of a row` is limited to 51, the batch needs 64";
     f.refuses(|f| f.ts.vote(&part.unwrap()), text);
 }
 
@@ -460,7 +460,7 @@ fn a_list_longer_than_the_table_of_angles(device: &Device) {
         Over::Lists(&selection),
         output,
     );
-    says(attempt, "`positions` is limited to 100 by the plan, the batch needs 101");
+    says(attempt, "`positions` is limited to 100, the batch needs 101");
 }
 
 fn merging_parts_of_wrong_shapes(device: &Device) {

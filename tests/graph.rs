@@ -256,7 +256,7 @@ fn a_slot_takes_what_it_was_made_for(device: &Device) {
             "batch row 2: `qo_indptr` must be that of the slot, [0, 1, 2], got [0, 2, 3]",
         ),
         (batch(&[(8, 1), (24, 1)], 8), "batch row 2: `page_size` must be as in the slot, 4, got 8"),
-        (batch(&[(8, 1), (36, 1)], 4), "`pages of a slot` is limited to 10 by the plan, the batch needs 11"),
+        (batch(&[(8, 1), (36, 1)], 4), "`pages of a slot` is limited to 10, the batch needs 11"),
     ];
     for (batch, want) in refused {
         assert_eq!(slot.put(batch).unwrap_err().to_string(), want);

@@ -340,7 +340,7 @@ fn a_slot_keeps_what_was_recorded_with_it(device: &Device) {
         Batch::new(16, vec![0, 1, 2], tables).unwrap()
     };
     let too_many = batch(vec![0; 20]);
-    let text = "`max_kv_tokens` is limited to 112 by the plan, the batch needs 320";
+    let text = "`max_kv_tokens` is limited to 112, the batch needs 320";
     assert_eq!(r.ts.plan().limits().max_kv_tokens, 112);
     assert_eq!(r.select(&too_many).unwrap_err().to_string(), text);
     assert_eq!(r.slot.put(too_many).unwrap_err().to_string(), text);
@@ -704,6 +704,14 @@ fn elements_in_two_places_are_refused(device: &Device) {
     tokenselect::KvViewMut::combined(kv.view_mut(), [0, 128], shape, [dense, apart]).unwrap();
     let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, 100], shape, [dense, apart]);
     assert!(matches!(made, Err(Error::Config { field: "offsets", .. })));
+    // Keys by head, values by token, page by page among each other.
+    let by_head = tokenselect::KvStrides { token: 8, head: 32, ..apart };
+    tokenselect::KvViewMut::combined(kv.view_mut(), [0, 64], shape, [by_head, apart]).unwrap();
+    tokenselect::KvViewMut::combined(kv.view_mut(), [64, 0], shape, [by_head, apart]).unwrap();
+    for offset in [56, 72] {
+        let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, offset], shape, [by_head, apart]);
+        assert!(matches!(made, Err(Error::Config { field: "offsets", .. })), "{offset}");
+    }
     // Keys are dense memory, too.
     let heads = Tensor::zeros_on(device, DType::F32, [16, 4, 8]).unwrap();
     let part = heads.view().heads(1..3).unwrap();

@@ -293,13 +293,16 @@ impl PagedKvCache {
     ///
     /// # Errors
     /// [`Error::OutOfPages`], [`Error::UnknownSequence`], [`Error::DuplicateSequence`],
-    /// [`Error::SequenceTooLong`].
+    /// [`Error::SequenceTooLong`]; [`Error::Limit`] for more than 2^24 rows or 2^31 - 1 new tokens in all.
     pub fn extend(&mut self, growth: &[(SequenceId, usize)]) -> Result<Batch> {
         self.device.expect_no_recording("extend")?;
         let tokens = growth.iter().fold(0usize, |sum, &(_, tokens)| sum.saturating_add(tokens));
         let mut limits = vec![("rows of a batch", MAX_ROWS, growth.len())];
-        // A block that is too long by itself is the allocator's to refuse.
-        if growth.iter().all(|&(_, tokens)| tokens <= MAX_SEQUENCE_LEN) {
+        // A sequence that is unknown or grows too long by itself is the allocator's to refuse.
+        let may_grow = |&(id, tokens): &(SequenceId, usize)| {
+            self.pages.len(id).is_ok_and(|len| len.saturating_add(tokens) <= MAX_SEQUENCE_LEN)
+        };
+        if growth.iter().all(may_grow) {
             limits.push(("query tokens of a batch", MAX_SEQUENCE_LEN, tokens));
         }
         for (what, limit, got) in limits {

@@ -64,12 +64,12 @@ pub enum Error {
         /// The index given.
         got: usize,
     },
-    /// A batch is larger than the [`Limits`](crate::Limits) that its workspace was made for.
-    #[error("`{what}` is limited to {limit} by the plan, the batch needs {got}")]
+    /// A batch is larger than the [`Limits`](crate::Limits) that its workspace was made for, than its slot, or than any batch can be.
+    #[error("`{what}` is limited to {limit}, the batch needs {got}")]
     Limit {
         /// Name of the limit.
         what: &'static str,
-        /// The planned maximum.
+        /// The maximum.
         limit: usize,
         /// What the batch needs.
         got: usize,

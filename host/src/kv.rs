@@ -242,12 +242,7 @@ impl<'a> KvViewMut<'a> {
         } else {
             expect_apart("k_strides", shape, k_strides, None)?;
             expect_apart("v_strides", shape, v_strides, None)?;
-            let first = if offsets[0] < offsets[1] { k_strides } else { v_strides };
-            let extent = shape.extent(first).unwrap_or(usize::MAX);
-            if distance < extent {
-                let rule = format!("at least {extent} apart, where keys and values have other strides");
-                return Err(Error::config("offsets", rule, distance));
-            }
+            expect_pools_apart(shape, offsets, strides)?;
         }
         Ok(KvViewMut { storage: KvStorageMut::Combined { kv, offsets }, shape, k_strides, v_strides })
     }
@@ -372,6 +367,28 @@ fn expect_apart(
         reached = step.saturating_mul(count - 1).saturating_add(reached);
     }
     Ok(())
+}
+
+/// That keys and values of other strides share no element: one pool lies behind the other, or, where pages are equally far apart,
+/// each page of one between two of the other.
+fn expect_pools_apart(shape: KvShape, offsets: [usize; 2], strides: [KvStrides; 2]) -> Result<()> {
+    let order = if offsets[0] < offsets[1] { [0, 1] } else { [1, 0] };
+    let distance = offsets[order[1]] - offsets[order[0]];
+    let extents =
+        |num_pages| order.map(|of| KvShape { num_pages, ..shape }.extent(strides[of]).unwrap_or(usize::MAX));
+    let [first, _] = extents(shape.num_pages);
+    let page = strides[0].page;
+    let among_each_other = page > 0 && page == strides[1].page && {
+        let ([first, second], distance) = (extents(1), distance % page);
+        first <= distance && second <= page - distance
+    };
+    if distance >= first || among_each_other {
+        return Ok(());
+    }
+    let rule = format!(
+        "at least {first} apart, or their pages between each other, where keys and values have other strides"
+    );
+    Err(Error::config("offsets", rule, distance))
 }
 
 fn reach(what: &'static str, shape: KvShape, strides: KvStrides, offset: usize, given: Shape) -> Result<()> {

@@ -503,14 +503,14 @@ fn tables() {
     let small = context(device, &config, &limits(1, 1, 3));
     // SAFETY: handles are alive.
     unsafe {
-        let text = "`max_kv_tokens` is limited to 3 by the plan, the batch needs 4";
+        let text = "`max_kv_tokens` is limited to 3, the batch needs 4";
         fails(ts_vote(small, batch), ts_status::Limit, text);
         let mut row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
         fails(ts_batch_get_row(batch, 1, &mut row), ts_status::Index, "`row` must be below 1, got 1");
         let padded = made(|to| ts_batch_padded(batch, 3, 1, to));
         let info: ts_batch_info = made(|to| ts_batch_get_info(padded, to));
         assert_eq!((info.num_rows, info.num_query_tokens), (3, 3));
-        let text = "`num_rows` is limited to 1 by the plan, the batch needs 3";
+        let text = "`num_rows` is limited to 1, the batch needs 3";
         fails(ts_batch_padded(padded, 1, 1, &mut to), ts_status::Limit, text);
         let mut slot = null_mut();
         let text = "`device` must be on a GPU, it is on cpu";
