@@ -17,7 +17,7 @@ use tokenselect::{
 on_devices! {
     all: operations_follow_each_other, a_failed_call_leaves_what_was_selected, positions_are_those_of_the_cache,
         a_layer_that_missed_a_step_is_known, a_page_of_two_rows_is_not_written, selections_of_another_layer_are_refused,
-        renamed_rows_are_no_cache_s_own, hostile_tables_do_no_harm, elements_in_two_places_are_refused;
+        renamed_rows_are_no_cache_s_own, hostile_tables_do_no_harm, elements_in_two_places_are_refused, layers_of_a_cache_are_not_anyone_s;
     gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
         a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_recorded_translation_takes_the_slot_when_it_is_done, a_panic_ends_a_recording,
         another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin, a_cache_does_not_change_while_work_is_recorded,
@@ -35,6 +35,95 @@ fn config() -> SelectConfig {
         selection_cache: None,
         ..SelectConfig::default()
     }
+}
+
+/// Operations one by one over the views of an owned cache ask what a step asks.
+fn layers_of_a_cache_are_not_anyone_s(device: &Device) {
+    let config = config();
+    let mut owner = Owner::new(device, &config, 2);
+    let tensor =
+        |tokens: usize, heads: usize| Tensor::zeros_on(device, DType::Bf16, [tokens, heads, 64]).unwrap();
+    let append_select = |owner: &mut Owner, layer: usize, batch: &Batch| {
+        let (q, kv) = (tensor(batch.num_query_tokens(), 4), tensor(batch.num_query_tokens(), 2));
+        let input = StepInput { q: q.view(), k: kv.view(), v: kv.view() };
+        owner.ts.append_select(batch, owner.cache.layer_mut(layer)?, input)
+    };
+    let append = |owner: &mut Owner, layer: usize, batch: &Batch, heads: usize| {
+        let kv = tensor(batch.num_query_tokens(), heads);
+        owner.ts.append(batch, owner.cache.layer_mut(layer)?.kv, kv.view(), kv.view())
+    };
+    let attend = |owner: &Owner, layer: usize, batch: &Batch| {
+        let q = tensor(batch.num_query_tokens(), 4);
+        let mut out = tensor(batch.num_query_tokens(), 4);
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        owner.ts.attend(batch, owner.cache.layer(layer)?, q.view(), Over::All, output)
+    };
+    let (a, b) = (owner.cache.create().unwrap(), owner.cache.create().unwrap());
+    let first = owner.cache.extend(&[(a, 20), (b, 5)]).unwrap();
+    let missing = |written, needed| Err(Error::Unwritten { layer: 1, id: a, written, needed });
+    for layer in 0..2 {
+        append_select(&mut owner, layer, &first).unwrap();
+    }
+    // An append that failed, or was left out, has written nothing.
+    let second = owner.cache.extend(&[(a, 1), (b, 1)]).unwrap();
+    append_select(&mut owner, 0, &second).unwrap();
+    assert!(matches!(append(&mut owner, 1, &second, 3), Err(Error::Shape { .. })));
+    owner.cache.layer_mut(1).unwrap();
+    assert_eq!((owner.cache.written_len(0, a), owner.cache.written_len(1, a)), (Ok(21), Ok(20)));
+    attend(&owner, 0, &second).unwrap();
+    assert_eq!(attend(&owner, 1, &second), missing(20, 21));
+    let q = tensor(2, 4);
+    let view = owner.cache.layer(1).unwrap();
+    assert_eq!(owner.ts.select(&second, view, q.view(), None), missing(20, 21));
+    owner.ts.pool(&second, q.view(), None).unwrap();
+    assert_eq!(owner.ts.score(&second, owner.cache.layer(1).unwrap()), missing(20, 21));
+    let third = owner.cache.extend(&[(a, 1)]).unwrap();
+    append_select(&mut owner, 0, &third).unwrap();
+    assert_eq!(append_select(&mut owner, 1, &third), missing(20, 21));
+    assert_eq!(append(&mut owner, 1, &third, 2), missing(20, 21));
+    append(&mut owner, 1, &second, 2).unwrap();
+    append(&mut owner, 1, &third, 2).unwrap();
+    attend(&owner, 1, &third).unwrap();
+    // A copy of the view asks as well.
+    let layer = owner.cache.layer_mut(1).unwrap();
+    let mut kv = layer.kv;
+    let new = tensor(1, 2);
+    owner.ts.append(&third, kv.reborrow(), new.view(), new.view()).unwrap();
+    let again = kv.as_view().unwrap();
+    let q = tensor(1, 4);
+    owner.ts.select(&third, again, q.view(), None).unwrap();
+    // Batches that are out of date, and those of another cache.
+    owner.cache.truncate(a, 21).unwrap();
+    let stale =
+        |result: Result<(), Error>| assert!(matches!(result, Err(Error::StaleBatch { .. })), "{result:?}");
+    stale(append_select(&mut owner, 0, &third));
+    stale(append(&mut owner, 0, &third, 2));
+    stale(attend(&owner, 0, &third));
+    owner.cache.free(b).unwrap();
+    let unknown = Err(Error::UnknownSequence(b));
+    assert_eq!(
+        append_select(&mut owner, 0, &first),
+        Err(Error::StaleBatch { row: 0, id: a, expected: 20, got: 21 })
+    );
+    let mut other = Owner::new(device, &config, 2);
+    let c = other.cache.create().unwrap();
+    assert_eq!(other.cache.len(a), Err(Error::UnknownSequence(a)), "a name of another cache");
+    assert_eq!(owner.cache.truncate(b, 0), unknown);
+    let foreign = other.cache.extend(&[(c, 3)]).unwrap();
+    let result = append_select(&mut owner, 0, &foreign);
+    assert!(matches!(result, Err(Error::Missing { op: "append_select", .. })), "{result:?}");
+    let result = attend(&owner, 0, &foreign);
+    assert!(matches!(result, Err(Error::Missing { op: "attend", .. })), "{result:?}");
+    // Keys before RoPE are not those that native positions read.
+    let reassigned = SelectConfig {
+        positions: tokenselect::Positions::Reassigned(tokenselect::Rope::default()),
+        ..config
+    };
+    let mut ts = TokenSelect::new(device, reassigned, Limits::default()).unwrap();
+    let fresh = other.cache.layer(0).unwrap();
+    let q = tensor(3, 4);
+    let result = ts.select(&foreign, fresh, q.view(), None);
+    assert!(matches!(result, Err(Error::Config { field: "positions", .. })), "{result:?}");
 }
 
 /// The error that a call in the wrong order gives.
@@ -166,7 +255,7 @@ fn a_layer_that_missed_a_step_is_known(device: &Device) {
     let third = owner.cache.extend(&[(a, 2), (b, 1)]).unwrap();
     owner.step(0, &third).unwrap();
     let error = owner.step(1, &third).unwrap_err();
-    assert_eq!(error, Error::Unwritten { layer: 1, id: a, written: 20, begin: 21 });
+    assert_eq!(error, Error::Unwritten { layer: 1, id: a, written: 20, needed: 21 });
     assert_eq!(owner.cache.written_len(1, b), Ok(5), "nothing was written");
     // One way back: the step that was missed.
     owner.step(1, &second).unwrap();
@@ -191,8 +280,10 @@ fn a_layer_that_missed_a_step_is_known(device: &Device) {
     let fresh = owner.cache.create().unwrap();
     assert_eq!((fresh.index(), owner.cache.written_len(0, fresh)), (child.index(), Ok(0)));
     assert_eq!(owner.cache.written_len(0, child), Err(Error::UnknownSequence(child)));
-    // Who takes a layer's memory answers for it.
+    // Taking a layer's memory writes nothing; who writes by other means says so.
     owner.cache.layer_mut(1).unwrap();
+    assert_eq!(owner.cache.written_len(1, a), Ok(27));
+    owner.cache.mark_written(1).unwrap();
     assert_eq!(owner.cache.written_len(1, a), Ok(28));
 }
 
@@ -310,7 +401,7 @@ fn recorded_layers_count_when_they_are_done(device: &Device) {
     slot.put(next).unwrap();
     // SAFETY: as above.
     let error = unsafe { graph.launch().unwrap_err() };
-    assert_eq!(error, Error::Unwritten { layer: 0, id, written: 4, begin: 5 });
+    assert_eq!(error, Error::Unwritten { layer: 0, id, written: 4, needed: 5 });
     assert_eq!(cache.written_len(0, id), Ok(4), "nothing was done");
 }
 

@@ -1,13 +1,14 @@
 //! The paged KV cache: memory for keys and values, page tables, the sequences in them, and how much of each was written.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::batch::{Batch, Block, MAX_ROWS, Owned};
+use crate::batch::{Batch, MAX_ROWS};
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
-use crate::device::{Device, Pending};
+use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
+use crate::ledger::{Ledger, OwnedLayer};
 use crate::pages::PageAllocator;
 use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
@@ -69,60 +70,6 @@ pub struct LayerMut<'a> {
     pub kv: KvViewMut<'a>,
     /// Cached selections; `None` to select anew at every step.
     pub selections: Option<SelectionCacheLayer<'a>>,
-}
-
-/// What recorded work asks before it is done: which sequences there are, and how many leading tokens of each have keys and
-/// values, by layer and index of the sequence; 0 beyond the end.
-#[derive(Debug, Clone)]
-struct Ledger {
-    written: Vec<Vec<usize>>,
-    /// Each sequence that is alive, its revision and its tokens.
-    sequences: Vec<Option<(SequenceId, u64, usize)>>,
-}
-
-impl Ledger {
-    fn get(&self, layer: usize, sequence: usize) -> usize {
-        self.written[layer].get(sequence).copied().unwrap_or(0)
-    }
-
-    /// Checks rows as a step of the layer would, after what is `pending` of the same work.
-    fn check(&self, layer: usize, owned: &Owned, pending: &mut Pending) -> Result<()> {
-        for (row, &(id, revision, expected)) in owned.rows.iter().enumerate() {
-            let found = self.sequences.get(id.index()).copied().flatten();
-            let (_, now, got) = found.filter(|found| found.0 == id).ok_or(Error::UnknownSequence(id))?;
-            if now != revision || got < expected {
-                return Err(Error::StaleBatch { row, id, expected, got });
-            }
-        }
-        let own = std::ptr::from_ref(self) as usize;
-        for &Block { id, begin, end } in &owned.blocks {
-            let pending = pending.entry((own, layer, id.index())).or_default();
-            let written = self.get(layer, id.index()).max(*pending);
-            if written < begin {
-                return Err(Error::Unwritten { layer, id, written, begin });
-            }
-            *pending = end.max(*pending);
-        }
-        Ok(())
-    }
-
-    /// The entry of a sequence in a layer.
-    fn entry(layer: &mut Vec<usize>, sequence: usize) -> &mut usize {
-        if layer.len() <= sequence {
-            layer.resize(sequence + 1, 0);
-        }
-        &mut layer[sequence]
-    }
-
-    /// The blocks are there, but for those that begin where nothing was written yet.
-    fn add(&mut self, layer: usize, blocks: &[Block]) {
-        for block in blocks {
-            let len = Ledger::entry(&mut self.written[layer], block.id.index());
-            if *len >= block.begin {
-                *len = block.end.max(*len);
-            }
-        }
-    }
 }
 
 #[derive(Debug)]
@@ -347,37 +294,57 @@ impl PagedKvCache {
         Ok(())
     }
 
-    /// Keys and values of a layer.
+    /// Keys and values of a layer. Operations that read them through a batch that a cache made ask for this cache's, as it is now,
+    /// and for a layer that has all its tokens.
     ///
     /// # Errors
     /// [`Error::Index`] where there is no such layer.
     pub fn layer(&self, layer: usize) -> Result<KvView<'_>> {
-        let limit = self.layers.len();
-        let kv = self.layers.get(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
-        KvView::new(kv.k.view(), kv.v.view(), self.layout)
+        let owner = self.owned_layer(layer)?;
+        let kv = &self.layers[layer];
+        Ok(KvView::new(kv.k.view(), kv.v.view(), self.layout)?.owned_by(owner))
     }
 
-    /// Keys and values of a layer for writing, and its cached selections.
-    ///
-    /// Who takes them writes what is missing: all tokens that the sequences have now count as written in this layer.
+    /// Keys and values of a layer for writing, and its cached selections: what
+    /// [`TokenSelect::append_select`](crate::TokenSelect::append_select) takes. It asks for a batch of this cache, as a
+    /// [`step`](crate::TokenSelect::step) does, and counts what it has written.
     ///
     /// # Errors
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
-        let lens = self.pages.lens();
-        if let Some(written) = self.ledger().written.get_mut(layer) {
-            *written = lens;
-        }
-        self.parts_mut(layer)
-    }
-
-    /// [`layer_mut`](Self::layer_mut) for operations that say themselves what they have written.
-    pub(crate) fn parts_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
-        let limit = self.layers.len();
-        let kv = self.layers.get_mut(layer).ok_or(Error::Index { what: "layer", limit, got: layer })?;
+        self.owned_layer(layer)?;
+        let owner = OwnedLayer {
+            ledger: &self.ledger,
+            allocator: self.pages.id(),
+            layer,
+            positions_are_reassigned: self.positions_are_reassigned,
+        };
         let selections =
             self.selections.as_mut().map(|selections| selections.layer_mut(layer)).transpose()?;
-        Ok(LayerMut { kv: kv.view_mut(self.layout)?, selections })
+        Ok(LayerMut { kv: self.layers[layer].view_mut(self.layout)?.owned_by(owner), selections })
+    }
+
+    /// All tokens that the sequences have now count as written in this layer: for keys and values that were written by other
+    /// means than this crate's, to the memory of [`layer`](Self::layer).
+    ///
+    /// # Errors
+    /// [`Error::Index`] where there is no such layer.
+    pub fn mark_written(&mut self, layer: usize) -> Result<()> {
+        self.device.expect_no_recording("mark_written")?;
+        self.owned_layer(layer)?;
+        let lens = self.pages.lens();
+        self.ledger().written[layer] = lens;
+        Ok(())
+    }
+
+    /// What is known of a layer.
+    pub(crate) fn owned_layer(&self, layer: usize) -> Result<OwnedLayer<'_>> {
+        let limit = self.layers.len();
+        if layer >= limit {
+            return Err(Error::Index { what: "layer", limit, got: layer });
+        }
+        let positions_are_reassigned = self.positions_are_reassigned;
+        Ok(OwnedLayer { ledger: &self.ledger, allocator: self.pages.id(), layer, positions_are_reassigned })
     }
 
     /// Leading tokens of a sequence whose keys and values a layer has: those that a step of the layer, or
@@ -393,63 +360,12 @@ impl PagedKvCache {
     /// [`Error::UnknownSequence`], [`Error::Index`] where there is no such layer.
     pub fn written_len(&self, layer: usize, id: SequenceId) -> Result<usize> {
         self.pages.len(id)?;
-        let limit = self.layers.len();
-        if layer >= limit {
-            return Err(Error::Index { what: "layer", limit, got: layer });
-        }
+        self.owned_layer(layer)?;
         Ok(self.ledger().get(layer, id.index()))
     }
 
-    /// Checks that the layer has all tokens before the blocks of a batch.
-    ///
-    /// # Errors
-    /// [`Error::Unwritten`], [`Error::Index`] where there is no such layer.
-    pub(crate) fn check_layer(&self, layer: usize, batch: &Batch) -> Result<()> {
-        let limit = self.layers.len();
-        if layer >= limit {
-            return Err(Error::Index { what: "layer", limit, got: layer });
-        }
-        let blocks = batch.owned().blocks;
-        // While work is recorded, this is asked each time before it is done.
-        let (identity, ledger, allocator) =
-            (batch.identity().clone(), Arc::clone(&self.ledger), self.pages.id());
-        let recorded = batch.owned();
-        self.device.check_when_done(move |pending| {
-            let owned = identity.latest_owned().unwrap_or_else(|| recorded.clone());
-            if owned.allocator != allocator {
-                return Err(Error::Missing {
-                    op: "launch",
-                    needs: "a batch made by the recorded cache's `extend`",
-                });
-            }
-            ledger.lock().unwrap_or_else(PoisonError::into_inner).check(layer, &owned, pending)
-        });
-        let ledger = self.ledger();
-        for Block { id, begin, .. } in blocks {
-            let written = ledger.get(layer, id.index());
-            if written < begin {
-                return Err(Error::Unwritten { layer, id, written, begin });
-            }
-        }
-        Ok(())
-    }
-
-    /// A layer has the blocks of a batch; where this is recorded, those of the batch in its slot, each time.
-    pub(crate) fn wrote(&self, layer: usize, batch: &Batch) {
-        let (identity, owned) = (batch.identity().clone(), batch.owned());
-        self.device.note(&self.ledger, move |ledger| match identity.latest_owned() {
-            Some(latest) => ledger.add(layer, &latest.blocks),
-            None => ledger.add(layer, &owned.blocks),
-        });
-    }
-
-    /// Whether keys are those before RoPE.
-    pub(crate) fn positions_are_reassigned(&self) -> bool {
-        self.positions_are_reassigned
-    }
-
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+        Ledger::lock(&self.ledger)
     }
 
     /// Extent of one layer's keys (and of its values).

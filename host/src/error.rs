@@ -198,9 +198,9 @@ pub enum Error {
         /// What the workspace holds instead.
         holds: &'static str,
     },
-    /// A layer lacks tokens that a step is to build on: it was left out of an earlier step, or that failed.
+    /// A layer lacks tokens that an operation builds on: it was left out of an earlier step, or that failed.
     #[error(
-        "layer {layer} holds the keys and values of {written} tokens of {id}, the block begins at {begin}: step it with the \
+        "layer {layer} holds the keys and values of {written} tokens of {id}, {needed} are needed: step it with the \
          batch that it missed, or truncate the sequence to {written} tokens"
     )]
     Unwritten {
@@ -210,8 +210,8 @@ pub enum Error {
         id: SequenceId,
         /// Tokens whose keys and values were written.
         written: usize,
-        /// Tokens before the block.
-        begin: usize,
+        /// Tokens that the operation builds on: those before the block, or with it where it only reads.
+        needed: usize,
     },
     /// Memory cannot be had.
     #[error("{device}: no memory for {what} of {bytes} bytes")]

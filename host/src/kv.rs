@@ -3,6 +3,7 @@
 use crate::config::HeadShape;
 use crate::dtype::{DType, Shape};
 use crate::error::{Error, Result};
+use crate::ledger::OwnedLayer;
 use crate::pages::PageCopy;
 use crate::tensor::{TensorView, TensorViewMut};
 
@@ -102,9 +103,16 @@ pub struct KvView<'a> {
     pub(crate) shape: KvShape,
     pub(crate) k_strides: KvStrides,
     pub(crate) v_strides: KvStrides,
+    /// `None` for another engine's memory.
+    pub(crate) owner: Option<OwnedLayer<'a>>,
 }
 
 impl<'a> KvView<'a> {
+    /// The same memory, of a layer of a cache.
+    pub(crate) fn owned_by(self, owner: OwnedLayer<'a>) -> Self {
+        KvView { owner: Some(owner), ..self }
+    }
+
     /// Two dense pools of the same type and of the shape that `layout` says.
     ///
     /// # Errors
@@ -114,7 +122,7 @@ impl<'a> KvView<'a> {
         let shape = KvShape::from_dims(k.shape(), layout, "k")?;
         v.expect("v", &[k.dtype()], k.shape())?;
         let strides = KvStrides::dense(shape, layout);
-        Ok(KvView { k, v, shape, k_strides: strides, v_strides: strides })
+        Ok(KvView { k, v, shape, k_strides: strides, v_strides: strides, owner: None })
     }
 
     /// Strided pools inside two one-dimensional tensors, which may be parts of the same allocation: for
@@ -135,7 +143,7 @@ impl<'a> KvView<'a> {
         v.expect("v", &[k.dtype()], v.shape())?;
         reach("k", shape, k_strides, 0, k.shape())?;
         reach("v", shape, v_strides, 0, v.shape())?;
-        Ok(KvView { k, v, shape, k_strides, v_strides })
+        Ok(KvView { k, v, shape, k_strides, v_strides, owner: None })
     }
 
     /// Distances in the keys and in the values.
@@ -185,9 +193,16 @@ pub struct KvViewMut<'a> {
     pub(crate) shape: KvShape,
     pub(crate) k_strides: KvStrides,
     pub(crate) v_strides: KvStrides,
+    /// `None` for another engine's memory.
+    pub(crate) owner: Option<OwnedLayer<'a>>,
 }
 
 impl<'a> KvViewMut<'a> {
+    /// The same memory, of a layer of a cache.
+    pub(crate) fn owned_by(self, owner: OwnedLayer<'a>) -> Self {
+        KvViewMut { owner: Some(owner), ..self }
+    }
+
     /// Two dense pools, as in [`KvView::new`].
     ///
     /// # Errors
@@ -197,7 +212,7 @@ impl<'a> KvViewMut<'a> {
         v.expect("v", &[k.dtype()], k.shape())?;
         let strides = KvStrides::dense(shape, layout);
         let storage = KvStorageMut::Separate { k, v };
-        Ok(KvViewMut { storage, shape, k_strides: strides, v_strides: strides })
+        Ok(KvViewMut { storage, shape, k_strides: strides, v_strides: strides, owner: None })
     }
 
     /// Strided pools inside two tensors that do not overlap: the writable twin of [`KvView::strided`] for keys and
@@ -217,7 +232,7 @@ impl<'a> KvViewMut<'a> {
         v.expect("v", &[k.dtype()], v.shape())?;
         expect_apart("k_strides", shape, k_strides, None)?;
         expect_apart("v_strides", shape, v_strides, None)?;
-        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, k_strides, v_strides })
+        Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, k_strides, v_strides, owner: None })
     }
 
     /// Keys and values in one one-dimensional tensor, the first key and the first value `offsets` elements from its
@@ -244,7 +259,13 @@ impl<'a> KvViewMut<'a> {
             expect_apart("v_strides", shape, v_strides, None)?;
             expect_pools_apart(shape, offsets, strides)?;
         }
-        Ok(KvViewMut { storage: KvStorageMut::Combined { kv, offsets }, shape, k_strides, v_strides })
+        Ok(KvViewMut {
+            storage: KvStorageMut::Combined { kv, offsets },
+            shape,
+            k_strides,
+            v_strides,
+            owner: None,
+        })
     }
 
     /// The same memory for a shorter time.
@@ -255,7 +276,8 @@ impl<'a> KvViewMut<'a> {
                 KvStorageMut::Combined { kv: kv.reborrow(), offsets: *offsets }
             }
         };
-        KvViewMut { storage, shape: self.shape, k_strides: self.k_strides, v_strides: self.v_strides }
+        let (k_strides, v_strides) = (self.k_strides, self.v_strides);
+        KvViewMut { storage, shape: self.shape, k_strides, v_strides, owner: self.owner }
     }
 
     /// The same memory, read only.
@@ -269,7 +291,8 @@ impl<'a> KvViewMut<'a> {
                 (kv.as_view().tail(*k)?, kv.as_view().tail(*v)?)
             }
         };
-        KvView::strided(k, v, self.shape, [self.k_strides, self.v_strides])
+        let view = KvView::strided(k, v, self.shape, [self.k_strides, self.v_strides])?;
+        Ok(KvView { owner: self.owner, ..view })
     }
 
     /// Copies leading tokens of pages, keys and values: the copy of copy-on-write. Such copies are rare, so one for each run

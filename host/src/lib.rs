@@ -60,9 +60,10 @@ mod rope;
 mod config;
 mod pages;
 
-mod kv;
-
 mod batch;
+mod ledger;
+
+mod kv;
 mod selection_cache;
 
 mod plan;
@@ -94,7 +95,7 @@ pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
 pub use token_select::{Over, StepInput, StepOutput, TokenSelect};
 pub use workspace::{Buffer, RowAction, Workspace};
 
-/// The examples of the README are compiled and run.
-#[cfg(doctest)]
+/// The examples of the README are compiled and run. (One of them is for GPUs.)
+#[cfg(all(doctest, feature = "cuda"))]
 #[doc = include_str!("../../README.md")]
 struct Readme;

@@ -2,7 +2,7 @@
 //! value, so it serves a cache on any device, and one that belongs to another engine.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::config::MAX_SEQUENCE_LEN;
 use crate::error::{Error, Result};
@@ -32,6 +32,9 @@ pub struct PageTables {
     /// `[rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
     pub last_page_len: Vec<u32>,
 }
+
+/// Of all allocators, so that a sequence of one is unknown to every other. 0 is that of none.
+static GENERATIONS: AtomicU32 = AtomicU32::new(1);
 
 #[derive(Debug, Clone, Default)]
 struct Sequence {
@@ -201,6 +204,7 @@ impl PageAllocator {
         };
         let sequence = &mut self.sequences[index as usize];
         sequence.alive = true;
+        sequence.generation = GENERATIONS.fetch_add(1, Ordering::Relaxed);
         Ok(SequenceId { index, generation: sequence.generation })
     }
 
@@ -312,7 +316,6 @@ impl PageAllocator {
         self.truncate(id, 0)?;
         let sequence = &mut self.sequences[id.index()];
         sequence.alive = false;
-        sequence.generation = sequence.generation.wrapping_add(1);
         self.free_indices.push(id.index);
         Ok(())
     }

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-/// Names a sequence of one [`PageAllocator`](crate::PageAllocator). An identifier is never used twice.
+/// Names a sequence of one [`PageAllocator`](crate::PageAllocator). An identifier is never used twice, by no allocator.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct SequenceId {
     pub(crate) index: u32,

@@ -364,16 +364,19 @@ impl<'a> TensorView<'a> {
     /// arguments `q`, `k` and `v` of operations take them.
     ///
     /// # Errors
-    /// [`Error::Config`] where the tensor has not three dimensions or is such a part already, [`Error::Index`] where it has no
-    /// such heads.
+    /// [`Error::Config`] where the tensor has not three dimensions or is such a part already, or the range ends before it begins;
+    /// [`Error::Index`] where it has no such heads.
     pub fn heads(&self, heads: Range<usize>) -> Result<TensorView<'a>> {
         let &[tokens, all, dim] = self.shape.dims() else {
             return Err(Error::config("tensor", "three-dimensional", self.shape));
         };
         self.expect_dense("tensor")?;
-        if heads.start > heads.end || heads.end > all {
-            let (limit, got) = (all.saturating_add(1), heads.end.max(heads.start));
-            return Err(Error::Index { what: "head", limit, got });
+        if heads.start > heads.end {
+            let (rule, got) = ("a range that ends where it begins or later", format!("{heads:?}"));
+            return Err(Error::config("heads", rule, got));
+        }
+        if heads.end > all {
+            return Err(Error::Index { what: "last head", limit: all, got: heads.end - 1 });
         }
         let count = heads.len();
         // Of an empty tensor no number need fit anything.

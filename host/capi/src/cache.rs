@@ -251,8 +251,7 @@ pub unsafe extern "C" fn ts_cache_layer_mut(
     fence(|| unsafe {
         let cache = reference_mut("cache", cache)?;
         sized::write(kv, struct_size, cache.layer_view(layer)?)?;
-        cache.cache.layer_mut(layer)?;
-        Ok(())
+        Ok(cache.cache.mark_written(layer)?)
     })
 }
 

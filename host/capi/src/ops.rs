@@ -287,7 +287,8 @@ pub unsafe extern "C" fn ts_select(
 /// `ts_append`, then `ts_select`, in fewer launches where blocks are short; with `ts_attend` after it, a step over a
 /// borrowed cache.
 ///
-/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`.
+/// `selection_cache` and `layer` are as for `ts_select`. Writes `kv`. (A layer of a `ts_cache` comes from `ts_cache_layer_mut`, which
+/// counts its tokens as written; `ts_step` and `ts_cache_append` count what they write themselves.)
 ///
 /// Errors: those of the two, `TS_STATUS_ORDER` excepted; then nothing was written.
 ///

@@ -6,6 +6,7 @@ use crate::batch::Batch;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::KvView;
+use crate::ledger::Access;
 use crate::tensor::TensorView;
 use crate::workspace::Stage;
 
@@ -44,6 +45,7 @@ impl TokenSelect {
         output: StepOutput<'_>,
     ) -> Result<()> {
         self.plan.expect("attend", |ops| ops.attend)?;
+        self.check_owner("attend", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         self.check_queries(batch, &q)?;

@@ -8,6 +8,7 @@ use crate::batch::{Batch, Needs};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
+use crate::ledger::{Access, OwnedLayer};
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
 
@@ -30,6 +31,30 @@ impl TokenSelect {
         self.note_needs(batch, needs);
         self.device().keep(|| batch.device_memory());
         Ok(())
+    }
+
+    /// A layer of an owned cache: that the batch is the cache's, as it is now, and that the layer has what the operation builds on.
+    /// Over page tables of the caller's own, which no cache made, it may be read as another engine's memory is.
+    pub(super) fn check_owner(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        owner: Option<OwnedLayer<'_>>,
+        access: Access,
+    ) -> Result<()> {
+        let Some(owner) = owner else { return Ok(()) };
+        owner.check_positions(self.config().positions.are_reassigned())?;
+        if access == Access::Read && batch.allocator() == 0 {
+            return Ok(());
+        }
+        owner.check(self.device(), op, batch, access)
+    }
+
+    /// Counts what was appended to a layer of an owned cache.
+    pub(super) fn wrote(&self, batch: &Batch, owner: Option<OwnedLayer<'_>>) {
+        if let Some(owner) = owner {
+            owner.wrote(self.device(), batch);
+        }
     }
 
     /// While work is recorded: what a batch must keep that is put in the slot later.

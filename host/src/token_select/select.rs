@@ -6,6 +6,7 @@ use crate::batch::Batch;
 use crate::cache::LayerMut;
 use crate::error::{Error, Result};
 use crate::kv::{KvView, KvViewMut};
+use crate::ledger::Access;
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
 use crate::workspace::{RowAction, Stage};
@@ -29,7 +30,11 @@ impl TokenSelect {
         self.plan.expect("append", |ops| ops.append)?;
         self.check_batch(batch)?;
         self.check_append(batch, &kv, &k, &v)?;
-        self.backend().append(batch, kv, k, v)
+        self.check_owner("append", batch, kv.owner, Access::Append)?;
+        let owner = kv.owner;
+        self.backend().append(batch, kv, k, v)?;
+        self.wrote(batch, owner);
+        Ok(())
     }
 
     /// [`append`](Self::append), then [`select`](Self::select), in fewer launches where blocks are short. With
@@ -44,7 +49,11 @@ impl TokenSelect {
         self.check_append(batch, &kv, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_cached(batch, cached.as_ref())?;
-        self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)
+        self.check_owner("append_select", batch, kv.owner, Access::Append)?;
+        let owner = kv.owner;
+        self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)?;
+        self.wrote(batch, owner);
+        Ok(())
     }
 
     /// [`pool`](Self::pool), [`score`](Self::score), [`vote`](Self::vote) and [`top_k`](Self::top_k): the tokens to attend
@@ -63,6 +72,7 @@ impl TokenSelect {
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
         self.plan.expect("select", |ops| ops.pool && ops.score && ops.vote)?;
+        self.check_owner("select", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         self.check_queries(batch, &q)?;
@@ -184,6 +194,7 @@ impl TokenSelect {
     /// [`pool`](Self::pool) of the same batch before it, or after [`compare`](Self::compare) without [`decide`](Self::decide).
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
         self.plan.expect("score", |ops| ops.score)?;
+        self.check_owner("score", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         let (plan, workspace) = (&self.plan, &mut self.workspace);

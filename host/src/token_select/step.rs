@@ -4,7 +4,8 @@ use super::{StepInput, StepOutput, TokenSelect};
 use crate::backend::SelectedKv;
 use crate::batch::Batch;
 use crate::cache::PagedKvCache;
-use crate::error::{Error, Result};
+use crate::error::Result;
+use crate::ledger::Access;
 use crate::tensor::TensorView;
 use crate::token_select::Over;
 
@@ -15,7 +16,7 @@ impl TokenSelect {
     /// cache have a Selection Cache.
     ///
     /// # Errors
-    /// A typed error for every wrong shape, type, layer, limit, or stale batch, and [`Error::Unwritten`] where the layer was
+    /// A typed error for every wrong shape, type, layer, limit, or stale batch, and [`Error::Unwritten`](crate::Error::Unwritten) where the layer was
     /// left out of an earlier step; then nothing was written. After an error of the device the layer counts as not
     /// written: the same step may be done again.
     pub fn step(
@@ -30,11 +31,11 @@ impl TokenSelect {
         self.check_step(cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
-        let parts = cache.parts_mut(layer)?;
+        let parts = cache.layer_mut(layer)?;
         self.check_cached(batch, parts.selections.as_ref())?;
         let kv = SelectedKv::Append { kv: parts.kv, k: input.k, v: input.v };
         self.run_select(batch, kv, input.q, parts.selections)?;
-        cache.wrote(layer, batch);
+        cache.owned_layer(layer)?.wrote(self.device(), batch);
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::Selected, output)
     }
 
@@ -54,8 +55,8 @@ impl TokenSelect {
         self.check_step(cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
-        self.backend().append(batch, cache.parts_mut(layer)?.kv, input.k, input.v)?;
-        cache.wrote(layer, batch);
+        self.backend().append(batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
+        cache.owned_layer(layer)?.wrote(self.device(), batch);
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::All, output)
     }
 
@@ -74,8 +75,8 @@ impl TokenSelect {
     ) -> Result<()> {
         self.plan.expect("fill", |ops| ops.append)?;
         self.check_step(cache, layer, batch, &k, &v)?;
-        self.backend().append(batch, cache.parts_mut(layer)?.kv, k, v)?;
-        cache.wrote(layer, batch);
+        self.backend().append(batch, cache.layer_mut(layer)?.kv, k, v)?;
+        cache.owned_layer(layer)?.wrote(self.device(), batch);
         Ok(())
     }
 
@@ -88,16 +89,10 @@ impl TokenSelect {
         k: &TensorView<'_>,
         v: &TensorView<'_>,
     ) -> Result<()> {
-        cache.check(batch)?;
-        cache.check_layer(layer, batch)?;
-        let (reassigns, expected) =
-            (self.config().positions.are_reassigned(), cache.positions_are_reassigned());
-        if reassigns != expected {
-            let name = |reassigned| if reassigned { "reassigned" } else { "native" };
-            let rule = format!("{}, as those of the cache", name(expected));
-            return Err(Error::config("positions", rule, name(reassigns)));
-        }
+        let owner = cache.owned_layer(layer)?;
+        owner.check(self.device(), "step", batch, Access::Append)?;
+        owner.check_positions(self.config().positions.are_reassigned())?;
         self.check_batch(batch)?;
-        self.check_append(batch, &cache.parts_mut(layer)?.kv, k, v)
+        self.check_append(batch, &cache.layer_mut(layer)?.kv, k, v)
     }
 }
