@@ -241,7 +241,11 @@ fn what_cannot_be_strided(device: &Device) {
         text(part.heads(0..1).unwrap_err()),
         "configuration field `tensor` must be dense, got strides [640, 64]"
     );
-    assert_eq!(text(all.view().heads(3..11).unwrap_err()), "`head` must be below 11, got 11");
+    assert_eq!(text(all.view().heads(3..11).unwrap_err()), "`last head` must be below 10, got 10");
+    #[allow(clippy::reversed_empty_ranges)]
+    let reversed = all.view().heads(3..1).unwrap_err();
+    let wanted = "configuration field `heads` must be a range that ends where it begins or later, got 3..1";
+    assert_eq!(text(reversed), wanted);
     let flat = Tensor::zeros_on(device, dtype, [8]).unwrap();
     assert_eq!(
         text(flat.view().heads(0..1).unwrap_err()),

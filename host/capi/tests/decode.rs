@@ -172,7 +172,7 @@ fn sequences() {
         assert_eq!((len(parent), len(child), free()), (9, 5, 29));
         ok(ts_cache_sequence_free(cache, parent));
         assert_eq!(free(), 30);
-        let gone = format!("sequence {parent}.0 is not in this cache");
+        let gone = format!("{} is not in this cache", tokenselect::SequenceId::from_bits(parent));
         common::fails(ts_cache_sequence_free(cache, parent), ts_status::UnknownSequence, &gone);
         ok(ts_cache_destroy(cache));
         ok(ts_device_destroy(device));
