@@ -49,8 +49,6 @@ pub struct ScoreParams<T> {
     pub n_init: u32,
     /// Last tokens before the block that are always selected.
     pub n_local: u32,
-    /// Queries of a narrow type, which rotation may have brought out of its range, are multiplied by this power of two.
-    pub rotated_scale: f32,
     /// Factor on the products, divided by `rotated_scale`.
     pub score_scale: f32,
     /// Elements of a head.
@@ -59,6 +57,8 @@ pub struct ScoreParams<T> {
     pub overlap: Overlap,
     /// No key is prefetched for rows with no more candidates: they are not scored, unless they are partial.
     pub top_k: u32,
+    /// Queries of a narrow type, which rotation may have brought out of its range, are multiplied by this power of two.
+    pub rotated_scale: f32,
     /// 0.
     pub reserved: u32,
 }
