@@ -8,7 +8,7 @@ use crate::device::Device;
 use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
-use crate::ledger::{Ledger, OwnedLayer};
+use crate::ledger::{Ledger, OwnedLayer, Owner};
 use crate::pages::PageAllocator;
 use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
@@ -56,10 +56,9 @@ pub struct PagedKvCache {
     shape: KvShape,
     layout: KvLayout,
     dtype: DType,
-    positions_are_reassigned: bool,
     layers: Vec<LayerKv>,
     selections: Option<SelectionCache>,
-    ledger: Arc<Mutex<Ledger>>,
+    owner: Owner,
     device: Device,
 }
 
@@ -110,18 +109,23 @@ impl PagedKvCache {
             Some(_) => Some(SelectionCache::new(device, config, cache.num_layers, cache.max_sequences)?),
             None => None,
         };
+        let owner = Owner {
+            ledger: Arc::new(Mutex::new(Ledger {
+                written: vec![Vec::new(); cache.num_layers],
+                sequences: Vec::new(),
+            })),
+            allocator: pages.id(),
+            num_layers: cache.num_layers,
+            positions_are_reassigned: config.positions.are_reassigned(),
+        };
         Ok(PagedKvCache {
             pages,
             shape,
             layout: cache.layout,
             dtype: config.dtype,
-            positions_are_reassigned: config.positions.are_reassigned(),
             layers,
             selections,
-            ledger: Arc::new(Mutex::new(Ledger {
-                written: vec![Vec::new(); cache.num_layers],
-                sequences: Vec::new(),
-            })),
+            owner,
             device: device.clone(),
         })
     }
@@ -280,18 +284,10 @@ impl PagedKvCache {
     /// it moved since then.
     ///
     /// # Errors
-    /// [`Error::UnknownSequence`], [`Error::StaleBatch`].
+    /// [`Error::Missing`], [`Error::UnknownSequence`], [`Error::StaleBatch`].
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        if batch.allocator() != self.pages.id() {
-            return Err(Error::Missing { op: "step", needs: "a batch made by this cache's `extend`" });
-        }
-        for (row, &(id, revision)) in batch.owners().iter().enumerate() {
-            let (expected, got) = (batch.kv_len(row), self.pages.len(id)?);
-            if got < expected || self.pages.revision(id)? != revision {
-                return Err(Error::StaleBatch { row, id, expected, got });
-            }
-        }
-        Ok(())
+        let owned = self.owner.own("step", batch)?;
+        self.ledger().check_rows(&owned)
     }
 
     /// Keys and values of a layer. Operations that read them through a batch that a cache made ask for this cache's, as it is now,
@@ -312,13 +308,7 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Index`] where there is no such layer.
     pub fn layer_mut(&mut self, layer: usize) -> Result<LayerMut<'_>> {
-        self.owned_layer(layer)?;
-        let owner = OwnedLayer {
-            ledger: &self.ledger,
-            allocator: self.pages.id(),
-            layer,
-            positions_are_reassigned: self.positions_are_reassigned,
-        };
+        let owner = self.owner.layer(layer)?;
         let selections =
             self.selections.as_mut().map(|selections| selections.layer_mut(layer)).transpose()?;
         Ok(LayerMut { kv: self.layers[layer].view_mut(self.layout)?.owned_by(owner), selections })
@@ -339,16 +329,11 @@ impl PagedKvCache {
 
     /// What is known of a layer.
     pub(crate) fn owned_layer(&self, layer: usize) -> Result<OwnedLayer<'_>> {
-        let limit = self.layers.len();
-        if layer >= limit {
-            return Err(Error::Index { what: "layer", limit, got: layer });
-        }
-        let positions_are_reassigned = self.positions_are_reassigned;
-        Ok(OwnedLayer { ledger: &self.ledger, allocator: self.pages.id(), layer, positions_are_reassigned })
+        self.owner.layer(layer)
     }
 
-    /// Leading tokens of a sequence whose keys and values a layer has: those that a step of the layer, or
-    /// [`TokenSelect::fill`](crate::TokenSelect::fill), has written. Less than [`len`](Self::len) after
+    /// Leading tokens of a sequence whose keys and values a layer has: those that a step of the layer,
+    /// [`TokenSelect::fill`](crate::TokenSelect::fill) or an append to [`layer_mut`](Self::layer_mut) has written. Less than [`len`](Self::len) after
     /// [`extend`](Self::extend), until the layer's turn.
     ///
     /// A layer that was left out of a step, or whose step failed, stays behind; its next step is [`Error::Unwritten`]. Two
@@ -365,7 +350,7 @@ impl PagedKvCache {
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        Ledger::lock(&self.ledger)
+        Ledger::lock(&self.owner.ledger)
     }
 
     /// Extent of one layer's keys (and of its values).

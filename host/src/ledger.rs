@@ -25,8 +25,8 @@ impl Ledger {
         self.written[layer].get(sequence).copied().unwrap_or(0)
     }
 
-    /// Checks the rows of a batch of the layer, after what is `pending` of the same work.
-    fn check(&self, layer: usize, owned: &Owned, access: Access, pending: &mut Pending) -> Result<()> {
+    /// Checks that the sequences of a batch are as they were when it was made.
+    pub fn check_rows(&self, owned: &Owned) -> Result<()> {
         for (row, &(id, revision, expected)) in owned.rows.iter().enumerate() {
             let found = self.sequences.get(id.index()).copied().flatten();
             let (_, now, got) = found.filter(|found| found.0 == id).ok_or(Error::UnknownSequence(id))?;
@@ -34,6 +34,12 @@ impl Ledger {
                 return Err(Error::StaleBatch { row, id, expected, got });
             }
         }
+        Ok(())
+    }
+
+    /// Checks a batch of the layer, after what is `pending` of the same work.
+    fn check(&self, layer: usize, owned: &Owned, access: Access, pending: &mut Pending) -> Result<()> {
+        self.check_rows(owned)?;
         let own = std::ptr::from_ref(self) as usize;
         let written = |pending: &Pending, id: SequenceId| {
             let pending = pending.get(&(own, layer, id.index())).copied().unwrap_or(0);
@@ -87,13 +93,48 @@ pub(crate) enum Access {
     Read,
 }
 
+/// What the views of a cache's layers know of the cache.
+#[derive(Debug)]
+pub(crate) struct Owner {
+    pub ledger: Arc<Mutex<Ledger>>,
+    /// The cache's, which marks its batches.
+    pub allocator: u64,
+    pub num_layers: usize,
+    /// Whether keys are those before RoPE.
+    pub positions_are_reassigned: bool,
+}
+
+impl Owner {
+    /// # Errors
+    /// [`Error::Index`] where there is no such layer.
+    pub fn layer(&self, layer: usize) -> Result<OwnedLayer<'_>> {
+        let limit = self.num_layers;
+        if layer < limit {
+            Ok(OwnedLayer { owner: self, layer })
+        } else {
+            Err(Error::Index { what: "layer", limit, got: layer })
+        }
+    }
+
+    /// The rows of a batch that the cache made.
+    ///
+    /// # Errors
+    /// [`Error::Missing`].
+    pub fn own(&self, op: &'static str, batch: &Batch) -> Result<Owned> {
+        let owned = batch.owned();
+        if owned.allocator == self.allocator {
+            Ok(owned)
+        } else {
+            Err(Error::Missing { op, needs: "a batch made by this cache's `extend`" })
+        }
+    }
+}
+
 /// The layer of an owned cache whose memory a view shows.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct OwnedLayer<'a> {
-    pub ledger: &'a Arc<Mutex<Ledger>>,
-    pub allocator: u64,
-    pub layer: usize,
-    pub positions_are_reassigned: bool,
+    owner: &'a Owner,
+    layer: usize,
 }
 
 impl OwnedLayer<'_> {
@@ -103,15 +144,12 @@ impl OwnedLayer<'_> {
     /// # Errors
     /// [`Error::Missing`], [`Error::UnknownSequence`], [`Error::StaleBatch`], [`Error::Unwritten`].
     pub fn check(&self, device: &Device, op: &'static str, batch: &Batch, access: Access) -> Result<()> {
-        let (allocator, layer, recorded) = (self.allocator, self.layer, batch.owned());
-        if recorded.allocator != allocator {
-            return Err(Error::Missing { op, needs: "a batch made by this cache's `extend`" });
-        }
-        Ledger::lock(self.ledger).check(layer, &recorded, access, &mut Pending::new())?;
-        let (identity, ledger) = (batch.identity().clone(), Arc::clone(self.ledger));
+        let (layer, recorded) = (self.layer, self.owner.own(op, batch)?);
+        Ledger::lock(&self.owner.ledger).check(layer, &recorded, access, &mut Pending::new())?;
+        let (identity, ledger) = (batch.identity().clone(), Arc::clone(&self.owner.ledger));
         device.check_when_done(move |pending| {
             let owned = identity.latest_owned().unwrap_or_else(|| recorded.clone());
-            if owned.allocator != allocator {
+            if owned.allocator != recorded.allocator {
                 let needs = "a batch made by the recorded cache's `extend`";
                 return Err(Error::Missing { op: "launch", needs });
             }
@@ -125,7 +163,7 @@ impl OwnedLayer<'_> {
     /// # Errors
     /// [`Error::Config`].
     pub fn check_positions(&self, are_reassigned: bool) -> Result<()> {
-        let expected = self.positions_are_reassigned;
+        let expected = self.owner.positions_are_reassigned;
         if are_reassigned == expected {
             return Ok(());
         }
@@ -137,7 +175,7 @@ impl OwnedLayer<'_> {
     /// The layer has the blocks of a batch; where this is recorded, those of the batch in its slot, each time.
     pub fn wrote(&self, device: &Device, batch: &Batch) {
         let (layer, identity, owned) = (self.layer, batch.identity().clone(), batch.owned());
-        device.note(self.ledger, move |ledger| match identity.latest_owned() {
+        device.note(&self.owner.ledger, move |ledger| match identity.latest_owned() {
             Some(latest) => ledger.add(layer, &latest.blocks),
             None => ledger.add(layer, &owned.blocks),
         });

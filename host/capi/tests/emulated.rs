@@ -7,7 +7,8 @@ use std::ffi::c_void;
 use std::ptr::{null, null_mut};
 
 use common::{
-    Lie, arrange, config, context, cpu, fails, input, limits, made, numbers, ok, queries, selected, sized,
+    Lie, arrange, config, context, cpu, fails, input, limits, made, numbers, ok, one_row, queries, selected,
+    sized,
 };
 use half::bf16;
 use tokenselect_c::*;
@@ -156,19 +157,7 @@ impl Drop for Rig {
 fn batch(len: usize, block: usize) -> *mut ts_batch {
     let pages = len.div_ceil(PAGE_SIZE);
     let indices: Vec<i32> = (0..pages as i32).map(|page| NUM_PAGES as i32 - 1 - page).collect();
-    let (qo_indptr, indptr) = ([0, block as i32], [0, pages as i32]);
-    let last_page_len = (len - (pages - 1) * PAGE_SIZE) as i32;
-    let tables = ts_batch_tables {
-        page_size: PAGE_SIZE,
-        num_rows: 1,
-        qo_indptr: qo_indptr.as_ptr(),
-        indptr: indptr.as_ptr(),
-        indices: indices.as_ptr(),
-        last_page_len: &last_page_len,
-        ..sized()
-    };
-    // SAFETY: the arrays have the lengths that the tables say.
-    made(|to| unsafe { ts_batch_create(&tables, to) })
+    one_row(PAGE_SIZE, &indices, len, block, None)
 }
 
 /// Lists chosen by the kernels are those of the processor. (Votes are far enough apart in this case.)

@@ -5,7 +5,7 @@ mod common;
 use std::ffi::c_void;
 use std::ptr::null_mut;
 
-use common::{config, context, cpu, input, limits, made, numbers, ok, selected, sized};
+use common::{config, context, cpu, input, limits, made, numbers, ok, one_row, selected, sized};
 use half::bf16;
 use tokenselect_c::*;
 
@@ -14,7 +14,7 @@ const HKV: usize = 2;
 const D: usize = 64;
 const PAGE_SIZE: usize = 4;
 const NUM_PAGES: usize = 16;
-const SEQUENCE: i32 = 1;
+static SEQUENCE: i32 = 1;
 
 /// Some KV heads of a layer, with their query heads.
 struct Rank {
@@ -108,20 +108,7 @@ fn all_reduce<T: Copy + Default + std::ops::Add<Output = T>>(ranks: &[Rank], buf
 fn batch(len: usize, block: usize) -> *mut ts_batch {
     let pages = len.div_ceil(PAGE_SIZE);
     let indices: Vec<i32> = (0..pages as i32).collect();
-    let (qo_indptr, indptr) = ([0, block as i32], [0, pages as i32]);
-    let last_page_len = (len - (pages - 1) * PAGE_SIZE) as i32;
-    let tables = ts_batch_tables {
-        page_size: PAGE_SIZE,
-        num_rows: 1,
-        qo_indptr: qo_indptr.as_ptr(),
-        indptr: indptr.as_ptr(),
-        indices: indices.as_ptr(),
-        last_page_len: &last_page_len,
-        sequence_indices: &SEQUENCE,
-        ..sized()
-    };
-    // SAFETY: the arrays have the lengths that the tables say.
-    made(|to| unsafe { ts_batch_create(&tables, to) })
+    one_row(PAGE_SIZE, &indices, len, block, Some(&SEQUENCE))
 }
 
 /// Memory of a device with these values.

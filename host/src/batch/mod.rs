@@ -299,11 +299,6 @@ impl Batch {
         self.allocator
     }
 
-    /// The sequence of each row and its revision; empty for another engine's tables.
-    pub(crate) fn owners(&self) -> &[(SequenceId, u64)] {
-        &self.owners
-    }
-
     /// Rows of the batch.
     pub fn num_rows(&self) -> usize {
         self.tables.last_page_len.len()

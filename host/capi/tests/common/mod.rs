@@ -198,3 +198,27 @@ pub fn shared_library() -> PathBuf {
     let found = places.clone().find(|path| path.exists());
     found.unwrap_or_else(|| panic!("none of {:?}", places.collect::<Vec<_>>()))
 }
+
+/// A batch of one row, which is sequence `sequence` if it has one, over these pages.
+pub fn one_row(
+    page_size: usize,
+    indices: &[i32],
+    len: usize,
+    block: usize,
+    sequence: Option<&'static i32>,
+) -> *mut ts_batch {
+    let (qo_indptr, indptr) = ([0, block as i32], [0, indices.len() as i32]);
+    let last_page_len = (len - (indices.len() - 1) * page_size) as i32;
+    let tables = ts_batch_tables {
+        page_size,
+        num_rows: 1,
+        qo_indptr: qo_indptr.as_ptr(),
+        indptr: indptr.as_ptr(),
+        indices: indices.as_ptr(),
+        last_page_len: &last_page_len,
+        sequence_indices: sequence.map_or(null(), std::ptr::from_ref),
+        ..sized()
+    };
+    // SAFETY: the arrays have the lengths that the tables say.
+    made(|to| unsafe { ts_batch_create(&tables, to) })
+}
