@@ -205,17 +205,33 @@ struct Sizes {
     shapes: Option<usize>,
     /// Query tokens of a prefill chunk.
     chunk: usize,
+    /// Query tokens of pieces of a prompt, and of their blocks.
+    pieces: Vec<(usize, usize)>,
 }
 
 impl Sizes {
     fn of(options: &Options) -> Self {
         if options.smoke {
             let full = vec![(700, 16), (700, 1)];
-            return Sizes { full, linear: vec![800], batch: Some((3, 500)), shapes: Some(600), chunk: 40 };
+            return Sizes {
+                full,
+                linear: vec![800],
+                batch: Some((3, 500)),
+                shapes: Some(600),
+                chunk: 40,
+                pieces: vec![(90, 10)],
+            };
         }
         if options.quick {
             let full = vec![(32 * K, 16), (K * K, 16)];
-            return Sizes { full, linear: Vec::new(), batch: None, shapes: None, chunk: 512 };
+            return Sizes {
+                full,
+                linear: Vec::new(),
+                batch: None,
+                shapes: None,
+                chunk: 512,
+                pieces: vec![(8 * K, 512)],
+            };
         }
         Sizes {
             full: [32 * K, 128 * K, K * K].into_iter().flat_map(|n| [(n, 16), (n, 1)]).collect(),
@@ -223,6 +239,7 @@ impl Sizes {
             batch: Some((16, 32 * K)),
             shapes: Some(512 * K),
             chunk: 512,
+            pieces: vec![(8 * K, 512), (8 * K, 64), (K, 16), (K, 8)],
         }
     }
 }
@@ -305,6 +322,20 @@ impl Bench<'_> {
         self.table.measure(&mut layer, &step, bytes.step_anew, |layer| layer.step(Step::Anew))
     }
 
+    /// A piece of a prompt in blocks.
+    fn piece(&mut self, spec: &Spec) -> Result<(), Error> {
+        let len = spec.cut.unwrap_or(spec.block_len);
+        let [select, attend, step] = ["select", "attend", "step"].map(|what| format!("piece_{what}_{len}"));
+        if !self.table.wants_any(&[&select, &attend, &step]) {
+            return Ok(());
+        }
+        let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
+        let bytes = spec.bytes();
+        self.table.measure(&mut layer, &select, bytes.select, |layer| layer.select(false))?;
+        self.table.measure(&mut layer, &attend, bytes.attend, Layer::attend)?;
+        self.table.measure(&mut layer, &step, bytes.step_anew, |layer| layer.step(Step::Anew))
+    }
+
     /// How selection grows with the context.
     fn linear(&mut self, spec: &Spec) -> Result<(), Error> {
         if !self.table.wants_any(&["score", "select"]) {
@@ -367,6 +398,12 @@ fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Erro
         let chunk = chunk(spec.tokens, spec.page_size);
         bench.attempt(&chunk, |bench, spec| bench.prefill(spec, ""));
         bench.attempt(&chunk.reassigned(), |bench, spec| bench.prefill(spec, "_reassigned"));
+    }
+    for &(tokens, page_size) in &sizes.full {
+        for &(piece, cut) in &sizes.pieces {
+            let spec = shrink(Spec { page_size, ..Spec::piece(tokens, piece, cut) }, options.smoke);
+            bench.attempt(&spec, Bench::piece);
+        }
     }
     for spec in &linear {
         bench.attempt(spec, Bench::linear);

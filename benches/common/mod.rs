@@ -9,7 +9,7 @@ pub mod timer;
 use half::{bf16, f16};
 use tokenselect::{
     Batch, BatchSlot, DType, Device, HeadShape, KvLayout, KvShape, KvStrides, KvView, KvViewMut, LayerMut,
-    Limits, Over, PageTables, Positions, Result, RowAction, SelectConfig, SelectionCache,
+    Limits, Operations, Over, PageTables, Plan, Positions, Result, RowAction, SelectConfig, SelectionCache,
     SelectionCacheConfig, SelectionStats, StepInput, StepOutput, Tensor, TensorView, TensorViewMut,
     TokenSelect,
 };
@@ -121,13 +121,15 @@ pub struct Spec {
     pub rows: usize,
     /// Query tokens of each row.
     pub block_len: usize,
+    /// Query tokens of the blocks that rows are cut into.
+    pub cut: Option<usize>,
 }
 
 impl Spec {
     /// One decode row: 128 initial, 2048 chosen and 512 local tokens with the block, 2688 in all.
     pub fn decode(tokens: usize) -> Self {
         let config = SelectConfig { heads: HEADS, n_local: 511, ..SelectConfig::default() };
-        Spec { config, tokens, page_size: PAGE_SIZE, rows: 1, block_len: 1 }
+        Spec { config, tokens, page_size: PAGE_SIZE, rows: 1, block_len: 1, cut: None }
     }
 
     /// A block of prefill, which is the local window, over the same number of tokens.
@@ -135,6 +137,18 @@ impl Spec {
         let mut spec = Spec::decode(tokens);
         spec.config.n_local = 512usize.saturating_sub(block_len);
         Spec { block_len, ..spec }
+    }
+
+    /// A piece of a prompt in blocks, over as many tokens as a block of [`Spec::prefill`].
+    pub fn piece(tokens: usize, piece_len: usize, cut: usize) -> Self {
+        let mut spec = Spec::prefill(tokens, piece_len);
+        spec.config.n_local = 512usize.saturating_sub(cut);
+        Spec { cut: Some(cut), ..spec }
+    }
+
+    /// Blocks of all rows.
+    pub fn num_blocks(&self) -> usize {
+        self.rows * self.cut.map_or(1, |len| self.block_len.div_ceil(len))
     }
 
     /// With positions reassigned.
@@ -155,7 +169,7 @@ impl Spec {
 
     /// Tokens of a selected list.
     pub fn selected(&self) -> usize {
-        self.config.max_selected(self.block_len)
+        self.config.max_selected(self.cut.unwrap_or(self.block_len))
     }
 
     /// Tokens of a row that compete.
@@ -164,6 +178,8 @@ impl Spec {
     }
 
     /// The bytes that each operation and step must move at least: its inputs read once, its outputs written once.
+    ///
+    /// Of blocks, the keys twice for each group of those that share a pass, and the votes; attention by itself.
     pub fn bytes(&self) -> Bytes {
         let heads = self.config.heads;
         let (queries, rows) = (self.rows * self.block_len, self.rows);
@@ -172,8 +188,15 @@ impl Spec {
         let (candidates, selected) = (rows * self.candidates(), rows * self.selected());
         let token = 2 * self.width();
         let (append, q_and_out) = (4 * queries * token, 4 * q);
-        let attend = 2 * selected * token + q_and_out;
+        let attend = 2 * self.num_blocks() / rows * selected * token + q_and_out;
         let dense = 2 * rows * self.tokens * token + q_and_out;
+        if self.cut.is_some() {
+            let most = 64 / heads.group().next_power_of_two().max(4);
+            let blocks = self.num_blocks() / rows;
+            let select = 2 * blocks.div_ceil(most) * candidates * token + 8 * blocks * candidates;
+            let step_anew = append + select + attend;
+            return Bytes { append, select, attend, step_anew, ..Bytes::default() };
+        }
         Bytes {
             append,
             pool: 2 * q + pooled,
@@ -196,7 +219,7 @@ impl Spec {
 }
 
 /// Bytes of [`Spec::bytes`].
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub struct Bytes {
     pub append: usize,
     pub pool: usize,
@@ -251,11 +274,12 @@ impl<'a> Layer<'a> {
         let pages_per_row = spec.tokens.div_ceil(spec.page_size);
         let num_pages = spec.rows * pages_per_row;
         let limits = Limits {
-            max_rows: spec.rows,
-            max_block_len: spec.block_len,
-            max_kv_tokens: num_pages * spec.page_size,
+            max_rows: spec.num_blocks(),
+            max_block_len: spec.cut.unwrap_or(spec.block_len),
+            max_kv_tokens: spec.num_blocks() / spec.rows * num_pages * spec.page_size,
         };
-        let select = TokenSelect::new(device, spec.config.clone(), limits)?;
+        let operations = if spec.cut.is_some() { Operations::PREFILL } else { Operations::ALL };
+        let select = TokenSelect::with_plan(Plan::new(device, spec.config.clone(), limits, operations)?)?;
         let cache = SelectionCache::new(device, &spec.config, 1, spec.rows)?;
         let queries = spec.rows * spec.block_len;
         let draw = |shape: [usize; 3], scale: f32, seed: u64| {
@@ -279,7 +303,9 @@ impl<'a> Layer<'a> {
         let qo_indptr = (0..=spec.rows).map(|row| (row * spec.block_len) as u32).collect();
         let batch = Batch::new(spec.page_size, qo_indptr, tables)?
             .with_sequence_indices((0..spec.rows as u32).collect())?;
-        let (batch, slot) = if device.is_cpu() {
+        let (batch, slot) = if let Some(len) = spec.cut {
+            (batch.in_blocks(len)?, None)
+        } else if device.is_cpu() {
             (batch, None)
         } else {
             let mut slot = BatchSlot::new(device, &batch, num_pages)?;
@@ -441,10 +467,12 @@ impl<'a> Layer<'a> {
     /// Why the lists of the last selection cannot be right, if so: lengths, order, windows. Waits for the device.
     pub fn check_lists(&self) -> std::result::Result<(), String> {
         let actions = self.select.workspace().actions().map_err(|error| error.to_string())?;
-        if let Some(action) = actions.iter().find(|&&action| action != RowAction::Score) {
+        let rows = self.batch.num_rows();
+        if let Some(action) = actions[..rows].iter().find(|&&action| action != RowAction::Score) {
             return Err(format!("a row's action is {action:?}"));
         }
-        for row in 0..self.spec.rows {
+        for row in 0..rows {
+            let len = self.batch.row(row).map_err(|error| error.to_string())?.kv_len;
             let list = self.select.workspace().selected(row).map_err(|error| error.to_string())?;
             if list.len() != self.spec.selected() {
                 return Err(format!(
@@ -456,7 +484,7 @@ impl<'a> Layer<'a> {
             if list.windows(2).any(|pair| pair[0] >= pair[1]) {
                 return Err(format!("the list of row {row} does not ascend"));
             }
-            if list[0] != 0 || list[list.len() - 1] as usize != self.spec.tokens - 1 {
+            if list[0] != 0 || list[list.len() - 1] as usize != len - 1 {
                 return Err(format!("the list of row {row} lacks its ends"));
             }
         }

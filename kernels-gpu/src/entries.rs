@@ -8,6 +8,7 @@
 //! |---|---|---|
 //! | `score`, `score_stream` | 64, 96, 128 | up to 4, 8, 16 |
 //! | | 256 | up to 4, 8 |
+//! | `score_blocks_stats`, `score_blocks_vote` | 64, 96, 128, 256 | up to 4, 8, 16 |
 //! | `attend_decode`, `attend_prefill`, `attend_stream` | 64, 96, 128 | any |
 //! | all others | any | any |
 //!
@@ -45,6 +46,12 @@ pub enum Op {
     Score,
     /// The same, with keys that bulk copies bring: [`score_stream`](crate::ops::score_stream::kernel::score_stream).
     ScoreStream,
+    /// First launch of [`score_blocks`](mod@crate::ops::score_blocks): statistics of many blocks of one sequence.
+    ScoreBlocksStats,
+    /// Second launch of [`score_blocks`](mod@crate::ops::score_blocks).
+    ScoreBlocksFold,
+    /// Last launch of [`score_blocks`](mod@crate::ops::score_blocks): votes.
+    ScoreBlocksVote,
     /// Softmax of the logits, summed over the heads: [`vote`](mod@crate::ops::vote).
     Vote,
     /// The same, four heads at a time, for groups of a multiple of four.
@@ -88,12 +95,15 @@ impl Op {
         };
         match self {
             Op::Append | Op::AppendPool => Ordering { writes_pages: true, ..nothing },
-            Op::Score | Op::AttendDecode | Op::Gather => Ordering { reads_constant_pages: true, ..nothing },
+            Op::Score | Op::ScoreBlocksStats | Op::ScoreBlocksVote | Op::AttendDecode | Op::Gather => {
+                Ordering { reads_constant_pages: true, ..nothing }
+            }
             Op::Pool | Op::ScoreStream => Ordering { begins_next_early: true, ..nothing },
             Op::Translate => Ordering { writes_tables: true, ..nothing },
             Op::Forget
             | Op::Compare
             | Op::Decide
+            | Op::ScoreBlocksFold
             | Op::Vote
             | Op::VoteByFour
             | Op::Smooth

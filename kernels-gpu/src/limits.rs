@@ -14,6 +14,12 @@ pub const COLUMNS: [u32; 3] = [4, 8, 16];
 /// Heads of a group at most.
 pub const MAX_COLUMNS: u32 = 16;
 
+/// Rows that a warpgroup multiplies at a time: `wgmma.m64nNk16`.
+pub const WARPGROUP_ROWS: u32 = 64;
+
+/// Bytes of a core matrix, of which operands in shared memory are made: eight rows of 16 bytes.
+pub const CORE_BYTES: u32 = 128;
+
 /// Shared memory of a block at most, on compute capability 8.0.
 pub const SHARED_BYTES_SM_80: u32 = 163 << 10;
 

@@ -383,6 +383,7 @@ pub(crate) unsafe fn read_limits(limits: *const ts_limits) -> Result<(Limits, Op
         append: has(ts_operation::Append),
         pool: has(ts_operation::Pool),
         score: has(ts_operation::Score),
+        score_blocks: has(ts_operation::Score),
         vote: has(ts_operation::Vote),
         attend: has(ts_operation::Attend),
     };

@@ -3,6 +3,8 @@
 
 use std::sync::{Arc, OnceLock};
 
+use kernels_gpu::limits::COLUMNS;
+
 use super::Batch;
 use crate::driver::Driver;
 use crate::error::Result;
@@ -21,6 +23,8 @@ pub(super) struct Copied {
     pub last_page_len: u64,
     pub sequence_indices: u64,
     pub candidates: u64,
+    /// Groups of blocks, for each of the sizes that kernels have.
+    pub groups: [u64; COLUMNS.len()],
 }
 
 impl DeviceTables {
@@ -61,10 +65,15 @@ impl DeviceTables {
     }
 }
 
-/// The tables in their order in memory. Page numbers, whose number changes from step to step, come last.
-fn tables(batch: &Batch) -> [Vec<u32>; 6] {
+/// The tables in their order in memory. Groups are pairs of words, which want multiples of 8; page numbers, whose number changes
+/// from step to step, come last.
+fn tables(batch: &Batch) -> [Vec<u32>; 9] {
     let candidates = batch.candidates.iter().flatten().flat_map(|range| [range.start, range.end]);
+    let [few, more, most] = batch.group_tables();
     [
+        few,
+        more,
+        most,
         batch.qo_indptr.clone(),
         batch.tables.indptr.clone(),
         batch.tables.last_page_len.clone(),
@@ -82,12 +91,13 @@ impl Copied {
 
     pub fn at(batch: &Batch, memory: Arc<DeviceMemory>) -> Self {
         let mut end = memory.slice().addr();
-        let [qo_indptr, kv_indptr, last_page_len, sequence_indices, candidates, kv_indices] = tables(batch)
-            .map(|table| {
-                let begin = end;
-                end += 4 * table.len() as u64;
-                begin
-            });
+        let places = tables(batch).map(|table| {
+            let begin = end;
+            end += 4 * table.len() as u64;
+            begin
+        });
+        let [few, more, most, qo_indptr, kv_indptr, last_page_len, sequence_indices, candidates, kv_indices] =
+            places;
         Copied {
             memory,
             qo_indptr,
@@ -96,6 +106,7 @@ impl Copied {
             last_page_len,
             sequence_indices: batch.sequence_indices.as_ref().map_or(0, |_| sequence_indices),
             candidates: batch.candidates.as_ref().map_or(0, |_| candidates),
+            groups: [few, more, most],
         }
     }
 }

@@ -1,5 +1,6 @@
 //! One step's rows: which queries belong to which sequence, and where its tokens lie.
 
+mod blocks;
 mod device_tables;
 mod identity;
 mod slot;
@@ -9,8 +10,12 @@ use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
 use kernels_gpu::common::layout::{BatchTables, page_division};
+use kernels_gpu::limits::COLUMNS;
+use kernels_gpu::ops::score_blocks::blocks_of_group;
+use kernels_gpu::simt::data::V2;
 use kernels_gpu::simt::global::GlobalPtr;
 
+use self::blocks::Cut;
 use self::device_tables::DeviceTables;
 use self::identity::Place;
 pub(crate) use self::identity::{Block, Identity, Needs, Owned};
@@ -66,6 +71,8 @@ pub struct Batch {
     bounds: Option<Bounds>,
     /// The first page that is written and appears twice, looked for at the first append.
     shared_page: OnceLock<Option<(usize, u32)>>,
+    /// What the rows were cut from, where they are blocks of longer ones.
+    cut: Option<Arc<Cut>>,
 }
 
 impl Batch {
@@ -138,6 +145,7 @@ impl Batch {
             identity: Identity::new(),
             bounds: None,
             shared_page: OnceLock::new(),
+            cut: None,
         };
         for row in 0..rows {
             batch.check_row(row)?;
@@ -177,6 +185,7 @@ impl Batch {
     /// [`Error::Table`] where the number of entries is not the number of rows, two rows share one, or one is `u32::MAX`.
     pub fn with_sequence_indices(mut self, indices: Vec<u32>) -> Result<Self> {
         self.expect_on_host("with_sequence_indices")?;
+        self.expect_whole("with_sequence_indices")?;
         if indices.len() != self.num_rows() {
             let rule = format!("of length {}", self.num_rows());
             return Err(Error::table(0, "sequence_indices", rule, indices.len()));
@@ -204,6 +213,7 @@ impl Batch {
     /// [`Error::Limit`] where the batch has more rows already.
     pub fn padded(mut self, num_rows: usize, block_len: usize) -> Result<Self> {
         self.expect_on_host("padded")?;
+        self.expect_whole("padded")?;
         let got = self.num_rows();
         let Some(missing) = num_rows.checked_sub(got) else {
             return Err(Error::Limit { what: "num_rows", limit: num_rows, got });
@@ -438,6 +448,18 @@ impl Batch {
         })
     }
 
+    /// Groups of blocks in the memory of a GPU, for groups of up to `columns` query heads, one of [`COLUMNS`]; and their number.
+    pub(crate) fn device_groups(
+        &self,
+        driver: &Arc<dyn Driver>,
+        columns: u32,
+    ) -> Result<(GlobalPtr<V2<u32>>, usize)> {
+        let place = COLUMNS.iter().position(|&of_kernel| of_kernel == columns).unwrap_or(COLUMNS.len() - 1);
+        let most = blocks_of_group(columns).unwrap_or(1);
+        let at = self.on_device.get(self, driver)?.groups[place];
+        Ok((GlobalPtr::from_addr(at), self.groups(most).count()))
+    }
+
     /// The sequence of each row in the memory of a GPU; address 0 where the rows have none.
     pub(crate) fn device_sequence_indices(&self, driver: &Arc<dyn Driver>) -> Result<GlobalPtr<u32>> {
         Ok(GlobalPtr::from_addr(self.on_device.get(self, driver)?.sequence_indices))
@@ -445,6 +467,9 @@ impl Batch {
 
     /// The rows of the batch of an owned cache.
     pub(crate) fn owned(&self) -> Owned {
+        if let Some(cut) = &self.cut {
+            return cut.whole.owned();
+        }
         let row = |(row, &(id, revision)): (usize, &(SequenceId, u64))| (id, revision, self.kv_len(row));
         let rows = self.owners.iter().enumerate().map(row).collect();
         Owned { allocator: self.allocator, rows, blocks: self.blocks() }
@@ -523,6 +548,9 @@ impl Batch {
     /// # Errors
     /// [`Error::Table`].
     pub(crate) fn check_written_pages(&self) -> Result<()> {
+        if let Some(cut) = &self.cut {
+            return cut.whole.check_written_pages();
+        }
         if self.allocator != 0 || self.bounds.is_some() {
             return Ok(());
         }

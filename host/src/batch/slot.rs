@@ -44,10 +44,11 @@ impl BatchSlot {
     /// A place for batches with the rows and blocks of `like` and up to `max_pages` pages in all rows together.
     ///
     /// # Errors
-    /// [`Error::WrongDevice`] for the processor, which has no captured work; [`Error::Limit`] for more pages than can be
+    /// [`Error::WrongDevice`] for the processor, which has no captured work; [`Error::Missing`] for a batch in blocks; [`Error::Limit`] for more pages than can be
     /// counted, [`Error::OutOfMemory`].
     pub fn new(device: &Device, like: &Batch, max_pages: usize) -> Result<Self> {
         let Some(driver) = device.driver() else { return Err(DeviceSlice::not_on_device("device")) };
+        like.expect_whole("BatchSlot::new")?;
         // Tokens are told from each other by their places, which are counted with 32 bits.
         let limit = u32::MAX as usize / like.page_size;
         if max_pages > limit {
@@ -94,6 +95,7 @@ impl BatchSlot {
     /// operations would refuse is refused here, with the same errors. Then the slot holds what it held before.
     pub fn put(&mut self, mut batch: Batch) -> Result<Batch> {
         batch.expect_on_host("put")?;
+        batch.expect_whole("put")?;
         let (like, rows) = (&self.like, batch.num_rows());
         if batch.qo_indptr != like.qo_indptr {
             let rule = format!("that of the slot, {:?}", like.qo_indptr);

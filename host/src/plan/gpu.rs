@@ -10,6 +10,7 @@ use kernels_gpu::limits::{MAX_COLUMNS, columns};
 use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
 use kernels_gpu::ops::attend_stream;
 use kernels_gpu::ops::score::{max_chunks, tile_tokens};
+use kernels_gpu::ops::score_blocks::num_entries;
 use kernels_gpu::ops::top_k::max_shares;
 use kernels_gpu::ops::vote::MAX_HEADS;
 use kernels_gpu::simt::global::GlobalMut;
@@ -45,6 +46,7 @@ pub(crate) struct Kernels {
     pub append: Option<&'static Entry>,
     pub pool: Option<PoolKernels>,
     pub score: Option<ScoreKernels>,
+    pub score_blocks: Option<ScoreBlocksKernels>,
     pub vote: Option<VoteKernels>,
     pub attend: Option<AttendKernels>,
 }
@@ -63,6 +65,16 @@ pub(crate) struct PoolKernels {
 pub(crate) struct ScoreKernels {
     pub score: ScoreKernel,
     pub stream: ScoreKernel,
+}
+
+/// The kernels that score blocks.
+#[derive(Debug, Clone)]
+pub(crate) struct ScoreBlocksKernels {
+    /// Heads of a group that they have room for.
+    pub columns: u32,
+    pub stats: &'static Entry,
+    pub fold: &'static Entry,
+    pub vote: &'static Entry,
 }
 
 /// The kernels that vote and choose.
@@ -106,22 +118,29 @@ impl GpuPlan {
             },
             pool: operations.pool.then(|| PoolKernels::new(driver, config)).transpose()?,
             score: operations.score.then(|| ScoreKernels::new(driver, config)).transpose()?,
+            score_blocks: operations
+                .score_blocks
+                .then(|| ScoreBlocksKernels::new(driver, config))
+                .transpose()?,
             vote: operations.vote.then(|| VoteKernels::new(driver, config)).transpose()?,
             attend: operations.attend.then(|| AttendKernels::new(driver, config)).transpose()?,
         };
-        let scratch = Scratch::carve(driver.gpu(), config, limits);
+        let scratch = Scratch::carve(driver.gpu(), config, limits, operations);
         Ok(GpuPlan { driver: Arc::clone(driver), kernels, scratch })
     }
 
     /// Loads the kernels, so that no step waits for it.
     pub fn prepare(&self) -> Result<()> {
-        let Kernels { append, pool, score, vote, attend } = &self.kernels;
+        let Kernels { append, pool, score, score_blocks, vote, attend } = &self.kernels;
         let mut all: Vec<_> = append.iter().copied().collect();
         if let Some(k) = pool {
             all.extend([k.pool, k.append_pool, k.compare, k.decide]);
         }
         if let Some(k) = score {
             all.extend([k.score.entry, k.stream.entry]);
+        }
+        if let Some(k) = score_blocks {
+            all.extend([k.stats, k.fold, k.vote]);
         }
         if let Some(k) = vote {
             all.extend([k.vote, k.smooth, k.count, k.refine, k.choose, k.choose_in_cluster]);
@@ -158,15 +177,34 @@ impl PoolKernels {
     }
 }
 
+/// What kernels that score are compiled for.
+fn score_key(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<(Key, u32)> {
+    let (group, head_dim) = (config.heads.group(), config.heads.head_dim as u32);
+    let dtype = element_type(driver, "score", config.dtype)?;
+    let Some(columns) = columns(group as u32) else {
+        let what = format!("groups of {group} heads, only up to {MAX_COLUMNS}");
+        return Err(unsupported(driver, "score", what));
+    };
+    Ok((Key::of(dtype).with_head_dim(head_dim).with_columns(columns), columns))
+}
+
+impl ScoreBlocksKernels {
+    fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
+        let (key, columns) = score_key(driver, config)?;
+        let fold = Key { dtype: key.dtype, ..Key::NONE };
+        Ok(ScoreBlocksKernels {
+            columns,
+            stats: driver.find("score", Op::ScoreBlocksStats, key)?,
+            fold: driver.find("score", Op::ScoreBlocksFold, fold)?,
+            vote: driver.find("score", Op::ScoreBlocksVote, key)?,
+        })
+    }
+}
+
 impl ScoreKernels {
     fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
-        let (group, head_dim) = (config.heads.group(), config.heads.head_dim as u32);
-        let dtype = element_type(driver, "score", config.dtype)?;
-        let Some(columns) = columns(group as u32) else {
-            let what = format!("groups of {group} heads, only up to {MAX_COLUMNS}");
-            return Err(unsupported(driver, "score", what));
-        };
-        let key = Key::of(dtype).with_head_dim(head_dim).with_columns(columns);
+        let (key, columns) = score_key(driver, config)?;
+        let head_dim = config.heads.head_dim as u32;
         let kernel = |op, tile_tokens| Ok(ScoreKernel { entry: driver.find("score", op, key)?, tile_tokens });
         Ok(ScoreKernels {
             score: kernel(Op::Score, tile_tokens(head_dim, columns))?,
@@ -233,6 +271,10 @@ pub(crate) struct Scratch {
     pub pool_partial: u64,
     /// `[max_rows, max_chunks(num_kv_heads), num_qo_heads, 2]` f32.
     pub score_partial: u64,
+    /// `[num_entries]` pairs of f32.
+    pub blocks_partial: u64,
+    /// `[max_rows, num_qo_heads]` pairs of f32.
+    pub blocks_sums: u64,
     /// `[max_rows, BINS]` u32, zero between launches.
     histogram: u64,
     /// `[max_rows, 4]` u32.
@@ -256,7 +298,7 @@ pub(crate) struct Scratch {
 }
 
 impl Scratch {
-    fn carve(gpu: &GpuInfo, config: &SelectConfig, limits: &Limits) -> Self {
+    fn carve(gpu: &GpuInfo, config: &SelectConfig, limits: &Limits, operations: Operations) -> Self {
         let heads = config.heads;
         let (max_rows, max_kv_tokens) = (limits.max_rows as u64, limits.max_kv_tokens as u64);
         let (hq, hkv, head_dim) =
@@ -273,6 +315,9 @@ impl Scratch {
         let counters = words(&[max_rows]);
         let pool_partial = words(&[max_rows, hq, 3]);
         let score_partial = words(&[max_rows, chunks, hq, 2]);
+        let blocks = u64::from(operations.score_blocks);
+        let blocks_partial = words(&[2, blocks, num_entries(max_kv_tokens, max_rows, hq)]);
+        let blocks_sums = words(&[2, blocks, max_rows, hq]);
         let histogram = words(&[max_rows, u64::from(BINS)]);
         let radix_state = words(&[max_rows, 4]);
         let share_counts = words(&[max_shares(max_kv_tokens, max_rows)]);
@@ -292,6 +337,8 @@ impl Scratch {
             counters,
             pool_partial,
             score_partial,
+            blocks_partial,
+            blocks_sums,
             histogram,
             radix_state,
             share_counts,
@@ -316,6 +363,8 @@ impl Scratch {
             counters: base + self.counters,
             pool_partial: base + self.pool_partial,
             score_partial: base + self.score_partial,
+            blocks_partial: base + self.blocks_partial,
+            blocks_sums: base + self.blocks_sums,
             histogram: base + self.histogram,
             radix_state: base + self.radix_state,
             share_counts: base + self.share_counts,

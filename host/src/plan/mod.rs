@@ -36,8 +36,10 @@ pub struct Operations {
     pub append: bool,
     /// `pool`, `compare` and `decide`.
     pub pool: bool,
-    /// `score`.
+    /// `score`, and selections of rows that are no blocks: a workspace with a place for the logit of every token and query head.
     pub score: bool,
+    /// Selections of blocks ([`Batch::in_blocks`]), which keep no logits.
+    pub score_blocks: bool,
     /// `vote` and `top_k`.
     pub vote: bool,
     /// `attend`.
@@ -47,16 +49,29 @@ pub struct Operations {
 impl Operations {
     /// All of them.
     pub const ALL: Operations =
-        Operations { append: true, pool: true, score: true, vote: true, attend: true };
+        Operations { append: true, pool: true, score: true, score_blocks: true, vote: true, attend: true };
     /// All but attention, for engines that attend with kernels of their own.
     pub const SELECTION: Operations = Operations { attend: false, ..Operations::ALL };
+    /// Whole steps of blocks ([`Batch::in_blocks`]) alone: no place for logits, which are most of a workspace.
+    pub const PREFILL: Operations = Operations { score: false, ..Operations::ALL };
     /// None; `merge`, which needs no plan, is always there.
-    pub const NONE: Operations =
-        Operations { append: false, pool: false, score: false, vote: false, attend: false };
+    pub const NONE: Operations = Operations {
+        append: false,
+        pool: false,
+        score: false,
+        score_blocks: false,
+        vote: false,
+        attend: false,
+    };
 
-    /// Whether these are all that steps need.
-    pub(crate) fn select(&self) -> bool {
-        self.append && self.pool && self.score && self.vote
+    /// Whether these are all that selections of a batch need.
+    pub(crate) fn select(&self, batch: &Batch) -> bool {
+        self.pool && self.vote && if batch.is_in_blocks() { self.score_blocks } else { self.score }
+    }
+
+    /// Whether logits are kept: on a GPU not for blocks.
+    fn keeps_logits(&self, device: &Device) -> bool {
+        self.score || self.score_blocks && device.is_cpu()
     }
 }
 
@@ -164,6 +179,9 @@ impl Plan {
 
     /// Places for logits, somewhat more than `max_kv_tokens`.
     pub(crate) fn num_logit_places(&self) -> usize {
+        if !self.operations.keeps_logits(&self.device) {
+            return 0;
+        }
         let tiles = max_logit_tiles(self.limits.max_kv_tokens as u64, self.limits.max_rows as u64);
         (tiles * u64::from(LOGIT_TILE)) as usize
     }

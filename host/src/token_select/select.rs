@@ -44,7 +44,7 @@ impl TokenSelect {
     /// Those of the two; then nothing was written.
     pub fn append_select(&mut self, batch: &Batch, layer: LayerMut<'_>, input: StepInput<'_>) -> Result<()> {
         let LayerMut { kv, selections: cached } = layer;
-        self.plan.expect("append_select", |ops| ops.select())?;
+        self.plan.expect("append_select", |ops| ops.append && ops.select(batch))?;
         self.check_batch(batch)?;
         self.check_append(batch, &kv, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
@@ -71,7 +71,7 @@ impl TokenSelect {
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.plan.expect("select", |ops| ops.pool && ops.score && ops.vote)?;
+        self.plan.expect("select", |ops| ops.select(batch))?;
         self.check_owner("select", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
@@ -96,7 +96,10 @@ impl TokenSelect {
         backend::of(plan).select(plan, batch, workspace, kv, q, cached)?;
         workspace.progress.decided_by(place);
         for stage in [Stage::Pooled, Stage::Scored, Stage::Voted, Stage::Selected] {
-            workspace.progress.finish(stage, batch);
+            // Blocks leave no logits.
+            if stage != Stage::Scored || !batch.is_in_blocks() {
+                workspace.progress.finish(stage, batch);
+            }
         }
         Ok(())
     }

@@ -27,7 +27,7 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("step", |ops| ops.select() && ops.attend)?;
+        self.plan.expect("step", |ops| ops.append && ops.select(batch) && ops.attend)?;
         self.check_step(cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;

@@ -2,6 +2,7 @@
 
 use super::fragment::{A, Accumulator, B};
 use crate::simt::data::Pod;
+use crate::simt::warpgroup::{self, Columns};
 use crate::simt::{math, tensor};
 
 /// A 16-bit float that caches are kept in. Everything is computed in f32.
@@ -31,6 +32,15 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     /// # Safety
     /// - All lanes of the warp call it through the same instruction.
     unsafe fn mma(d: &mut Accumulator, a: A, b: B);
+
+    /// Starts D += A·B on the tensor cores of a warpgroup, or D = A·B without `ADDS`; see
+    /// [`warpgroup`](crate::simt::warpgroup).
+    ///
+    /// *Convergence:* aligned; all threads of the warpgroup.
+    ///
+    /// # Safety
+    /// - As for [`warpgroup::mma_f16`].
+    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 16], a: A, b: Columns<Self>);
 }
 
 impl Element for half::f16 {
@@ -63,6 +73,11 @@ impl Element for half::f16 {
     unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
         tensor::mma_f16(&mut d.0, a.0, b.0)
     }
+
+    #[inline(always)]
+    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 16], a: A, b: Columns<Self>) {
+        warpgroup::mma_f16::<Self, ADDS>(d, a.0, b)
+    }
 }
 
 impl Element for half::bf16 {
@@ -91,6 +106,11 @@ impl Element for half::bf16 {
     #[track_caller]
     unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
         tensor::mma_bf16(&mut d.0, a.0, b.0)
+    }
+
+    #[inline(always)]
+    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 16], a: A, b: Columns<Self>) {
+        warpgroup::mma_bf16::<Self, ADDS>(d, a.0, b)
     }
 }
 

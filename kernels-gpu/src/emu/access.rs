@@ -119,6 +119,12 @@ impl Block {
             self.current = thread;
             self.fail(kind, what, site);
         }
+        if !self.operands_under_way.is_empty() && !access.reads() && self.is_read_by_product(addr, bytes) {
+            self.current = thread;
+            let what =
+                format!("{access} of shared byte {addr}, which a product under way reads (no wait yet)");
+            self.fail(Kind::Warpgroup, what, site);
+        }
         let checks = Checks { races: self.options.races, uninitialised: self.options.uninitialised };
         let copies = access.starts_copy() || access.ends_copy();
         if (checks.races || checks.uninitialised || copies)

@@ -24,6 +24,7 @@ use super::race::Shadow;
 use super::report::{Fault, Kind, Site, lanes};
 use super::stack::LaneStack;
 use super::warp::{Op, Pending};
+use super::warpgroup::Products;
 use crate::launch::Dims;
 
 /// Why a lane does not run.
@@ -80,6 +81,9 @@ pub(crate) struct Block {
     pub current: usize,
     pub lanes: Vec<Lane>,
     pub copies: Vec<Copies>,
+    /// Per lane, its tensor-core products under way; and the warps and bytes of the operands that these read.
+    pub products: Vec<Products>,
+    pub operands_under_way: Vec<(usize, u32, u32)>,
     pub under_way: UnderWay,
     pub pending: Vec<Vec<Pending>>,
     pub barriers: [Barrier; 16],
@@ -176,6 +180,8 @@ impl Block {
             current: 0,
             lanes: Vec::new(),
             copies: Vec::new(),
+            products: Vec::new(),
+            operands_under_way: Vec::new(),
             under_way: UnderWay::default(),
             pending: Vec::new(),
             barriers: Default::default(),
@@ -220,6 +226,9 @@ impl Block {
         }));
         self.copies.resize_with(threads, Copies::default);
         self.copies.iter_mut().for_each(Copies::clear);
+        self.products.clear();
+        self.products.resize_with(threads, Products::default);
+        self.operands_under_way.clear();
         self.under_way = UnderWay::default();
         self.pending.resize_with(threads / 32, Vec::new);
         self.pending.iter_mut().for_each(Vec::clear);

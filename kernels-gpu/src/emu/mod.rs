@@ -35,6 +35,7 @@
 //! | `GlobalRace` | last writer and reader of each element (`global_race.rs`) |
 //! | `Overlap` | launches as programmatic dependent launch lets them overlap (`overlap.rs`): the last launches that wrote and read each word, and the clocks; for launches with [`Options::overlap`], as those of a whole emulated device are |
 //! | `MBarrier` | barriers in shared memory by address (`bulk.rs`): made once, and published, before they are used |
+//! | `Warpgroup` | products of warpgroups without fences or commit, operands written too early (`warpgroup.rs`) |
 //! | `Divergence`, `Deadlock` | collectives that do not fit together, or never complete; loops that access memory without end |
 //! | `Panic` | a kernel's own assertion |
 //!
@@ -72,6 +73,7 @@ mod slots;
 mod stack;
 mod tensor;
 pub(crate) mod warp;
+pub(crate) mod warpgroup;
 
 pub use launch::{Launch, Stats};
 pub use memory::Memory;

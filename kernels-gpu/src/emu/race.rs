@@ -325,6 +325,8 @@ pub(crate) struct Shadow {
     pub clocks: Clocks,
     cells: Vec<Cell>,
     overflow: Overflow,
+    /// Per thread, the count up to which its writes are known to the tensor cores.
+    fenced: Vec<u32>,
     /// Cells that may differ from `FRESH`.
     touched: std::ops::Range<usize>,
 }
@@ -337,6 +339,24 @@ impl Shadow {
         self.touched = 0..0;
         self.cells.resize(bytes.div_ceil(CELL), FRESH);
         self.overflow.used = 0;
+        self.fenced.clear();
+        self.fenced.resize(threads, 0);
+    }
+
+    /// What `thread` has written so far is known to the tensor cores, once others are ordered behind it.
+    pub fn fence_writes(&mut self, thread: usize) {
+        self.fenced[thread] = self.clocks.own[thread];
+        self.clocks.advance(thread);
+    }
+
+    /// The first byte that a thread has written since its last [`fence_writes`](Self::fence_writes), and the thread.
+    pub fn unfenced(&self, addr: usize, bytes: usize) -> Option<(usize, usize)> {
+        let of_thread = |write: &Stamp| self.fenced.get(write.thread as usize).copied();
+        let cells = self.cells[addr / CELL..(addr + bytes) / CELL].iter().zip((addr..).step_by(CELL));
+        cells
+            .filter(|(cell, _)| of_thread(&cell.write).is_some_and(|fenced| cell.write.count > fenced))
+            .map(|(cell, byte)| (byte, cell.write.thread as usize))
+            .next()
     }
 
     /// One access of `thread` to `bytes` bytes at `addr`, both multiples of [`CELL`]; an error says what is wrong.

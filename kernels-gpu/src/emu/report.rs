@@ -24,6 +24,8 @@ pub enum Kind {
     AsyncCopy,
     /// A barrier in shared memory was used before it was made, made twice, or counted more than its phase has.
     MBarrier,
+    /// A tensor-core product of a warpgroup without its fences or its commit, or an operand written while it is under way.
+    Warpgroup,
     /// A shared-memory access left its array.
     SharedBounds,
     /// A global-memory access left its allocation.

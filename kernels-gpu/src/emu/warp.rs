@@ -22,12 +22,13 @@ pub(crate) enum Op {
     LdMatrixTrans,
     MmaF16,
     MmaBf16,
+    MmaOfWarpgroup,
 }
 
 impl Op {
     /// Whether all lanes must reach it through the same instruction.
     fn is_aligned(self) -> bool {
-        matches!(self, Op::LdMatrix | Op::LdMatrixTrans | Op::MmaF16 | Op::MmaBf16)
+        matches!(self, Op::LdMatrix | Op::LdMatrixTrans | Op::MmaF16 | Op::MmaBf16 | Op::MmaOfWarpgroup)
     }
 }
 
@@ -136,6 +137,7 @@ impl Block {
             Op::LdMatrixTrans => self.ldmatrix(first, true, site),
             Op::MmaF16 => tensor::mma_f16(&mut self.lanes[first..first + 32]),
             Op::MmaBf16 => tensor::mma_bf16(&mut self.lanes[first..first + 32]),
+            Op::MmaOfWarpgroup => self.gather_rows(first, site),
         }
     }
 

@@ -12,6 +12,7 @@ use crate::ops::gather::GatherParams;
 use crate::ops::merge::MergeParams;
 use crate::ops::pool::PoolParams;
 use crate::ops::score::{ScoreParams, tile_tokens};
+use crate::ops::score_blocks::ScoreBlocksParams;
 use crate::ops::smooth::SmoothParams;
 use crate::ops::top_k::TopKParams;
 use crate::ops::translate::TranslateParams;
@@ -24,8 +25,10 @@ use {
     crate::ops::score::kernel::score,
     crate::ops::score_stream::kernel::score_stream,
     crate::ops::{
-        append, append_pool, compare, decide, forget, gather, merge, pool, smooth, top_k, translate, vote,
+        append, append_pool, compare, decide, forget, gather, merge, pool, score_blocks, smooth, top_k,
+        translate, vote,
     },
+    crate::simt::warpgroup,
 };
 
 /// Writes a table of entries as `static ENTRIES`, and for a GPU the kernels themselves, if the condition holds.
@@ -242,6 +245,29 @@ entries! {
         96 columns 4 8 16;
         128 columns 4 8 16;
         256 columns 4 8;
+    };
+    ScoreBlocksStats: score_blocks_stats(ScoreBlocksParams<T>) = score_blocks::kernel::stats::<
+        T,
+        { pieces(HEAD_DIM, 32) },
+        { COLUMNS as usize },
+        { warpgroup::AVAILABLE },
+    >, for T {
+        64 columns 4 8 16;
+        96 columns 4 8 16;
+        128 columns 4 8 16;
+        256 columns 4 8 16;
+    };
+    ScoreBlocksFold: score_blocks_fold(ScoreBlocksParams<T>) = score_blocks::kernel::fold::<T>, for T;
+    ScoreBlocksVote: score_blocks_vote(ScoreBlocksParams<T>) = score_blocks::kernel::vote::<
+        T,
+        { pieces(HEAD_DIM, 32) },
+        { COLUMNS as usize },
+        { warpgroup::AVAILABLE },
+    >, for T {
+        64 columns 4 8 16;
+        96 columns 4 8 16;
+        128 columns 4 8 16;
+        256 columns 4 8 16;
     };
     Vote: vote(VoteParams) = vote::kernel::vote::<1>;
     VoteByFour: vote_by_four(VoteParams) = vote::kernel::vote::<4>;

@@ -16,6 +16,7 @@ pub mod pool;
 #[cfg(feature = "conformance")]
 pub mod read_all;
 pub mod score;
+pub mod score_blocks;
 pub mod score_stream;
 pub mod smooth;
 pub mod top_k;

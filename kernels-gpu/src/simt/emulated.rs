@@ -8,11 +8,12 @@ use core::panic::Location;
 
 use super::data::Pod;
 use super::shared::Shared;
+use super::warpgroup::Columns;
 use crate::emu::access::Access;
 use crate::emu::barrier::{self, Arrival};
 use crate::emu::block::{suspend, with};
 use crate::emu::warp::{self, Op};
-use crate::emu::{access, atomics, bulk, cluster, copies, numeric, overlap};
+use crate::emu::{access, atomics, bulk, cluster, copies, numeric, overlap, warpgroup};
 
 #[inline(always)]
 fn wait_if(must_wait: bool) {
@@ -470,6 +471,60 @@ pub fn mma_f16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
 #[track_caller]
 pub fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
     mma(Op::MmaBf16, d, a, b)
+}
+
+// Products of warpgroups.
+
+pub const WARPGROUP_PRODUCTS: bool = true;
+
+#[inline(always)]
+pub fn fence_writes_for_products() {
+    warpgroup::fence_writes()
+}
+
+#[inline(always)]
+pub fn warpgroup_fence() {
+    warpgroup::fence()
+}
+
+#[inline(always)]
+pub fn warpgroup_commit() {
+    warpgroup::commit()
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_wait(d: &mut [[f32; 4]; 16]) {
+    warpgroup::wait(d, Location::caller())
+}
+
+/// The lanes of a warp bring the rows of A together; each then multiplies its own two.
+#[inline(always)]
+#[track_caller]
+fn warpgroup_mma<T: Pod>(
+    d: &mut [[f32; 4]; 16],
+    a: [u32; 4],
+    b: Columns<T>,
+    adds: bool,
+    unpack: impl Fn(u32) -> [f32; 2],
+) {
+    let (addr, (begin, end)) = (b.start.addr(), b.start.bounds());
+    warp::arguments([a[0], a[1], a[2], a[3], addr, begin, end, b.row_bytes, b.column_bytes]);
+    wait_if(warp::arrive(Op::MmaOfWarpgroup, u32::MAX, Location::caller()));
+    let operand = warpgroup::Operand { addr, row_bytes: b.row_bytes, column_bytes: b.column_bytes };
+    warpgroup::multiply(d, operand, adds, unpack, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+    warpgroup_mma(d, a, b, ADDS, numeric::unpack_f16)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+    warpgroup_mma(d, a, b, ADDS, super::math::unpack_bf16)
 }
 
 // Arithmetic.

@@ -5,7 +5,7 @@
 //! warp is its *lane*. Blocks run in any order, at the same time or one after the other, and see each other's global
 //! memory only through atomics and fences ([`grid`]). Threads of a block share up to 227 KiB of *shared memory*
 //! ([`shared`]) and meet at barriers ([`thread`]). Lanes of a warp exchange registers ([`warp`]) and own pieces of
-//! tensor-core tiles together ([`tensor`]). On Hopper, blocks of a *cluster* meet and read each other's shared memory
+//! tensor-core tiles together ([`tensor`]), on Hopper four warps larger ones ([`warpgroup`]). On Hopper, blocks of a *cluster* meet and read each other's shared memory
 //! ([`cluster`]).
 //!
 //! **Convergence.** A *collective* is a primitive that several lanes execute together. Each one's documentation has a
@@ -40,6 +40,8 @@ pub mod tensor;
 pub mod thread;
 #[cfg(feature = "kernels")]
 pub mod warp;
+#[cfg(feature = "kernels")]
+pub mod warpgroup;
 
 #[cfg(all(feature = "emulator", not(target_arch = "nvptx64")))]
 mod emulated;

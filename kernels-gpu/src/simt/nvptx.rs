@@ -14,6 +14,7 @@ use core::arch::{asm, global_asm, nvptx};
 
 use super::data::Pod;
 use super::shared::Shared;
+use super::warpgroup::Columns;
 
 // 1024: the alignment that 128-byte swizzled tiles of bulk copies need.
 global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
@@ -593,6 +594,119 @@ pub unsafe fn mma_f16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
 #[inline(always)]
 pub unsafe fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
     mma!("f32.bf16.bf16.f32", d, a, b)
+}
+
+// Products of warpgroups.
+
+pub const WARPGROUP_PRODUCTS: bool = cfg!(target_feature = "sm_90a");
+
+#[inline(always)]
+pub fn fence_writes_for_products() {
+    unsafe { bulk!("fence.proxy.async.shared::cta;", options(nostack)) }
+}
+
+/// `$text` on compute capability 9.0 alone.
+macro_rules! warpgroup {
+    ($($text:tt)*) => {{
+        #[cfg(target_feature = "sm_90a")]
+        asm!($($text)*);
+        #[cfg(not(target_feature = "sm_90a"))]
+        nvptx::trap();
+    }};
+}
+
+/// `$before`, the 64 accumulators, `$after`; further operands are `a` to `f`.
+macro_rules! with_accumulators {
+    ($d:ident, $before:expr, $after:expr, $($operands:tt)*) => {
+        warpgroup!(
+            concat!(
+                $before,
+                "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+                "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
+                "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}",
+                $after
+            ),
+            inout(reg32) $d[0][0], inout(reg32) $d[0][1], inout(reg32) $d[0][2], inout(reg32) $d[0][3],
+            inout(reg32) $d[1][0], inout(reg32) $d[1][1], inout(reg32) $d[1][2], inout(reg32) $d[1][3],
+            inout(reg32) $d[2][0], inout(reg32) $d[2][1], inout(reg32) $d[2][2], inout(reg32) $d[2][3],
+            inout(reg32) $d[3][0], inout(reg32) $d[3][1], inout(reg32) $d[3][2], inout(reg32) $d[3][3],
+            inout(reg32) $d[4][0], inout(reg32) $d[4][1], inout(reg32) $d[4][2], inout(reg32) $d[4][3],
+            inout(reg32) $d[5][0], inout(reg32) $d[5][1], inout(reg32) $d[5][2], inout(reg32) $d[5][3],
+            inout(reg32) $d[6][0], inout(reg32) $d[6][1], inout(reg32) $d[6][2], inout(reg32) $d[6][3],
+            inout(reg32) $d[7][0], inout(reg32) $d[7][1], inout(reg32) $d[7][2], inout(reg32) $d[7][3],
+            inout(reg32) $d[8][0], inout(reg32) $d[8][1], inout(reg32) $d[8][2], inout(reg32) $d[8][3],
+            inout(reg32) $d[9][0], inout(reg32) $d[9][1], inout(reg32) $d[9][2], inout(reg32) $d[9][3],
+            inout(reg32) $d[10][0], inout(reg32) $d[10][1], inout(reg32) $d[10][2], inout(reg32) $d[10][3],
+            inout(reg32) $d[11][0], inout(reg32) $d[11][1], inout(reg32) $d[11][2], inout(reg32) $d[11][3],
+            inout(reg32) $d[12][0], inout(reg32) $d[12][1], inout(reg32) $d[12][2], inout(reg32) $d[12][3],
+            inout(reg32) $d[13][0], inout(reg32) $d[13][1], inout(reg32) $d[13][2], inout(reg32) $d[13][3],
+            inout(reg32) $d[14][0], inout(reg32) $d[14][1], inout(reg32) $d[14][2], inout(reg32) $d[14][3],
+            inout(reg32) $d[15][0], inout(reg32) $d[15][1], inout(reg32) $d[15][2], inout(reg32) $d[15][3],
+            $($operands)*
+        )
+    };
+}
+
+/// The descriptor of an operand in shared memory that is not swizzled: address and strides in units of 16 bytes.
+#[cfg(target_feature = "sm_90a")]
+#[inline(always)]
+fn descriptor<T: Pod>(b: Columns<T>) -> u64 {
+    let [start, rows, columns] =
+        [b.start.addr(), b.row_bytes, b.column_bytes].map(|x| (x / 16) as u64 & 0x3fff);
+    start | rows << 16 | columns << 32
+}
+
+/// `$types` of D, A and B.
+macro_rules! warpgroup_mma {
+    ($types:literal, $d:ident, $a:ident, $b:ident, $adds:expr) => {
+        with_accumulators!(
+            $d,
+            concat!(
+                "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.m64n128k16.", $types, " {{"
+            ),
+            "}}, {{{a}, {b}, {c}, {d}}}, {e}, adds, 1, 1, 0;}}",
+            a = in(reg32) $a[0], b = in(reg32) $a[1], c = in(reg32) $a[2], d = in(reg32) $a[3],
+            e = in(reg64) descriptor($b), f = const $adds as u32, options(nostack)
+        )
+    };
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(
+    d: &mut [[f32; 4]; 16],
+    a: [u32; 4],
+    b: Columns<T>,
+) {
+    warpgroup_mma!("f32.f16.f16", d, a, b, ADDS)
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(
+    d: &mut [[f32; 4]; 16],
+    a: [u32; 4],
+    b: Columns<T>,
+) {
+    warpgroup_mma!("f32.bf16.bf16", d, a, b, ADDS)
+}
+
+#[inline(always)]
+pub unsafe fn warpgroup_fence() {
+    warpgroup!("wgmma.fence.sync.aligned;", options(nostack))
+}
+
+#[inline(always)]
+pub unsafe fn warpgroup_commit() {
+    warpgroup!("wgmma.commit_group.sync.aligned;", options(nostack))
+}
+
+/// The accumulators are operands, so that nobody reads them before.
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn warpgroup_wait(d: &mut [[f32; 4]; 16]) {
+    with_accumulators!(d, "wgmma.wait_group.sync.aligned 0; // ", "", options(nostack))
 }
 
 // Arithmetic.

@@ -20,6 +20,7 @@ use kernels_gpu::ops::attend::AttendParams;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::PoolParams;
 use kernels_gpu::ops::score::ScoreParams;
+use kernels_gpu::ops::score_blocks::ScoreBlocksParams;
 use kernels_gpu::ops::top_k::TopKParams;
 
 use super::{AttendArgs, Backend, MergeArgs, SelectedKv};
@@ -142,6 +143,51 @@ impl GpuPlan {
         }
         launch(kernels.refine, params.count_dims(gpu))?;
         launch(kernels.choose, params.choose_dims())
+    }
+
+    /// A selection of blocks: their keys are read twice, and no logit is kept.
+    fn select_blocks(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        kv: SelectedKv<'_>,
+        q: TensorView<'_>,
+    ) -> Result<()> {
+        let (gpu, kernels) = (self.driver.gpu(), self.kernels.score_blocks.as_ref());
+        let kernels = kernels.ok_or_else(|| missing("score_blocks"))?;
+        let mut read = [range(&q)?, 0..0, 0..0];
+        let pooled = AppendPoolParams {
+            append: match &kv {
+                SelectedKv::Read(_) => AppendParams::none(self.tables(batch)?),
+                SelectedKv::Append { kv, k, v } => {
+                    (read[1], read[2]) = (range(k)?, range(v)?);
+                    self.append_params(batch, kv, k, v)?
+                }
+            },
+            pool: self.pool_params(plan, batch, workspace, &q, None)?,
+            max_block_len: batch.max_block_len() as u32,
+            reserved: 0,
+        };
+        let score: ScoreBlocksParams<f16> =
+            self.score_blocks_params(plan, batch, workspace, &kv.view()?, kernels.columns)?;
+        let top_k = self.top_k_params(plan, batch, workspace, None)?;
+
+        self.driver.order().reads(&read);
+        self.launch_append_pool(&pooled)?;
+        // SAFETY: `TokenSelect` has checked shapes, page numbers and lengths; `score_blocks_params` strides and places; the groups are
+        // rows of one sequence each.
+        unsafe {
+            self.launch(kernels.stats, score.stats_dims(gpu), &score)?;
+            self.launch(kernels.fold, score.fold_dims(), &score)?;
+            for (vote, dims) in score.votes(gpu) {
+                self.launch(kernels.vote, dims, &vote)?;
+            }
+        }
+        if !plan.votes_are_chosen_from() {
+            self.smooth(plan, batch, workspace)?;
+        }
+        self.launch_top_k(&top_k, false)
     }
 
     fn pool_kernels(&self, op: &'static str) -> Result<&PoolKernels> {
@@ -271,6 +317,9 @@ impl Backend for GpuPlan {
     ) -> Result<()> {
         if batch.num_rows() == 0 {
             return Ok(());
+        }
+        if batch.is_in_blocks() {
+            return self.select_blocks(plan, batch, workspace, kv, q);
         }
         // Parameters first, so that nothing is half done where an argument is refused.
         let mut read = [range(&q)?, 0..0, 0..0];

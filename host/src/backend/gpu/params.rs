@@ -11,6 +11,7 @@ use kernels_gpu::ops::gather::GatherParams;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::{CachedTables, PoolParams, ReuseRules};
 use kernels_gpu::ops::score::ScoreParams;
+use kernels_gpu::ops::score_blocks::ScoreBlocksParams;
 use kernels_gpu::ops::smooth::SmoothParams;
 use kernels_gpu::ops::top_k::TopKParams;
 use kernels_gpu::ops::vote::VoteParams;
@@ -180,6 +181,41 @@ impl GpuPlan {
         })
     }
 
+    /// Parameters of all launches of `score_blocks`.
+    pub(super) fn score_blocks_params<T>(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &Workspace,
+        kv: &KvView<'_>,
+        columns: u32,
+    ) -> Result<ScoreBlocksParams<T>> {
+        let (config, scratch) = (plan.config(), self.scratch(workspace)?);
+        let rotated_scale = rotated_scale(config);
+        let (groups, num_groups) = batch.device_groups(&self.driver, columns)?;
+        Ok(ScoreBlocksParams {
+            k_pages: pointer(&kv.k)?,
+            queries: own(&workspace.queries)?,
+            actions: own(&workspace.actions)?,
+            groups,
+            partial: GlobalMut::from_addr(scratch.blocks_partial),
+            sums: GlobalMut::from_addr(scratch.blocks_sums),
+            votes: own_mut(&workspace.votes)?,
+            batch: self.tables(batch)?,
+            stride: page_strides(kv.k_strides),
+            num_groups: num_groups as u32,
+            num_kv_heads: config.heads.num_kv_heads as u32,
+            group: config.heads.group() as u32,
+            n_init: config.n_init as u32,
+            n_local: config.n_local as u32,
+            scale_log2: config.score_scale() * std::f32::consts::LOG2_E / rotated_scale,
+            rotated_scale,
+            head_dim: config.heads.head_dim as u32,
+            first_kv_head: 0,
+            launch_kv_heads: config.heads.num_kv_heads as u32,
+        })
+    }
+
     pub(super) fn vote_params(
         &self,
         plan: &Plan,
@@ -282,7 +318,10 @@ impl GpuPlan {
         cached: Option<&SelectionCacheLayer<'_>>,
     ) -> Result<TopKParams> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
-        let (num_rows, max_tokens) = (batch.num_rows() as u32, plan.limits().max_kv_tokens as u32);
+        let num_rows = batch.num_rows() as u32;
+        // Blocks, of which each has the pages of its sequence, are many together, and no recorded launch sees others.
+        let most = plan.limits().max_kv_tokens;
+        let max_tokens = if batch.is_in_blocks() { batch.max_kv_len().min(most) } else { most } as u32;
         let votes = if plan.votes_are_chosen_from() { &workspace.votes } else { &workspace.pooled_votes };
         let sequence_indices = match cached {
             Some(_) => batch.device_sequence_indices(&self.driver)?,

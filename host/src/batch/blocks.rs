@@ -1,0 +1,112 @@
+//! Rows that are cut into blocks, which read the keys of their sequence together.
+
+use std::sync::Arc;
+
+use kernels_gpu::limits::COLUMNS;
+use kernels_gpu::ops::score_blocks::blocks_of_group;
+
+use super::{Batch, Identity, MAX_ROWS};
+use crate::error::{Error, Result};
+use crate::pages::PageTables;
+
+/// Where the blocks come from.
+#[derive(Debug)]
+pub(super) struct Cut {
+    /// The batch of whole rows.
+    pub whole: Batch,
+    /// First block of each of its rows, and their number.
+    blocks: Vec<[u32; 2]>,
+}
+
+impl Batch {
+    /// The same tokens with every row cut into blocks of `block_len` tokens, the last of which may be shorter: for a piece of a
+    /// prompt, longer than the blocks that it is processed in.
+    ///
+    /// A block is a row of the new batch. It selects for itself, from the tokens before it, with its own windows: what it
+    /// computes is what it would compute alone, the blocks one after the other. The order of query tokens stays as it was, and
+    /// all operations take the batch as any other. Blocks of one row select together
+    /// ([`TokenSelect::select`](crate::TokenSelect::select)), which reads the row's keys once for many of them. Their selections
+    /// are neither taken from a [Selection Cache](crate::SelectionCache) nor put there.
+    ///
+    /// `block_len` is a dial between speed and fidelity: all queries of a block share one list of tokens, chosen by their
+    /// mean, so shorter blocks find more of what single queries look for, and cost more. The paper has blocks of 512.
+    ///
+    /// Every block counts in [`Limits::max_rows`](crate::Limits::max_rows), and with all its tokens in
+    /// [`Limits::max_kv_tokens`](crate::Limits::max_kv_tokens).
+    ///
+    /// # Errors
+    /// [`Error::Config`] for blocks of no tokens, [`Error::Limit`] for more than 2^24 blocks or 2^31 pages of all blocks,
+    /// [`Error::Missing`] where the rows are parts of sequences, blocks already, or known to a device alone.
+    pub fn in_blocks(&self, block_len: usize) -> Result<Batch> {
+        self.expect_on_host("in_blocks")?;
+        self.expect_whole("in_blocks")?;
+        if self.is_partial() {
+            return Err(Error::Missing { op: "in_blocks", needs: "rows that are whole sequences" });
+        }
+        if block_len == 0 {
+            return Err(Error::config("block_len", "at least 1".to_owned(), block_len));
+        }
+        let blocks_of = |row: usize| self.block_len(row).div_ceil(block_len).max(1);
+        let num_blocks = (0..self.num_rows()).map(blocks_of).sum();
+        if num_blocks > MAX_ROWS {
+            return Err(Error::Limit { what: "rows of a batch", limit: MAX_ROWS, got: num_blocks });
+        }
+        let num_pages: usize =
+            (0..self.num_rows()).map(|row| blocks_of(row).saturating_mul(self.pages(row).len())).sum();
+        let limit = i32::MAX as usize;
+        if num_pages > limit {
+            return Err(Error::Limit { what: "pages of a batch", limit, got: num_pages });
+        }
+        let mut tables = PageTables { indptr: vec![0], ..PageTables::default() };
+        let (mut qo_indptr, mut blocks) = (vec![0], Vec::with_capacity(self.num_rows()));
+        for row in 0..self.num_rows() {
+            let (kv_len, queries) = (self.kv_len(row), self.query_range(row));
+            // A row of no tokens has queries nevertheless, for which zeros are written.
+            let before = kv_len.saturating_sub(queries.len());
+            blocks.push([tables.last_page_len.len() as u32, blocks_of(row) as u32]);
+            for block in 0..blocks_of(row) {
+                let end = (block_len * (block + 1)).min(queries.len());
+                let kv_end = if kv_len == 0 { 0 } else { before + end };
+                let pages = kv_end.div_ceil(self.page_size);
+                tables.indices.extend_from_slice(&self.pages(row)[..pages]);
+                tables.indptr.push(tables.indices.len() as u32);
+                tables.last_page_len.push((kv_end - pages.saturating_sub(1) * self.page_size) as u32);
+                qo_indptr.push((queries.start + end) as u32);
+            }
+        }
+        let mut batch = Batch::new(self.page_size, qo_indptr, tables)?;
+        batch.allocator = self.allocator;
+        batch.identity = Identity::new();
+        batch.cut = Some(Arc::new(Cut { whole: self.clone(), blocks }));
+        Ok(batch)
+    }
+
+    /// Whether the rows are blocks, made by [`in_blocks`](Self::in_blocks).
+    pub fn is_in_blocks(&self) -> bool {
+        self.cut.is_some()
+    }
+
+    /// Checks that the rows are no blocks.
+    pub(super) fn expect_whole(&self, op: &'static str) -> Result<()> {
+        if self.is_in_blocks() {
+            Err(Error::Missing { op, needs: "rows that are not cut into blocks" })
+        } else {
+            Ok(())
+        }
+    }
+
+    /// Groups of up to `most` adjacent blocks of one row: first row and number of rows of each.
+    pub(crate) fn groups(&self, most: u32) -> impl Iterator<Item = [u32; 2]> {
+        let blocks = self.cut.iter().flat_map(|cut| &cut.blocks);
+        blocks.flat_map(move |&[first, number]| {
+            (0..number).step_by(most as usize).map(move |i| [first + i, most.min(number - i)])
+        })
+    }
+
+    /// The groups for each of the sizes that kernels have.
+    pub(super) fn group_tables(&self) -> [Vec<u32>; COLUMNS.len()] {
+        COLUMNS.map(|columns| {
+            blocks_of_group(columns).into_iter().flat_map(|most| self.groups(most)).flatten().collect()
+        })
+    }
+}

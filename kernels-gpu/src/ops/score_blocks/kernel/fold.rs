@@ -1,0 +1,79 @@
+//! What the statistics of a row's chunks fold to.
+
+use super::stats::Sum;
+use super::*;
+use crate::simt::global::GlobalMut;
+use crate::simt::shared::{Carve, Region};
+use crate::simt::{grid, math};
+
+/// Entries of a row and head in [`ScoreBlocksParams::partial`].
+pub(super) struct Entries {
+    first: GlobalMut<V2<f32>>,
+}
+
+impl Entries {
+    /// Those of query head `head` of a row.
+    pub unsafe fn of<T>(params: &ScoreBlocksParams<T>, row: u32, head: u32) -> Entries {
+        let chunks = params.batch.token_base(row) / CHUNK as u64 + 2 * row as u64;
+        let heads = (params.num_kv_heads * params.group) as u64;
+        let of_head = params.batch.kv_len(row).div_ceil(CHUNK) * ENTRIES;
+        let first = chunks * ENTRIES as u64 * heads + head as u64 * of_head as u64;
+        Entries { first: params.partial.add(first) }
+    }
+
+    /// That of a chunk and a warp of a warpgroup.
+    pub fn at(&self, chunk: u32, warp: u32) -> GlobalMut<V2<f32>> {
+        self.first.add((chunk * ENTRIES + warp) as u64)
+    }
+}
+
+/// Shared memory: the sums of the warps.
+const SUMS: Region<V2<f32>> = Carve::new().array(FOLD_THREADS / warp::SIZE, 16);
+
+/// Thread `i` takes entries `i`, `i + 128`, ..., counted from token 0; then lanes, then warps.
+///
+/// # Safety
+/// - The buffers and tables are as [`ScoreBlocksParams`] says.
+/// - Launched with [`ScoreBlocksParams::fold_dims`], behind [`stats`](super::stats()).
+pub unsafe fn fold<T: Element>(params: ScoreBlocksParams<T>) {
+    let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
+    let candidates = params.batch.candidates(row, params.n_init, params.n_local);
+    grid::wait_for_previous();
+    grid::launch_dependents();
+    if params.actions.add(row as u64).load() != SCORE || candidates.end <= candidates.begin {
+        return;
+    }
+    let entries = Entries::of(&params, row, head);
+    let (first, end) = (candidates.begin / CHUNK * ENTRIES, candidates.end.div_ceil(CHUNK) * ENTRIES);
+    let mut entry = first / FOLD_THREADS * FOLD_THREADS + thread::thread_idx_x();
+    let mut sum = Sum::EMPTY;
+    while entry < end {
+        if entry >= first {
+            let [reference, part] = entries.at(0, entry).load().0;
+            sum.merge(Sum { reference, sum: part });
+        }
+        entry += FOLD_THREADS;
+    }
+    let mut distance = warp::SIZE / 2;
+    while distance > 0 {
+        let reference = warp::shuffle_xor(warp::FULL, sum.reference, distance);
+        let part = warp::shuffle_xor(warp::FULL, sum.sum, distance);
+        sum.merge(Sum { reference, sum: part });
+        distance /= 2;
+    }
+    let warps = SUMS.get();
+    if warp::lane_id() == 0 {
+        warps.add(warp::warp_id()).store(V2([sum.reference, sum.sum]));
+    }
+    thread::sync_threads();
+    if thread::thread_idx_x() == 0 {
+        for i in 1..FOLD_THREADS / warp::SIZE {
+            let [reference, part] = warps.add(i).load().0;
+            sum.merge(Sum { reference, sum: part });
+        }
+        let place = row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
+        // An infinite reference stays one: `vote` looks for logits equal to it.
+        let log = if sum.reference.is_finite() { sum.reference + math::lg2(sum.sum) } else { sum.reference };
+        params.sums.add(place).store(V2([log, 1.0 / sum.sum]));
+    }
+}
