@@ -67,7 +67,8 @@ pub struct PagedKvCache {
 pub struct LayerMut<'a> {
     /// Keys and values.
     pub kv: KvViewMut<'a>,
-    /// Cached selections; `None` to select anew at every step.
+    /// Cached selections, with batches that name their sequences ([`Batch::with_sequence_indices`]; an owned cache's do); `None` to
+    /// select anew at every step.
     pub selections: Option<SelectionCacheLayer<'a>>,
 }
 
@@ -93,7 +94,8 @@ impl PagedKvCache {
         if cache.num_layers == 0 || cache.num_layers > MAX_LAYERS {
             return Err(Error::config("num_layers", format!("from 1 to {MAX_LAYERS}"), cache.num_layers));
         }
-        let pages = PageAllocator::new(cache.num_pages, cache.page_size, cache.max_sequences)?;
+        let pages = PageAllocator::new(cache.num_pages, cache.page_size, cache.max_sequences)
+            .map_err(Error::of_field)?;
         let shape = KvShape {
             num_pages: cache.num_pages,
             page_size: cache.page_size,
@@ -275,7 +277,8 @@ impl PagedKvCache {
             qo_indptr.push(end);
         }
         let batch = Batch::new(self.pages.page_size(), qo_indptr, self.pages.tables(&ids)?)?;
-        let owners = ids.iter().map(|&id| Ok((id, self.pages.revision(id)?))).collect::<Result<_>>()?;
+        let owners =
+            ids.iter().map(|&id| Ok((id, self.pages.revision(id)?.number))).collect::<Result<_>>()?;
         ids.iter().for_each(|&id| self.enter(id));
         Ok(batch.owned_by(self.pages.id(), owners))
     }
@@ -286,7 +289,7 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Missing`], [`Error::UnknownSequence`], [`Error::StaleBatch`].
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        let owned = self.owner.own("step", batch)?;
+        let owned = self.owner.own("check", batch)?;
         self.ledger().check_rows(&owned)
     }
 

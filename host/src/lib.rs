@@ -90,7 +90,7 @@ pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};
 pub use plan::{Limits, Operations, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};
 pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
-pub use sequence::SequenceId;
+pub use sequence::{SequenceChange, SequenceId};
 pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
 pub use token_select::{Over, StepInput, StepOutput, TokenSelect};
 pub use workspace::{Buffer, RowAction, Workspace};

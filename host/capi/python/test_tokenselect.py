@@ -447,7 +447,7 @@ class Steps(unittest.TestCase):
         q, batch = self.draw(1, HQ, D), ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
         kv = ts.KvView(self.draw(1, PAGE, HKV, D), self.draw(1, PAGE, HKV, D))
         ctx.select(batch, kv, q)
-        with self.assertRaisesRegex(ts.Error, "`attend` needs a plan with this operation") as caught:
+        with self.assertRaisesRegex(ts.Error, "`attend` needs a plan with the operation `attend`") as caught:
             ctx.attend(batch, kv, q)
         self.assertEqual(caught.exception.status, "TS_STATUS_MISSING")
         for wrong in ([], ["append", "step"]):

@@ -6,6 +6,7 @@ use crate::batch::Batch;
 use crate::cache::PagedKvCache;
 use crate::error::Result;
 use crate::ledger::Access;
+use crate::plan::Operations;
 use crate::tensor::TensorView;
 use crate::token_select::Over;
 
@@ -27,12 +28,12 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("step", |ops| ops.select() && ops.attend)?;
-        self.check_step(cache, layer, batch, &input.k, &input.v)?;
+        self.plan.expect("step", Operations::ALL)?;
+        self.check_step("step", cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
         let parts = cache.layer_mut(layer)?;
-        self.check_cached(batch, parts.selections.as_ref())?;
+        self.check_cached("step", batch, parts.selections.as_ref())?;
         let kv = SelectedKv::Append { kv: parts.kv, k: input.k, v: input.v };
         self.run_select(batch, kv, input.q, parts.selections)?;
         cache.owned_layer(layer)?.wrote(self.device(), batch);
@@ -51,8 +52,8 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("step_dense", |ops| ops.append && ops.attend)?;
-        self.check_step(cache, layer, batch, &input.k, &input.v)?;
+        self.plan.expect("step_dense", Operations { append: true, ..Operations::ATTEND })?;
+        self.check_step("step_dense", cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
         self.backend().append(batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
@@ -73,8 +74,8 @@ impl TokenSelect {
         k: TensorView<'_>,
         v: TensorView<'_>,
     ) -> Result<()> {
-        self.plan.expect("fill", |ops| ops.append)?;
-        self.check_step(cache, layer, batch, &k, &v)?;
+        self.plan.expect("fill", Operations::APPEND)?;
+        self.check_step("fill", cache, layer, batch, &k, &v)?;
         self.backend().append(batch, cache.layer_mut(layer)?.kv, k, v)?;
         cache.owned_layer(layer)?.wrote(self.device(), batch);
         Ok(())
@@ -83,6 +84,7 @@ impl TokenSelect {
     /// What the batch, the layer and the block's keys and values must be.
     fn check_step(
         &self,
+        op: &'static str,
         cache: &mut PagedKvCache,
         layer: usize,
         batch: &Batch,
@@ -90,9 +92,9 @@ impl TokenSelect {
         v: &TensorView<'_>,
     ) -> Result<()> {
         let owner = cache.owned_layer(layer)?;
-        owner.check(self.device(), "step", batch, Access::Append)?;
+        owner.check(self.device(), op, batch, Access::Append)?;
         owner.check_positions(self.config().positions.are_reassigned())?;
         self.check_batch(batch)?;
-        self.check_append(batch, &cache.layer_mut(layer)?.kv, k, v)
+        self.check_append(op, batch, &cache.layer_mut(layer)?.kv, k, v)
     }
 }
