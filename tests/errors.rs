@@ -25,7 +25,7 @@ on_devices! {
         caches_that_do_not_fit_an_operation, lists_that_contradict_themselves,
         a_list_longer_than_the_table_of_angles, merging_parts_of_wrong_shapes,
         operations_that_lack_something, operations_that_a_plan_leaves_out, buffers_that_contradict_themselves,
-        cached_selections_without_sequences, sequences_and_pages, stale_batches,
+        cached_selections_without_sequences, blocks_beyond_the_limits, sequences_and_pages, stale_batches,
         batches_made_before_a_fork_are_stale, batches_with_a_page_that_moved_are_stale;
 }
 
@@ -674,6 +674,67 @@ fn cached_selections_without_sequences(device: &Device) {
     let config = SelectConfig { selection_cache: None, ..f.ts.config().clone() };
     let mut without = TokenSelect::new(device, config, *f.ts.plan().limits()).unwrap();
     without.select(&batch, pool.view(), q.view(), Some(own.layer_mut(0).unwrap())).unwrap();
+}
+
+/// A block that is too long for the limits, found by the step, is taken back and loses nothing; `extend_within` finds it first.
+fn blocks_beyond_the_limits(device: &Device) {
+    let config = small_config();
+    let heads = config.heads;
+    let limits = Limits { max_rows: 2, max_block_len: 4, max_kv_tokens: 64 };
+    let size = CacheConfig { num_pages: 16, page_size: 8, ..CacheConfig::default() };
+    let step = |cache: &mut PagedKvCache, ts: &mut TokenSelect, batch: &Batch, from: usize| {
+        let values = |heads: usize, seed: usize| -> Vec<f32> {
+            let row = heads * config.heads.head_dim;
+            let at = |i: usize| ((from * row + i) * (7 + seed) % 23) as f32 / 23.0;
+            (0..batch.num_query_tokens() * row).map(at).collect()
+        };
+        let (q, k, v) =
+            (values(heads.num_qo_heads, 0), values(heads.num_kv_heads, 1), values(heads.num_kv_heads, 2));
+        let mut out = vec![0.0f32; q.len()];
+        let (input, output) = (ts.input(batch, &q, &k, &v)?, ts.output(batch, &mut out, None)?);
+        ts.step(cache, 0, batch, input, output).map(|()| out)
+    };
+    let new = |limits| {
+        let mut cache = PagedKvCache::new(device, &config, &size).unwrap();
+        let (id, ts) = (cache.create().unwrap(), TokenSelect::new(device, config.clone(), limits).unwrap());
+        (cache, id, ts)
+    };
+    let (mut cache, id, mut ts) = new(limits);
+    let (mut other, twin, mut larger) = new(Limits { max_block_len: 5, ..limits });
+    for (cache, id, ts) in [(&mut cache, id, &mut ts), (&mut other, twin, &mut larger)] {
+        for from in (0..40).step_by(4) {
+            let batch = cache.extend_within(&limits, &[(id, 4)]).unwrap();
+            step(cache, ts, &batch, from).unwrap();
+        }
+    }
+    // Before anything grows.
+    let text = limited("max_block_len", 4, 5);
+    says(cache.extend_within(&limits, &[(id, 5)]), &text);
+    assert_eq!((cache.len(id), cache.pages().num_free_pages()), (Ok(40), 11));
+    let text_of_rows = limited("max_rows", 2, 3);
+    says(cache.extend_within(&limits, &[(id, 1); 3]), &text_of_rows);
+    let few = Limits { max_kv_tokens: 47, ..limits };
+    says(cache.extend_within(&few, &[(id, 1)]), &limited("max_kv_tokens", 47, 48));
+    // After the sequence has grown: the same batch for larger limits, or back and by less.
+    let batch = cache.extend(&[(id, 5)]).unwrap();
+    says(step(&mut cache, &mut ts, &batch, 40), &text);
+    assert_eq!((cache.len(id), cache.written_len(0, id)), (Ok(45), Ok(40)));
+    let batch = other.extend(&[(twin, 5)]).unwrap();
+    says(step(&mut other, &mut ts, &batch, 40), &text);
+    let at_once = step(&mut other, &mut larger, &batch, 40).unwrap();
+    cache.truncate(id, 40).unwrap();
+    let batch = cache.extend_within(&limits, &[(id, 4)]).unwrap();
+    step(&mut cache, &mut ts, &batch, 40).unwrap();
+    let batch = cache.extend_within(&limits, &[(id, 1)]).unwrap();
+    step(&mut cache, &mut ts, &batch, 44).unwrap();
+    assert_eq!((cache.written_len(0, id), other.written_len(0, twin)), (Ok(45), Ok(45)));
+    // The two caches now hold the same: so the next step gives the same.
+    assert_eq!(at_once.len(), 5 * heads.num_qo_heads * heads.head_dim);
+    let next = [(&mut cache, id), (&mut other, twin)].map(|(cache, id)| {
+        let batch = cache.extend(&[(id, 1)]).unwrap();
+        step(cache, &mut ts, &batch, 45).unwrap()
+    });
+    assert_eq!(next[0], next[1]);
 }
 
 fn sequences_and_pages(device: &Device) {

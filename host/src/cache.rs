@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
 use crate::ledger::{Ledger, OwnedLayer, Owner};
 use crate::pages::PageAllocator;
+use crate::plan::Limits;
 use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
 use crate::tensor::Tensor;
@@ -241,6 +242,8 @@ impl PagedKvCache {
     /// Makes room for a block of new tokens of each sequence named, all or nothing, and returns the batch
     /// whose rows are these sequences in this order.
     ///
+    /// How long a block and how many rows a step takes, its [`Limits`] say: see [`extend_within`](Self::extend_within).
+    ///
     /// The new tokens' keys and values are undefined until every layer was appended to. A length of 0 is a
     /// padding row.
     ///
@@ -281,6 +284,23 @@ impl PagedKvCache {
             ids.iter().map(|&id| Ok((id, self.pages.revision(id)?.number))).collect::<Result<_>>()?;
         ids.iter().for_each(|&id| self.enter(id));
         Ok(batch.owned_by(self.pages.id(), owners))
+    }
+
+    /// [`extend`](Self::extend) for steps within `limits`, those of [`TokenSelect::new`](crate::TokenSelect::new): a batch that these steps
+    /// would refuse is refused before anything grows.
+    ///
+    /// # Errors
+    /// [`Error::Limit`], naming the limit; those of `extend`.
+    pub fn extend_within(&mut self, limits: &Limits, growth: &[(SequenceId, usize)]) -> Result<Batch> {
+        let (mut block_len, mut places) = (0, 0usize);
+        for &(id, tokens) in growth {
+            let len = self.pages.len(id)?.saturating_add(tokens);
+            block_len = tokens.max(block_len);
+            places = places
+                .saturating_add(len.div_ceil(self.shape.page_size).saturating_mul(self.shape.page_size));
+        }
+        limits.check(growth.len(), block_len, places)?;
+        self.extend(growth)
     }
 
     /// Checks that this cache made the batch, and that no sequence of it was freed, truncated or forked and no page of

@@ -97,6 +97,7 @@ pub enum Error {
     ///
     /// Beyond `Limits`, a batch of an owned cache is not lost: a [`TokenSelect`](crate::TokenSelect) with larger limits takes it; or
     /// [`truncate`](crate::PagedKvCache::truncate) each of its sequences to the length before, and extend by less.
+    /// [`extend_within`](crate::PagedKvCache::extend_within) refuses such a batch before anything grows.
     #[error("`{what}` is limited to {limit}, the batch needs {got}{}", way_back(what))]
     Limit {
         /// Name of the limit.

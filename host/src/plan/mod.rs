@@ -11,7 +11,15 @@ use crate::device::Device;
 use crate::dtype::Shape;
 use crate::error::{Error, Result};
 
-/// The largest batch that a [`TokenSelect`](crate::TokenSelect) will be given: its buffers are made for it.
+/// The largest batch that a [`TokenSelect`](crate::TokenSelect) will be given: its buffers are made for it. A larger one is
+/// [`Error::Limit`], which names the field to raise; [`PagedKvCache::extend_within`](crate::PagedKvCache::extend_within) finds that before the
+/// sequences grow.
+///
+/// By default batches have one row: to serve several sequences at once, say how many.
+/// ```
+/// # use tokenselect::Limits;
+/// let limits = Limits { max_rows: 16, max_kv_tokens: 16 * 32_768, ..Limits::default() };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
     /// Rows of a batch: sequences of a step, and padding. Default 1.
