@@ -192,6 +192,46 @@ pub(crate) enum KvStorageMut<'a> {
 }
 
 /// Paged keys and values of one layer, writable.
+///
+/// # Example
+/// Steps over memory of the caller's own: pages `[num_pages, 2, page_size, num_kv_heads, head_dim]`, the two being keys and values, and
+/// queries, keys and values as slices of what a fused projection gives, `[tokens, num_qo_heads + 2 * num_kv_heads, head_dim]`.
+/// ```
+/// use tokenselect::*;
+///
+/// # fn main() -> Result<()> {
+/// let device = Device::cpu();
+/// let heads = HeadShape { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+/// let reuse = Some(SelectionCacheConfig::default());
+/// let config = SelectConfig { heads, dtype: DType::F32, selection_cache: reuse, ..SelectConfig::default() };
+/// let mut selections = SelectionCache::new(&device, &config, 1, 1)?; // one layer, one sequence
+/// let mut select = TokenSelect::new(&device, config, Limits::default())?;
+///
+/// let shape = KvShape { num_pages: 8, page_size: 16, num_kv_heads: 2, head_dim: 64 };
+/// let dense = KvStrides::dense(shape, KvLayout::Nhd);
+/// let strides = [KvStrides { page: 2 * dense.page, ..dense }; 2]; // of keys and of values
+/// let mut memory = vec![0.0f32; 8 * 2 * dense.page];
+///
+/// for (block, len) in [(40, 40), (1, 41)] { // a prompt, then a token
+///     let tables = PageTables { indptr: vec![0, 3], indices: vec![5, 2, 7], last_page_len: vec![len - 32] };
+///     let batch = Batch::new(16, vec![0, block], tables)?.with_sequence_indices(vec![0])?;
+///     let projection = vec![0.5f32; block as usize * 12 * 64];
+///     let qkv = TensorView::new(&projection, [block as usize, 12, 64])?;
+///     let input = StepInput { q: qkv.heads(0..8)?, k: qkv.heads(8..10)?, v: qkv.heads(10..12)? };
+///     let mut out = vec![0.0f32; block as usize * 8 * 64];
+///
+///     let pages = TensorViewMut::new(&mut memory, [8 * 2 * dense.page])?;
+///     let mut kv = KvViewMut::combined(pages, [0, dense.page], shape, strides)?;
+///     let layer = LayerMut { kv: kv.reborrow(), selections: Some(selections.layer_mut(0)?) };
+///     select.append_select(&batch, layer, input)?;
+///     let output = select.output(&batch, &mut out, None)?;
+///     select.attend(&batch, kv.as_view()?, input.q, Over::Selected, output)?;
+///     assert!(out.iter().all(|value| (value - 0.5).abs() < 1e-6)); // all values are 0.5, and so is their mean
+/// }
+/// # Ok(())
+/// # }
+/// ```
+/// On a GPU, [`TensorViewMut::from_device_addr`] and [`TensorView::from_device_addr`] make such views of addresses.
 #[derive(Debug)]
 pub struct KvViewMut<'a> {
     pub(crate) storage: KvStorageMut<'a>,

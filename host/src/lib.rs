@@ -6,8 +6,10 @@
 //!
 //! # What to use
 //! - [`TokenSelect`] runs steps: [`step`](TokenSelect::step) for all of it, or one operation at a time.
-//! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine.
-//! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be, [`Device`] where it runs.
+//! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine
+//!   ([example](KvViewMut#example)).
+//! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be (one sequence, unless it says more), [`Device`] where
+//!   it runs.
 //!
 //! # Shapes
 //! | name | meaning |
@@ -84,6 +86,8 @@ pub use device::{Device, Graph};
 pub use driver::Event;
 pub use dtype::{DType, Shape};
 pub use error::{Error, Result};
+/// The crate of the types `half::f16` and `half::bf16`, which are [`Element`]s.
+pub use half;
 pub use kernels_gpu::launch::Dims;
 pub use kv::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
 pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};

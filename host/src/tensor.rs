@@ -32,6 +32,14 @@ mod sealed {
 }
 
 /// A type that tensors can hold.
+///
+/// ```
+/// use tokenselect::Tensor;
+/// use tokenselect::half::bf16;
+///
+/// let ones = Tensor::from_vec(vec![bf16::ONE; 6], [2, 3])?;
+/// # Ok::<(), tokenselect::Error>(())
+/// ```
 pub trait Element: sealed::Storage + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
     /// The tag of this type.
     const DTYPE: DType;
