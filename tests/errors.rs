@@ -563,14 +563,12 @@ fn operations_that_lack_something(device: &Device) {
     let b = &f.batch;
     let part = Batch::partial(8, b.qo_indptr().to_vec(), b.tables().clone(), candidates).unwrap();
     let inputs = Inputs::new(&f.problem);
-    f.refuses(
-        |f| f.ts.append(&part, f.cache.layer_mut(0)?.kv, inputs.k.view(), inputs.v.view()),
-        "`append` needs a batch of whole sequences",
-    );
-    f.refuses(
-        |f| f.ts.append_select(&part, f.cache.layer_mut(0)?, inputs.step()),
-        "`append_select` needs a batch of whole sequences",
-    );
+    let (mut k, mut v) = (f32s(&[12, 8, 2, 8]), f32s(&[12, 8, 2, 8]));
+    let mut pages = KvViewMut::new(k.view_mut(), v.view_mut(), KvLayout::Nhd).unwrap();
+    let text = |op| format!("`{op}` needs a batch of whole sequences");
+    f.refuses(|f| f.ts.append(&part, pages.reborrow(), inputs.k.view(), inputs.v.view()), &text("append"));
+    let layer = LayerMut { kv: pages, selections: None };
+    f.refuses(|f| f.ts.append_select(&part, layer, inputs.step()), &text("append_select"));
     let dense = |f: &mut Fixture| {
         let output = StepOutput { out: f.out.view_mut(), lse: None };
         f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)

@@ -21,7 +21,7 @@ on_devices! {
     gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
         a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_recorded_translation_takes_the_slot_when_it_is_done, a_panic_ends_a_recording,
         another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin, a_cache_does_not_change_while_work_is_recorded,
-        a_graph_asks_what_a_step_asks, a_graph_keeps_the_tables_of_its_batches, a_failed_recording_leaves_no_limits,
+        a_graph_asks_what_a_step_asks, a_refused_step_is_not_recorded, a_graph_keeps_the_tables_of_its_batches, a_failed_recording_leaves_no_limits,
         another_thread_s_failure_is_not_recorded, tables_of_another_device_are_refused, parts_in_a_slot_are_checked;
 }
 
@@ -599,6 +599,34 @@ fn a_graph_asks_what_a_step_asks(device: &Device) {
     let error = unsafe { g.graph.launch().unwrap_err() };
     assert_eq!(error, Error::UnknownSequence(g.id));
     assert_eq!(g.owner.cache.written_len(0, fresh), Ok(5));
+}
+
+/// A step that is refused while work is recorded does not count as recorded: what reads behind it finds no block.
+fn a_refused_step_is_not_recorded(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let zeros = |heads: usize| Tensor::zeros_on(device, DType::Bf16, [1, heads, 64]).unwrap();
+    let (q, kv) = (zeros(4), zeros(2));
+    let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+    let mut slot = BatchSlot::new(device, &batch, 16).unwrap();
+    let batch = slot.put(batch).unwrap();
+    owner.step(0, &batch).unwrap();
+    let graph = device.capture(|| {
+        let (ts, cache) = (&mut owner.ts, &mut owner.cache);
+        let wrong = StepInput { q: q.view(), k: q.view(), v: kv.view() };
+        let refused = ts.step(cache, 0, &batch, wrong, StepOutput { out: out.view_mut(), lse: None });
+        assert!(matches!(refused, Err(Error::Shape { what: "k", .. })), "{refused:?}");
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        ts.attend(&batch, cache.layer(0)?, q.view(), Over::All, output)
+    });
+    let graph = graph.unwrap();
+    // SAFETY: all that was recorded is alive.
+    unsafe { graph.launch().unwrap() };
+    slot.put(owner.cache.extend(&[(id, 1)]).unwrap()).unwrap();
+    // SAFETY: as above.
+    let error = unsafe { graph.launch().unwrap_err() };
+    assert_eq!(error, Error::Unwritten { layer: 0, id, written: 1, needed: 2 });
 }
 
 fn a_cache_does_not_change_while_work_is_recorded(device: &Device) {

@@ -188,19 +188,40 @@ impl TokenSelect {
         Ok(())
     }
 
-    /// Cached selections, if any are given.
+    /// Cached selections, if any are given, and a batch for them.
     pub(super) fn check_cached(
         &self,
         op: &'static str,
         batch: &Batch,
         cached: Option<&SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        let Some(cached) = cached else { return Ok(()) };
-        let config = self.config();
-        if config.selection_cache.is_some() && !batch.has_sequences() && !batch.is_partial() {
+        self.check_named(op, batch, cached)?;
+        self.check_cached_tables(batch, cached)
+    }
+
+    /// The sequences that cached selections are of, where they are used.
+    pub(super) fn check_named(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        let may_use = cached.is_some() && self.config().selection_cache.is_some() && !batch.is_partial();
+        if may_use && !batch.has_sequences() {
             let needs = "a batch with `sequence_indices` where cached selections are given";
             return Err(Error::Missing { op, needs });
         }
+        Ok(())
+    }
+
+    /// The tables of cached selections.
+    pub(super) fn check_cached_tables(
+        &self,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        let Some(cached) = cached else { return Ok(()) };
+        let config = self.config();
         let limit = cached.ages.shape().dims().first().copied().unwrap_or(0);
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
         cached.queries.expect("cached.queries", &[DType::F32], [limit, query_len])?;

@@ -29,10 +29,22 @@ impl TokenSelect {
         v: TensorView<'_>,
     ) -> Result<()> {
         self.plan.expect("append", Operations::APPEND)?;
+        self.append_for("append", batch, kv, k, v)
+    }
+
+    /// The append of the method called `op`.
+    pub(super) fn append_for(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+    ) -> Result<()> {
         self.check_batch(batch)?;
-        self.check_append("append", batch, &kv, &k, &v)?;
-        self.check_owner("append", batch, kv.owner, Access::Append)?;
+        self.check_append(op, batch, &kv, &k, &v)?;
         let owner = kv.owner;
+        self.check_owner(op, batch, owner, Access::Append)?; // last: while work is recorded, it counts the block as written
         self.backend().append(batch, kv, k, v)?;
         self.wrote(batch, owner);
         Ok(())
@@ -44,14 +56,26 @@ impl TokenSelect {
     /// # Errors
     /// Those of the two; then nothing was written.
     pub fn append_select(&mut self, batch: &Batch, layer: LayerMut<'_>, input: StepInput<'_>) -> Result<()> {
-        let LayerMut { kv, selections: cached } = layer;
         self.plan.expect("append_select", Operations::SELECTION)?;
+        self.append_select_for("append_select", batch, layer, input)
+    }
+
+    /// The append and the selection of the method called `op`.
+    pub(super) fn append_select_for(
+        &mut self,
+        op: &'static str,
+        batch: &Batch,
+        layer: LayerMut<'_>,
+        input: StepInput<'_>,
+    ) -> Result<()> {
+        let LayerMut { kv, selections: cached } = layer;
         self.check_batch(batch)?;
-        self.check_append("append_select", batch, &kv, &input.k, &input.v)?;
+        self.check_append(op, batch, &kv, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
-        self.check_cached("append_select", batch, cached.as_ref())?;
-        self.check_owner("append_select", batch, kv.owner, Access::Append)?;
+        self.check_cached_tables(batch, cached.as_ref())?;
         let owner = kv.owner;
+        self.check_owner(op, batch, owner, Access::Append)?; // behind what may fail, as in `append_for`
+        self.check_named(op, batch, cached.as_ref())?; // batches of a cache are
         self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)?;
         self.wrote(batch, owner);
         Ok(())

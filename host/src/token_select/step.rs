@@ -1,11 +1,9 @@
 //! Whole steps over an owned cache.
 
 use super::{StepInput, StepOutput, TokenSelect};
-use crate::backend::SelectedKv;
 use crate::batch::Batch;
 use crate::cache::PagedKvCache;
 use crate::error::Result;
-use crate::ledger::Access;
 use crate::plan::Operations;
 use crate::tensor::TensorView;
 use crate::token_select::Over;
@@ -29,14 +27,8 @@ impl TokenSelect {
         output: StepOutput<'_>,
     ) -> Result<()> {
         self.plan.expect("step", Operations::ALL)?;
-        self.check_step("step", cache, layer, batch, &input.k, &input.v)?;
-        self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
-        let parts = cache.layer_mut(layer)?;
-        self.check_cached("step", batch, parts.selections.as_ref())?;
-        let kv = SelectedKv::Append { kv: parts.kv, k: input.k, v: input.v };
-        self.run_select(batch, kv, input.q, parts.selections)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
+        self.append_select_for("step", batch, cache.layer_mut(layer)?, input)?;
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::Selected, output)
     }
 
@@ -53,11 +45,9 @@ impl TokenSelect {
         output: StepOutput<'_>,
     ) -> Result<()> {
         self.plan.expect("step_dense", Operations { append: true, ..Operations::ATTEND })?;
-        self.check_step("step_dense", cache, layer, batch, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
-        self.backend().append(batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
+        self.append_for("step_dense", batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::All, output)
     }
 
@@ -75,26 +65,6 @@ impl TokenSelect {
         v: TensorView<'_>,
     ) -> Result<()> {
         self.plan.expect("fill", Operations::APPEND)?;
-        self.check_step("fill", cache, layer, batch, &k, &v)?;
-        self.backend().append(batch, cache.layer_mut(layer)?.kv, k, v)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
-        Ok(())
-    }
-
-    /// What the batch, the layer and the block's keys and values must be.
-    fn check_step(
-        &self,
-        op: &'static str,
-        cache: &mut PagedKvCache,
-        layer: usize,
-        batch: &Batch,
-        k: &TensorView<'_>,
-        v: &TensorView<'_>,
-    ) -> Result<()> {
-        let owner = cache.owned_layer(layer)?;
-        owner.check(self.device(), op, batch, Access::Append)?;
-        owner.check_positions(self.config().positions.are_reassigned())?;
-        self.check_batch(batch)?;
-        self.check_append(op, batch, &cache.layer_mut(layer)?.kv, k, v)
+        self.append_for("fill", batch, cache.layer_mut(layer)?.kv, k, v)
     }
 }
