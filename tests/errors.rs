@@ -14,8 +14,8 @@ use common::{bits, on_devices, tensor};
 use half::bf16;
 use tokenselect::{
     Batch, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvShape, KvStrides, KvView,
-    KvViewMut, Limits, MAX_SEQUENCE_LEN, Operations, Over, PageAllocator, PageTables, PagedKvCache, Plan,
-    Positions, Ranks, Rope, RopeTable, SelectConfig, Selection, SelectionCache, SequenceId, StepOutput,
+    KvViewMut, LayerMut, Limits, MAX_SEQUENCE_LEN, Operations, Over, PageAllocator, PageTables, PagedKvCache,
+    Plan, Positions, Ranks, Rope, RopeTable, SelectConfig, Selection, SelectionCache, SequenceId, StepOutput,
     Tensor, TensorView, TensorViewMut, TokenSelect,
 };
 
@@ -24,7 +24,8 @@ on_devices! {
         wrong_shapes_and_types_of_a_step, batches_that_do_not_fit_a_step,
         caches_that_do_not_fit_an_operation, lists_that_contradict_themselves,
         a_list_longer_than_the_table_of_angles, merging_parts_of_wrong_shapes,
-        operations_that_lack_something, sequences_and_pages, stale_batches,
+        operations_that_lack_something, operations_that_a_plan_leaves_out, buffers_that_contradict_themselves,
+        cached_selections_without_sequences, blocks_beyond_the_limits, sequences_and_pages, stale_batches,
         batches_made_before_a_fork_are_stale, batches_with_a_page_that_moved_are_stale;
 }
 
@@ -70,36 +71,81 @@ fn tensors_and_views() {
     let half = tensor(DType::F16, &[0.0; 192], [3, 4, 2, 8]);
     says(KvView::new(pool.view(), half.view(), KvLayout::Nhd), "`v` must be f32, got f16");
     let flat = f32s(&[192]);
-    let text = "configuration field `k` must be four-dimensional, got [192]";
+    let text = "argument `k` must be four-dimensional, got [192]";
     says(KvView::new(flat.view(), flat.view(), KvLayout::Hnd), text);
 
     let shape = KvShape { num_pages: 3, page_size: 4, num_kv_heads: 2, head_dim: 8 };
     let strides = KvStrides { page: 128, token: 16, head: 8 }; // reaches to 2 * 128 + 3 * 16 + 8 + 8 = 320
     let (enough, short) = (f32s(&[320]), f32s(&[319]));
     KvView::strided(enough.view(), enough.view(), shape, [strides; 2]).unwrap();
-    let text = |what: &str| format!("`{what}` of shape [319] needs 320 elements, the slice has 319");
-    says(KvView::strided(short.view(), enough.view(), shape, [strides; 2]), &text("k"));
-    says(KvView::strided(enough.view(), short.view(), shape, [strides; 2]), &text("v"));
+    let text = |what: &str, offset: usize, needed: usize, got: usize| {
+        format!(
+            "`{what}` of shape [3, 4, 2, 8] in strides [128, 16, 8] from element {offset} on needs {needed} elements, \
+             the memory has {got}"
+        )
+    };
+    let short_of = |what: &str| text(what, 0, 320, 319);
+    says(KvView::strided(short.view(), enough.view(), shape, [strides; 2]), &short_of("k"));
+    says(KvView::strided(enough.view(), short.view(), shape, [strides; 2]), &short_of("v"));
     let half = tensor(DType::F16, &[0.0; 320], [320]);
     says(KvView::strided(enough.view(), half.view(), shape, [strides; 2]), "`v` must be f32, got f16");
     let (mut k, mut v) = (f32s(&[320]), f32s(&[319]));
-    says(KvViewMut::strided(k.view_mut(), v.view_mut(), shape, [strides; 2]), &text("v"));
-    says(KvViewMut::strided(v.view_mut(), k.view_mut(), shape, [strides; 2]), &text("k"));
+    says(KvViewMut::strided(k.view_mut(), v.view_mut(), shape, [strides; 2]), &short_of("v"));
+    says(KvViewMut::strided(v.view_mut(), k.view_mut(), shape, [strides; 2]), &short_of("k"));
     let mut half = half;
     says(KvViewMut::strided(k.view_mut(), half.view_mut(), shape, [strides; 2]), "`v` must be f32, got f16");
     KvViewMut::combined(f32s(&[384]).view_mut(), [0, 64], shape, [strides; 2]).unwrap();
-    let text = "`kv` of shape [383] needs 384 elements, the slice has 383";
-    says(KvViewMut::combined(f32s(&[383]).view_mut(), [0, 64], shape, [strides; 2]), text);
-    let far = KvStrides { page: usize::MAX / 2, ..strides };
-    let text = format!("`k` of shape [320] needs {} elements, the slice has 320", usize::MAX);
-    says(
-        KvView::strided(enough.view(), enough.view(), shape, [KvStrides { page: usize::MAX, ..far }; 2]),
-        &text,
+    let attempt = KvViewMut::combined(f32s(&[383]).view_mut(), [0, 64], shape, [strides; 2]).map(drop);
+    says(attempt, &text("kv", 64, 384, 383));
+    let far = KvStrides { page: usize::MAX, ..strides };
+    let text = format!(
+        "`k` of shape [3, 4, 2, 8] in strides [{}, 16, 8] from element 0 on needs {0} elements, the memory has 320",
+        usize::MAX
     );
+    says(KvView::strided(enough.view(), enough.view(), shape, [far; 2]), &text);
+    let text =
+        "`data` of shape [2, 3, 4] in strides [20, 6] from element 0 on needs 36 elements, the memory has 35";
+    says(TensorView::strided(&[0.0f32; 35], [2, 3, 4], [20, 6]), text);
 
     let table = RopeTable::new(&Rope::default(), 8, 100).unwrap();
     says(table.rotate(&mut [0.0; 8], 100), "`position` must be below 100, got 100");
     says(table.rotate(&mut [0.0; 7], 99), "`head` of shape [8] needs 8 elements, the slice has 7");
+}
+
+/// Strides and offsets by which an element would be in two places: each error names the one to change.
+#[test]
+fn elements_in_two_places() {
+    let shape = KvShape { num_pages: 3, page_size: 4, num_kv_heads: 2, head_dim: 8 };
+    let dense = KvStrides::dense(shape, KvLayout::Nhd); // pages of 64 elements
+    let combined = |offsets: [usize; 2], strides: [KvStrides; 2], text: &str| {
+        let made = KvViewMut::combined(f32s(&[1000]).view_mut(), offsets, shape, strides).map(drop);
+        says(made, &format!("argument {text}"));
+    };
+    let of_page = |page| [KvStrides { page, ..dense }; 2];
+    let text = "`strides.page` must be at least 128, so that nothing is in two places with `offsets` 64 apart, got 64";
+    combined([0, 64], of_page(64), text);
+    let text = "`strides.page` must be at least 160, so that nothing is in two places with `offsets` 96 apart, got 130";
+    combined([96, 0], of_page(130), text);
+    let text = "`offsets` must be at least 64 apart, so that nothing is in two places, got 40";
+    combined([0, 40], of_page(128), text);
+    let text = "`offsets` must be at least 8 apart, so that nothing is in two places, got 0";
+    combined([7, 7], of_page(128), text);
+    let text = "`strides.token` must be at least 16, so that nothing is in two places, got 15";
+    combined([0, 64], [KvStrides { token: 15, page: 128, ..dense }; 2], text);
+    let text = "`v_strides.head` must be at least 8, so that nothing is in two places, got 4";
+    combined([0, 500], [dense, KvStrides { head: 4, ..dense }], text);
+    let text = "`offsets` must be at least 192 apart, or their pages between each other, where keys and values have other \
+                strides, got 100";
+    combined([0, 100], [dense, KvStrides { page: 128, ..dense }], text);
+    let separate = |strides: [KvStrides; 2], text: &str| {
+        let (mut k, mut v) = (f32s(&[500]), f32s(&[500]));
+        let made = KvViewMut::strided(k.view_mut(), v.view_mut(), shape, strides).map(drop);
+        says(made, &format!("argument {text}"));
+    };
+    let text = "`k_strides.page` must be at least 64, so that nothing is in two places, got 63";
+    separate([KvStrides { page: 63, ..dense }, dense], text);
+    let text = "`v_strides.token` must be at least 16, so that nothing is in two places, got 8";
+    separate([dense, KvStrides { token: 8, ..dense }], text);
 }
 
 fn tables(indptr: &[u32], indices: &[u32], last_page_len: &[u32]) -> PageTables {
@@ -111,54 +157,61 @@ fn tables(indptr: &[u32], indices: &[u32], last_page_len: &[u32]) -> PageTables 
 fn batches() {
     let two_rows = || tables(&[0, 2, 3], &[5, 1, 7], &[3, 16]); // 19 and 16 tokens
     Batch::new(16, vec![0, 1, 17], two_rows()).unwrap();
-    says(
-        Batch::new(0, vec![0, 1, 2], two_rows()),
-        "configuration field `page_size` must be from 1 to 256, got 0",
-    );
+    says(Batch::new(0, vec![0, 1, 2], two_rows()), "argument `page_size` must be from 1 to 256, got 0");
     for (qo_indptr, text) in [
-        (vec![0, 1], "row 2: `qo_indptr` must be of length rows + 1 = 3, got 2"),
-        (vec![1, 1, 2], "row 0: `qo_indptr` must be 0 at its start, got 1"),
-        (vec![0, 5, 4], "row 1: `qo_indptr` must be at least 5, its predecessor, got 4"),
-        (vec![0, 20, 21], "row 0: `block length` must be at most the row's 19 cached tokens, got 20"),
-        (vec![0, 0, 17], "row 1: `block length` must be at most the row's 16 cached tokens, got 17"),
+        (vec![0, 1], ": `qo_indptr` must be of length 3, that of `last_page_len` (2) plus 1, got 2"),
+        (vec![1, 1, 2], ": `qo_indptr` must be 0 at its start, got 1"),
+        (vec![0, 5, 4], " row 1: `qo_indptr` must be at least 5, its predecessor, got 4"),
+        (vec![0, 20, 21], " row 0: `block length` must be at most the row's 19 cached tokens, got 20"),
+        (vec![0, 0, 17], " row 1: `block length` must be at most the row's 16 cached tokens, got 17"),
     ] {
-        says(Batch::new(16, qo_indptr, two_rows()), &format!("batch {text}"));
+        says(Batch::new(16, qo_indptr, two_rows()), &format!("batch{text}"));
     }
     let pages = 1 << 24;
     let huge = tables(&[0, pages as u32], &vec![0; pages], &[256]);
     for (bad, text) in [
-        (tables(&[0, 3], &[5, 1, 7], &[3, 16]), "row 2: `indptr` must be of length rows + 1 = 3, got 2"),
-        (tables(&[1, 2, 3], &[5, 1, 7], &[3, 16]), "row 0: `indptr` must be 0 at its start, got 1"),
-        (tables(&[0, 3, 2], &[5, 1], &[3, 16]), "row 1: `indptr` must be at least 3, its predecessor, got 2"),
-        (tables(&[0, 2, 3], &[5, 1], &[3, 16]), "row 2: `indptr` must be the number of indices, 2, got 3"),
+        (
+            tables(&[0, 3], &[5, 1, 7], &[3, 16]),
+            ": `indptr` must be of length 3, that of `last_page_len` (2) plus 1, got 2",
+        ),
+        (tables(&[1, 2, 3], &[5, 1, 7], &[3, 16]), ": `indptr` must be 0 at its start, got 1"),
+        (
+            tables(&[0, 3, 2], &[5, 1], &[3, 16]),
+            " row 1: `indptr` must be at least 3, its predecessor, got 2",
+        ),
+        (
+            tables(&[0, 2, 3], &[5, 1], &[3, 16]),
+            ": `indptr` must be 2 at its end, the length of `indices`, got 3",
+        ),
         (
             tables(&[0, 2, 3], &[5, 1, 7], &[0, 16]),
-            "row 0: `last_page_len` must be from 1 to page_size = 16, got 0",
+            " row 0: `last_page_len` must be from 1 to page_size = 16, got 0",
         ),
         (
             tables(&[0, 2, 3], &[5, 1, 7], &[3, 17]),
-            "row 1: `last_page_len` must be from 1 to page_size = 16, got 17",
+            " row 1: `last_page_len` must be from 1 to page_size = 16, got 17",
         ),
         (
             tables(&[0, 3, 3], &[5, 1, 7], &[3, 1]),
-            "row 1: `last_page_len` must be 0 for a row without pages, got 1",
+            " row 1: `last_page_len` must be 0 for a row without pages, got 1",
         ),
     ] {
-        says(Batch::new(16, vec![0, 0, 0], bad), &format!("batch {text}"));
+        says(Batch::new(16, vec![0, 0, 0], bad), &format!("batch{text}"));
     }
     let text = format!("batch row 0: `kv_len` must be at most {MAX_SEQUENCE_LEN}, got {}", 1u64 << 32);
     says(Batch::new(256, vec![0, 0], huge), &text);
 
     let partial = |candidates| Batch::partial(16, vec![0, 40, 40], two_rows(), candidates);
     partial(vec![0..19, 16..16]).unwrap();
-    says(partial(std::iter::once(0..19).collect()), "batch row 2: `candidates` must be of length 2, got 1");
+    let text = "batch: `candidates` must be of length 2, that of `last_page_len`, got 1";
+    says(partial(std::iter::once(0..19).collect()), text);
     let text = "batch row 1: `candidates` must be an ascending range within [0, 16], got 3..17";
     says(partial(vec![0..19, 3..17]), text);
     let text = "batch row 0: `candidates` must be an ascending range within [0, 19], got 9..8";
     says(partial(vec![std::ops::Range { start: 9, end: 8 }, 0..0]), text);
 
     let batch = Batch::new(16, vec![0, 1, 2], two_rows()).unwrap();
-    let text = "batch row 0: `sequence_indices` must be of length 2, got 3";
+    let text = "batch: `sequence_indices` must be of length 2, one for each row, got 3";
     says(batch.clone().with_sequence_indices(vec![1, 2, 3]), text);
     let text = "batch row 1: `sequence_indices` must be unlike that of row 0, got 4";
     says(batch.with_sequence_indices(vec![4, 4]), text);
@@ -266,6 +319,13 @@ impl Fixture {
 }
 
 impl Fixture {
+    /// The step of layer 0 with dense attention.
+    fn step_dense(&mut self, batch: &Batch) -> Result<(), Error> {
+        let inputs = Inputs::new(&self.problem);
+        let output = StepOutput { out: self.out.view_mut(), lse: None };
+        self.ts.step_dense(&mut self.cache, 0, batch, inputs.step(), output)
+    }
+
     /// Writes zeros as the block of a batch.
     fn fill(&mut self, layer: usize, batch: &Batch) -> Result<(), Error> {
         let heads = self.problem.config.heads;
@@ -308,28 +368,39 @@ fn wrong_shapes_and_types_of_a_step(device: &Device) {
 
 fn batches_that_do_not_fit_a_step(device: &Device) {
     let mut f = Fixture::new(device);
-    let text = "`step` needs a batch made by this cache's `extend`";
-    f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), text);
+    let text = |op| format!("`{op}` needs a batch made by this cache's `extend`");
+    f.refuses(|f| f.step(|a| a.batch = foreign_of(&a.batch)), &text("step"));
+    f.refuses(|f| f.step_dense(&foreign_of(&f.batch)), &text("step_dense"));
+    f.refuses(|f| f.fill(0, &foreign_of(&f.batch)), &text("fill"));
+    f.refuses(|f| f.cache.check(&foreign_of(&f.batch)), &text("check"));
     let small = |limits: Limits| Plan::new(&Device::cpu(), small_config(), limits, Operations::ALL).unwrap();
-    let text = "`max_rows` is limited to 1, the batch needs 2";
-    says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), text);
-    let text = "`max_block_len` is limited to 1, the batch needs 2";
-    says(small(Limits { max_rows: 2, max_block_len: 1, ..Limits::default() }).check(&f.batch), text);
+    let text = limited("max_rows", 1, 2);
+    says(small(Limits { max_rows: 1, ..Limits::default() }).check(&f.batch), &text);
+    let text = limited("max_block_len", 1, 2);
+    says(small(Limits { max_rows: 2, max_block_len: 1, ..Limits::default() }).check(&f.batch), &text);
     // 40 and 30 tokens in pages of 8 take 5 and 4 pages.
-    let text = "`max_kv_tokens` is limited to 71, the batch needs 72";
-    says(small(Limits { max_rows: 2, max_kv_tokens: 71, ..Limits::default() }).check(&f.batch), text);
+    let text = limited("max_kv_tokens", 71, 72);
+    says(small(Limits { max_rows: 2, max_kv_tokens: 71, ..Limits::default() }).check(&f.batch), &text);
     small(Limits { max_rows: 2, max_block_len: 2, max_kv_tokens: 72 }).check(&f.batch).unwrap();
     // All operations check limits.
     let four = Batch::new(8, vec![0; 5], tables(&[0; 5], &[], &[0; 4])).unwrap();
-    let text = "`max_rows` is limited to 3, the batch needs 4";
-    f.refuses(|f| f.ts.pool(&four, f32s(&[0, 16, 8]).view(), None), text);
-    f.refuses(|f| f.ts.vote(&four), text);
-    f.refuses(|f| f.ts.top_k(&four, None), text);
-    f.refuses(|f| f.ts.score(&four, f.cache.layer(0)?), text);
+    let text = limited("max_rows", 3, 4);
+    f.refuses(|f| f.ts.pool(&four, f32s(&[0, 16, 8]).view(), None), &text);
+    f.refuses(|f| f.ts.vote(&four), &text);
+    f.refuses(|f| f.ts.top_k(&four, None), &text);
+    f.refuses(|f| f.ts.score(&four, f.cache.layer(0)?), &text);
     // A part of a sequence with more tokens outside its candidates than the windows hold.
     let part = Batch::partial(8, vec![0, 1], tables(&[0, 8], &[0; 8], &[8]), std::iter::once(0..3).collect());
     let text = "`selected tokens of a row` is limited to 51, the batch needs 64";
     f.refuses(|f| f.ts.vote(&part.unwrap()), text);
+}
+
+/// The error of a batch beyond [`Limits`].
+fn limited(what: &str, limit: usize, got: usize) -> String {
+    format!(
+        "`{what}` is limited to {limit}, the batch needs {got}: make the limit larger, or the batch smaller (`truncate` takes \
+         an `extend` back)"
+    )
 }
 
 /// The same tables, as another engine would hand them over.
@@ -422,8 +493,10 @@ fn lists_that_contradict_themselves(device: &Device) {
         &row("`selection.tokens` must be ascending, so above 9, got 8"),
     );
     refuse(&lists([0, 7, 8, 30]), &full, None, &row("`selection.tokens` must be below 30, got 30"));
-    let text = row("`length of the selected list` must be 0 or at least the block's length, 2, got 1");
+    let text = row("`selection.len` must be 0 or at least the block's length, 2, got 1");
     refuse(&good, &counts(4, 1), None, &text);
+    let text = row("`selection.total_len` must be 0 or at least the block's length, 2, got 1");
+    refuse(&lists([0, 0, 0, 0]), &counts(4, 1), Some((&lists([0, 0, 0, 0]), &counts(9, 1))), &text);
     let text = row("`selection.ranks` must be ascending, so above 3, got 2");
     refuse(&good, &full, Some((&lists([0, 3, 2, 9]), &counts(9, 10))), &text);
     let text = row("`selection.ranks` must be below 9, got 9");
@@ -490,10 +563,12 @@ fn operations_that_lack_something(device: &Device) {
     let b = &f.batch;
     let part = Batch::partial(8, b.qo_indptr().to_vec(), b.tables().clone(), candidates).unwrap();
     let inputs = Inputs::new(&f.problem);
-    f.refuses(
-        |f| f.ts.append(&part, f.cache.layer_mut(0)?.kv, inputs.k.view(), inputs.v.view()),
-        "`append` needs a batch of whole sequences",
-    );
+    let (mut k, mut v) = (f32s(&[12, 8, 2, 8]), f32s(&[12, 8, 2, 8]));
+    let mut pages = KvViewMut::new(k.view_mut(), v.view_mut(), KvLayout::Nhd).unwrap();
+    let text = |op| format!("`{op}` needs a batch of whole sequences");
+    f.refuses(|f| f.ts.append(&part, pages.reborrow(), inputs.k.view(), inputs.v.view()), &text("append"));
+    let layer = LayerMut { kv: pages, selections: None };
+    f.refuses(|f| f.ts.append_select(&part, layer, inputs.step()), &text("append_select"));
     let dense = |f: &mut Fixture| {
         let output = StepOutput { out: f.out.view_mut(), lse: None };
         f.ts.attend(&part, f.cache.layer(0)?, q.view(), Over::All, output)
@@ -509,8 +584,8 @@ fn operations_that_lack_something(device: &Device) {
     let cached = f.cache.layer_mut(0).unwrap().selections.unwrap();
     f.ts.pool(&f.batch, q.view(), Some(cached)).unwrap();
     f.ts.provide(Buffer::Votes, &f.batch).unwrap();
-    let text = "`top_k` needs the cached selections that `pool` was given";
-    f.refuses(|f| f.ts.top_k(&f.batch, None), text);
+    let text = |op| format!("`{op}` needs the cached selections that `pool` was given");
+    f.refuses(|f| f.ts.top_k(&f.batch, None), &text("top_k"));
     let (rows, heads) = (f.batch.num_rows(), f.problem.config.heads.num_qo_heads);
     let len = f.batch.row(0).unwrap().kv_len;
     for ((row, token, head), what) in
@@ -519,6 +594,145 @@ fn operations_that_lack_something(device: &Device) {
         let error = f.ts.logit_index(&f.batch, row, token, head).unwrap_err();
         assert!(error.to_string().contains(what), "{error}");
     }
+}
+
+/// A plan that leaves out what a call needs: the text names both.
+fn operations_that_a_plan_leaves_out(device: &Device) {
+    let mut f = Fixture::new(device);
+    let mut refuse = |operations, call: fn(&mut Fixture) -> Result<(), Error>, op: &str, needs: &str| {
+        let plan = Plan::new(device, f.ts.config().clone(), *f.ts.plan().limits(), operations).unwrap();
+        let whole = std::mem::replace(&mut f.ts, TokenSelect::with_plan(plan).unwrap());
+        f.refuses(call, &format!("`{op}` needs a plan with the operation `{needs}`"));
+        f.ts = whole;
+    };
+    let all = Operations::ALL;
+    let step = |f: &mut Fixture| f.step(|_| ());
+    refuse(Operations::SELECTION, step, "step", "attend");
+    refuse(Operations { append: false, ..all }, step, "step", "append");
+    refuse(Operations { score: false, ..all }, step, "step", "score");
+    refuse(Operations::SELECTION, |f| f.step_dense(&f.batch.clone()), "step_dense", "attend");
+    refuse(Operations { append: false, ..all }, |f| f.fill(0, &f.batch.clone()), "fill", "append");
+    refuse(Operations { vote: false, ..all }, |f| f.ts.vote_top_k(&f.batch, None), "vote_top_k", "vote");
+    let select = |f: &mut Fixture| {
+        let q = queries(&f.problem);
+        f.ts.select(&f.batch, f.cache.layer(0)?, q.view(), None)
+    };
+    refuse(Operations { pool: false, ..all }, select, "select", "pool");
+}
+
+/// The workspace's own lists, which a caller may write: their errors name the buffers.
+fn buffers_that_contradict_themselves(device: &Device) {
+    let mut f = Fixture::new(device);
+    let q = queries(&f.problem);
+    let width = f.ts.plan().selected_shape().dims()[1];
+    let mut refuse = |row: [u32; 3], len: u32, text: &str| {
+        let mut tokens = vec![0; 3 * width];
+        tokens[width..][..3].copy_from_slice(&row);
+        let tokens = Tensor::from_vec(tokens, [3, width]).unwrap();
+        f.ts.buffer_mut(Buffer::Selected).copy_from(tokens.view()).unwrap();
+        let lens = Tensor::from_vec(vec![1, len, 0], [3]).unwrap();
+        f.ts.buffer_mut(Buffer::SelectedLen).copy_from(lens.view()).unwrap();
+        f.ts.provide(Buffer::Selected, &f.batch).unwrap();
+        f.refuses(
+            |f| {
+                let output = StepOutput { out: f.out.view_mut(), lse: None };
+                f.ts.attend(&f.batch, f.cache.layer(0)?, q.view(), Over::Selected, output)
+            },
+            &format!("batch row 1: {text}"),
+        );
+    };
+    refuse([0, 7, 7], 3, "`Buffer::Selected` must be ascending, so above 7, got 7");
+    refuse([0, 7, 30], 3, "`Buffer::Selected` must be below 30, got 30");
+    let text = format!("`Buffer::SelectedLen` must be at most {width}, got {}", width + 1);
+    refuse([0, 1, 2], width as u32 + 1, &text);
+    refuse([0, 1, 2], 1, "`Buffer::SelectedLen` must be 0 or at least the block's length, 2, got 1");
+}
+
+/// Cached selections belong to sequences: a batch that names none could only ignore them.
+fn cached_selections_without_sequences(device: &Device) {
+    let mut f = Fixture::new(device);
+    let unnamed = foreign_of(&f.batch);
+    let (q, inputs) = (queries(&f.problem), Inputs::new(&f.problem));
+    let text =
+        |op: &str| format!("`{op}` needs a batch with `sequence_indices` where cached selections are given");
+    let mut own = SelectionCache::new(device, f.ts.config(), 1, 3).unwrap();
+    let pool = Pool::full(&f.problem, 8, Storage::Nhd, 3);
+    let batch = pool.batch(&f.problem);
+    f.refuses(|f| f.ts.select(&batch, pool.view(), q.view(), Some(own.layer_mut(0)?)), &text("select"));
+    f.refuses(|f| f.ts.pool(&unnamed, q.view(), Some(own.layer_mut(0)?)), &text("pool"));
+    f.refuses(|f| f.ts.compare(&unnamed, Some(own.layer_mut(0)?)), &text("compare"));
+    f.refuses(|f| f.ts.decide(&unnamed, Some(own.layer_mut(0)?)), &text("decide"));
+    f.refuses(|f| f.ts.top_k(&unnamed, Some(own.layer_mut(0)?)), &text("top_k"));
+    f.refuses(|f| f.ts.vote_top_k(&unnamed, Some(own.layer_mut(0)?)), &text("vote_top_k"));
+    let mut pool = pool;
+    let layer = LayerMut { kv: pool.view_mut(), selections: Some(own.layer_mut(0).unwrap()) };
+    f.refuses(|f| f.ts.append_select(&batch, layer, inputs.step()), &text("append_select"));
+    // Without the cached selections, or without a Selection Cache in the configuration, there is nothing to ignore.
+    f.ts.select(&batch, pool.view(), q.view(), None).unwrap();
+    let config = SelectConfig { selection_cache: None, ..f.ts.config().clone() };
+    let mut without = TokenSelect::new(device, config, *f.ts.plan().limits()).unwrap();
+    without.select(&batch, pool.view(), q.view(), Some(own.layer_mut(0).unwrap())).unwrap();
+}
+
+/// A block that is too long for the limits, found by the step, is taken back and loses nothing; `extend_within` finds it first.
+fn blocks_beyond_the_limits(device: &Device) {
+    let config = small_config();
+    let heads = config.heads;
+    let limits = Limits { max_rows: 2, max_block_len: 4, max_kv_tokens: 64 };
+    let size = CacheConfig { num_pages: 16, page_size: 8, ..CacheConfig::default() };
+    let step = |cache: &mut PagedKvCache, ts: &mut TokenSelect, batch: &Batch, from: usize| {
+        let values = |heads: usize, seed: usize| -> Vec<f32> {
+            let row = heads * config.heads.head_dim;
+            let at = |i: usize| ((from * row + i) * (7 + seed) % 23) as f32 / 23.0;
+            (0..batch.num_query_tokens() * row).map(at).collect()
+        };
+        let (q, k, v) =
+            (values(heads.num_qo_heads, 0), values(heads.num_kv_heads, 1), values(heads.num_kv_heads, 2));
+        let mut out = vec![0.0f32; q.len()];
+        let (input, output) = (ts.input(batch, &q, &k, &v)?, ts.output(batch, &mut out, None)?);
+        ts.step(cache, 0, batch, input, output).map(|()| out)
+    };
+    let new = |limits| {
+        let mut cache = PagedKvCache::new(device, &config, &size).unwrap();
+        let (id, ts) = (cache.create().unwrap(), TokenSelect::new(device, config.clone(), limits).unwrap());
+        (cache, id, ts)
+    };
+    let (mut cache, id, mut ts) = new(limits);
+    let (mut other, twin, mut larger) = new(Limits { max_block_len: 5, ..limits });
+    for (cache, id, ts) in [(&mut cache, id, &mut ts), (&mut other, twin, &mut larger)] {
+        for from in (0..40).step_by(4) {
+            let batch = cache.extend_within(&limits, &[(id, 4)]).unwrap();
+            step(cache, ts, &batch, from).unwrap();
+        }
+    }
+    // Before anything grows.
+    let text = limited("max_block_len", 4, 5);
+    says(cache.extend_within(&limits, &[(id, 5)]), &text);
+    assert_eq!((cache.len(id), cache.pages().num_free_pages()), (Ok(40), 11));
+    let text_of_rows = limited("max_rows", 2, 3);
+    says(cache.extend_within(&limits, &[(id, 1); 3]), &text_of_rows);
+    let few = Limits { max_kv_tokens: 47, ..limits };
+    says(cache.extend_within(&few, &[(id, 1)]), &limited("max_kv_tokens", 47, 48));
+    // After the sequence has grown: the same batch for larger limits, or back and by less.
+    let batch = cache.extend(&[(id, 5)]).unwrap();
+    says(step(&mut cache, &mut ts, &batch, 40), &text);
+    assert_eq!((cache.len(id), cache.written_len(0, id)), (Ok(45), Ok(40)));
+    let batch = other.extend(&[(twin, 5)]).unwrap();
+    says(step(&mut other, &mut ts, &batch, 40), &text);
+    let at_once = step(&mut other, &mut larger, &batch, 40).unwrap();
+    cache.truncate(id, 40).unwrap();
+    let batch = cache.extend_within(&limits, &[(id, 4)]).unwrap();
+    step(&mut cache, &mut ts, &batch, 40).unwrap();
+    let batch = cache.extend_within(&limits, &[(id, 1)]).unwrap();
+    step(&mut cache, &mut ts, &batch, 44).unwrap();
+    assert_eq!((cache.written_len(0, id), other.written_len(0, twin)), (Ok(45), Ok(45)));
+    // The two caches now hold the same: so the next step gives the same.
+    assert_eq!(at_once.len(), 5 * heads.num_qo_heads * heads.head_dim);
+    let next = [(&mut cache, id), (&mut other, twin)].map(|(cache, id)| {
+        let batch = cache.extend(&[(id, 1)]).unwrap();
+        step(cache, &mut ts, &batch, 45).unwrap()
+    });
+    assert_eq!(next[0], next[1]);
 }
 
 fn sequences_and_pages(device: &Device) {
@@ -551,10 +765,9 @@ fn sequences_and_pages(device: &Device) {
     assert_eq!(f.cache.pages().num_free_pages(), 0);
 }
 
-fn stale(id: SequenceId, now: usize) -> String {
+fn stale(id: SequenceId, change: &str, now: usize) -> String {
     format!(
-        "batch row 1 is stale: {id}, which held 30 tokens when it was made and holds {now} now, was truncated, forked or \
-         extended into another page since"
+        "batch row 1 is stale: {id} was {change} after the batch was made; its length was 30 then and is {now} now"
     )
 }
 
@@ -562,11 +775,11 @@ fn stale_batches(device: &Device) {
     let mut f = Fixture::new(device);
     let [_, b] = f.ids;
     f.cache.truncate(b, 29).unwrap();
-    let text = stale(b, 29);
+    let text = stale(b, "truncated to length 29", 29);
     f.refuses(|f| f.step(|_| ()), &text);
     // The length is back, the tokens are not.
     f.cache.extend(&[(b, 1)]).unwrap();
-    f.refuses(|f| f.step(|_| ()), &stale(b, 30));
+    f.refuses(|f| f.step(|_| ()), &stale(b, "truncated to length 29", 30));
     f.cache.free(b).unwrap();
     f.refuses(|f| f.step(|_| ()), &format!("{b} is not in this cache"));
 }
@@ -576,7 +789,7 @@ fn batches_made_before_a_fork_are_stale(device: &Device) {
     let mut f = Fixture::new(device);
     let [_, b] = f.ids;
     f.cache.fork(b).unwrap();
-    f.refuses(|f| f.step(|_| ()), &stale(b, 30));
+    f.refuses(|f| f.step(|_| ()), &stale(b, "forked", 30));
 }
 
 /// A page that moved: the fork and the sequence it came from now write into pages of their own.
@@ -585,7 +798,7 @@ fn batches_with_a_page_that_moved_are_stale(device: &Device) {
     let [_, b] = f.ids;
     f.cache.fork(b).unwrap();
     f.cache.extend(&[(b, 1)]).unwrap();
-    let text = stale(b, 31);
+    let text = stale(b, "extended into a copy of the page that it shared with a fork", 31);
     f.refuses(|f| f.step(|_| ()), &text);
 }
 
@@ -615,6 +828,8 @@ fn every_variant_is_provoked() {
         SelectConfig { top_k: 0, ..small_config() }.validate().err(),
         f.step(|args| args.inputs.q = f32s(&[1, 16, 8])).err(),
         Tensor::from_vec(vec![0u32], [2]).err(),
+        f32s(&[1]).view().heads(0..1).err(),
+        TensorView::strided(&[0u32], [1, 1, 2], [2, 2]).err(),
         f32s(&[1]).as_slice::<bf16>().err(),
         f.cache.layer(9).err(),
         f.ts.plan().check(&Batch::new(8, vec![0; 5], tables(&[0; 5], &[], &[0; 4])).unwrap()).err(),

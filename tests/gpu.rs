@@ -214,9 +214,8 @@ fn strides_that_break_pieces_are_refused(device: &Device) {
         (KvStrides { token: 140, ..good }, "token", 140),
         (KvStrides { head: 68, ..good }, "head", 68),
     ] {
-        let text = format!(
-            "configuration field `strides.{field}` must be a multiple of 8 elements on a GPU, got {got}"
-        );
+        let text =
+            format!("argument `k_strides.{field}` must be a multiple of 8 elements on a GPU, got {got}");
         assert_eq!(outcome(strides), [Some(text.clone()), Some(text)]);
     }
 }

@@ -253,9 +253,9 @@ fn a_slot_takes_what_it_was_made_for(device: &Device) {
     let refused = [
         (
             batch(&[(8, 2), (24, 1)], 4),
-            "batch row 2: `qo_indptr` must be that of the slot, [0, 1, 2], got [0, 2, 3]",
+            "batch: `qo_indptr` must be that of the slot, [0, 1, 2], got [0, 2, 3]",
         ),
-        (batch(&[(8, 1), (24, 1)], 8), "batch row 2: `page_size` must be as in the slot, 4, got 8"),
+        (batch(&[(8, 1), (24, 1)], 8), "batch: `page_size` must be that of the slot, 4, got 8"),
         (batch(&[(8, 1), (36, 1)], 4), "`pages of a slot` is limited to 10, the batch needs 11"),
     ];
     for (batch, want) in refused {

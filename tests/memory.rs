@@ -33,7 +33,7 @@ fn sizes_that_cannot_be_had(device: &Device) {
     no_memory(Tensor::zeros_on(device, DType::U64, [usize::MAX, 4]));
     no_memory(Tensor::zeros_on(device, DType::F16, [1 << 46]));
     let error = SelectionCache::new(device, &config, usize::MAX, 2).unwrap_err();
-    assert!(matches!(error, Error::Config { field: "num_layers", .. }), "{error}");
+    assert!(matches!(error, Error::Argument { what: "num_layers", .. }), "{error}");
     no_memory(SelectionCache::new(device, &config, 2, usize::MAX));
     no_memory(SelectionCache::new(device, &config, 1 << 16, 1 << 28));
     let pages = CacheConfig { num_pages: MAX_SEQUENCE_LEN, page_size: 256, ..CacheConfig::default() };
@@ -87,7 +87,7 @@ fn padding_beyond_all_bounds() {
     for (rows, block) in [(1 << 40, 0), (1 << 40, 1), (3, 1 << 33), (3, usize::MAX), (usize::MAX, usize::MAX)]
     {
         let error = batch().padded(rows, block).unwrap_err();
-        assert!(matches!(error, Error::Config { field: "num_rows", .. }), "{rows} rows of {block}: {error}");
+        assert!(matches!(error, Error::Argument { what: "num_rows", .. }), "{rows} rows of {block}: {error}");
     }
     let padded = batch().padded(3, 1 << 20).unwrap();
     assert_eq!(padded.row(2).unwrap().block_len(), 1 << 20);

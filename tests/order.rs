@@ -21,7 +21,7 @@ on_devices! {
     gpus: recorded_work_counts_when_it_is_done, recorded_layers_count_when_they_are_done,
         a_batch_that_was_replaced_is_refused, a_slot_keeps_what_was_recorded_with_it, a_recorded_translation_takes_the_slot_when_it_is_done, a_panic_ends_a_recording,
         another_thread_is_not_recorded, a_step_that_cannot_end_does_not_begin, a_cache_does_not_change_while_work_is_recorded,
-        a_graph_asks_what_a_step_asks, a_graph_keeps_the_tables_of_its_batches, a_failed_recording_leaves_no_limits,
+        a_graph_asks_what_a_step_asks, a_refused_step_is_not_recorded, a_graph_keeps_the_tables_of_its_batches, a_failed_recording_leaves_no_limits,
         another_thread_s_failure_is_not_recorded, tables_of_another_device_are_refused, parts_in_a_slot_are_checked;
 }
 
@@ -103,7 +103,13 @@ fn layers_of_a_cache_are_not_anyone_s(device: &Device) {
     let unknown = Err(Error::UnknownSequence(b));
     assert_eq!(
         append_select(&mut owner, 0, &first),
-        Err(Error::StaleBatch { row: 0, id: a, expected: 20, got: 21 })
+        Err(Error::StaleBatch {
+            row: 0,
+            id: a,
+            expected: 20,
+            got: 21,
+            change: tokenselect::SequenceChange::Truncated { to: 21 }
+        })
     );
     let mut other = Owner::new(device, &config, 2);
     let c = other.cache.create().unwrap();
@@ -304,7 +310,7 @@ fn a_page_of_two_rows_is_not_written(device: &Device) {
     for (indices, row) in [(vec![0, 1, 0, 1], 1), (vec![0, 1, 1, 2], 0), (vec![1, 1, 0, 2], 0)] {
         let page = 1;
         match append(indices, vec![3, 3]) {
-            Err(Error::Table { row: at, what: "indices", got, .. }) => {
+            Err(Error::Table { row: Some(at), what: "indices", got, .. }) => {
                 assert_eq!((at, got), (row, page.to_string()))
             }
             other => panic!("accepted: {other:?}"),
@@ -431,7 +437,8 @@ fn a_slot_keeps_what_was_recorded_with_it(device: &Device) {
         Batch::new(16, vec![0, 1, 2], tables).unwrap()
     };
     let too_many = batch(vec![0; 20]);
-    let text = "`max_kv_tokens` is limited to 112, the batch needs 320";
+    let text = "`max_kv_tokens` is limited to 112, the batch needs 320: make the limit larger, or the batch smaller (`truncate` \
+                takes an `extend` back)";
     assert_eq!(r.ts.plan().limits().max_kv_tokens, 112);
     assert_eq!(r.select(&too_many).unwrap_err().to_string(), text);
     assert_eq!(r.slot.put(too_many).unwrap_err().to_string(), text);
@@ -526,7 +533,7 @@ fn a_step_that_cannot_end_does_not_begin(device: &Device) {
     let odd = unsafe { tokenselect::TensorViewMut::from_device_addr(device, addr, DType::F32, [1, 4, 64]) };
     let output = StepOutput { out: odd.unwrap(), lse: None };
     let error = owner.ts.step(&mut owner.cache, 0, &batch, input, output).unwrap_err().to_string();
-    assert_eq!(error, format!("configuration field `out` must be at an address divisible by 16, got {addr}"));
+    assert_eq!(error, format!("argument `out` must be at an address divisible by 16, got {addr}"));
     assert_eq!(owner.cache.written_len(0, id), Ok(0));
 }
 
@@ -592,6 +599,34 @@ fn a_graph_asks_what_a_step_asks(device: &Device) {
     let error = unsafe { g.graph.launch().unwrap_err() };
     assert_eq!(error, Error::UnknownSequence(g.id));
     assert_eq!(g.owner.cache.written_len(0, fresh), Ok(5));
+}
+
+/// A step that is refused while work is recorded does not count as recorded: what reads behind it finds no block.
+fn a_refused_step_is_not_recorded(device: &Device) {
+    let mut owner = Owner::new(device, &config(), 1);
+    let zeros = |heads: usize| Tensor::zeros_on(device, DType::Bf16, [1, heads, 64]).unwrap();
+    let (q, kv) = (zeros(4), zeros(2));
+    let mut out = Tensor::zeros_on(device, DType::F32, q.shape()).unwrap();
+    let id = owner.cache.create().unwrap();
+    let batch = owner.cache.extend(&[(id, 1)]).unwrap();
+    let mut slot = BatchSlot::new(device, &batch, 16).unwrap();
+    let batch = slot.put(batch).unwrap();
+    owner.step(0, &batch).unwrap();
+    let graph = device.capture(|| {
+        let (ts, cache) = (&mut owner.ts, &mut owner.cache);
+        let wrong = StepInput { q: q.view(), k: q.view(), v: kv.view() };
+        let refused = ts.step(cache, 0, &batch, wrong, StepOutput { out: out.view_mut(), lse: None });
+        assert!(matches!(refused, Err(Error::Shape { what: "k", .. })), "{refused:?}");
+        let output = StepOutput { out: out.view_mut(), lse: None };
+        ts.attend(&batch, cache.layer(0)?, q.view(), Over::All, output)
+    });
+    let graph = graph.unwrap();
+    // SAFETY: all that was recorded is alive.
+    unsafe { graph.launch().unwrap() };
+    slot.put(owner.cache.extend(&[(id, 1)]).unwrap()).unwrap();
+    // SAFETY: as above.
+    let error = unsafe { graph.launch().unwrap_err() };
+    assert_eq!(error, Error::Unwritten { layer: 0, id, written: 1, needed: 2 });
 }
 
 fn a_cache_does_not_change_while_work_is_recorded(device: &Device) {
@@ -734,7 +769,7 @@ fn selections_of_another_layer_are_refused(device: &Device) {
     ts.select(&batch, pool.view(), q.view(), Some(layers.layer_mut(0).unwrap())).unwrap();
     ts.pool(&batch, q.view(), Some(layers.layer_mut(0).unwrap())).unwrap();
     ts.score(&batch, pool.view()).unwrap();
-    let text = "`top_k` needs the cached selections that `pool` was given";
+    let text = "`vote_top_k` needs the cached selections that `pool` was given";
     let error = ts.vote_top_k(&batch, Some(layers.layer_mut(1).unwrap())).unwrap_err();
     assert_eq!(error.to_string(), text);
     assert_eq!(ts.vote_top_k(&batch, None).unwrap_err().to_string(), text);
@@ -775,33 +810,34 @@ fn elements_in_two_places_are_refused(device: &Device) {
     let shape = tokenselect::KvShape { num_pages: 2, page_size: 4, num_kv_heads: 2, head_dim: 8 };
     let dense = tokenselect::KvStrides { page: 64, token: 16, head: 8 };
     let tensor = || Tensor::zeros_on(device, DType::F32, [512]).unwrap();
-    for strides in [
-        tokenselect::KvStrides { page: 0, ..dense },
-        tokenselect::KvStrides { token: 0, ..dense },
-        tokenselect::KvStrides { head: 4, ..dense },
-        tokenselect::KvStrides { page: 40, ..dense },
+    for (strides, at_fault) in [
+        (tokenselect::KvStrides { page: 0, ..dense }, "v_strides.page"),
+        (tokenselect::KvStrides { token: 0, ..dense }, "v_strides.token"),
+        (tokenselect::KvStrides { head: 4, ..dense }, "v_strides.head"),
+        (tokenselect::KvStrides { page: 40, ..dense }, "v_strides.page"),
     ] {
         let (mut k, mut v) = (tensor(), tensor());
         let made = tokenselect::KvViewMut::strided(k.view_mut(), v.view_mut(), shape, [dense, strides]);
-        assert!(matches!(made, Err(Error::Config { field: "v_strides", .. })), "{strides:?}");
+        assert!(matches!(made, Err(Error::Argument { what, .. }) if what == at_fault), "{strides:?}");
     }
     let mut kv = tensor();
-    for (offset, strides) in [(0, [dense; 2]), (64, [dense; 2]), (4, [dense; 2])] {
+    for (offset, at_fault) in [(0, "offsets"), (64, "strides.page"), (4, "offsets")] {
+        let strides = [dense; 2];
         let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, offset], shape, strides);
-        assert!(matches!(made, Err(Error::Config { field: "offsets", .. })), "{offset}");
+        assert!(matches!(made, Err(Error::Argument { what, .. }) if what == at_fault), "{offset}");
     }
     let apart = tokenselect::KvStrides { page: 128, ..dense };
     tokenselect::KvViewMut::combined(kv.view_mut(), [64, 0], shape, [apart; 2]).unwrap();
     tokenselect::KvViewMut::combined(kv.view_mut(), [0, 128], shape, [dense, apart]).unwrap();
     let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, 100], shape, [dense, apart]);
-    assert!(matches!(made, Err(Error::Config { field: "offsets", .. })));
+    assert!(matches!(made, Err(Error::Argument { what: "offsets", .. })));
     // Keys by head, values by token, page by page among each other.
     let by_head = tokenselect::KvStrides { token: 8, head: 32, ..apart };
     tokenselect::KvViewMut::combined(kv.view_mut(), [0, 64], shape, [by_head, apart]).unwrap();
     tokenselect::KvViewMut::combined(kv.view_mut(), [64, 0], shape, [by_head, apart]).unwrap();
     for offset in [56, 72] {
         let made = tokenselect::KvViewMut::combined(kv.view_mut(), [0, offset], shape, [by_head, apart]);
-        assert!(matches!(made, Err(Error::Config { field: "offsets", .. })), "{offset}");
+        assert!(matches!(made, Err(Error::Argument { what: "offsets", .. })), "{offset}");
     }
     // Keys are dense memory, too.
     let heads = Tensor::zeros_on(device, DType::F32, [16, 4, 8]).unwrap();

@@ -285,41 +285,35 @@ fn stands_alone_for_other_engines(device: &Device) {
     let plain = pool.batch(&problem);
     let mut ts = TokenSelect::new(device, problem.config.clone(), limits(&plain)).unwrap();
     let mut cache = SelectionCache::new(&Device::cpu(), &problem.config, 3, 9).unwrap();
-    let mut run = |cache: &mut SelectionCache, layer: usize, indices: Option<[u32; 2]>| {
-        let batch = match indices {
-            Some(indices) => plain.clone().with_sequence_indices(indices.to_vec()).unwrap(),
-            None => plain.clone(),
-        };
+    let mut run = |cache: &mut SelectionCache, layer: usize, indices: [u32; 2]| {
+        let batch = plain.clone().with_sequence_indices(indices.to_vec()).unwrap();
         select_and_attend(&mut ts, &problem, &batch, pool.view(), Some(cache.layer_mut(layer).unwrap()));
         ts.workspace().actions().unwrap()
     };
     use RowAction::{Reuse, Score};
-    assert_eq!(run(&mut cache, 1, None), [Score, Score]);
-    assert_eq!(run(&mut cache, 1, None), [Score, Score], "rows without a name are not cached");
-    assert_eq!(cache.stats().unwrap(), SelectionStats::default());
-    assert_eq!(run(&mut cache, 1, Some([8, 3])), [Score, Score]);
-    assert_eq!(run(&mut cache, 1, Some([8, 3])), [Reuse, Reuse]);
-    assert_eq!(run(&mut cache, 1, Some([8, 4])), [Reuse, Score], "sequences are apart");
-    assert_eq!(run(&mut cache, 2, Some([8, 3])), [Score, Score], "layers are apart");
+    assert_eq!(run(&mut cache, 1, [8, 3]), [Score, Score]);
+    assert_eq!(run(&mut cache, 1, [8, 3]), [Reuse, Reuse]);
+    assert_eq!(run(&mut cache, 1, [8, 4]), [Reuse, Score], "sequences are apart");
+    assert_eq!(run(&mut cache, 2, [8, 3]), [Score, Score], "layers are apart");
     assert_eq!(cache.layer_stats(0).unwrap(), SelectionStats::default());
     assert_eq!(cache.layer_stats(1).unwrap(), SelectionStats { reused: 3, scored: 3, complete: 0 });
     assert_eq!(cache.stats().unwrap(), SelectionStats { reused: 3, scored: 5, complete: 0 });
 
     cache.clear(8).unwrap();
-    assert_eq!(run(&mut cache, 1, Some([8, 3])), [Score, Reuse], "forgotten");
-    assert_eq!(run(&mut cache, 2, Some([8, 3])), [Score, Reuse], "in all layers");
+    assert_eq!(run(&mut cache, 1, [8, 3]), [Score, Reuse], "forgotten");
+    assert_eq!(run(&mut cache, 2, [8, 3]), [Score, Reuse], "in all layers");
     cache.fork(3, 5).unwrap();
-    assert_eq!(run(&mut cache, 1, Some([8, 5])), [Reuse, Reuse]);
-    assert_eq!(run(&mut cache, 2, Some([8, 5])), [Reuse, Reuse]);
+    assert_eq!(run(&mut cache, 1, [8, 5]), [Reuse, Reuse]);
+    assert_eq!(run(&mut cache, 2, [8, 5]), [Reuse, Reuse]);
     // Row 0 has 59 tokens before its block.
     cache.truncate(8, 59).unwrap();
-    assert_eq!(run(&mut cache, 1, Some([8, 5])), [Reuse, Reuse]);
+    assert_eq!(run(&mut cache, 1, [8, 5]), [Reuse, Reuse]);
     cache.truncate(8, 58).unwrap();
-    assert_eq!(run(&mut cache, 1, Some([8, 5])), [Score, Reuse]);
-    assert_eq!(run(&mut cache, 2, Some([8, 5])), [Score, Reuse]);
+    assert_eq!(run(&mut cache, 1, [8, 5]), [Score, Reuse]);
+    assert_eq!(run(&mut cache, 2, [8, 5]), [Score, Reuse]);
     cache.reset_stats().unwrap();
     assert_eq!(cache.stats().unwrap(), SelectionStats::default());
-    assert_eq!(run(&mut cache, 2, Some([8, 5])), [Reuse, Reuse], "counters alone were reset");
+    assert_eq!(run(&mut cache, 2, [8, 5]), [Reuse, Reuse], "counters alone were reset");
 }
 
 /// Rows may change places from step to step: the index names the sequence.

@@ -237,25 +237,23 @@ fn what_cannot_be_strided(device: &Device) {
     let part = all.view().heads(2..8).unwrap();
     assert_eq!(part.shape().dims(), [4, 6, 64]);
     let text = |error: tokenselect::Error| error.to_string();
-    assert_eq!(
-        text(part.heads(0..1).unwrap_err()),
-        "configuration field `tensor` must be dense, got strides [640, 64]"
-    );
+    assert_eq!(text(part.heads(0..1).unwrap_err()), "argument `tensor` must be dense, got strides [640, 64]");
     assert_eq!(text(all.view().heads(3..11).unwrap_err()), "`last head` must be below 10, got 10");
     #[allow(clippy::reversed_empty_ranges)]
     let reversed = all.view().heads(3..1).unwrap_err();
-    let wanted = "configuration field `heads` must be a range that ends where it begins or later, got 3..1";
+    let wanted = "argument `heads` must be a range that ends where it begins or later, got 3..1";
     assert_eq!(text(reversed), wanted);
     let flat = Tensor::zeros_on(device, dtype, [8]).unwrap();
     assert_eq!(
         text(flat.view().heads(0..1).unwrap_err()),
-        "configuration field `tensor` must be three-dimensional, got [8]"
+        "argument `tensor` must be three-dimensional, got [8]"
     );
     assert!(part.to_vec::<half::f16>().is_err() && part.tail(1).is_err());
     let mut copy = Tensor::zeros_on(device, dtype, [4, 6, 64]).unwrap();
     assert!(copy.copy_from(part).is_err());
     let short = TensorView::strided(&[0.0f32; 100], [2, 2, 8], [80, 16]);
-    assert_eq!(text(short.unwrap_err()), "`data` of shape [2, 2, 8] needs 104 elements, the slice has 100");
+    let wanted = "`data` of shape [2, 2, 8] in strides [80, 16] from element 0 on needs 104 elements, the memory has 100";
+    assert_eq!(text(short.unwrap_err()), wanted);
     assert!(TensorView::strided(&[0.0f32; 100], [2, 2, 8], [usize::MAX, 16]).is_err());
     // Lists and merged parts are dense.
     let pool = Pool::full(&problem, 16, Storage::Nhd, 1).to(device);
@@ -282,7 +280,7 @@ fn strides_of_whole_pieces(device: &Device) {
         let error = ts.pool(&batch, q.unwrap(), None).unwrap_err().to_string();
         assert_eq!(
             error,
-            format!("configuration field `q` must be a multiple of 8 elements on a GPU, got {field}")
+            format!("argument `q` must be of strides that are multiples of 8 elements on a GPU, got {field}")
         );
     }
 }

@@ -343,14 +343,13 @@ fn products_are_zero_where_nothing_is_usable(device: &Device) {
         _ => RowAction::Reuse,
     });
     assert_eq!(rank.actions(), want);
-    // Without cached selections, without names of sequences, and for parts of sequences nothing is compared.
+    // Without cached selections, and for parts of sequences, nothing is compared.
     let tables = batch.tables().clone();
     let qo_indptr = problem.qo_indptr();
-    let nameless = Batch::new(PAGE_SIZE, qo_indptr.clone(), tables.clone()).unwrap();
     let candidates = decoding.lens(0).into_iter().map(|len| 0..len as u32).collect();
     let parts = Batch::partial(PAGE_SIZE, qo_indptr, tables, candidates).unwrap();
     let parts = parts.with_sequence_indices(vec![2, 3, 4, 5, 0]).unwrap();
-    for (batch, with_cache) in [(&batch, false), (&nameless, true), (&parts, true)] {
+    for (batch, with_cache) in [(&batch, false), (&parts, true)] {
         rank.pool(batch, &problem, with_cache);
         let (actions, similarities) = (rank.actions(), rank.values(Buffer::Similarities));
         put(&mut rank.ts, Buffer::Products, &junk);
@@ -422,6 +421,6 @@ fn operations_follow_each_other(device: &Device) {
     let vote = Operations { vote: true, ..Operations::NONE };
     let mut without = only(device, &config(0.8, 4), limits(&batch), vote);
     let text = |result: Result<(), Error>| result.unwrap_err().to_string();
-    assert_eq!(text(without.compare(&batch, None)), "`compare` needs a plan with this operation");
-    assert_eq!(text(without.decide(&batch, None)), "`decide` needs a plan with this operation");
+    assert_eq!(text(without.compare(&batch, None)), "`compare` needs a plan with the operation `pool`");
+    assert_eq!(text(without.decide(&batch, None)), "`decide` needs a plan with the operation `pool`");
 }

@@ -361,14 +361,11 @@ fn wrong_arguments() {
     };
     says(TablesOnDevice { kv_lens: short.view(), ..right }, "`kv_lens` must have shape [2], got [1]");
     says(TablesOnDevice { rows: Some(short.view()), ..right }, "`rows` must have shape [2], got [1]");
-    let text = "configuration field `entries` must be two-dimensional, got [2]";
+    let text = "argument `entries` must be two-dimensional, got [2]";
     says(TablesOnDevice { entries: lens.view(), ..right }, text);
-    let text = "batch row 2: `sequences` must be as in the slot, 0, got 1";
+    let text = "batch: `sequences` must be left out, as in the slot's first batch, got given";
     says(TablesOnDevice { sequences: Some(lens.view()), ..right }, text);
-    says(
-        TablesOnDevice { num_pages: 0, ..right },
-        "configuration field `num_pages` must be at least 1, got 0",
-    );
+    says(TablesOnDevice { num_pages: 0, ..right }, "argument `num_pages` must be at least 1, got 0");
     let host = Tensor::zeros(DType::U32, [2]).unwrap();
     says(TablesOnDevice { kv_lens: host.view(), ..right }, "`kv_lens` must be on a GPU, it is on cpu");
 

@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
 use crate::ledger::{Ledger, OwnedLayer, Owner};
 use crate::pages::PageAllocator;
+use crate::plan::Limits;
 use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
 use crate::tensor::Tensor;
@@ -67,7 +68,8 @@ pub struct PagedKvCache {
 pub struct LayerMut<'a> {
     /// Keys and values.
     pub kv: KvViewMut<'a>,
-    /// Cached selections; `None` to select anew at every step.
+    /// Cached selections, with batches that name their sequences ([`Batch::with_sequence_indices`]; an owned cache's do); `None` to
+    /// select anew at every step.
     pub selections: Option<SelectionCacheLayer<'a>>,
 }
 
@@ -93,7 +95,8 @@ impl PagedKvCache {
         if cache.num_layers == 0 || cache.num_layers > MAX_LAYERS {
             return Err(Error::config("num_layers", format!("from 1 to {MAX_LAYERS}"), cache.num_layers));
         }
-        let pages = PageAllocator::new(cache.num_pages, cache.page_size, cache.max_sequences)?;
+        let pages = PageAllocator::new(cache.num_pages, cache.page_size, cache.max_sequences)
+            .map_err(Error::of_field)?;
         let shape = KvShape {
             num_pages: cache.num_pages,
             page_size: cache.page_size,
@@ -239,6 +242,8 @@ impl PagedKvCache {
     /// Makes room for a block of new tokens of each sequence named, all or nothing, and returns the batch
     /// whose rows are these sequences in this order.
     ///
+    /// How long a block and how many rows a step takes, its [`Limits`] say: see [`extend_within`](Self::extend_within).
+    ///
     /// The new tokens' keys and values are undefined until every layer was appended to. A length of 0 is a
     /// padding row.
     ///
@@ -275,9 +280,27 @@ impl PagedKvCache {
             qo_indptr.push(end);
         }
         let batch = Batch::new(self.pages.page_size(), qo_indptr, self.pages.tables(&ids)?)?;
-        let owners = ids.iter().map(|&id| Ok((id, self.pages.revision(id)?))).collect::<Result<_>>()?;
+        let owners =
+            ids.iter().map(|&id| Ok((id, self.pages.revision(id)?.number))).collect::<Result<_>>()?;
         ids.iter().for_each(|&id| self.enter(id));
         Ok(batch.owned_by(self.pages.id(), owners))
+    }
+
+    /// [`extend`](Self::extend) for steps within `limits`, those of [`TokenSelect::new`](crate::TokenSelect::new): a batch that these steps
+    /// would refuse is refused before anything grows.
+    ///
+    /// # Errors
+    /// [`Error::Limit`], naming the limit; those of `extend`.
+    pub fn extend_within(&mut self, limits: &Limits, growth: &[(SequenceId, usize)]) -> Result<Batch> {
+        let (mut block_len, mut places) = (0, 0usize);
+        for &(id, tokens) in growth {
+            let len = self.pages.len(id)?.saturating_add(tokens);
+            block_len = tokens.max(block_len);
+            places = places
+                .saturating_add(len.div_ceil(self.shape.page_size).saturating_mul(self.shape.page_size));
+        }
+        limits.check(growth.len(), block_len, places)?;
+        self.extend(growth)
     }
 
     /// Checks that this cache made the batch, and that no sequence of it was freed, truncated or forked and no page of
@@ -286,7 +309,7 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Missing`], [`Error::UnknownSequence`], [`Error::StaleBatch`].
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        let owned = self.owner.own("step", batch)?;
+        let owned = self.owner.own("check", batch)?;
         self.ledger().check_rows(&owned)
     }
 

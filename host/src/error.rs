@@ -1,7 +1,7 @@
 //! What can go wrong, with the argument, the rule and the numbers.
 
 use crate::dtype::{DType, Shape};
-use crate::sequence::SequenceId;
+use crate::sequence::{SequenceChange, SequenceId};
 
 /// `Result` with this crate's [`Error`].
 pub type Result<T, E = Error> = std::result::Result<T, E>;
@@ -18,6 +18,16 @@ pub enum Error {
         /// Name of the field.
         field: &'static str,
         /// What the field must be.
+        rule: String,
+        /// What it is.
+        got: String,
+    },
+    /// An argument that is no field of a configuration breaks its rule.
+    #[error("argument `{what}` must be {rule}, got {got}")]
+    Argument {
+        /// Name of the argument.
+        what: &'static str,
+        /// What the argument must be.
         rule: String,
         /// What it is.
         got: String,
@@ -44,6 +54,25 @@ pub enum Error {
         /// Elements in the slice.
         got: usize,
     },
+    /// Strides lead beyond the end of the memory.
+    #[error(
+        "`{what}` of shape {shape} in strides {strides:?} from element {offset} on needs {needed} elements, the memory \
+         has {got}"
+    )]
+    Extent {
+        /// Name of the argument.
+        what: &'static str,
+        /// The shape asked for; of paged keys or values `[num_pages, page_size, num_kv_heads, head_dim]`.
+        shape: Shape,
+        /// Elements from an entry of each dimension to the next, but for the last dimension, where it is 1.
+        strides: Vec<usize>,
+        /// The first element.
+        offset: usize,
+        /// Elements of the memory up to the last that the strides reach; `usize::MAX` for more than can be counted.
+        needed: usize,
+        /// Elements in the memory.
+        got: usize,
+    },
     /// A tensor has the wrong element type.
     #[error("`{what}` must be {expected}, got {got}")]
     DType {
@@ -65,7 +94,11 @@ pub enum Error {
         got: usize,
     },
     /// A batch is larger than the [`Limits`](crate::Limits) that its workspace was made for, than its slot, or than any batch can be.
-    #[error("`{what}` is limited to {limit}, the batch needs {got}")]
+    ///
+    /// Beyond `Limits`, a batch of an owned cache is not lost: a [`TokenSelect`](crate::TokenSelect) with larger limits takes it; or
+    /// [`truncate`](crate::PagedKvCache::truncate) each of its sequences to the length before, and extend by less.
+    /// [`extend_within`](crate::PagedKvCache::extend_within) refuses such a batch before anything grows.
+    #[error("`{what}` is limited to {limit}, the batch needs {got}{}", way_back(what))]
     Limit {
         /// Name of the limit.
         what: &'static str,
@@ -75,10 +108,10 @@ pub enum Error {
         got: usize,
     },
     /// The page tables or lengths of a batch contradict each other.
-    #[error("batch row {row}: `{what}` must be {rule}, got {got}")]
+    #[error("batch{}: `{what}` must be {rule}, got {got}", of_row(*row))]
     Table {
-        /// Row of the batch.
-        row: usize,
+        /// Row of the batch; `None` where the rule is one for the whole table.
+        row: Option<usize>,
         /// Name of the table.
         what: &'static str,
         /// What its entry must be.
@@ -134,9 +167,11 @@ pub enum Error {
         to: usize,
     },
     /// The batch was made before the cache changed under it.
+    ///
+    /// Layers that lack its block get it by a new batch: [`truncate`](crate::PagedKvCache::truncate) the sequence to what all layers
+    /// [have](crate::PagedKvCache::written_len), and extend it again.
     #[error(
-        "batch row {row} is stale: {id}, which held {expected} tokens when it was made and holds {got} now, \
-         was truncated, forked or extended into another page since"
+        "batch row {row} is stale: {id} was {change} after the batch was made; its length was {expected} then and is {got} now"
     )]
     StaleBatch {
         /// Row of the batch.
@@ -147,6 +182,8 @@ pub enum Error {
         expected: usize,
         /// Tokens now.
         got: usize,
+        /// What was done to the sequence since; the last of several changes.
+        change: SequenceChange,
     },
     /// A tensor lies elsewhere than the operation works.
     #[error("`{what}` must be on {expected}, it is on {got}")]
@@ -239,8 +276,40 @@ impl Error {
         Error::Config { field, rule: rule.into(), got: got.to_string() }
     }
 
-    /// Shorthand for [`Error::Table`].
-    pub(crate) fn table(row: usize, what: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
-        Error::Table { row, what, rule: rule.into(), got: got.to_string() }
+    /// Shorthand for [`Error::Argument`].
+    pub(crate) fn argument(what: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Argument { what, rule: rule.into(), got: got.to_string() }
+    }
+
+    /// The error of an argument that is a field of the caller's configuration.
+    pub(crate) fn of_field(self) -> Self {
+        match self {
+            Error::Argument { what: field, rule, got } => Error::Config { field, rule, got },
+            other => other,
+        }
+    }
+
+    /// Shorthand for [`Error::Table`] of a row.
+    pub(crate) fn row(row: usize, what: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Table { row: Some(row), what, rule: rule.into(), got: got.to_string() }
+    }
+
+    /// Shorthand for [`Error::Table`] of a whole table.
+    pub(crate) fn table(what: &'static str, rule: impl Into<String>, got: impl ToString) -> Self {
+        Error::Table { row: None, what, rule: rule.into(), got: got.to_string() }
+    }
+}
+
+fn of_row(row: Option<usize>) -> String {
+    row.map_or(String::new(), |row| format!(" row {row}"))
+}
+
+/// What to do about a batch beyond a field of [`Limits`](crate::Limits).
+fn way_back(limit: &str) -> &'static str {
+    match limit {
+        "max_rows" | "max_block_len" | "max_kv_tokens" => {
+            ": make the limit larger, or the batch smaller (`truncate` takes an `extend` back)"
+        }
+        _ => "",
     }
 }

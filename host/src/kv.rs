@@ -41,11 +41,11 @@ impl KvShape {
 
     fn from_dims(dims: Shape, layout: KvLayout, what: &'static str) -> Result<Self> {
         let &[num_pages, a, b, head_dim] = dims.dims() else {
-            return Err(Error::config(what, "four-dimensional", dims));
+            return Err(Error::argument(what, "four-dimensional", dims));
         };
         let (page_size, num_kv_heads) = if layout == KvLayout::Nhd { (a, b) } else { (b, a) };
         if a.checked_mul(b).and_then(|len| len.checked_mul(head_dim)).is_none() {
-            return Err(Error::config(what, "of pages that fit the address space", dims));
+            return Err(Error::argument(what, "of pages that fit the address space", dims));
         }
         Ok(KvShape { num_pages, page_size, num_kv_heads, head_dim })
     }
@@ -95,6 +95,11 @@ impl KvStrides {
     }
 }
 
+/// What errors call strides of the keys, of the values, and of both where they are the same: of pages, tokens and heads.
+pub(crate) const K_STRIDES: [&str; 3] = ["k_strides.page", "k_strides.token", "k_strides.head"];
+pub(crate) const V_STRIDES: [&str; 3] = ["v_strides.page", "v_strides.token", "v_strides.head"];
+const STRIDES: [&str; 3] = ["strides.page", "strides.token", "strides.head"];
+
 /// Paged keys and values of one layer, read only.
 #[derive(Debug, Clone, Copy)]
 pub struct KvView<'a> {
@@ -116,7 +121,7 @@ impl<'a> KvView<'a> {
     /// Two dense pools of the same type and of the shape that `layout` says.
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::DType`] or [`Error::Config`] where the two differ or are not
+    /// [`Error::Shape`], [`Error::DType`] or [`Error::Argument`] where the two differ or are not
     /// four-dimensional.
     pub fn new(k: TensorView<'a>, v: TensorView<'a>, layout: KvLayout) -> Result<Self> {
         let shape = KvShape::from_dims(k.shape(), layout, "k")?;
@@ -130,7 +135,7 @@ impl<'a> KvView<'a> {
     /// value on as `v`, and a page stride of two pages. `strides` are those of the keys and those of the values.
     ///
     /// # Errors
-    /// [`Error::Length`] where a tensor is shorter than the strides reach, [`Error::DType`] where the types
+    /// [`Error::Extent`] where a tensor is shorter than the strides reach, [`Error::DType`] where the types
     /// differ.
     pub fn strided(
         k: TensorView<'a>,
@@ -187,6 +192,46 @@ pub(crate) enum KvStorageMut<'a> {
 }
 
 /// Paged keys and values of one layer, writable.
+///
+/// # Example
+/// Steps over memory of the caller's own: pages `[num_pages, 2, page_size, num_kv_heads, head_dim]`, the two being keys and values, and
+/// queries, keys and values as slices of what a fused projection gives, `[tokens, num_qo_heads + 2 * num_kv_heads, head_dim]`.
+/// ```
+/// use tokenselect::*;
+///
+/// # fn main() -> Result<()> {
+/// let device = Device::cpu();
+/// let heads = HeadShape { num_qo_heads: 8, num_kv_heads: 2, head_dim: 64 };
+/// let reuse = Some(SelectionCacheConfig::default());
+/// let config = SelectConfig { heads, dtype: DType::F32, selection_cache: reuse, ..SelectConfig::default() };
+/// let mut selections = SelectionCache::new(&device, &config, 1, 1)?; // one layer, one sequence
+/// let mut select = TokenSelect::new(&device, config, Limits::default())?;
+///
+/// let shape = KvShape { num_pages: 8, page_size: 16, num_kv_heads: 2, head_dim: 64 };
+/// let dense = KvStrides::dense(shape, KvLayout::Nhd);
+/// let strides = [KvStrides { page: 2 * dense.page, ..dense }; 2]; // of keys and of values
+/// let mut memory = vec![0.0f32; 8 * 2 * dense.page];
+///
+/// for (block, len) in [(40, 40), (1, 41)] { // a prompt, then a token
+///     let tables = PageTables { indptr: vec![0, 3], indices: vec![5, 2, 7], last_page_len: vec![len - 32] };
+///     let batch = Batch::new(16, vec![0, block], tables)?.with_sequence_indices(vec![0])?;
+///     let projection = vec![0.5f32; block as usize * 12 * 64];
+///     let qkv = TensorView::new(&projection, [block as usize, 12, 64])?;
+///     let input = StepInput { q: qkv.heads(0..8)?, k: qkv.heads(8..10)?, v: qkv.heads(10..12)? };
+///     let mut out = vec![0.0f32; block as usize * 8 * 64];
+///
+///     let pages = TensorViewMut::new(&mut memory, [8 * 2 * dense.page])?;
+///     let mut kv = KvViewMut::combined(pages, [0, dense.page], shape, strides)?;
+///     let layer = LayerMut { kv: kv.reborrow(), selections: Some(selections.layer_mut(0)?) };
+///     select.append_select(&batch, layer, input)?;
+///     let output = select.output(&batch, &mut out, None)?;
+///     select.attend(&batch, kv.as_view()?, input.q, Over::Selected, output)?;
+///     assert!(out.iter().all(|value| (value - 0.5).abs() < 1e-6)); // all values are 0.5, and so is their mean
+/// }
+/// # Ok(())
+/// # }
+/// ```
+/// On a GPU, [`TensorViewMut::from_device_addr`] and [`TensorView::from_device_addr`] make such views of addresses.
 #[derive(Debug)]
 pub struct KvViewMut<'a> {
     pub(crate) storage: KvStorageMut<'a>,
@@ -219,7 +264,7 @@ impl<'a> KvViewMut<'a> {
     /// values that do not lie among each other.
     ///
     /// # Errors
-    /// As [`KvView::strided`].
+    /// As [`KvView::strided`], and [`Error::Argument`] where two keys, or two values, may share an element.
     pub fn strided(
         k: TensorViewMut<'a>,
         v: TensorViewMut<'a>,
@@ -230,8 +275,8 @@ impl<'a> KvViewMut<'a> {
         reach("k", shape, k_strides, 0, k.shape())?;
         reach("v", shape, v_strides, 0, v.shape())?;
         v.expect("v", &[k.dtype()], v.shape())?;
-        expect_apart("k_strides", shape, k_strides, None)?;
-        expect_apart("v_strides", shape, v_strides, None)?;
+        expect_apart(K_STRIDES, shape, k_strides, None)?;
+        expect_apart(V_STRIDES, shape, v_strides, None)?;
         Ok(KvViewMut { storage: KvStorageMut::Separate { k, v }, shape, k_strides, v_strides, owner: None })
     }
 
@@ -240,7 +285,7 @@ impl<'a> KvViewMut<'a> {
     /// other element by element.
     ///
     /// # Errors
-    /// [`Error::Length`] where the tensor is shorter than the strides reach, [`Error::Config`] where keys and values, or two of
+    /// [`Error::Extent`] where the tensor is shorter than the strides reach, [`Error::Argument`] where keys and values, or two of
     /// either, may share an element.
     pub fn combined(
         kv: TensorViewMut<'a>,
@@ -253,10 +298,10 @@ impl<'a> KvViewMut<'a> {
         reach("kv", shape, v_strides, offsets[1], kv.shape())?;
         let distance = offsets[0].abs_diff(offsets[1]);
         if k_strides == v_strides {
-            expect_apart("offsets", shape, k_strides, Some(distance))?;
+            expect_apart(STRIDES, shape, k_strides, Some(distance))?;
         } else {
-            expect_apart("k_strides", shape, k_strides, None)?;
-            expect_apart("v_strides", shape, v_strides, None)?;
+            expect_apart(K_STRIDES, shape, k_strides, None)?;
+            expect_apart(V_STRIDES, shape, v_strides, None)?;
             expect_pools_apart(shape, offsets, strides)?;
         }
         Ok(KvViewMut {
@@ -366,28 +411,29 @@ impl KvStorageMut<'_> {
 /// Checks that no two heads of a pool share an element: sorted by their strides, each step goes beyond all that the smaller ones
 /// reach. With `distance` there are two such pools, so far from each other.
 fn expect_apart(
-    what: &'static str,
+    [page, token, head]: [&'static str; 3],
     shape: KvShape,
     strides: KvStrides,
     distance: Option<usize>,
 ) -> Result<()> {
     let mut steps = [
-        (strides.page, shape.num_pages),
-        (strides.token, shape.page_size),
-        (strides.head, shape.num_kv_heads),
-        (distance.unwrap_or(0), if distance.is_some() { 2 } else { 1 }),
+        (distance.unwrap_or(0), if distance.is_some() { 2 } else { 1 }, "offsets"),
+        (strides.page, shape.num_pages, page),
+        (strides.token, shape.page_size, token),
+        (strides.head, shape.num_kv_heads, head),
     ];
-    steps.sort_unstable();
-    let mut reached = shape.head_dim;
-    for (step, count) in steps.into_iter().filter(|&(_, count)| count > 1) {
+    steps.sort_by_key(|&(step, count, _)| (step, count));
+    let (mut reached, mut within) = (shape.head_dim, String::new());
+    for (step, count, what) in steps.into_iter().filter(|&(_, count, _)| count > 1) {
+        let apart = if what == "offsets" { " apart" } else { "" };
         if step < reached {
-            return Err(Error::config(
-                what,
-                format!("at least {reached}, so that nothing is in two places"),
-                step,
-            ));
+            let rule = format!("at least {reached}{apart}, so that nothing is in two places{within}");
+            return Err(Error::argument(what, rule, step));
         }
         reached = step.saturating_mul(count - 1).saturating_add(reached);
+        if what == "offsets" {
+            within = format!(" with `offsets` {step} apart");
+        }
     }
     Ok(())
 }
@@ -411,13 +457,18 @@ fn expect_pools_apart(shape: KvShape, offsets: [usize; 2], strides: [KvStrides; 
     let rule = format!(
         "at least {first} apart, or their pages between each other, where keys and values have other strides"
     );
-    Err(Error::config("offsets", rule, distance))
+    Err(Error::argument("offsets", rule, distance))
 }
 
 fn reach(what: &'static str, shape: KvShape, strides: KvStrides, offset: usize, given: Shape) -> Result<()> {
     let needed = shape.extent(strides).and_then(|extent| extent.checked_add(offset)).unwrap_or(usize::MAX);
     let got = given.checked_len().unwrap_or(0);
-    if got < needed { Err(Error::Length { what, shape: given, needed, got }) } else { Ok(()) }
+    if got >= needed {
+        return Ok(());
+    }
+    let (shape, strides) =
+        (shape.dims(KvLayout::Nhd).into(), vec![strides.page, strides.token, strides.head]);
+    Err(Error::Extent { what, shape, strides, offset, needed, got })
 }
 
 fn expect(got: KvShape, dtype: DType, heads: &HeadShape, expected: DType, page_size: usize) -> Result<()> {

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use crate::batch::{Batch, Block, Owned};
 use crate::device::{Device, Pending};
 use crate::error::{Error, Result};
-use crate::sequence::SequenceId;
+use crate::sequence::{Revision, SequenceId};
 
 /// What recorded work asks before it is done: which sequences there are, and how many leading tokens of each have keys and
 /// values, by layer and index of the sequence; 0 beyond the end.
@@ -13,7 +13,7 @@ use crate::sequence::SequenceId;
 pub(crate) struct Ledger {
     pub written: Vec<Vec<usize>>,
     /// Each sequence that is alive, its revision and its tokens.
-    pub sequences: Vec<Option<(SequenceId, u64, usize)>>,
+    pub sequences: Vec<Option<(SequenceId, Revision, usize)>>,
 }
 
 impl Ledger {
@@ -30,8 +30,8 @@ impl Ledger {
         for (row, &(id, revision, expected)) in owned.rows.iter().enumerate() {
             let found = self.sequences.get(id.index()).copied().flatten();
             let (_, now, got) = found.filter(|found| found.0 == id).ok_or(Error::UnknownSequence(id))?;
-            if now != revision || got < expected {
-                return Err(Error::StaleBatch { row, id, expected, got });
+            if now.number != revision {
+                return Err(Error::StaleBatch { row, id, expected, got, change: now.change });
             }
         }
         Ok(())

@@ -6,8 +6,10 @@
 //!
 //! # What to use
 //! - [`TokenSelect`] runs steps: [`step`](TokenSelect::step) for all of it, or one operation at a time.
-//! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine.
-//! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be, [`Device`] where it runs.
+//! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine
+//!   ([example](KvViewMut#example)).
+//! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be (one sequence, unless it says more), [`Device`] where
+//!   it runs.
 //!
 //! # Shapes
 //! | name | meaning |
@@ -84,13 +86,15 @@ pub use device::{Device, Graph};
 pub use driver::Event;
 pub use dtype::{DType, Shape};
 pub use error::{Error, Result};
+/// The crate of the types `half::f16` and `half::bf16`, which are [`Element`]s.
+pub use half;
 pub use kernels_gpu::launch::Dims;
 pub use kv::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
 pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};
 pub use plan::{Limits, Operations, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};
 pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
-pub use sequence::SequenceId;
+pub use sequence::{SequenceChange, SequenceId};
 pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
 pub use token_select::{Over, StepInput, StepOutput, TokenSelect};
 pub use workspace::{Buffer, RowAction, Workspace};

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::config::MAX_SEQUENCE_LEN;
 use crate::error::{Error, Result};
-use crate::sequence::SequenceId;
+use crate::sequence::{Revision, SequenceChange, SequenceId};
 
 /// The largest page size.
 pub const MAX_PAGE_SIZE: usize = 256;
@@ -36,14 +36,20 @@ pub struct PageTables {
 /// Of all allocators, so that a sequence of one is unknown to every other. 0 is that of none.
 static GENERATIONS: AtomicU32 = AtomicU32::new(1);
 
-#[derive(Debug, Clone, Default)]
+#[derive(Debug, Clone)]
 struct Sequence {
     generation: u32,
     alive: bool,
     len: usize,
     pages: Vec<u32>,
     /// Changes when tokens that a batch may name are dropped, move to another page or are shared.
-    revision: u64,
+    revision: Revision,
+}
+
+impl Sequence {
+    /// A place that no sequence was in.
+    const NEW: Sequence =
+        Sequence { generation: 0, alive: false, len: 0, pages: Vec::new(), revision: Revision::FIRST };
 }
 
 /// Hands pages to sequences, shares them between forks, and takes them back.
@@ -104,14 +110,14 @@ impl PageAllocator {
     /// `num_pages` free pages of `page_size` tokens (1 to 256), for at most `max_sequences` sequences.
     ///
     /// # Errors
-    /// [`Error::Config`] where a number is 0 or too large.
+    /// [`Error::Argument`] where a number is 0 or too large.
     pub fn new(num_pages: usize, page_size: usize, max_sequences: usize) -> Result<Self> {
         if page_size == 0 || page_size > MAX_PAGE_SIZE {
-            return Err(Error::config("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
+            return Err(Error::argument("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
         }
-        for (field, got) in [("num_pages", num_pages), ("max_sequences", max_sequences)] {
+        for (what, got) in [("num_pages", num_pages), ("max_sequences", max_sequences)] {
             if got == 0 || got > MAX_SEQUENCE_LEN {
-                return Err(Error::config(field, format!("from 1 to {MAX_SEQUENCE_LEN}"), got));
+                return Err(Error::argument(what, format!("from 1 to {MAX_SEQUENCE_LEN}"), got));
             }
         }
         static NEXT_ID: AtomicU64 = AtomicU64::new(1);
@@ -197,7 +203,7 @@ impl PageAllocator {
         let index = match self.free_indices.pop() {
             Some(index) => index,
             None if self.sequences.len() < limit => {
-                self.sequences.push(Sequence::default());
+                self.sequences.push(Sequence::NEW);
                 self.sequences.len() as u32 - 1
             }
             None => return Err(Error::TooManySequences { limit }),
@@ -220,7 +226,7 @@ impl PageAllocator {
             self.free.ref_counts[page as usize] += 1;
         }
         // Batches made before would write into pages that are now shared.
-        self.sequences[id.index()].revision += 1;
+        self.sequences[id.index()].revision.changed(SequenceChange::Forked);
         let sequence = &mut self.sequences[child.index()];
         (sequence.len, sequence.pages) = (len, pages);
         Ok(child)
@@ -266,7 +272,7 @@ impl PageAllocator {
                 if let Some(last) = sequence.pages.last_mut() {
                     *last = dst;
                 }
-                sequence.revision += 1;
+                sequence.revision.changed(SequenceChange::PageCopied);
                 done.push(PageCopy { src, dst, num_tokens: sequence.len % self.page_size });
             }
             sequence.len += num_tokens;
@@ -299,7 +305,7 @@ impl PageAllocator {
         let kept = len.div_ceil(self.page_size);
         let sequence = &mut self.sequences[id.index()];
         if len < sequence.len {
-            sequence.revision += 1;
+            sequence.revision.changed(SequenceChange::Truncated { to: len });
         }
         sequence.len = len;
         for page in sequence.pages.drain(kept..).rev() {
@@ -341,8 +347,8 @@ impl PageAllocator {
         self.id
     }
 
-    /// A number that changes when tokens of the sequence are dropped, moved or shared.
-    pub(crate) fn revision(&self, id: SequenceId) -> Result<u64> {
+    /// Another one after tokens of the sequence were dropped, moved or shared.
+    pub(crate) fn revision(&self, id: SequenceId) -> Result<Revision> {
         Ok(self.get(id)?.revision)
     }
 

@@ -73,7 +73,7 @@ impl SelectionCache {
     /// An empty cache.
     ///
     /// # Errors
-    /// [`Error::Config`] where `config` breaks a rule or the size does not fit the address space.
+    /// [`Error::Config`] where `config` breaks a rule, [`Error::Argument`] for too many layers, [`Error::OutOfMemory`].
     pub fn new(
         device: &Device,
         config: &SelectConfig,
@@ -82,7 +82,7 @@ impl SelectionCache {
     ) -> Result<Self> {
         config.validate()?;
         if num_layers > MAX_LAYERS {
-            return Err(Error::config("num_layers", format!("at most {MAX_LAYERS}"), num_layers));
+            return Err(Error::argument("num_layers", format!("at most {MAX_LAYERS}"), num_layers));
         }
         let query_len = config.heads.num_qo_heads * config.heads.head_dim;
         let per_sequence = [num_layers, num_sequences];

@@ -32,6 +32,14 @@ mod sealed {
 }
 
 /// A type that tensors can hold.
+///
+/// ```
+/// use tokenselect::Tensor;
+/// use tokenselect::half::bf16;
+///
+/// let ones = Tensor::from_vec(vec![bf16::ONE; 6], [2, 3])?;
+/// # Ok::<(), tokenselect::Error>(())
+/// ```
 pub trait Element: sealed::Storage + Copy + Default + PartialEq + fmt::Debug + Send + Sync + 'static {
     /// The tag of this type.
     const DTYPE: DType;
@@ -347,7 +355,7 @@ impl<'a> TensorView<'a> {
     ///   has ended.
     ///
     /// # Errors
-    /// [`Error::Config`] where the tensor is larger than the address space, [`Error::WrongDevice`] for the CPU.
+    /// [`Error::Argument`] where the tensor is larger than the address space, [`Error::WrongDevice`] for the CPU.
     pub unsafe fn from_device_addr(
         device: &'a Device,
         addr: u64,
@@ -364,16 +372,16 @@ impl<'a> TensorView<'a> {
     /// arguments `q`, `k` and `v` of operations take them.
     ///
     /// # Errors
-    /// [`Error::Config`] where the tensor has not three dimensions or is such a part already, or the range ends before it begins;
+    /// [`Error::Argument`] where the tensor has not three dimensions or is such a part already, or the range ends before it begins;
     /// [`Error::Index`] where it has no such heads.
     pub fn heads(&self, heads: Range<usize>) -> Result<TensorView<'a>> {
         let &[tokens, all, dim] = self.shape.dims() else {
-            return Err(Error::config("tensor", "three-dimensional", self.shape));
+            return Err(Error::argument("tensor", "three-dimensional", self.shape));
         };
         self.expect_dense("tensor")?;
         if heads.start > heads.end {
             let (rule, got) = ("a range that ends where it begins or later", format!("{heads:?}"));
-            return Err(Error::config("heads", rule, got));
+            return Err(Error::argument("heads", rule, got));
         }
         if heads.end > all {
             return Err(Error::Index { what: "last head", limit: all, got: heads.end - 1 });
@@ -392,12 +400,18 @@ impl<'a> TensorView<'a> {
     /// next of its token; the elements of a head are adjacent. As for [`heads`](Self::heads).
     ///
     /// # Errors
-    /// [`Error::Length`] where the slice is shorter than the strides reach.
+    /// [`Error::Extent`] where the slice is shorter than the strides reach.
     pub fn strided<T: Element>(data: &'a [T], shape: [usize; 3], strides: [usize; 2]) -> Result<Self> {
         let needed = reach(shape, strides);
         if needed.is_none_or(|needed| needed > data.len()) {
-            let needed = needed.unwrap_or(usize::MAX);
-            return Err(Error::Length { what: "data", shape: shape.into(), needed, got: data.len() });
+            return Err(Error::Extent {
+                what: "data",
+                shape: shape.into(),
+                strides: strides.to_vec(),
+                offset: 0,
+                needed: needed.unwrap_or(usize::MAX),
+                got: data.len(),
+            });
         }
         Ok(TensorView { shape: shape.into(), data: Borrowed::Host(T::wrap(data)), strides: Some(strides) })
     }
@@ -416,8 +430,12 @@ impl<'a> TensorView<'a> {
         shape: [usize; 3],
         strides: [usize; 2],
     ) -> Result<Self> {
-        let elements = reach(shape, strides).unwrap_or(usize::MAX);
-        let bytes = addressable(dtype, [elements].into())?;
+        let bytes = reach(shape, strides).and_then(|elements| Shape::from([elements]).num_bytes(dtype));
+        let too_large = || {
+            let rule = format!("at most isize::MAX bytes in strides {strides:?}");
+            Error::argument("shape", rule, Shape::from(shape))
+        };
+        let bytes = bytes.ok_or_else(too_large)?;
         let data = Borrowed::Device(DeviceSlice::borrow(device, addr, bytes)?, dtype);
         Ok(TensorView { shape: shape.into(), data, strides: Some(strides) })
     }
@@ -460,7 +478,7 @@ impl<'a> TensorView<'a> {
     fn expect_dense(&self, what: &'static str) -> Result<()> {
         match self.strides {
             None => Ok(()),
-            Some(strides) => Err(Error::config(what, "dense", format!("strides {strides:?}"))),
+            Some(strides) => Err(Error::argument(what, "dense", format!("strides {strides:?}"))),
         }
     }
 
@@ -549,7 +567,7 @@ impl<'a> TensorView<'a> {
         let slice = self.device_slice(what)?;
         slice.expect_on(driver, what)?;
         if !slice.addr().is_multiple_of(align) {
-            return Err(Error::config(what, format!("at an address divisible by {align}"), slice.addr()));
+            return Err(Error::argument(what, format!("at an address divisible by {align}"), slice.addr()));
         }
         Ok(())
     }
@@ -741,7 +759,7 @@ impl fmt::Debug for TensorViewMut<'_> {
 
 /// The number of bytes, where they fit the address space.
 fn addressable(dtype: DType, shape: Shape) -> Result<usize> {
-    shape.num_bytes(dtype).ok_or_else(|| Error::config("shape", "at most isize::MAX bytes in all", shape))
+    shape.num_bytes(dtype).ok_or_else(|| Error::argument("shape", "at most isize::MAX bytes in all", shape))
 }
 
 fn out_of_memory(device: &str, dtype: DType, shape: Shape) -> Error {

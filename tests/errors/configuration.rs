@@ -145,6 +145,8 @@ fn configuration_limits_are_inclusive() {
 #[test]
 fn limits_and_cache_sizes() {
     let field = |text: &str| format!("configuration field {text}");
+    let argument = |text: &str| format!("argument {text}");
+    let cache = |size| PagedKvCache::new(&Device::cpu(), &small_config(), &size);
     let max = MAX_SEQUENCE_LEN;
     for bad in [0, max + 1] {
         let rule = format!("must be from 1 to {max}, got {bad}");
@@ -156,15 +158,20 @@ fn limits_and_cache_sizes() {
         says(limits(|l, bad| l.max_rows = bad), &field(&format!("`max_rows` {rule}")));
         says(limits(|l, bad| l.max_block_len = bad), &field(&format!("`max_block_len` {rule}")));
         says(limits(|l, bad| l.max_kv_tokens = bad), &field(&format!("`max_kv_tokens` {rule}")));
-        says(PageAllocator::new(bad, 16, 1), &field(&format!("`num_pages` {rule}")));
-        says(PageAllocator::new(1, 16, bad), &field(&format!("`max_sequences` {rule}")));
+        says(PageAllocator::new(bad, 16, 1), &argument(&format!("`num_pages` {rule}")));
+        says(PageAllocator::new(1, 16, bad), &argument(&format!("`max_sequences` {rule}")));
+        let size = CacheConfig { num_pages: bad, ..CacheConfig::default() };
+        says(cache(size), &field(&format!("`num_pages` {rule}")));
     }
     for bad in [0, 257] {
-        says(PageAllocator::new(1, bad, 1), &field(&format!("`page_size` must be from 1 to 256, got {bad}")));
+        let text = format!("`page_size` must be from 1 to 256, got {bad}");
+        says(PageAllocator::new(1, bad, 1), &argument(&text));
+        says(cache(CacheConfig { page_size: bad, ..CacheConfig::default() }), &field(&text));
     }
     let no_layers = CacheConfig { num_layers: 0, ..CacheConfig::default() };
-    let made = PagedKvCache::new(&Device::cpu(), &small_config(), &no_layers);
-    says(made, &field("`num_layers` must be from 1 to 65536, got 0"));
+    says(cache(no_layers), &field("`num_layers` must be from 1 to 65536, got 0"));
+    let too_many = SelectionCache::new(&Device::cpu(), &small_config(), 65537, 1);
+    says(too_many, &argument("`num_layers` must be at most 65536, got 65537"));
     let text = format!("cpu: no memory for a tensor of {} bytes", usize::MAX);
     says(Tensor::zeros(DType::F32, [usize::MAX, 4]), &text);
 }

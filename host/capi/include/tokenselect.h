@@ -48,17 +48,17 @@ enum ts_status
   TS_STATUS_CALLBACK = 7,
   /// A defect of this library. Destroy the handles that took part; nothing else may be done with them.
   TS_STATUS_PANIC = 8,
-  /// A field of a configuration breaks its rule.
+  /// A field of a configuration, or another argument, breaks its rule.
   TS_STATUS_CONFIG = 16,
   /// A tensor has the wrong shape.
   TS_STATUS_SHAPE = 17,
-  /// A tensor has the wrong number of elements.
+  /// A tensor has the wrong number of elements, or strides lead beyond its memory.
   TS_STATUS_LENGTH = 18,
   /// A tensor has the wrong element type.
   TS_STATUS_ELEMENT_TYPE = 19,
   /// An index is not below its limit.
   TS_STATUS_INDEX = 20,
-  /// A batch is larger than the limits of the context.
+  /// A batch is larger than the limits of the context: its sequences may be truncated to what they were and extended by less.
   TS_STATUS_LIMIT = 21,
   /// Page tables or lengths of a batch contradict each other.
   TS_STATUS_TABLE = 22,
@@ -509,8 +509,8 @@ typedef struct ts_batch_tables {
   const int32_t *indices;
   /// `[num_rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
   const int32_t *last_page_len;
-  /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
-  /// selection is used again.
+  /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Operations
+  /// that are given a Selection Cache need it.
   const int32_t *sequence_indices;
   /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that
   /// compete for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.
@@ -1134,8 +1134,8 @@ ts_status ts_append_select(struct ts_context *context,
 ///
 /// `input` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
 /// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
-/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another and
-/// a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another, a
+/// batch without `sequence_indices` where a Selection Cache is given, and a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
 ///
 /// Promised by the caller:
 /// - As for `ts_select`.
@@ -1440,6 +1440,9 @@ ts_status ts_cache_num_free_pages(const struct ts_cache *cache,
 
 /// Makes room for a block of new tokens of each sequence named, all or nothing, and hands out the batch whose rows are
 /// these sequences in this order. Once for all layers. A length of 0 is a padding row.
+///
+/// A batch beyond the limits of a context is refused by its steps. Nothing is lost then: `ts_cache_sequence_truncate` takes
+/// each sequence back to its length before, to be extended by less.
 ///
 /// Errors: `TS_STATUS_OUT_OF_PAGES`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_DUPLICATE_SEQUENCE`,
 /// `TS_STATUS_SEQUENCE_TOO_LONG`.

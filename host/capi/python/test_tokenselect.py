@@ -447,7 +447,7 @@ class Steps(unittest.TestCase):
         q, batch = self.draw(1, HQ, D), ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
         kv = ts.KvView(self.draw(1, PAGE, HKV, D), self.draw(1, PAGE, HKV, D))
         ctx.select(batch, kv, q)
-        with self.assertRaisesRegex(ts.Error, "`attend` needs a plan with this operation") as caught:
+        with self.assertRaisesRegex(ts.Error, "`attend` needs a plan with the operation `attend`") as caught:
             ctx.attend(batch, kv, q)
         self.assertEqual(caught.exception.status, "TS_STATUS_MISSING")
         for wrong in ([], ["append", "step"]):
@@ -571,12 +571,26 @@ class Slice:
 class Emulated(unittest.TestCase):
     """GPU kernels."""
 
-    def test_fused(self):
-        """Slices of a fused projection on the device."""
+    def emulated(self):
+        """The device; a build without it skips the test."""
         try:
-            device = ts.Device.emulated()
+            return ts.Device.emulated()
         except ts.Error as error:
             self.skipTest(str(error))
+
+    def decoding(self, seed, max_kv_tokens):
+        """The device; on it, what a step of one query over eight pages needs: a context, the pages and the query."""
+        device, random = self.emulated(), np.random.default_rng(seed)
+        ctx = ts.Context(
+            device, config(dtype="bf16", head_dim=64), max_rows=1, max_block_len=1, max_kv_tokens=max_kv_tokens
+        )
+        shapes = [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)]
+        k, v, q = (device.to_device(to_bf16(random.standard_normal(shape))) for shape in shapes)
+        return device, ctx, ts.KvView(k, v), q
+
+    def test_fused(self):
+        """Slices of a fused projection on the device."""
+        device = self.emulated()
         cfg = config(dtype="bf16", head_dim=64)
         ctx = ts.Context(device, cfg, max_rows=1, max_block_len=8, max_kv_tokens=32)
         results = []
@@ -599,10 +613,7 @@ class Emulated(unittest.TestCase):
             np.testing.assert_array_equal(dense, fused)
 
     def test_select_and_capture(self):
-        try:
-            device = ts.Device.emulated()
-        except ts.Error as error:
-            self.skipTest(str(error))
+        device = self.emulated()
         random = np.random.default_rng(3)
         cfg = config(dtype="bf16", head_dim=64)
         lists = []
@@ -632,18 +643,10 @@ class Emulated(unittest.TestCase):
 
     def test_graph_holds_what_it_uses(self):
         """Context, batch, pages and tensors of recorded work live as long as the graph."""
-        try:
-            device = ts.Device.emulated()
-        except ts.Error as error:
-            self.skipTest(str(error))
-        random = np.random.default_rng(4)
-        cfg = config(dtype="bf16", head_dim=64)
-        k, v, q = (to_bf16(random.standard_normal(s)) for s in [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)])
+        device, ctx, kv, q = self.decoding(seed=4, max_kv_tokens=32)
         out = ts.Buffer(device, (1, HQ, 64), "<f4")
-        ctx = ts.Context(device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=32)
         slot = ts.BatchSlot(device, ts.Batch(PAGE, [0, 1], *tables(30, 8)), max_pages=8)
         bound = slot.put(ts.Batch(PAGE, [0, 1], *tables(30, 8)))
-        kv, q = ts.KvView(device.to_device(k), device.to_device(v)), device.to_device(q)
 
         def work():
             ctx.select(bound, kv, q)
@@ -664,15 +667,7 @@ class Emulated(unittest.TestCase):
 
     def test_tables_on_the_device(self):
         """Block tables and slots of tokens become a batch's, directly and in recorded work."""
-        try:
-            device = ts.Device.emulated()
-        except ts.Error as error:
-            self.skipTest(str(error))
-        random = np.random.default_rng(5)
-        cfg = config(dtype="bf16", head_dim=64)
-        k, v, q = (to_bf16(random.standard_normal(s)) for s in [(8, PAGE, HKV, 64)] * 2 + [(1, HQ, 64)])
-        kv, q = ts.KvView(device.to_device(k), device.to_device(v)), device.to_device(q)
-        ctx = ts.Context(device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+        device, ctx, kv, q = self.decoding(seed=5, max_kv_tokens=64)
         like = ts.Batch(PAGE, [0, 1], *tables(30, 8))
         ctx.select(like, kv, q)
         want = ctx.selected()

@@ -38,8 +38,8 @@ pub struct ts_batch_tables {
     pub indices: *const i32,
     /// `[num_rows]`: tokens in each row's last page, 1 to `page_size`; 0 for a row without pages.
     pub last_page_len: *const i32,
-    /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Without it no
-    /// selection is used again.
+    /// `[num_rows]`, or null: the row of the Selection Cache that belongs to each row, all different. Operations
+    /// that are given a Selection Cache need it.
     pub sequence_indices: *const i32,
     /// `[num_rows, 2]`, or null: for parts of sequences (sequence parallelism), begin and end of the tokens that
     /// compete for the top-k. What the row holds beside them is always selected; such rows never reuse a selection.

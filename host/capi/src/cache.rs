@@ -182,6 +182,9 @@ pub unsafe extern "C" fn ts_cache_num_free_pages(cache: *const ts_cache, num_pag
 /// Makes room for a block of new tokens of each sequence named, all or nothing, and hands out the batch whose rows are
 /// these sequences in this order. Once for all layers. A length of 0 is a padding row.
 ///
+/// A batch beyond the limits of a context is refused by its steps. Nothing is lost then: `ts_cache_sequence_truncate` takes
+/// each sequence back to its length before, to be extended by less.
+///
 /// Errors: `TS_STATUS_OUT_OF_PAGES`, `TS_STATUS_UNKNOWN_SEQUENCE`, `TS_STATUS_DUPLICATE_SEQUENCE`,
 /// `TS_STATUS_SEQUENCE_TOO_LONG`.
 ///

@@ -284,10 +284,10 @@ fn buffer_of(code: i32) -> Result<Buffer, Failure> {
 }
 
 /// Checks that an optional size was given.
-pub(crate) fn expect_at_least_one(field: &'static str, got: usize) -> Result<(), Failure> {
+pub(crate) fn expect_at_least_one(what: &'static str, got: usize) -> Result<(), Failure> {
     if got > 0 {
         Ok(())
     } else {
-        Err(Error::Config { field, rule: "at least 1".into(), got: got.to_string() }.into())
+        Err(Error::Argument { what, rule: "at least 1".into(), got: got.to_string() }.into())
     }
 }

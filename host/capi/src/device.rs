@@ -243,7 +243,7 @@ fn halves(num_bytes: usize) -> Result<usize> {
     if num_bytes.is_multiple_of(2) {
         return Ok(num_bytes / 2);
     }
-    Err(Error::Config { field: "num_bytes", rule: "even".into(), got: num_bytes.to_string() }.into())
+    Err(Error::Argument { what: "num_bytes", rule: "even".into(), got: num_bytes.to_string() }.into())
 }
 
 /// Copies `num_bytes` from memory of one device to that of another.

@@ -64,7 +64,7 @@ pub unsafe extern "C" fn ts_kv_view_set_dense(kv: *mut ts_kv_view, layout: i32) 
             shape.page_size.checked_mul(shape.num_kv_heads).and_then(|n| n.checked_mul(shape.head_dim));
         if page.is_none() {
             let (rule, got) = ("of pages that fit the address space".into(), format!("{shape:?}"));
-            return Err(Error::Config { field: "kv", rule, got }.into());
+            return Err(Error::Argument { what: "kv", rule, got }.into());
         }
         view.set_strides([KvStrides::dense(shape, layout); 2]);
         // SAFETY: as above.
@@ -108,8 +108,8 @@ impl ts_kv_view {
         strides: KvStrides,
         dtype: DType,
     ) -> Result<Argument> {
-        let too_large = || Error::Config {
-            field: what,
+        let too_large = || Error::Argument {
+            what,
             rule: "of strides within the address space".into(),
             got: format!("{strides:?}"),
         };

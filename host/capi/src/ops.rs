@@ -328,8 +328,8 @@ pub unsafe extern "C" fn ts_append_select(
 ///
 /// `input` and `selection_cache` are as for `ts_select`. Errors: `TS_STATUS_LIMIT`, `TS_STATUS_INDEX` for a sequence or
 /// layer that the Selection Cache does not have, `TS_STATUS_SHAPE` where that is of another configuration,
-/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another and
-/// a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
+/// `TS_STATUS_CONFIG` for strides that the device cannot go, `TS_STATUS_MISSING` for a batch whose slot holds another, a
+/// batch without `sequence_indices` where a Selection Cache is given, and a context without `TS_OPERATION_POOL`, `TS_STATUS_STRUCT_SIZE` and those of pointers.
 ///
 /// # Safety
 /// - As for `ts_select`.

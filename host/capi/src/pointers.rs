@@ -170,8 +170,8 @@ impl Argument {
         let fits = |len: &usize| {
             len.checked_mul(self.dtype.size()).is_some_and(|bytes| bytes <= isize::MAX as usize)
         };
-        let too_large = || Error::Config {
-            field: self.what,
+        let too_large = || Error::Argument {
+            what: self.what,
             rule: "at most isize::MAX bytes".into(),
             got: match self.strides {
                 None => self.shape.to_string(),

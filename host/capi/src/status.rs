@@ -31,17 +31,17 @@ pub enum ts_status {
     Callback = 7,
     /// A defect of this library. Destroy the handles that took part; nothing else may be done with them.
     Panic = 8,
-    /// A field of a configuration breaks its rule.
+    /// A field of a configuration, or another argument, breaks its rule.
     Config = 16,
     /// A tensor has the wrong shape.
     Shape = 17,
-    /// A tensor has the wrong number of elements.
+    /// A tensor has the wrong number of elements, or strides lead beyond its memory.
     Length = 18,
     /// A tensor has the wrong element type.
     ElementType = 19,
     /// An index is not below its limit.
     Index = 20,
-    /// A batch is larger than the limits of the context.
+    /// A batch is larger than the limits of the context: its sequences may be truncated to what they were and extended by less.
     Limit = 21,
     /// Page tables or lengths of a batch contradict each other.
     Table = 22,
@@ -125,9 +125,9 @@ impl Failure {
 
 fn status_of(error: &Error) -> ts_status {
     match error {
-        Error::Config { .. } => ts_status::Config,
+        Error::Config { .. } | Error::Argument { .. } => ts_status::Config,
         Error::Shape { .. } => ts_status::Shape,
-        Error::Length { .. } => ts_status::Length,
+        Error::Length { .. } | Error::Extent { .. } => ts_status::Length,
         Error::DType { .. } => ts_status::ElementType,
         Error::Index { .. } => ts_status::Index,
         Error::Limit { .. } => ts_status::Limit,

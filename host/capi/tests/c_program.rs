@@ -1,5 +1,5 @@
-//! Compiles `c/decode.c` against the header and the shared library, as C and as C++, and runs it. Skipped, loudly, where
-//! there is no compiler.
+//! Compiles `c/decode.c` against the header and the libraries and runs it; compiles the header as C++, and the README's C.
+//! Skipped, loudly, where there is no compiler.
 
 mod common;
 
@@ -37,6 +37,19 @@ fn cpp() {
     if let Some(program) = compile("c++", &flags, &source, ("header", &shared())) {
         run(&program);
     }
+}
+
+/// What the README shows of C, in one file, as C99.
+#[test]
+fn readme() {
+    let text = include_str!("../README.md");
+    let blocks: Vec<&str> =
+        text.split("```c\n").skip(1).map(|rest| rest.split("```").next().unwrap()).collect();
+    assert_eq!(blocks.len(), 2);
+    let source = Path::new(env!("CARGO_TARGET_TMPDIR")).join("readme.c");
+    std::fs::write(&source, blocks.concat()).unwrap();
+    let flags = ["-std=c99", "-Wall", "-Wextra", "-Wpedantic", "-Werror", "-c"];
+    compile("cc", &flags, &source, ("readme.o", &[]));
 }
 
 /// What the shared library exports: this interface and nothing else, in particular no function of the CUDA driver.

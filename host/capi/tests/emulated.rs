@@ -364,12 +364,12 @@ fn tables_on_the_device() {
             (
                 ts_device_tables { sequence_indices: lens, ..tables },
                 ts_status::Table,
-                "batch row 1: `sequences` must be as in the slot, 0, got 1",
+                "batch: `sequences` must be left out, as in the slot's first batch, got given",
             ),
             (
                 ts_device_tables { num_pages: 0, ..tables },
                 ts_status::Config,
-                "configuration field `num_pages` must be at least 1, got 0",
+                "argument `num_pages` must be at least 1, got 0",
             ),
         ] {
             fails(ts_batch_slot_translate(slot, &wrong, &mut bound), status, text);
@@ -437,10 +437,11 @@ fn addresses_are_checked() {
         let text = format!("`q` must be at an address divisible by 16, got {:#x}", odd.addr());
         fails(ts_pool(rig.context, batch, &queries(odd), null_mut(), 0), ts_status::Misaligned, &text);
         let right = queries(rig.kv.k);
-        for (stride, rule) in
-            [(68, "a multiple of 8 elements"), (1 << 32, "of strides up to 4294967295 elements")]
-        {
-            let text = format!("configuration field `q` must be {rule} on a GPU, got {stride}");
+        for (stride, rule) in [
+            (68, "of strides that are multiples of 8 elements"),
+            (1 << 32, "of strides up to 4294967295 elements"),
+        ] {
+            let text = format!("argument `q` must be {rule} on a GPU, got {stride}");
             for wrong in [
                 ts_step_input { q_stride_token: stride, ..right },
                 ts_step_input { q_stride_head: stride, ..right },

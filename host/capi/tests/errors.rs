@@ -503,7 +503,8 @@ fn tables() {
     let small = context(device, &config, &limits(1, 1, 3));
     // SAFETY: handles are alive.
     unsafe {
-        let text = "`max_kv_tokens` is limited to 3, the batch needs 4";
+        let text = "`max_kv_tokens` is limited to 3, the batch needs 4: make the limit larger, or the batch smaller (`truncate` \
+                    takes an `extend` back)";
         fails(ts_vote(small, batch), ts_status::Limit, text);
         let mut row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
         fails(ts_batch_get_row(batch, 1, &mut row), ts_status::Index, "`row` must be below 1, got 1");
@@ -587,7 +588,7 @@ fn pointers_to_tensors() {
         ok(ts_attend(context, batch, &kv, &strided, &behind));
         let far = ts_step_input { q_stride_head: usize::MAX, ..right };
         let text = format!(
-            "configuration field `q` must be at most isize::MAX bytes, got [1, 4, 16] in strides [64, {}]",
+            "argument `q` must be at most isize::MAX bytes, got [1, 4, 16] in strides [64, {}]",
             usize::MAX
         );
         fails(ts_attend(context, batch, &kv, &far, &output), ts_status::Config, &text);
@@ -615,7 +616,7 @@ fn pointers_to_tensors() {
         let text = "`buffer` must be a ts_workspace, got 11";
         fails(ts_context_workspace(context, 11, &mut tensor), UnknownEnum, text);
         let parts = ts_parts { num_parts: 0, num_query_tokens: 1, parts: base, part_lses: base, ..sized() };
-        let text = "configuration field `num_parts` must be at least 1, got 0";
+        let text = "argument `num_parts` must be at least 1, got 0";
         fails(ts_merge(context, &parts, &output), ts_status::Config, text);
         ok(ts_batch_destroy(batch));
         ok(ts_context_destroy(context));
@@ -660,7 +661,11 @@ fn owned_caches() {
         ok(ts_cache_sequence_truncate(cache, id, 1));
         let status = ts_step(context, cache, 0, batch, &input, &got.as_output());
         assert_eq!(status, ts_status::StaleBatch);
-        assert!(last_error().starts_with("batch row 0 is stale: sequence "), "{}", last_error());
+        let text = last_error();
+        assert!(text.starts_with("batch row 0 is stale: sequence "), "{text}");
+        let change =
+            " was truncated to length 1 after the batch was made; its length was 2 then and is 1 now";
+        assert!(text.ends_with(change), "{text}");
         assert_eq!(ts_cache_append(context, cache, 0, batch, &input), ts_status::StaleBatch);
         assert!(got.out.iter().all(|x| x.is_nan()), "nothing was written");
         ok(ts_batch_destroy(batch));
@@ -706,7 +711,7 @@ fn memory() {
         let buffer = made(|to| ts_buffer_create(device, 4, to));
         let data = made(|to| ts_buffer_data(buffer, to));
         let (from, to_pointer) = (from.as_ptr().cast(), to.as_mut_ptr().cast::<std::ffi::c_void>());
-        let text = "configuration field `num_bytes` must be even, got 3";
+        let text = "argument `num_bytes` must be even, got 3";
         fails(ts_memory_write(device, data, from, 3), ts_status::Config, text);
         ok(ts_memory_write(device, data, from, 4));
         ok(ts_memory_read(device, to_pointer, data, 4));

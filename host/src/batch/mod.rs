@@ -78,13 +78,13 @@ pub struct Batch {
 impl Batch {
     /// A batch over page tables in the layout of FlashInfer.
     ///
-    /// `qo_indptr` is `[rows + 1]`, ascending from 0: the query tokens of row `r` are rows
+    /// There are as many rows as entries of `last_page_len`. `qo_indptr` is `[rows + 1]`, ascending from 0: the query tokens of row `r` are rows
     /// `qo_indptr[r]..qo_indptr[r + 1]` of `q` and `out`. The tables describe the cache *after* the block
     /// was appended, so that `n = (pages - 1) * page_size + last_page_len`.
     ///
     /// # Errors
     /// [`Error::Table`] where the tables contradict each other; a row's block must not be longer than the
-    /// row, unless the row is empty.
+    /// row, unless the row is empty. [`Error::Argument`] for the page size, [`Error::Limit`] for too many rows.
     pub fn new(page_size: usize, qo_indptr: Vec<u32>, tables: PageTables) -> Result<Self> {
         Batch::build(page_size, qo_indptr, tables, None)
     }
@@ -116,7 +116,7 @@ impl Batch {
         candidates: Option<Vec<Range<u32>>>,
     ) -> Result<Self> {
         if page_size == 0 || page_size > MAX_PAGE_SIZE {
-            return Err(Error::config("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
+            return Err(Error::argument("page_size", format!("from 1 to {MAX_PAGE_SIZE}"), page_size));
         }
         let rows = tables.last_page_len.len();
         if rows > MAX_ROWS {
@@ -126,10 +126,14 @@ impl Batch {
         check_indptr("indptr", &tables.indptr, rows)?;
         let (last, got) = (tables.indptr[rows] as usize, tables.indices.len());
         if last != got {
-            return Err(Error::table(rows, "indptr", format!("the number of indices, {got}"), last));
+            return Err(Error::table("indptr", format!("{got} at its end, the length of `indices`"), last));
         }
         if let Some(got) = candidates.as_ref().map(Vec::len).filter(|&got| got != rows) {
-            return Err(Error::table(rows, "candidates", format!("of length {rows}"), got));
+            return Err(Error::table(
+                "candidates",
+                format!("of length {rows}, that of `last_page_len`"),
+                got,
+            ));
         }
         let max_page = tables.indices.iter().copied().max();
         let batch = Batch {
@@ -156,30 +160,30 @@ impl Batch {
     fn check_row(&self, row: usize) -> Result<()> {
         let (pages, last) = (self.pages(row).len(), self.tables.last_page_len[row] as usize);
         if pages == 0 && last != 0 {
-            return Err(Error::table(row, "last_page_len", "0 for a row without pages", last));
+            return Err(Error::row(row, "last_page_len", "0 for a row without pages", last));
         }
         if pages > 0 && (last == 0 || last > self.page_size) {
             let rule = format!("from 1 to page_size = {}", self.page_size);
-            return Err(Error::table(row, "last_page_len", rule, last));
+            return Err(Error::row(row, "last_page_len", rule, last));
         }
         let (kv_len, block_len) = (self.kv_len(row), self.block_len(row));
         if kv_len > MAX_SEQUENCE_LEN {
-            return Err(Error::table(row, "kv_len", format!("at most {MAX_SEQUENCE_LEN}"), kv_len));
+            return Err(Error::row(row, "kv_len", format!("at most {MAX_SEQUENCE_LEN}"), kv_len));
         }
         if let Some(range) = self.candidates.as_ref().map(|all| &all[row]) {
             if range.start > range.end || range.end as usize > kv_len {
                 let rule = format!("an ascending range within [0, {kv_len}]");
-                return Err(Error::table(row, "candidates", rule, format!("{range:?}")));
+                return Err(Error::row(row, "candidates", rule, format!("{range:?}")));
             }
         } else if block_len > kv_len && kv_len > 0 {
             let rule = format!("at most the row's {kv_len} cached tokens");
-            return Err(Error::table(row, "block length", rule, block_len));
+            return Err(Error::row(row, "block length", rule, block_len));
         }
         Ok(())
     }
 
     /// Names the row of the [`SelectionCache`](crate::SelectionCache) that belongs to each row of the batch,
-    /// `[rows]`. Without it no selection is reused.
+    /// `[rows]`. Operations that are given cached selections ask for it; rows of [`partial`](Self::partial) batches never reuse any.
     ///
     /// # Errors
     /// [`Error::Table`] where the number of entries is not the number of rows, two rows share one, or one is `u32::MAX`.
@@ -187,17 +191,17 @@ impl Batch {
         self.expect_on_host("with_sequence_indices")?;
         self.expect_whole("with_sequence_indices")?;
         if indices.len() != self.num_rows() {
-            let rule = format!("of length {}", self.num_rows());
-            return Err(Error::table(0, "sequence_indices", rule, indices.len()));
+            let rule = format!("of length {}, one for each row", self.num_rows());
+            return Err(Error::table("sequence_indices", rule, indices.len()));
         }
         if let Some(row) = indices.iter().position(|&index| index == NO_SEQUENCE) {
-            return Err(Error::table(row, "sequence_indices", format!("below {NO_SEQUENCE}"), NO_SEQUENCE));
+            return Err(Error::row(row, "sequence_indices", format!("below {NO_SEQUENCE}"), NO_SEQUENCE));
         }
         let mut sorted: Vec<(u32, usize)> = indices.iter().copied().zip(0..).collect();
         sorted.sort_unstable();
         if let Some(pair) = sorted.windows(2).find(|pair| pair[0].0 == pair[1].0) {
             let rule = format!("unlike that of row {}", pair[0].1);
-            return Err(Error::table(pair[1].1, "sequence_indices", rule, pair[1].0));
+            return Err(Error::row(pair[1].1, "sequence_indices", rule, pair[1].0));
         }
         self.sequence_indices = Some(indices);
         // The rows are no longer those that a cache has made.
@@ -210,7 +214,7 @@ impl Batch {
     /// Each has `block_len` queries, for which `out = 0` and `lse = -inf` are written and nothing else is done.
     ///
     /// # Errors
-    /// [`Error::Limit`] where the batch has more rows already.
+    /// [`Error::Limit`] where the batch has more rows already, [`Error::Argument`] for more than any batch can have.
     pub fn padded(mut self, num_rows: usize, block_len: usize) -> Result<Self> {
         self.expect_on_host("padded")?;
         self.expect_whole("padded")?;
@@ -222,7 +226,7 @@ impl Batch {
             missing.checked_mul(block_len).and_then(|more| more.checked_add(self.num_query_tokens()));
         if num_rows > MAX_ROWS || queries.is_none_or(|queries| queries > MAX_SEQUENCE_LEN) {
             let rule = format!("of at most {MAX_ROWS} rows and {MAX_SEQUENCE_LEN} queries");
-            return Err(Error::config("num_rows", rule, format!("{num_rows} rows, blocks of {block_len}")));
+            return Err(Error::argument("num_rows", rule, format!("{num_rows} rows, blocks of {block_len}")));
         }
         let (mut query, page) = (self.qo_indptr[got], self.tables.indptr[got]);
         for _ in 0..missing {
@@ -558,7 +562,7 @@ impl Batch {
             None => Ok(()),
             &Some((row, page)) => {
                 let rule = "of pages that are in no other place, where the block is written";
-                Err(Error::table(row, "indices", rule, page))
+                Err(Error::row(row, "indices", rule, page))
             }
         }
     }
@@ -641,13 +645,14 @@ fn candidates(
 
 fn check_indptr(what: &'static str, indptr: &[u32], rows: usize) -> Result<()> {
     if indptr.len() != rows + 1 {
-        return Err(Error::table(rows, what, format!("of length rows + 1 = {}", rows + 1), indptr.len()));
+        let rule = format!("of length {}, that of `last_page_len` ({rows}) plus 1", rows + 1);
+        return Err(Error::table(what, rule, indptr.len()));
     }
     if indptr[0] != 0 {
-        return Err(Error::table(0, what, "0 at its start", indptr[0]));
+        return Err(Error::table(what, "0 at its start", indptr[0]));
     }
     if let Some(row) = (0..rows).find(|&row| indptr[row] > indptr[row + 1]) {
-        return Err(Error::table(
+        return Err(Error::row(
             row,
             what,
             format!("at least {}, its predecessor", indptr[row]),

@@ -96,20 +96,17 @@ impl BatchSlot {
     pub fn put(&mut self, mut batch: Batch) -> Result<Batch> {
         batch.expect_on_host("put")?;
         batch.expect_whole("put")?;
-        let (like, rows) = (&self.like, batch.num_rows());
+        let like = &self.like;
         if batch.qo_indptr != like.qo_indptr {
             let rule = format!("that of the slot, {:?}", like.qo_indptr);
-            return Err(Error::table(rows, "qo_indptr", rule, format!("{:?}", batch.qo_indptr)));
+            return Err(Error::table("qo_indptr", rule, format!("{:?}", batch.qo_indptr)));
         }
-        for (what, expected, got) in [
-            ("page_size", like.page_size, batch.page_size),
-            ("sequence_indices", usize::from(like.has_sequences()), usize::from(batch.has_sequences())),
-            ("candidates", usize::from(like.is_partial()), usize::from(batch.is_partial())),
-        ] {
-            if got != expected {
-                return Err(Error::table(rows, what, format!("as in the slot, {expected}"), got));
-            }
+        if batch.page_size != like.page_size {
+            let rule = format!("that of the slot, {}", like.page_size);
+            return Err(Error::table("page_size", rule, batch.page_size));
         }
+        self.expect_given("sequence_indices", like.has_sequences(), batch.has_sequences())?;
+        self.expect_given("candidates", like.is_partial(), batch.is_partial())?;
         let got = batch.tables.indices.len();
         if got > self.max_pages {
             return Err(Error::Limit { what: "pages of a slot", limit: self.max_pages, got });
@@ -117,6 +114,15 @@ impl BatchSlot {
         self.check_needs(&batch)?;
         batch.on_device = DeviceTables::put(&batch, &self.memory)?;
         Ok(self.occupy(batch))
+    }
+
+    /// Checks that a table is given exactly if the slot's batches have it.
+    pub(super) fn expect_given(&self, what: &'static str, expected: bool, got: bool) -> Result<()> {
+        if got == expected {
+            return Ok(());
+        }
+        let name = |given| if given { "given" } else { "left out" };
+        Err(Error::table(what, format!("{}, as in the slot's first batch", name(expected)), name(got)))
     }
 
     /// Checks that a batch stays within the limits of what was recorded with this slot's batches.

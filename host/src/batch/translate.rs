@@ -45,8 +45,8 @@ impl BatchSlot {
     ///
     /// # Errors
     /// [`Error::Shape`], [`Error::DType`], [`Error::WrongDevice`] for wrong tensors, [`Error::Table`] where sequences are given
-    /// to a slot without them or the other way round, [`Error::Config`] for no pages, [`Error::Limit`] where the slot is for
-    /// parts of sequences.
+    /// to a slot without them or the other way round, [`Error::Argument`] for no pages, [`Error::Missing`] where the slot
+    /// is for parts of sequences.
     pub fn translate(&mut self, tables: &TablesOnDevice<'_>) -> Result<Batch> {
         let params = self.translate_params(tables)?;
         let max_row_pages = params.max_row_pages() as usize;
@@ -83,19 +83,15 @@ impl BatchSlot {
         let rows = self.num_rows();
         let dims = tables.entries.shape();
         let &[table_rows, entries] = dims.dims() else {
-            return Err(Error::config("entries", "two-dimensional", dims));
+            return Err(Error::argument("entries", "two-dimensional", dims));
         };
         if tables.num_pages == 0 {
-            return Err(Error::config("num_pages", "at least 1", tables.num_pages));
+            return Err(Error::argument("num_pages", "at least 1", tables.num_pages));
         }
         if self.like.is_partial() {
             return Err(Error::Missing { op: "translate", needs: "a slot for whole sequences" });
         }
-        let (expected, got) = (self.like.has_sequences(), tables.sequences.is_some());
-        if got != expected {
-            let rule = format!("as in the slot, {}", usize::from(expected));
-            return Err(Error::table(rows, "sequences", rule, usize::from(got)));
-        }
+        self.expect_given("sequences", self.like.has_sequences(), tables.sequences.is_some())?;
         tables.entries.expect("entries", &[DType::U32], [table_rows, entries])?;
         let lens = [Some(("kv_lens", &tables.kv_lens)), tables.rows.as_ref().map(|rows| ("rows", rows))];
         let sequences = tables.sequences.as_ref().map(|sequences| ("sequences", sequences));
@@ -145,7 +141,7 @@ fn pointer(driver: &Arc<dyn Driver>, what: &'static str, tensor: &TensorView<'_>
     let slice = tensor.device_slice(what)?;
     slice.expect_on(driver, what)?;
     if !slice.addr().is_multiple_of(4) {
-        return Err(Error::config(what, "at an address divisible by 4", slice.addr()));
+        return Err(Error::argument(what, "at an address divisible by 4", slice.addr()));
     }
     Ok(GlobalPtr::from_addr(slice.addr()))
 }

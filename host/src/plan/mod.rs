@@ -11,15 +11,41 @@ use crate::device::Device;
 use crate::dtype::Shape;
 use crate::error::{Error, Result};
 
-/// The largest batch that a [`TokenSelect`](crate::TokenSelect) will be given.
+/// The largest batch that a [`TokenSelect`](crate::TokenSelect) will be given: its buffers are made for it. A larger one is
+/// [`Error::Limit`], which names the field to raise; [`PagedKvCache::extend_within`](crate::PagedKvCache::extend_within) finds that before the
+/// sequences grow.
+///
+/// By default batches have one row: to serve several sequences at once, say how many.
+/// ```
+/// # use tokenselect::Limits;
+/// let limits = Limits { max_rows: 16, max_kv_tokens: 16 * 32_768, ..Limits::default() };
+/// ```
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Limits {
-    /// Rows of a batch. Default 1.
+    /// Rows of a batch: sequences of a step, and padding. Default 1.
     pub max_rows: usize,
-    /// Query tokens of one row. Default 512.
+    /// Query tokens of one row: the longest block of a chunked prefill. Default 512.
     pub max_block_len: usize,
     /// Tokens cached by all rows of a batch together, every row rounded up to whole pages. Default 131072.
     pub max_kv_tokens: usize,
+}
+
+impl Limits {
+    /// Checks the numbers of a batch.
+    ///
+    /// # Errors
+    /// [`Error::Limit`], naming the limit.
+    pub(crate) fn check(&self, rows: usize, block_len: usize, kv_tokens: usize) -> Result<()> {
+        let needs = [
+            ("max_rows", self.max_rows, rows),
+            ("max_block_len", self.max_block_len, block_len),
+            ("max_kv_tokens", self.max_kv_tokens, kv_tokens),
+        ];
+        match needs.into_iter().find(|&(_, limit, got)| got > limit) {
+            None => Ok(()),
+            Some((what, limit, got)) => Err(Error::Limit { what, limit, got }),
+        }
+    }
 }
 
 impl Default for Limits {
@@ -64,15 +90,22 @@ impl Operations {
         attend: false,
     };
 
-    /// Whether these are all that selections of a batch need.
-    pub(crate) fn select(&self, batch: &Batch) -> bool {
-        self.pool && self.vote && if batch.is_in_blocks() { self.score_blocks } else { self.score }
+    /// Those of a selection of a batch.
+    pub(crate) fn selecting(batch: &Batch) -> Operations {
+        let blocks = batch.is_in_blocks();
+        Operations { pool: true, score: !blocks, score_blocks: blocks, vote: true, ..Operations::NONE }
     }
 
     /// Whether logits are kept: on a GPU not for blocks.
     fn keeps_logits(&self, device: &Device) -> bool {
         self.score || self.score_blocks && device.is_cpu()
     }
+
+    pub(crate) const APPEND: Operations = Operations { append: true, ..Operations::NONE };
+    pub(crate) const POOL: Operations = Operations { pool: true, ..Operations::NONE };
+    pub(crate) const SCORE: Operations = Operations { score: true, ..Operations::NONE };
+    pub(crate) const VOTE: Operations = Operations { vote: true, ..Operations::NONE };
+    pub(crate) const ATTEND: Operations = Operations { attend: true, ..Operations::NONE };
 }
 
 impl Default for Operations {
@@ -152,9 +185,24 @@ impl Plan {
         self.operations
     }
 
-    /// The error for an operation that the plan leaves out.
-    pub(crate) fn expect(&self, op: &'static str, is_there: impl Fn(&Operations) -> bool) -> Result<()> {
-        if is_there(&self.operations) { Ok(()) } else { Err(missing(op)) }
+    /// Checks that the plan has all that `op` needs.
+    ///
+    /// # Errors
+    /// [`Error::Missing`], naming the first operation that the plan leaves out.
+    pub(crate) fn expect(&self, op: &'static str, needed: Operations) -> Result<()> {
+        let has = self.operations;
+        let left_out = [
+            (needed.append && !has.append, "a plan with the operation `append`"),
+            (needed.pool && !has.pool, "a plan with the operation `pool`"),
+            (needed.score && !has.score, "a plan with the operation `score`"),
+            (needed.score_blocks && !has.score_blocks, "a plan with the operation `score_blocks`"),
+            (needed.vote && !has.vote, "a plan with the operation `vote`"),
+            (needed.attend && !has.attend, "a plan with the operation `attend`"),
+        ];
+        match left_out.into_iter().find(|&(is_left_out, _)| is_left_out) {
+            None => Ok(()),
+            Some((_, needs)) => Err(Error::Missing { op, needs }),
+        }
     }
 
     /// Kernels and scratch memory of a GPU; `None` for the processor.
@@ -202,16 +250,7 @@ impl Plan {
     /// # Errors
     /// [`Error::Limit`], naming the limit.
     pub fn check(&self, batch: &Batch) -> Result<()> {
-        let needs = [
-            ("max_rows", self.limits.max_rows, batch.num_rows()),
-            ("max_block_len", self.limits.max_block_len, batch.max_block_len()),
-            ("max_kv_tokens", self.limits.max_kv_tokens, batch.num_token_places()),
-        ];
-        for (what, limit, got) in needs {
-            if got > limit {
-                return Err(Error::Limit { what, limit, got });
-            }
-        }
+        self.limits.check(batch.num_rows(), batch.max_block_len(), batch.num_token_places())?;
         batch.check_selected(self.config.max_selected(self.limits.max_block_len), self.config.top_k)
     }
 }

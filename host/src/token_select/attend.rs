@@ -1,5 +1,6 @@
 //! Attention, and the merge of its parts.
 
+use super::checks::{LISTS, OWN_LISTS};
 use super::{StepOutput, TokenSelect};
 use crate::backend::{AttendArgs, MergeArgs, Selection};
 use crate::batch::Batch;
@@ -7,6 +8,7 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::kv::KvView;
 use crate::ledger::Access;
+use crate::plan::Operations;
 use crate::tensor::TensorView;
 use crate::workspace::Stage;
 
@@ -44,7 +46,7 @@ impl TokenSelect {
         over: Over<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("attend", |ops| ops.attend)?;
+        self.plan.expect("attend", Operations::ATTEND)?;
         self.check_owner("attend", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
@@ -54,7 +56,7 @@ impl TokenSelect {
             Over::Selected => {
                 self.workspace.progress.expect("attend", Stage::Selected, batch)?;
             }
-            Over::Lists(lists) => self.check_lists(batch, lists)?,
+            Over::Lists(lists) => self.check_lists(batch, lists, LISTS)?,
             Over::All if batch.is_partial() => {
                 return Err(Error::Missing { op: "attend", needs: "a batch of whole sequences" });
             }
@@ -83,7 +85,7 @@ impl TokenSelect {
             Over::Lists(lists) => Some(*lists),
             Over::Selected => {
                 // A caller may have written what they are made of, cached selections among it.
-                self.check_lists(batch, &self.own_lists())?;
+                self.check_lists(batch, &self.own_lists(), OWN_LISTS)?;
                 Some(self.own_lists())
             }
         };

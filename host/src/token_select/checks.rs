@@ -7,10 +7,23 @@ use crate::backend::{Ranks, Selection};
 use crate::batch::{Batch, Needs};
 use crate::dtype::DType;
 use crate::error::{Error, Result};
-use crate::kv::{KvStorageMut, KvStrides, KvView, KvViewMut};
+use crate::kv::{K_STRIDES, KvStorageMut, KvStrides, KvView, KvViewMut, V_STRIDES};
 use crate::ledger::{Access, OwnedLayer};
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
+
+/// What errors call lists of tokens and their lengths.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct ListNames {
+    tokens: &'static str,
+    len: &'static str,
+}
+
+/// The lists that [`Over::Lists`](super::Over::Lists) was given.
+pub(super) const LISTS: ListNames = ListNames { tokens: "selection.tokens", len: "selection.len" };
+
+/// Those of the workspace.
+pub(super) const OWN_LISTS: ListNames = ListNames { tokens: "Buffer::Selected", len: "Buffer::SelectedLen" };
 
 /// Kernels move 16 bytes at a time.
 const ALIGN: u64 = 16;
@@ -66,6 +79,7 @@ impl TokenSelect {
     /// A layer that is appended to, and what is.
     pub(super) fn check_append(
         &self,
+        op: &'static str,
         batch: &Batch,
         kv: &KvViewMut<'_>,
         k: &TensorView<'_>,
@@ -87,10 +101,10 @@ impl TokenSelect {
         for (what, pages) in kv.storage.tensors() {
             self.check_place(what, &pages)?;
         }
-        self.check_strides(kv.k_strides)?;
-        self.check_strides(kv.v_strides)?;
+        self.check_strides(K_STRIDES, kv.k_strides)?;
+        self.check_strides(V_STRIDES, kv.v_strides)?;
         if batch.is_partial() {
-            return Err(Error::Missing { op: "append", needs: "a batch of whole sequences" });
+            return Err(Error::Missing { op, needs: "a batch of whole sequences" });
         }
         self.note_needs(batch, Needs { appends: true, ..Needs::NONE });
         batch.check_written_pages()
@@ -102,8 +116,8 @@ impl TokenSelect {
         kv.expect(&config.heads, config.dtype, batch.page_size())?;
         self.check_place("k pages", &kv.k)?;
         self.check_place("v pages", &kv.v)?;
-        self.check_strides(kv.k_strides)?;
-        self.check_strides(kv.v_strides)?;
+        self.check_strides(K_STRIDES, kv.k_strides)?;
+        self.check_strides(V_STRIDES, kv.v_strides)?;
         self.check_pages(batch, kv.shape().num_pages)
     }
 
@@ -116,28 +130,35 @@ impl TokenSelect {
     fn check_heads(&self, what: &'static str, heads: &TensorView<'_>) -> Result<()> {
         self.check_place(what, heads)?;
         for stride in heads.head_strides() {
-            self.check_pieces(what, stride)?;
+            if !self.moves(stride) {
+                let rule = format!("of strides that are multiples of {PIECE} elements on a GPU");
+                return Err(Error::argument(what, rule, stride));
+            }
             if !self.device().is_cpu() && u32::try_from(stride).is_err() {
                 let rule = format!("of strides up to {} elements on a GPU", u32::MAX);
-                return Err(Error::config(what, rule, stride));
+                return Err(Error::argument(what, rule, stride));
             }
         }
         Ok(())
     }
 
     /// Strides of whole pieces.
-    fn check_strides(&self, strides: KvStrides) -> Result<()> {
-        self.check_pieces("strides.page", strides.page)?;
-        self.check_pieces("strides.token", strides.token)?;
-        self.check_pieces("strides.head", strides.head)
+    fn check_strides(&self, [page, token, head]: [&'static str; 3], strides: KvStrides) -> Result<()> {
+        self.check_pieces(page, strides.page)?;
+        self.check_pieces(token, strides.token)?;
+        self.check_pieces(head, strides.head)
     }
 
-    /// A distance that a GPU, which moves whole pieces, can go.
-    fn check_pieces(&self, field: &'static str, got: usize) -> Result<()> {
-        if self.device().is_cpu() || got.is_multiple_of(PIECE as usize) {
+    /// Whether a distance is one that the device can go: a GPU moves whole pieces.
+    fn moves(&self, distance: usize) -> bool {
+        self.device().is_cpu() || distance.is_multiple_of(PIECE as usize)
+    }
+
+    fn check_pieces(&self, what: &'static str, got: usize) -> Result<()> {
+        if self.moves(got) {
             return Ok(());
         }
-        Err(Error::config(field, format!("a multiple of {PIECE} elements on a GPU"), got))
+        Err(Error::argument(what, format!("a multiple of {PIECE} elements on a GPU"), got))
     }
 
     /// Page numbers within the pool.
@@ -167,8 +188,41 @@ impl TokenSelect {
         Ok(())
     }
 
-    /// Cached selections, if any are given.
-    pub(super) fn check_cached(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
+    /// Cached selections, if any are given, and a batch for them.
+    pub(super) fn check_cached(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        self.check_named(op, batch, cached)?;
+        self.check_cached_tables(batch, cached)
+    }
+
+    /// The sequences that cached selections are of, where they are used.
+    pub(super) fn check_named(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        let may_use = cached.is_some()
+            && self.config().selection_cache.is_some()
+            && !batch.is_partial()
+            && !batch.is_in_blocks();
+        if may_use && !batch.has_sequences() {
+            let needs = "a batch with `sequence_indices` where cached selections are given";
+            return Err(Error::Missing { op, needs });
+        }
+        Ok(())
+    }
+
+    /// The tables of cached selections.
+    pub(super) fn check_cached_tables(
+        &self,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
         let Some(cached) = cached else { return Ok(()) };
         let config = self.config();
         let limit = cached.ages.shape().dims().first().copied().unwrap_or(0);
@@ -201,23 +255,28 @@ impl TokenSelect {
     }
 
     /// What lists of the caller's must be, as far as that is known without waiting for a device.
-    pub(super) fn check_lists(&self, batch: &Batch, selection: &Selection<'_>) -> Result<()> {
+    pub(super) fn check_lists(
+        &self,
+        batch: &Batch,
+        selection: &Selection<'_>,
+        names: ListNames,
+    ) -> Result<()> {
         let rows = selection.len.shape().dims().first().copied().unwrap_or(0);
         if rows < batch.num_rows() {
             let (expected, got) = ([batch.num_rows()].into(), [rows].into());
-            return Err(Error::Shape { what: "selection.len", expected, got });
+            return Err(Error::Shape { what: names.len, expected, got });
         }
         let width = selection.tokens.shape().dims().last().copied().unwrap_or(0);
-        selection.len.expect("selection.len", &[DType::U32], [rows])?;
-        selection.tokens.expect("selection.tokens", &[DType::U32], [rows, width])?;
+        selection.len.expect(names.len, &[DType::U32], [rows])?;
+        selection.tokens.expect(names.tokens, &[DType::U32], [rows, width])?;
         if let Some(ranks) = &selection.ranks {
             ranks.ranks.expect("selection.ranks", &[DType::U32], [rows, width])?;
             ranks.total_len.expect("selection.total_len", &[DType::U32], [rows])?;
             self.check_place("selection.ranks", &ranks.ranks)?;
             self.check_place("selection.total_len", &ranks.total_len)?;
         }
-        self.check_place("selection.tokens", &selection.tokens)?;
-        self.check_place("selection.len", &selection.len)?;
+        self.check_place(names.tokens, &selection.tokens)?;
+        self.check_place(names.len, &selection.len)?;
         self.check_ranks(batch, selection.ranks.as_ref())?;
         if !selection.len.is_on_host() {
             return Ok(()); // looking at the lists would wait for the device
@@ -227,19 +286,20 @@ impl TokenSelect {
         for row in (0..batch.num_rows()).filter(|&row| batch.block_len(row) > 0) {
             let len = lens[row] as usize;
             if len > width {
-                return Err(Error::table(row, "selection.len", format!("at most {width}"), len));
+                return Err(Error::row(row, names.len, format!("at most {width}"), len));
             }
             let list = &tokens[row * width..][..len];
-            check_list(row, "selection.tokens", list, batch.kv_len(row))?;
-            let mut total = len;
+            check_list(row, names.tokens, list, batch.kv_len(row))?;
+            let (mut total, mut total_name) = (len, names.len);
             if let Some(ranks) = &selection.ranks {
                 total = ranks.total_len.as_slice::<u32>()?[row] as usize;
+                total_name = "selection.total_len";
                 let list = &ranks.ranks.as_slice::<u32>()?[row * width..][..len];
                 check_list(row, "selection.ranks", list, total)?;
             }
             if total > 0 && total < batch.block_len(row) {
                 let rule = format!("0 or at least the block's length, {}", batch.block_len(row));
-                return Err(Error::table(row, "length of the selected list", rule, total));
+                return Err(Error::row(row, total_name, rule, total));
             }
             let limit = self.plan.num_positions();
             if total > limit && self.config().positions.are_reassigned() {
@@ -253,10 +313,10 @@ impl TokenSelect {
 /// Checks that a list ascends strictly and stays below `limit`.
 fn check_list(row: usize, what: &'static str, list: &[u32], limit: usize) -> Result<()> {
     if let Some(pair) = list.windows(2).find(|pair| pair[0] >= pair[1]) {
-        return Err(Error::table(row, what, format!("ascending, so above {}", pair[0]), pair[1]));
+        return Err(Error::row(row, what, format!("ascending, so above {}", pair[0]), pair[1]));
     }
     match list.last() {
-        Some(&last) if last as usize >= limit => Err(Error::table(row, what, format!("below {limit}"), last)),
+        Some(&last) if last as usize >= limit => Err(Error::row(row, what, format!("below {limit}"), last)),
         _ => Ok(()),
     }
 }

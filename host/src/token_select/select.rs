@@ -7,6 +7,7 @@ use crate::cache::LayerMut;
 use crate::error::{Error, Result};
 use crate::kv::{KvView, KvViewMut};
 use crate::ledger::Access;
+use crate::plan::Operations;
 use crate::selection_cache::SelectionCacheLayer;
 use crate::tensor::TensorView;
 use crate::workspace::{RowAction, Stage};
@@ -27,11 +28,23 @@ impl TokenSelect {
         k: TensorView<'_>,
         v: TensorView<'_>,
     ) -> Result<()> {
-        self.plan.expect("append", |ops| ops.append)?;
+        self.plan.expect("append", Operations::APPEND)?;
+        self.append_for("append", batch, kv, k, v)
+    }
+
+    /// The append of the method called `op`.
+    pub(super) fn append_for(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        kv: KvViewMut<'_>,
+        k: TensorView<'_>,
+        v: TensorView<'_>,
+    ) -> Result<()> {
         self.check_batch(batch)?;
-        self.check_append(batch, &kv, &k, &v)?;
-        self.check_owner("append", batch, kv.owner, Access::Append)?;
+        self.check_append(op, batch, &kv, &k, &v)?;
         let owner = kv.owner;
+        self.check_owner(op, batch, owner, Access::Append)?; // last: while work is recorded, it counts the block as written
         self.backend().append(batch, kv, k, v)?;
         self.wrote(batch, owner);
         Ok(())
@@ -43,14 +56,26 @@ impl TokenSelect {
     /// # Errors
     /// Those of the two; then nothing was written.
     pub fn append_select(&mut self, batch: &Batch, layer: LayerMut<'_>, input: StepInput<'_>) -> Result<()> {
+        self.plan.expect("append_select", Operations { append: true, ..Operations::selecting(batch) })?;
+        self.append_select_for("append_select", batch, layer, input)
+    }
+
+    /// The append and the selection of the method called `op`.
+    pub(super) fn append_select_for(
+        &mut self,
+        op: &'static str,
+        batch: &Batch,
+        layer: LayerMut<'_>,
+        input: StepInput<'_>,
+    ) -> Result<()> {
         let LayerMut { kv, selections: cached } = layer;
-        self.plan.expect("append_select", |ops| ops.append && ops.select(batch))?;
         self.check_batch(batch)?;
-        self.check_append(batch, &kv, &input.k, &input.v)?;
+        self.check_append(op, batch, &kv, &input.k, &input.v)?;
         self.check_queries(batch, &input.q)?;
-        self.check_cached(batch, cached.as_ref())?;
-        self.check_owner("append_select", batch, kv.owner, Access::Append)?;
+        self.check_cached_tables(batch, cached.as_ref())?;
         let owner = kv.owner;
+        self.check_owner(op, batch, owner, Access::Append)?; // behind what may fail, as in `append_for`
+        self.check_named(op, batch, cached.as_ref())?; // batches of a cache are
         self.run_select(batch, SelectedKv::Append { kv, k: input.k, v: input.v }, input.q, cached)?;
         self.wrote(batch, owner);
         Ok(())
@@ -60,7 +85,8 @@ impl TokenSelect {
     /// to, left in [`Workspace::selected`](crate::Workspace::selected).
     ///
     /// `q` is `[num_query_tokens, num_qo_heads, head_dim]` of the configuration's type; `cached` the layer's
-    /// cached selections, `None` to select anew.
+    /// cached selections, `None` to select anew. They belong to sequences, which the batch must name
+    /// ([`Batch::with_sequence_indices`]); parts of sequences, and a configuration without a Selection Cache, leave them alone.
     ///
     /// # Errors
     /// Those of the four operations.
@@ -71,12 +97,12 @@ impl TokenSelect {
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.plan.expect("select", |ops| ops.select(batch))?;
+        self.plan.expect("select", Operations::selecting(batch))?;
         self.check_owner("select", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         self.check_queries(batch, &q)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("select", batch, cached.as_ref())?;
         self.run_select(batch, SelectedKv::Read(kv), q, cached)
     }
 
@@ -107,20 +133,22 @@ impl TokenSelect {
     /// Mean of the queries of each block (after the scoring rotation, for reassigned positions), its cosine
     /// with the cached one, and what is to be done for the row.
     ///
-    /// Writes `Queries`, `Similarities` and `Actions` of the workspace. Changes nothing in `cached`.
+    /// Writes `Queries`, `Similarities` and `Actions` of the workspace. Changes nothing in `cached`, which is as for
+    /// [`select`](Self::select).
     ///
     /// # Errors
-    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`].
+    /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Missing`] for a batch without sequence
+    /// indices where `cached` is given.
     pub fn pool(
         &mut self,
         batch: &Batch,
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
-        self.plan.expect("pool", |ops| ops.pool)?;
+        self.plan.expect("pool", Operations::POOL)?;
         self.check_batch(batch)?;
         self.check_queries(batch, &q)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("pool", batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         let place = cached.as_ref().map(SelectionCacheLayer::place);
@@ -149,9 +177,9 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without [`pool`](Self::pool) of the
     /// same batch before it.
     pub fn compare(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
-        self.plan.expect("compare", |ops| ops.pool)?;
+        self.plan.expect("compare", Operations::POOL)?;
         self.check_batch(batch)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("compare", batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         workspace.progress.expect("compare", Stage::Pooled, batch)?;
@@ -174,9 +202,9 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without
     /// [`compare`](Self::compare) of the same batch before it.
     pub fn decide(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
-        self.plan.expect("decide", |ops| ops.pool)?;
+        self.plan.expect("decide", Operations::POOL)?;
         self.check_batch(batch)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("decide", batch, cached.as_ref())?;
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         workspace.progress.expect("decide", Stage::Compared, batch)?;
@@ -196,7 +224,7 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::DType`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without
     /// [`pool`](Self::pool) of the same batch before it, or after [`compare`](Self::compare) without [`decide`](Self::decide).
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
-        self.plan.expect("score", |ops| ops.score)?;
+        self.plan.expect("score", Operations::SCORE)?;
         self.check_owner("score", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
@@ -216,7 +244,7 @@ impl TokenSelect {
     /// # Errors
     /// [`Error::Limit`]; [`Error::Order`] without [`score`](Self::score) of the same batch before it.
     pub fn vote(&mut self, batch: &Batch) -> Result<()> {
-        self.plan.expect("vote", |ops| ops.vote)?;
+        self.plan.expect("vote", Operations::VOTE)?;
         self.check_batch(batch)?;
         self.check_order("vote", Stage::Scored, batch)?;
         self.run_vote(batch, false)
@@ -242,11 +270,11 @@ impl TokenSelect {
     /// [`Error::Shape`], [`Error::Limit`], [`Error::Index`]; [`Error::Order`] without [`pool`](Self::pool) and
     /// [`vote`](Self::vote) of the same batch before it.
     pub fn top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
-        self.plan.expect("top_k", |ops| ops.vote)?;
+        self.plan.expect("top_k", Operations::VOTE)?;
         self.check_batch(batch)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("top_k", batch, cached.as_ref())?;
         self.check_order("top_k", Stage::Voted, batch)?;
-        self.check_reuse(batch, cached.as_ref())?;
+        self.check_reuse("top_k", batch, cached.as_ref())?;
         self.run_top_k(batch, cached, false)
     }
 
@@ -255,11 +283,11 @@ impl TokenSelect {
     /// # Errors
     /// As the two; then nothing was written.
     pub fn vote_top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
-        self.plan.expect("vote_top_k", |ops| ops.vote)?;
+        self.plan.expect("vote_top_k", Operations::VOTE)?;
         self.check_batch(batch)?;
-        self.check_cached(batch, cached.as_ref())?;
+        self.check_cached("vote_top_k", batch, cached.as_ref())?;
         self.check_order("vote_top_k", Stage::Scored, batch)?;
-        self.check_reuse(batch, cached.as_ref())?; // so that nothing is counted that is not chosen from
+        self.check_reuse("vote_top_k", batch, cached.as_ref())?; // so that nothing is counted that is not chosen from
         let counts = self.plan.votes_are_chosen_from();
         self.run_vote(batch, counts)?;
         self.run_top_k(batch, cached, counts)
@@ -291,15 +319,20 @@ impl TokenSelect {
     }
 
     /// Checks that rows which reuse their selections are given these, as far as that is known without waiting for a device.
-    fn check_reuse(&self, batch: &Batch, cached: Option<&SelectionCacheLayer<'_>>) -> Result<()> {
+    fn check_reuse(
+        &self,
+        op: &'static str,
+        batch: &Batch,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
         let cached = cached.filter(|_| self.caches(batch));
         let place = cached.map(SelectionCacheLayer::place);
-        self.workspace.progress.expect_decided_by("top_k", place)?;
+        self.workspace.progress.expect_decided_by(op, place)?;
         if cached.is_some() || !self.device().is_cpu() {
             return Ok(());
         }
         if self.workspace.actions()?[..batch.num_rows()].contains(&RowAction::Reuse) {
-            return Err(Error::Missing { op: "top_k", needs: "the cached selections that `pool` was given" });
+            return Err(Error::Missing { op, needs: "the cached selections that `pool` was given" });
         }
         Ok(())
     }

@@ -1,11 +1,10 @@
 //! Whole steps over an owned cache.
 
 use super::{StepInput, StepOutput, TokenSelect};
-use crate::backend::SelectedKv;
 use crate::batch::Batch;
 use crate::cache::PagedKvCache;
 use crate::error::Result;
-use crate::ledger::Access;
+use crate::plan::Operations;
 use crate::tensor::TensorView;
 use crate::token_select::Over;
 
@@ -27,15 +26,10 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("step", |ops| ops.append && ops.select(batch) && ops.attend)?;
-        self.check_step(cache, layer, batch, &input.k, &input.v)?;
-        self.check_queries(batch, &input.q)?;
+        let needed = Operations { append: true, attend: true, ..Operations::selecting(batch) };
+        self.plan.expect("step", needed)?;
         self.check_output(batch, &output)?;
-        let parts = cache.layer_mut(layer)?;
-        self.check_cached(batch, parts.selections.as_ref())?;
-        let kv = SelectedKv::Append { kv: parts.kv, k: input.k, v: input.v };
-        self.run_select(batch, kv, input.q, parts.selections)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
+        self.append_select_for("step", batch, cache.layer_mut(layer)?, input)?;
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::Selected, output)
     }
 
@@ -51,12 +45,10 @@ impl TokenSelect {
         input: StepInput<'_>,
         output: StepOutput<'_>,
     ) -> Result<()> {
-        self.plan.expect("step_dense", |ops| ops.append && ops.attend)?;
-        self.check_step(cache, layer, batch, &input.k, &input.v)?;
+        self.plan.expect("step_dense", Operations { append: true, ..Operations::ATTEND })?;
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
-        self.backend().append(batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
+        self.append_for("step_dense", batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::All, output)
     }
 
@@ -73,26 +65,7 @@ impl TokenSelect {
         k: TensorView<'_>,
         v: TensorView<'_>,
     ) -> Result<()> {
-        self.plan.expect("fill", |ops| ops.append)?;
-        self.check_step(cache, layer, batch, &k, &v)?;
-        self.backend().append(batch, cache.layer_mut(layer)?.kv, k, v)?;
-        cache.owned_layer(layer)?.wrote(self.device(), batch);
-        Ok(())
-    }
-
-    /// What the batch, the layer and the block's keys and values must be.
-    fn check_step(
-        &self,
-        cache: &mut PagedKvCache,
-        layer: usize,
-        batch: &Batch,
-        k: &TensorView<'_>,
-        v: &TensorView<'_>,
-    ) -> Result<()> {
-        let owner = cache.owned_layer(layer)?;
-        owner.check(self.device(), "step", batch, Access::Append)?;
-        owner.check_positions(self.config().positions.are_reassigned())?;
-        self.check_batch(batch)?;
-        self.check_append(batch, &cache.layer_mut(layer)?.kv, k, v)
+        self.plan.expect("fill", Operations::APPEND)?;
+        self.append_for("fill", batch, cache.layer_mut(layer)?.kv, k, v)
     }
 }

@@ -425,7 +425,7 @@ impl GpuPlan {
     pub(super) fn merge_params<T>(&self, args: &MergeArgs<'_>) -> Result<MergeParams<T>> {
         let dims = args.parts.shape();
         let &[num_parts, tokens, heads, head_dim] = dims.dims() else {
-            return Err(Error::config("parts", "four-dimensional", dims));
+            return Err(Error::argument("parts", "four-dimensional", dims));
         };
         Ok(MergeParams {
             parts: pointer(&args.parts)?,
