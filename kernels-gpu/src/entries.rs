@@ -95,15 +95,15 @@ impl Op {
         };
         match self {
             Op::Append | Op::AppendPool => Ordering { writes_pages: true, ..nothing },
-            Op::Score | Op::ScoreBlocksStats | Op::ScoreBlocksVote | Op::AttendDecode | Op::Gather => {
-                Ordering { reads_constant_pages: true, ..nothing }
-            }
+            Op::Score | Op::AttendDecode | Op::Gather => Ordering { reads_constant_pages: true, ..nothing },
             Op::Pool | Op::ScoreStream => Ordering { begins_next_early: true, ..nothing },
             Op::Translate => Ordering { writes_tables: true, ..nothing },
             Op::Forget
             | Op::Compare
             | Op::Decide
+            | Op::ScoreBlocksStats
             | Op::ScoreBlocksFold
+            | Op::ScoreBlocksVote
             | Op::Vote
             | Op::VoteByFour
             | Op::Smooth

@@ -31,7 +31,7 @@ pub(crate) struct Products {
 }
 
 /// Columns of B.
-const COLUMNS: usize = 128;
+const COLUMNS: usize = 64;
 
 #[inline(never)]
 pub(crate) fn fence() {
@@ -61,7 +61,7 @@ pub(crate) fn fence_writes() {
 
 /// The running lane waits: what its accumulators are.
 #[inline(never)]
-pub(crate) fn wait(d: &mut [[f32; 4]; 16], site: Site) {
+pub(crate) fn wait(d: &mut [[f32; 4]; 8], site: Site) {
     with(|block| {
         let lane = block.current;
         let products = std::mem::take(&mut block.products[lane]);
@@ -79,7 +79,7 @@ pub(crate) fn wait(d: &mut [[f32; 4]; 16], site: Site) {
 /// The running lane's part of a product whose A its warp has laid down: see [`Block::gather_rows`].
 #[inline(never)]
 pub(crate) fn multiply(
-    d: &mut [[f32; 4]; 16],
+    d: &mut [[f32; 4]; 8],
     b: Operand,
     adds: bool,
     unpack: impl Fn(u32) -> [f32; 2],

@@ -277,6 +277,12 @@ pub unsafe fn atomic_add_global_f32(addr: u64, value: f32) -> f32 {
 
 #[inline(always)]
 #[track_caller]
+pub unsafe fn reduce_add_global_f32(addr: u64, value: f32) {
+    atomic_add_global_f32(addr, value);
+}
+
+#[inline(always)]
+#[track_caller]
 pub unsafe fn atomic_max_global(addr: u64, value: u32) -> u32 {
     atomic(addr, |old| old.max(value))
 }
@@ -494,7 +500,7 @@ pub fn warpgroup_commit() {
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_wait(d: &mut [[f32; 4]; 16]) {
+pub fn warpgroup_wait(d: &mut [[f32; 4]; 8]) {
     warpgroup::wait(d, Location::caller())
 }
 
@@ -502,7 +508,7 @@ pub fn warpgroup_wait(d: &mut [[f32; 4]; 16]) {
 #[inline(always)]
 #[track_caller]
 fn warpgroup_mma<T: Pod>(
-    d: &mut [[f32; 4]; 16],
+    d: &mut [[f32; 4]; 8],
     a: [u32; 4],
     b: Columns<T>,
     adds: bool,
@@ -517,13 +523,13 @@ fn warpgroup_mma<T: Pod>(
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+pub fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
     warpgroup_mma(d, a, b, ADDS, numeric::unpack_f16)
 }
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+pub fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
     warpgroup_mma(d, a, b, ADDS, super::math::unpack_bf16)
 }
 

@@ -342,6 +342,11 @@ pub unsafe fn atomic_add_global_f32(addr: u64, value: f32) -> f32 {
 }
 
 #[inline(always)]
+pub unsafe fn reduce_add_global_f32(addr: u64, value: f32) {
+    asm!("red.global.add.f32 [{}], {};", in(reg64) addr, in(reg32) value, options(nostack))
+}
+
+#[inline(always)]
 pub unsafe fn atomic_max_global(addr: u64, value: u32) -> u32 {
     atomic!("atom.relaxed.gpu.global.max.u32", reg64 addr, value)
 }
@@ -615,16 +620,14 @@ macro_rules! warpgroup {
     }};
 }
 
-/// `$before`, the 64 accumulators, `$after`; further operands are `a` to `f`.
+/// `$before`, the 32 accumulators, `$after`; further operands are `a` to `f`.
 macro_rules! with_accumulators {
     ($d:ident, $before:expr, $after:expr, $($operands:tt)*) => {
         warpgroup!(
             concat!(
                 $before,
                 "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
-                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
-                "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
-                "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}",
+                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
                 $after
             ),
             inout(reg32) $d[0][0], inout(reg32) $d[0][1], inout(reg32) $d[0][2], inout(reg32) $d[0][3],
@@ -635,14 +638,6 @@ macro_rules! with_accumulators {
             inout(reg32) $d[5][0], inout(reg32) $d[5][1], inout(reg32) $d[5][2], inout(reg32) $d[5][3],
             inout(reg32) $d[6][0], inout(reg32) $d[6][1], inout(reg32) $d[6][2], inout(reg32) $d[6][3],
             inout(reg32) $d[7][0], inout(reg32) $d[7][1], inout(reg32) $d[7][2], inout(reg32) $d[7][3],
-            inout(reg32) $d[8][0], inout(reg32) $d[8][1], inout(reg32) $d[8][2], inout(reg32) $d[8][3],
-            inout(reg32) $d[9][0], inout(reg32) $d[9][1], inout(reg32) $d[9][2], inout(reg32) $d[9][3],
-            inout(reg32) $d[10][0], inout(reg32) $d[10][1], inout(reg32) $d[10][2], inout(reg32) $d[10][3],
-            inout(reg32) $d[11][0], inout(reg32) $d[11][1], inout(reg32) $d[11][2], inout(reg32) $d[11][3],
-            inout(reg32) $d[12][0], inout(reg32) $d[12][1], inout(reg32) $d[12][2], inout(reg32) $d[12][3],
-            inout(reg32) $d[13][0], inout(reg32) $d[13][1], inout(reg32) $d[13][2], inout(reg32) $d[13][3],
-            inout(reg32) $d[14][0], inout(reg32) $d[14][1], inout(reg32) $d[14][2], inout(reg32) $d[14][3],
-            inout(reg32) $d[15][0], inout(reg32) $d[15][1], inout(reg32) $d[15][2], inout(reg32) $d[15][3],
             $($operands)*
         )
     };
@@ -663,7 +658,7 @@ macro_rules! warpgroup_mma {
         with_accumulators!(
             $d,
             concat!(
-                "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.m64n128k16.", $types, " {{"
+                "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.m64n64k16.", $types, " {{"
             ),
             "}}, {{{a}, {b}, {c}, {d}}}, {e}, adds, 1, 1, 0;}}",
             a = in(reg32) $a[0], b = in(reg32) $a[1], c = in(reg32) $a[2], d = in(reg32) $a[3],
@@ -674,18 +669,14 @@ macro_rules! warpgroup_mma {
 
 #[inline(always)]
 #[allow(unused_variables)]
-pub unsafe fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(
-    d: &mut [[f32; 4]; 16],
-    a: [u32; 4],
-    b: Columns<T>,
-) {
+pub unsafe fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
     warpgroup_mma!("f32.f16.f16", d, a, b, ADDS)
 }
 
 #[inline(always)]
 #[allow(unused_variables)]
 pub unsafe fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(
-    d: &mut [[f32; 4]; 16],
+    d: &mut [[f32; 4]; 8],
     a: [u32; 4],
     b: Columns<T>,
 ) {
@@ -705,7 +696,7 @@ pub unsafe fn warpgroup_commit() {
 /// The accumulators are operands, so that nobody reads them before.
 #[inline(always)]
 #[allow(unused_variables)]
-pub unsafe fn warpgroup_wait(d: &mut [[f32; 4]; 16]) {
+pub unsafe fn warpgroup_wait(d: &mut [[f32; 4]; 8]) {
     with_accumulators!(d, "wgmma.wait_group.sync.aligned 0; // ", "", options(nostack))
 }
 

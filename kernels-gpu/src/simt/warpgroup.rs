@@ -1,7 +1,7 @@
 //! Tensor-core products of a warpgroup (Hopper): four adjacent warps, the first a multiple of four, multiply 64 rows at a time.
 //!
 //! D += A·B, where A is `[64, 16]` ([`WARPGROUP_ROWS`](crate::limits::WARPGROUP_ROWS)), of which warp `w` of the four holds rows `16 w ..` as the A fragment of
-//! [`mma`](super::tensor), B is `[16, 8 N]` in shared memory ([`Columns`]), and each warp has its 16 rows of D as `N` fragments
+//! [`mma`](super::tensor), B is `[16, 64]` in shared memory ([`Columns`]), and each warp has its 16 rows of D as eight fragments
 //! of [`mma`](super::tensor).
 //!
 //! ```text
@@ -18,7 +18,7 @@ use super::shared::Shared;
 /// Whether this machine has what is in this file. Where it has not, a call stops the launch.
 pub const AVAILABLE: bool = imp::WARPGROUP_PRODUCTS;
 
-/// B, `[16, 8 N]` 16-bit values: core matrices of 8 rows and 8 columns, [`CORE_BYTES`](crate::limits::CORE_BYTES) each. That of rows `8 r ..` and columns `8 c ..` begins
+/// B, `[16, 64]` 16-bit values: core matrices of 8 rows and 8 columns, [`CORE_BYTES`](crate::limits::CORE_BYTES) each. That of rows `8 r ..` and columns `8 c ..` begins
 /// `row_bytes * r + column_bytes * c` bytes behind `start`; value `i` of its column `j` is value `8 j + i`.
 #[derive(Clone, Copy)]
 pub struct Columns<T> {
@@ -47,7 +47,7 @@ pub unsafe fn fence() {
     imp::warpgroup_fence()
 }
 
-/// Starts D += A·B for f16 operands, or D = A·B without `ADDS` (`wgmma.mma_async.sync.aligned.m64n128k16.f32.f16.f16`).
+/// Starts D += A·B for f16 operands, or D = A·B without `ADDS` (`wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16`).
 ///
 /// # Safety
 /// - All threads of the warpgroup call it, with the same `b`, behind a [`fence`].
@@ -55,7 +55,7 @@ pub unsafe fn fence() {
 /// - B was written behind [`fence_writes`] and a barrier.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+pub unsafe fn mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
     imp::warpgroup_mma_f16::<T, ADDS>(d, a, b)
 }
 
@@ -65,7 +65,7 @@ pub unsafe fn mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32;
 /// - As there.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 16], a: [u32; 4], b: Columns<T>) {
+pub unsafe fn mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
     imp::warpgroup_mma_bf16::<T, ADDS>(d, a, b)
 }
 
@@ -85,6 +85,6 @@ pub unsafe fn commit() {
 /// - All threads of the warpgroup call it.
 #[inline(always)]
 #[track_caller]
-pub unsafe fn wait(d: &mut [[f32; 4]; 16]) {
+pub unsafe fn wait(d: &mut [[f32; 4]; 8]) {
     imp::warpgroup_wait(d)
 }

@@ -52,6 +52,9 @@ pub(crate) unsafe fn load_cached<T: Element>(params: &PoolParams<T>, entry: u32)
     Cached::load(&params.cached(), params.top_k, entry)
 }
 
+/// Queries whose elements a thread has in flight.
+const BATCH: u32 = 8;
+
 /// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
 unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, sums: Shared<f32>) {
     let queries = params.batch.queries(row);
@@ -62,13 +65,23 @@ unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, su
     let (i, j) = params.rope.elements(pair);
     let (mut sum_x, mut sum_y) = (0.0, 0.0);
     if turn < turns {
-        for t in strided(turn, queries.len(), turns) {
-            let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
-            let x = at.add(i as u64).load_constant_once().to_f32();
-            let y = at.add(j as u64).load_constant_once().to_f32();
-            let (x, y) = params.rope.rotate(pair, params.n_local + t, (x, y));
-            sum_x += x;
-            sum_y += y;
+        for first in strided(turn, queries.len(), turns * BATCH) {
+            let mut loaded = [(T::from_f32(0.0), T::from_f32(0.0)); BATCH as usize];
+            for b in 0..BATCH {
+                let t = (first + b * turns).min(queries.len() - 1);
+                let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
+                let of_pair = (at.add(i as u64), at.add(j as u64));
+                loaded[b as usize] = (of_pair.0.load_constant_once(), of_pair.1.load_constant_once());
+            }
+            for b in 0..BATCH {
+                let t = first + b * turns;
+                if t < queries.len() {
+                    let (x, y) = loaded[b as usize];
+                    let (x, y) = params.rope.rotate(pair, params.n_local + t, (x.to_f32(), y.to_f32()));
+                    sum_x += x;
+                    sum_y += y;
+                }
+            }
         }
     }
     let scratch = sums.add(2 * thread::thread_idx_x());

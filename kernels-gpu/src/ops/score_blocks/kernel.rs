@@ -9,7 +9,7 @@ pub use self::stats::stats;
 pub use self::vote::vote;
 
 use super::params::*;
-use crate::common::element::{Element, add_low, split};
+use crate::common::element::{Element, split_towards_zero};
 use crate::common::fragment::{A, Accumulator, B, Lane, lane};
 use crate::common::layout::{LOGIT_TILE, Tokens};
 use crate::limits::CORE_BYTES;
@@ -18,15 +18,15 @@ use crate::simt::data::{V2, V4};
 use crate::simt::global::GlobalPtr;
 use crate::simt::shared::Shared;
 use crate::simt::warpgroup::{self, Columns};
-use crate::simt::{thread, warp};
+use crate::simt::{tensor, thread, warp};
 
 const _: () = assert!(TILE == 4 * LOGIT_TILE);
 
 /// A lane's words of the keys of its two tokens of a warp's 16: 16 bytes of each from each chunk of 32 dimensions.
 type Keys<const C: usize> = [[[u32; 4]; C]; 2];
 
-/// Products of a tile: of each slot, [`Accumulator`] values.
-type Products = [[f32; 4]; SLOTS];
+/// Products of a tile: [`Accumulator`]s of eight columns each.
+type Products = [[f32; 4]; SLOTS / 2];
 
 /// The blocks of a group, as a thread block sees them.
 struct Group<'a, T> {
@@ -100,34 +100,26 @@ impl<'a, T: Element> Group<'a, T> {
         TILE * tile + LOGIT_TILE * (warp::warp_id() % ENTRIES) + 8 * half + lane().g
     }
 
-    /// The page of a token of a tile. Tokens that no block has are the last candidate, or the first.
+    /// A token of a tile, or the candidate next to it: the first, or the last of any block.
     fn clamped(&self, token: u32) -> u32 {
         token.min(self.all.end - 1).max(self.all.begin)
     }
 
-    /// Page numbers of the lane's tokens of a tile.
-    unsafe fn load_pages(&self, tile: u32) -> [u32; 2] {
-        let mut pages = [0; 2];
-        for half in 0..2 {
-            let (page, _) = self.params.batch.split_token(self.clamped(Self::token(tile, half as u32)));
-            pages[half] = self.pages.add(page as u64).load();
-        }
-        pages
+    /// The page of the token that the lane looks up: one of its warp's 16.
+    unsafe fn load_page(&self, tile: u32) -> u32 {
+        let (page, _) = self.params.batch.split_token(self.looked_up(tile));
+        self.pages.add(page as u64).load()
     }
 
-    /// The lane's A fragments of a tile.
-    unsafe fn load_keys<const C: usize>(&self, tile: u32, kv_head: u32, pages: [u32; 2]) -> Keys<C> {
-        let within = 8 * lane().t as u64;
-        let mut keys = [[[0; 4]; C]; 2];
-        for half in 0..2 {
-            let (_, token) = self.params.batch.split_token(self.clamped(Self::token(tile, half as u32)));
-            let offset = self.params.stride.offset(pages[half], token, kv_head) + within;
-            let at = self.params.k_pages.add(offset).cast::<V4<u32>>();
-            for c in 0..C {
-                keys[half][c] = at.add(4 * c as u64).load_constant_row().0;
-            }
-        }
-        keys
+    fn looked_up(&self, tile: u32) -> u32 {
+        let of_warp = LOGIT_TILE * (warp::warp_id() % ENTRIES);
+        self.clamped(TILE * tile + of_warp + warp::lane_id() % LOGIT_TILE)
+    }
+
+    /// The address of its key.
+    fn key(&self, tile: u32, kv_head: u32, page: u32) -> GlobalPtr<V4<u32>> {
+        let (_, token) = self.params.batch.split_token(self.looked_up(tile));
+        self.params.k_pages.add(self.params.stride.offset(page, token, kv_head)).cast()
     }
 
     /// Splits the queries of `num_heads` KV heads from `first` on, and puts them where products read them.
@@ -141,14 +133,13 @@ impl<'a, T: Element> Group<'a, T> {
     ) {
         let params = self.params;
         let dims = 32 * C as u32;
-        // A piece is a column's eight values of one core matrix, high and low halves together: two columns.
-        let pieces = num_heads * (dims / 8) * COLUMNS / 2;
+        // A piece is a column's eight values of a core matrix, of high halves and of low ones.
         let mut piece = thread::thread_idx_x();
-        while piece < pieces {
-            let (pair, rest) = (piece % 4, piece / 4);
-            let (slot, rest) = (rest % SLOTS as u32, rest / SLOTS as u32);
+        while piece < num_heads * (dims / 8) * COLUMNS {
+            let (column, rest) = (piece % COLUMNS, piece / COLUMNS);
             let (rows, head) = (rest % (dims / 8), rest / (dims / 8));
-            let (block, member) = (pair + 4 * (slot / G as u32), slot % G as u32);
+            let slot = column / 8 * 2 + column % 2;
+            let (block, member) = (column % 8 / 2 + 4 * (slot / G as u32), slot % G as u32);
             let range = self.range(block);
             let mut x = [0.0; 8];
             if member < params.group && range.begin < range.end {
@@ -162,14 +153,18 @@ impl<'a, T: Element> Group<'a, T> {
                     x = x.map(|x| x * params.rotated_scale);
                 }
             }
-            let (mut high, mut low) = ([0; 4], [0; 4]);
-            for i in 0..4 {
-                (high[i], low[i]) = split::<T>(x[2 * i], x[2 * i + 1]);
+            let mut halves = [[0; 4]; 2];
+            for i in 0..8 {
+                let split = split_towards_zero::<T>(x[i]);
+                for half in 0..2 {
+                    halves[half][i / 2] |= (split[half] as u32) << (16 * (i % 2));
+                }
             }
-            let core = (head * (dims / 8) + rows) * SLOTS as u32 + slot;
-            let at = to.byte_add(core * CORE_BYTES + 2 * pair * 16).cast::<V4<u32>>();
-            at.store(V4(high));
-            at.add(1).store(V4(low));
+            let at =
+                head * bytes_of_head(dims) + rows * ROW_BYTES + column / 8 * CORE_BYTES + column % 8 * 16;
+            let high = to.byte_add(at).cast::<V4<u32>>();
+            high.store(V4(halves[0]));
+            high.byte_add(dims / 8 * ROW_BYTES).store(V4(halves[1]));
             piece += thread::block_dim_x();
         }
         if warpgroup::AVAILABLE {
@@ -178,10 +173,85 @@ impl<'a, T: Element> Group<'a, T> {
     }
 }
 
-/// Whether the keys of a tile are loaded to registers of their own while those of the one before are multiplied: products of a
-/// warpgroup leave the warp free to wait for them, and there must be room.
-const fn is_double<const C: usize, const WIDE: bool>() -> bool {
-    WIDE && C <= 4
+/// The keys of a warp's 16 tokens on their way: stages of shared memory that belong to the warp alone.
+///
+/// A lane copies 16 bytes at a time, eight lanes a whole line, so that memory is asked for lines. Where rows are a multiple of 128
+/// bytes, halves of a line trade places in odd tokens, so that the lanes that read A fragments meet different banks. The places
+/// of a lane are fixed but for constants, so that they are no work in a loop.
+#[derive(Clone, Copy)]
+struct Stages<const C: usize> {
+    /// Where the lane's first copy goes: of token `lane / 8`.
+    copied: Shared<V4<u32>>,
+    /// The lane's pieces of token `g`: of even chunks of 32 dimensions, and of odd ones.
+    even: Shared<V4<u32>>,
+    odd: Shared<V4<u32>>,
+}
+
+impl<const C: usize> Stages<C> {
+    /// Bytes of a token's key.
+    const ROW: u32 = 64 * C as u32;
+    /// Bytes of a stage.
+    const STAGE: u32 = LOGIT_TILE * Self::ROW;
+    /// Lines that a key lies in.
+    const LINES: u32 = Self::ROW.div_ceil(128);
+
+    fn new(all: Shared<V4<u32>>) -> Self {
+        let of_warp = all.byte_add(warp::warp_id() * STAGES * Self::STAGE);
+        let (lane, at) = (warp::lane_id(), lane());
+        let trades = |token: u32| if Self::ROW.is_multiple_of(128) { token % 2 * 64 } else { 0 };
+        let piece = lane % 8 * 16 ^ trades(lane / 8);
+        let own = of_warp.byte_add(at.g * Self::ROW + 16 * at.t);
+        Stages {
+            copied: of_warp.byte_add(lane / 8 * Self::ROW + piece),
+            even: own.byte_add(trades(at.g)),
+            odd: own.byte_add(64 ^ trades(at.g)),
+        }
+    }
+
+    /// Starts copies of the keys of a tile, whose pages the lanes have looked up ([`Group::load_page`]).
+    ///
+    /// *Convergence:* aligned; all 32 lanes.
+    ///
+    /// # Safety
+    /// - All lanes have read what was in the stage.
+    #[inline(always)]
+    unsafe fn start<T: Element>(&self, group: &Group<'_, T>, stage: u32, tile: u32, kv_head: u32, page: u32) {
+        let lane = warp::lane_id();
+        let key = group.key(tile, kv_head, page).addr();
+        for i in 0..LOGIT_TILE / 4 {
+            let token = 4 * i + lane / 8;
+            let [low, high] =
+                [key as u32, (key >> 32) as u32].map(|half| warp::shuffle_idx(warp::FULL, half, token));
+            let key = GlobalPtr::<V4<u32>>::from_addr((high as u64) << 32 | low as u64);
+            for line in 0..Self::LINES {
+                let piece = 8 * line + lane % 8;
+                if Self::ROW.is_multiple_of(128) || 16 * piece < Self::ROW {
+                    let to = self.copied.byte_add(stage * Self::STAGE + 4 * i * Self::ROW + 128 * line);
+                    tensor::cp_async_16(to, key.add(piece as u64), 16);
+                }
+            }
+        }
+        tensor::cp_async_commit();
+    }
+
+    /// The lane's A fragments of the tile that was started before the last one.
+    ///
+    /// *Convergence:* aligned; all 32 lanes. The stage may be filled again.
+    #[inline(always)]
+    unsafe fn take(&self, stage: u32) -> Keys<C> {
+        tensor::cp_async_wait::<{ STAGES - 1 }>();
+        warp::sync_warp(warp::FULL);
+        let mut keys = [[[0; 4]; C]; 2];
+        for half in 0..2 {
+            for c in 0..C {
+                let at = if c % 2 == 0 { self.even } else { self.odd };
+                let within = 8 * half as u32 * Self::ROW + 128 * (c / 2) as u32;
+                keys[half][c] = at.byte_add(stage * Self::STAGE + within).load().0;
+            }
+        }
+        warp::sync_warp(warp::FULL);
+        keys
+    }
 }
 
 /// The dimension that row `row` of the product holds: lane `t` has dimensions `8 t ..` of a chunk of 32 in its four words of two
@@ -191,7 +261,8 @@ fn dimension(row: u32) -> u32 {
     32 * (step / 2) + 8 * (row % 8 / 2) + 4 * (step % 2) + 2 * (row / 8) + row % 2
 }
 
-/// Starts the products of a tile's keys with a KV head's queries; [`finish`] must follow. `WIDE`: the warpgroup multiplies.
+/// Starts the products of a tile's keys with a KV head's queries, high and low halves added up; [`finish`] must follow. `WIDE`: the
+/// warpgroup multiplies.
 ///
 /// *Convergence:* aligned; the warpgroup.
 #[inline(always)]
@@ -200,18 +271,20 @@ unsafe fn multiply<T: Element, const C: usize, const WIDE: bool>(
     keys: &Keys<C>,
     queries: Shared<u16>,
 ) {
-    const ROW_BYTES: u32 = SLOTS as u32 * CORE_BYTES;
     if WIDE {
         warpgroup::fence();
     }
-    for c in 0..C {
-        let (upper, lower) = (keys[0][c], keys[1][c]);
-        for i in 0..2 {
+    for low in 0..2 {
+        for step in 0..2 * C {
+            let (upper, lower) = (keys[0][step / 2], keys[1][step / 2]);
+            let i = step % 2;
             let a = A([upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]]);
-            let start = queries.byte_add((2 * c + i) as u32 * 2 * ROW_BYTES).cast::<T>();
+            let rows = (2 * (2 * C * low + step)) as u32;
+            let start = queries.byte_add(rows * ROW_BYTES).cast::<T>();
+            let is_first = low == 0 && step == 0;
             if WIDE {
                 let b = Columns { start, row_bytes: ROW_BYTES, column_bytes: CORE_BYTES };
-                if c == 0 && i == 0 {
+                if is_first {
                     T::mma_of_warpgroup::<false>(products, a, b);
                 } else {
                     T::mma_of_warpgroup::<true>(products, a, b);
@@ -219,13 +292,12 @@ unsafe fn multiply<T: Element, const C: usize, const WIDE: bool>(
             } else {
                 let at = lane();
                 let column = start.byte_add(B::column(at) * 16 + 4 * at.t).cast::<u32>();
-                for slot in 0..SLOTS {
-                    let core = column.byte_add(slot as u32 * CORE_BYTES);
+                for tile in 0..SLOTS / 2 {
+                    let core = column.byte_add(tile as u32 * CORE_BYTES);
                     let b = B([core.load(), core.byte_add(ROW_BYTES).load()]);
-                    let mut sum =
-                        if c == 0 && i == 0 { Accumulator::ZERO } else { Accumulator(products[slot]) };
+                    let mut sum = if is_first { Accumulator::ZERO } else { Accumulator(products[tile]) };
                     T::mma(&mut sum, a, b);
-                    products[slot] = sum.0;
+                    products[tile] = sum.0;
                 }
             }
         }
@@ -245,16 +317,10 @@ unsafe fn finish<const WIDE: bool>(products: &mut Products) {
     }
 }
 
-/// A slot's product for one of the lane's two tokens, high and low halves added.
+/// The product of a slot for one of the lane's two tokens.
 #[inline(always)]
 fn product(products: &Products, slot: usize, half: usize) -> f32 {
-    products[slot][2 * half] + products[slot][2 * half + 1]
-}
-
-/// The same where the high half may be infinite, which then decides alone.
-#[inline(always)]
-fn any_product(products: &Products, slot: usize, half: usize) -> f32 {
-    add_low(products[slot][2 * half], products[slot][2 * half + 1])
+    products[slot / 2][2 * half + slot % 2]
 }
 
 /// The lane's block of a slot: `G` slots belong to four blocks.

@@ -1,28 +1,44 @@
 //! Parameters, launch dimensions and shared memory.
 
-use crate::common::layout::{BatchTables, PageStrides};
+use crate::common::layout::{BatchTables, LOGIT_TILE, PageStrides};
 use crate::launch::{Dims, GpuInfo};
-use crate::limits::{CORE_BYTES, SHARED_BYTES_SM_80, WARPGROUP_ROWS, columns};
-use crate::simt::data::V2;
+use crate::limits::{CORE_BYTES, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns};
+use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
 
-/// Threads of a block of [`stats`](super::kernel::stats): a warpgroup.
-pub(super) const STATS_THREADS: u32 = 128;
-/// Threads of a block of [`vote`](super::kernel::vote): warpgroups that share the queries.
-pub(super) const VOTE_THREADS: u32 = 256;
+/// Threads of a warpgroup.
+pub(super) const WARPGROUP: u32 = 128;
 /// Threads of a block of [`fold`](super::kernel::fold).
 pub(super) const FOLD_THREADS: u32 = 128;
-/// Blocks of [`stats`](super::kernel::stats) on an SM.
-const BLOCKS_PER_SM: u32 = 2;
+/// Stages of keys of a warp: one is read while the others are in flight.
+pub(super) const STAGES: u32 = 2;
+/// Warpgroups that run on an SM at a time, for which registers and shared memory are shared out: their products, exponentials and
+/// copies overlap.
+const fn warpgroups(head_dim: u32) -> u32 {
+    if head_dim > 128 { 2 } else { 3 }
+}
+/// Blocks of [`stats`](super::kernel::stats) on an SM, of one warpgroup each; one of all, which share the queries, where these are
+/// large.
+pub(super) const fn stats_blocks_per_sm(head_dim: u32) -> u32 {
+    if head_dim > 128 { 1 } else { warpgroups(head_dim) }
+}
+/// Threads of a block of [`stats`](super::kernel::stats).
+pub(super) const fn stats_threads(head_dim: u32) -> u32 {
+    warpgroups(head_dim) / stats_blocks_per_sm(head_dim) * WARPGROUP
+}
+/// Threads of a block of [`vote`](super::kernel::vote), one on an SM.
+pub(super) const fn vote_threads(head_dim: u32) -> u32 {
+    warpgroups(head_dim) * WARPGROUP
+}
 /// Tokens that a warpgroup multiplies at a time.
 pub(super) const TILE: u32 = WARPGROUP_ROWS;
-/// Columns of a product, eight a slot.
-pub(super) const COLUMNS: u32 = 8 * SLOTS as u32;
-/// Slots of a product.
+/// Columns of a product: four lanes with [`SLOTS`] each.
+pub(super) const COLUMNS: u32 = 4 * SLOTS as u32;
+/// Columns of a lane.
 pub(super) const SLOTS: usize = 16;
 /// Tokens of a chunk, the unit of statistics: few enough that 32 k tokens are work for every SM.
-pub const CHUNK: u32 = 1024;
+pub const CHUNK: u32 = 2048;
 /// Entries of statistics of a chunk: one for each warp of a warpgroup.
 pub(super) const ENTRIES: u32 = 4;
 
@@ -86,35 +102,59 @@ pub const fn num_entries(num_slots: u64, num_rows: u64, num_qo_heads: u64) -> u6
     (num_slots / CHUNK as u64 + 2 * num_rows) * (ENTRIES as u64) * num_qo_heads
 }
 
+/// Bytes from high halves of eight dimensions' queries to those of the next eight.
+pub(super) const ROW_BYTES: u32 = COLUMNS / 8 * CORE_BYTES;
+
+/// Bytes of the queries of a KV head, high and low halves.
+pub(super) const fn bytes_of_head(head_dim: u32) -> u32 {
+    2 * head_dim / 8 * ROW_BYTES
+}
+
 /// Shared memory of a block.
 pub(super) struct Layout {
-    /// Queries of `heads` KV heads: `[head, head_dim / 8, slot]` core matrices.
+    /// Queries of `heads` KV heads: `[head, high and low, head_dim / 8, COLUMNS / 8]` core matrices.
     pub(super) queries: Region<u16>,
-    /// \[heads, 4, SLOTS\]: for each lane of four, logarithms of the sums, then the inverse sums.
+    /// \[heads, 4, SLOTS\]: for each lane of four, logarithms of the sums, negated, then the inverse sums.
     pub(super) sums: Region<f32>,
     pub(super) inverses: Region<f32>,
+    /// \[SLOTS / 4, threads\]: each thread's references, negated, in [`stats`](super::kernel::stats).
+    pub(super) references: Region<V4<f32>>,
+    /// \[warps, STAGES, 16\] keys.
+    pub(super) stages: Region<V4<u32>>,
     /// Candidates of each block.
     pub(super) ranges: Region<V2<u32>>,
     pub(super) bytes: u32,
 }
 
 impl Layout {
-    pub(super) const fn new(head_dim: u32, heads: u32) -> Layout {
+    /// Of [`stats`](super::kernel::stats).
+    pub(super) const fn stats(head_dim: u32) -> Layout {
+        Layout::new(head_dim, 1, stats_threads(head_dim), SLOTS as u32 / 4 * stats_threads(head_dim))
+    }
+
+    /// Of [`vote`](super::kernel::vote), for so many KV heads.
+    pub(super) const fn vote(head_dim: u32, heads: u32) -> Layout {
+        Layout::new(head_dim, heads, vote_threads(head_dim), 0)
+    }
+
+    const fn new(head_dim: u32, heads: u32, threads: u32, references: u32) -> Layout {
         let mut carve = Carve::new();
         Layout {
-            queries: carve.array(heads * head_dim / 8 * SLOTS as u32 * CORE_BYTES / 2, 128),
+            queries: carve.array(heads * bytes_of_head(head_dim) / 2, 128),
             sums: carve.array(heads * 4 * SLOTS as u32, 16),
             inverses: carve.array(heads * 4 * SLOTS as u32, 16),
+            references: carve.array(references, 16),
+            stages: carve.array(threads / 32 * STAGES * LOGIT_TILE * head_dim / 8, 128),
             ranges: carve.array(4 * SLOTS as u32, 16),
             bytes: carve.bytes(),
         }
     }
 }
 
-/// KV heads of a launch of [`vote`](super::kernel::vote) at most: as many as there is shared memory for, on every device, up to 8.
-pub(super) const fn heads_of_launch(head_dim: u32) -> u32 {
+/// KV heads of a launch of [`vote`](super::kernel::vote) at most: as many as there is shared memory for, up to 8. `wide`: on Hopper.
+pub(super) const fn heads_of_launch(head_dim: u32, wide: bool) -> u32 {
     let mut heads = 8;
-    while Layout::new(head_dim, heads).bytes > SHARED_BYTES_SM_80 {
+    while Layout::vote(head_dim, heads).bytes > if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_80 } {
         heads -= 1;
     }
     heads
@@ -123,11 +163,12 @@ pub(super) const fn heads_of_launch(head_dim: u32) -> u32 {
 impl<T> ScoreBlocksParams<T> {
     /// The launch of [`stats`](super::kernel::stats): blocks that fill the device, each for one KV head of a group.
     pub const fn stats_dims(&self, gpu: &GpuInfo) -> Dims {
-        let blocks = gpu.num_sms * BLOCKS_PER_SM / (self.num_kv_heads * self.num_groups);
+        let resident = gpu.num_sms * stats_blocks_per_sm(self.head_dim);
+        let blocks = resident / (self.num_kv_heads * self.num_groups);
         Dims {
             grid: [if blocks == 0 { 1 } else { blocks }, self.num_kv_heads, self.num_groups],
-            block: [STATS_THREADS, 1, 1],
-            shared_bytes: Layout::new(self.head_dim, 1).bytes,
+            block: [stats_threads(self.head_dim), 1, 1],
+            shared_bytes: Layout::stats(self.head_dim).bytes,
             cluster: 1,
         }
     }
@@ -144,14 +185,14 @@ impl<T> ScoreBlocksParams<T> {
 
     /// The launches of [`vote`](super::kernel::vote), one after the other: their parameters and dimensions.
     pub fn votes(self, gpu: &GpuInfo) -> impl Iterator<Item = (Self, Dims)> {
-        let most = heads_of_launch(self.head_dim);
+        let most = heads_of_launch(self.head_dim, gpu.bulk_copies);
         // Shares that differ by one head at most.
         let heads = self.num_kv_heads.div_ceil(self.num_kv_heads.div_ceil(most).max(1)).max(1);
         let blocks = (gpu.num_sms / self.num_groups.max(1)).max(1);
         let dims = Dims {
             grid: [blocks, self.num_groups, 1],
-            block: [VOTE_THREADS, 1, 1],
-            shared_bytes: Layout::new(self.head_dim, most).bytes,
+            block: [vote_threads(self.head_dim), 1, 1],
+            shared_bytes: Layout::vote(self.head_dim, most).bytes,
             cluster: 1,
         };
         (0..self.num_kv_heads).step_by(heads as usize).map(move |first_kv_head| {

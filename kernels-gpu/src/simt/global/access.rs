@@ -186,6 +186,16 @@ impl GlobalMut<u32> {
 }
 
 impl GlobalMut<f32> {
+    /// Adds `value`, rounding to nearest, and does not wait (`red.global.add.f32`).
+    ///
+    /// # Safety
+    /// - As for all atomics.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn reduce_add(self, value: f32) {
+        imp::reduce_add_global_f32(self.addr, value)
+    }
+
     /// Adds `value`; returns what was there (`atom.global.add.f32`). The order of additions is not fixed, so neither
     /// are the last bits of the sum.
     ///

@@ -15,70 +15,56 @@ use crate::simt::{grid, math};
 pub unsafe fn stats<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
-    thread::launch_bounds::<STATS_THREADS, 2>();
-    let layout = const { &Layout::new(32 * C as u32, 1) };
+    const { assert!(stats_threads(96) == WARPGROUP && stats_threads(256) == 2 * WARPGROUP) };
+    if C <= 4 {
+        thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128) }>();
+    } else {
+        thread::launch_bounds::<{ 2 * WARPGROUP }, { stats_blocks_per_sm(256) }>();
+    }
+    let layout = const { &Layout::stats(32 * C as u32) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let kv_head = thread::block_idx_y();
     let blocks = 4 * (SLOTS / G) as u32;
     let group = Group::new(&params, thread::block_idx_z(), blocks, layout.ranges.get());
-    let mut tiles = Tiles::new(&group);
-    if group.is_idle() || tiles.is_over() {
+    if group.is_idle() {
         return;
     }
+    let stages = Stages::<C>::new(layout.stages.get());
+    let mut tiles = Tiles::new(&group);
+    let mut ahead = tiles;
+    for stage in 0..STAGES {
+        stages.start(&group, stage, ahead.tile, kv_head, group.load_page(ahead.tile));
+        ahead = ahead.next();
+    }
+    let mut page = group.load_page(ahead.tile);
     let queries = layout.queries.get();
     group.put_queries::<C, G>(queries, kv_head, 1);
-    let mut pages = group.load_pages(tiles.tile);
-    let mut keys = group.load_keys::<C>(tiles.tile, kv_head, pages);
-    let mut next = tiles.next();
-    pages = group.load_pages(next.tile);
     thread::sync_threads();
-    let mut state = [Sum::EMPTY; SLOTS];
-    let mut products = [[0.0; 4]; SLOTS];
-    if !is_double::<C, WIDE>() {
-        loop {
-            multiply::<T, C, WIDE>(&mut products, &keys, queries);
-            finish::<WIDE>(&mut products);
-            keys = group.load_keys::<C>(next.tile, kv_head, pages);
-            let after = next.next();
-            pages = group.load_pages(after.tile);
-            count::<T, G>(&group, &mut state, &products, &tiles, kv_head);
-            if next.is_over() {
-                return;
-            }
-            (tiles, next) = (next, after);
-        }
-    }
-    loop {
+    let mut state = State::new(layout.references.get(), const { stats_threads(32 * C as u32) });
+    let mut products = [[0.0; 4]; SLOTS / 2];
+    let mut stage = 0;
+    while !tiles.is_over() {
+        let keys = stages.take(stage);
+        stages.start(&group, stage, ahead.tile, kv_head, page);
         multiply::<T, C, WIDE>(&mut products, &keys, queries);
-        let others = group.load_keys::<C>(next.tile, kv_head, pages);
-        let after = next.next();
-        pages = group.load_pages(after.tile);
+        ahead = ahead.next();
+        page = group.load_page(ahead.tile);
         finish::<WIDE>(&mut products);
-        count::<T, G>(&group, &mut state, &products, &tiles, kv_head);
-        if next.is_over() {
-            return;
-        }
-        multiply::<T, C, WIDE>(&mut products, &others, queries);
-        keys = group.load_keys::<C>(after.tile, kv_head, pages);
-        let then = after.next();
-        pages = group.load_pages(then.tile);
-        finish::<WIDE>(&mut products);
-        count::<T, G>(&group, &mut state, &products, &next, kv_head);
-        if after.is_over() {
-            return;
-        }
-        (tiles, next) = (after, then);
+        state.count::<T, G>(&group, &products, &tiles, kv_head);
+        tiles = tiles.next();
+        stage = (stage + 1) % STAGES;
     }
+    tensor::cp_async_wait::<0>();
 }
 
-/// A place among the tiles of a thread block: its chunks, one after the other.
+/// A place among the tiles of a warpgroup: its chunks, one after the other.
 #[derive(Clone, Copy)]
 struct Tiles {
     tile: u32,
     /// One past the chunk's last tile.
     end: u32,
-    /// From a chunk's first tile to that of the block's next chunk.
+    /// From a chunk's first tile to that of the warpgroup's next chunk.
     step: u32,
     /// One past the last tile of all.
     last: u32,
@@ -87,15 +73,22 @@ struct Tiles {
 impl Tiles {
     fn new<T: Element>(group: &Group<'_, T>) -> Tiles {
         const TILES: u32 = CHUNK / TILE;
-        let chunk = group.all.begin / CHUNK + thread::block_idx_x();
+        let of_block = thread::block_dim_x() / WARPGROUP;
+        let place = thread::block_idx_x() * of_block + thread::thread_idx_x() / WARPGROUP;
+        let chunk = group.all.begin / CHUNK + place;
         let last = group.all.end.div_ceil(TILE);
-        let tile = if thread::block_idx_x() == 0 { group.all.begin / TILE } else { chunk * TILES };
-        Tiles { tile, end: (chunk + 1) * TILES, step: thread::grid_dim_x() * TILES, last }
+        let tile = if place == 0 { group.all.begin / TILE } else { chunk * TILES };
+        Tiles { tile, end: (chunk + 1) * TILES, step: thread::grid_dim_x() * of_block * TILES, last }
     }
 
     /// Whether it is beyond the last tile.
     fn is_over(&self) -> bool {
         self.tile >= self.last
+    }
+
+    /// Whether no tile of its chunk comes before it.
+    fn begins_chunk(&self) -> bool {
+        self.tile + CHUNK / TILE == self.end
     }
 
     fn next(&self) -> Tiles {
@@ -126,6 +119,12 @@ const LARGE: f32 = (1u64 << 63) as f32;
 
 impl Sum {
     pub const EMPTY: Sum = Sum { reference: f32::NEG_INFINITY, sum: 0.0 };
+
+    /// The reference after the first two logits; none where the larger is no finite number.
+    fn first_reference([x, y]: [f32; 2]) -> f32 {
+        let max = x.max(y);
+        if max.is_finite() { max } else { f32::NEG_INFINITY }
+    }
 
     /// `exp2(x - reference)`: 1 where they are equal, infinite or not.
     fn ratio(x: f32, reference: f32) -> f32 {
@@ -158,87 +157,162 @@ impl Sum {
     }
 }
 
-/// Counts a tile's products, and writes the sums of a chunk that ends with it.
-#[inline(always)]
-unsafe fn count<T: Element, const G: usize>(
-    group: &Group<'_, T>,
-    state: &mut [Sum; SLOTS],
-    products: &Products,
-    tiles: &Tiles,
-    kv_head: u32,
-) {
-    let scale = group.params.scale_log2;
-    let mut sums = [0.0; SLOTS];
-    let mut is_plain = group.is_full(tiles.tile);
-    for slot in 0..SLOTS {
-        let Sum { reference, sum } = state[slot];
-        let upper = math::ex2(math::fma(product(products, slot, 0), scale, -reference));
-        let lower = math::ex2(math::fma(product(products, slot, 1), scale, -reference));
-        sums[slot] = sum + upper + lower;
-        is_plain &= sums[slot] < LARGE;
+/// The lane's sums of every slot. Registers are scarce: the references, negated, lie in shared memory, and half of the slots are counted at a
+/// time.
+struct State {
+    sums: [f32; SLOTS],
+    references: Shared<V4<f32>>,
+    /// Threads of the block.
+    stride: u32,
+}
+
+/// Half of the slots.
+const HALF: usize = SLOTS / 2;
+
+impl State {
+    unsafe fn new(references: Shared<V4<f32>>, stride: u32) -> State {
+        let mut state =
+            State { sums: [0.0; SLOTS], references: references.add(thread::thread_idx_x()), stride };
+        state.clear();
+        state
     }
-    if is_plain {
-        for slot in 0..SLOTS {
-            state[slot].sum = sums[slot];
+
+    unsafe fn clear(&mut self) {
+        for quad in 0..SLOTS / 4 {
+            self.references.add(quad as u32 * self.stride).store(V4([-Sum::EMPTY.reference; 4]));
         }
-    } else {
-        count_any::<T, G>(group, state, products, sums, tiles.tile);
+        self.sums = [0.0; SLOTS];
     }
-    if tiles.ends_chunk() {
-        write::<T, G>(group, state, tiles.tile, kv_head);
-        *state = [Sum::EMPTY; SLOTS];
+
+    /// Counts a tile's products, and writes the sums of a chunk that ends with it.
+    #[inline(always)]
+    unsafe fn count<T: Element, const G: usize>(
+        &mut self,
+        group: &Group<'_, T>,
+        products: &Products,
+        tiles: &Tiles,
+        kv_head: u32,
+    ) {
+        let is_full = group.is_full(tiles.tile);
+        if is_full && tiles.begins_chunk() {
+            self.refer_to::<T>(group, products);
+        }
+        self.count_half::<T, G, 0>(group, products, tiles.tile, is_full);
+        self.count_half::<T, G, HALF>(group, products, tiles.tile, is_full);
+        if tiles.ends_chunk() {
+            self.write::<T, G>(group, tiles.tile, kv_head);
+            self.clear();
+        }
+    }
+
+    /// The larger logits of the first two tokens become the references, as far as they are finite.
+    #[inline(always)]
+    unsafe fn refer_to<T: Element>(&self, group: &Group<'_, T>, products: &Products) {
+        for quad in 0..SLOTS / 4 {
+            let mut references = [0.0; 4];
+            for i in 0..4 {
+                let logits =
+                    [0, 1].map(|half| product(products, 4 * quad + i, half) * group.params.scale_log2);
+                references[i] = -Sum::first_reference(logits);
+            }
+            self.references.add(quad as u32 * self.stride).store(V4(references));
+        }
+    }
+
+    /// Counts the products of the slots from `FIRST` on.
+    #[inline(always)]
+    unsafe fn count_half<T: Element, const G: usize, const FIRST: usize>(
+        &mut self,
+        group: &Group<'_, T>,
+        products: &Products,
+        tile: u32,
+        is_full: bool,
+    ) {
+        let scale = group.params.scale_log2;
+        let at = self.references.add((FIRST / 4) as u32 * self.stride);
+        let mut references = [at.load().0, at.add(self.stride).load().0];
+        let (mut sums, mut all) = ([0.0; HALF], 0.0);
+        for i in 0..HALF {
+            let minus = references[i / 4][i % 4];
+            let upper = math::ex2(math::fma(product(products, FIRST + i, 0), scale, minus));
+            let lower = math::ex2(math::fma(product(products, FIRST + i, 1), scale, minus));
+            sums[i] = self.sums[FIRST + i] + (upper + lower);
+            all += sums[i];
+        }
+        // None of them is negative: each is as small as all together.
+        if is_full && all < LARGE {
+            for i in 0..HALF {
+                self.sums[FIRST + i] = sums[i];
+            }
+            return;
+        }
+        for i in 0..HALF {
+            let (slot, reference) = (FIRST + i, -references[i / 4][i % 4]);
+            let mut sum = Sum { reference, sum: self.sums[slot] };
+            count_any::<T, G>(group, &mut sum, products, slot, sums[i], tile);
+            (references[i / 4][i % 4], self.sums[slot]) = (-sum.reference, sum.sum);
+        }
+        at.store(V4(references[0]));
+        at.add(self.stride).store(V4(references[1]));
+    }
+
+    /// Merges the sums of the lanes that hold the same slots, and writes those of blocks with candidates in the chunk.
+    unsafe fn write<T: Element, const G: usize>(&self, group: &Group<'_, T>, tile: u32, kv_head: u32) {
+        let (params, at) = (group.params, lane());
+        let chunk = tile / (CHUNK / TILE);
+        for slot in 0..SLOTS {
+            let own = -self.references.add((slot / 4) as u32 * self.stride).load().0[slot % 4];
+            let reference = over_rows(own, f32::max);
+            let sum = over_rows(self.sums[slot] * Sum::ratio(own, reference), |x, y| x + y);
+            let (block, member) = (block_of::<G>(at, slot), (slot % G) as u32);
+            let range = group.range(block);
+            let has_some = CHUNK * chunk < range.end && CHUNK * (chunk + 1) > range.begin;
+            if at.g == 0 && member < params.group && has_some && range.begin < range.end {
+                let entries = Entries::of(params, group.first_row + block, kv_head * params.group + member);
+                entries.at(chunk, warp::warp_id() % ENTRIES).store(V2([reference, sum]));
+            }
+        }
     }
 }
 
-/// The slow way: tokens that are no candidates, references that are too small, logits that are no numbers. `sums` are those of the
-/// fast way, which stand for slots of which they are right: what a slot counts must not depend on others.
+/// The slow way: tokens that are no candidates, references that are too small, logits that are no numbers. `sum` is that of the
+/// fast way, which stands where it is right: what a slot counts must not depend on others.
 #[inline(always)]
 unsafe fn count_any<T: Element, const G: usize>(
     group: &Group<'_, T>,
-    state: &mut [Sum; SLOTS],
+    state: &mut Sum,
     products: &Products,
-    sums: [f32; SLOTS],
+    slot: usize,
+    sum: f32,
     tile: u32,
 ) {
-    let (at, scale) = (lane(), group.params.scale_log2);
-    let tokens = [Group::<T>::token(tile, 0), Group::<T>::token(tile, 1)];
-    for slot in 0..SLOTS {
-        let range = group.range(block_of::<G>(at, slot));
-        let is_in = tokens.map(|token| token >= range.begin && token < range.end);
-        if is_in[0] && is_in[1] && sums[slot] < LARGE {
-            state[slot].sum = sums[slot];
-            continue;
+    let range = group.range(block_of::<G>(lane(), slot));
+    let is_in = [0, 1].map(|half| {
+        let token = Group::<T>::token(tile, half);
+        token >= range.begin && token < range.end
+    });
+    let scale = group.params.scale_log2;
+    let products = [0, 1].map(|half| product(products, slot, half));
+    if is_in[0] && is_in[1] {
+        if sum < LARGE {
+            state.sum = sum;
+            return;
         }
-        let mut logits = [f32::NAN; 2];
-        for half in 0..2 {
-            if is_in[half] {
-                logits[half] = any_product(products, slot, half) * scale;
+        if state.reference == f32::NEG_INFINITY && state.sum == 0.0 {
+            // As `refer_to` and the fast way would.
+            let reference = Sum::first_reference(products.map(|x| x * scale));
+            let terms = products.map(|x| math::ex2(math::fma(x, scale, -reference)));
+            if reference != f32::NEG_INFINITY && terms[0] + terms[1] < LARGE {
+                *state = Sum { reference, sum: terms[0] + terms[1] };
+                return;
             }
         }
-        state[slot].push(logits);
     }
-}
-
-/// Merges the sums of the lanes that hold the same slots, and writes those of blocks with candidates in the chunk.
-unsafe fn write<T: Element, const G: usize>(
-    group: &Group<'_, T>,
-    state: &[Sum; SLOTS],
-    tile: u32,
-    kv_head: u32,
-) {
-    let (params, at) = (group.params, lane());
-    let chunk = tile / (CHUNK / TILE);
-    for slot in 0..SLOTS {
-        let mut sum = state[slot];
-        let reference = over_rows(sum.reference, f32::max);
-        let part = sum.sum * Sum::ratio(sum.reference, reference);
-        sum = Sum { reference, sum: over_rows(part, |x, y| x + y) };
-        let (block, member) = (block_of::<G>(at, slot), (slot % G) as u32);
-        let range = group.range(block);
-        let has_some = CHUNK * chunk < range.end && CHUNK * (chunk + 1) > range.begin;
-        if at.g == 0 && member < params.group && has_some && range.begin < range.end {
-            let entries = Entries::of(params, group.first_row + block, kv_head * params.group + member);
-            entries.at(chunk, warp::warp_id()).store(V2([sum.reference, sum.sum]));
+    let mut logits = [f32::NAN; 2];
+    for half in 0..2 {
+        if is_in[half] {
+            logits[half] = products[half] * scale;
         }
     }
+    state.push(logits);
 }

@@ -11,8 +11,12 @@ use crate::simt::{grid, math};
 pub unsafe fn vote<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
-    thread::launch_bounds::<VOTE_THREADS, 1>();
-    let layout = const { &Layout::new(32 * C as u32, heads_of_launch(32 * C as u32)) };
+    if C <= 4 {
+        thread::launch_bounds::<{ vote_threads(128) }, 1>();
+    } else {
+        thread::launch_bounds::<{ vote_threads(256) }, 1>();
+    }
+    let layout = const { &Layout::vote(32 * C as u32, heads_of_launch(32 * C as u32, WIDE)) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let blocks = 4 * (SLOTS / G) as u32;
@@ -20,71 +24,42 @@ pub unsafe fn vote<T: Element, const C: usize, const G: usize, const WIDE: bool>
     if group.is_idle() {
         return;
     }
-    let num_heads = params.launch_kv_heads;
-    let queries = layout.queries.get();
-    group.put_queries::<C, G>(queries, params.first_kv_head, num_heads);
-    let is_plain = Logs::put::<T, G>(&group, layout, num_heads);
+    let (first_head, num_heads) = (params.first_kv_head, params.launch_kv_heads);
+    let stages = Stages::<C>::new(layout.stages.get());
     let mut place = Place::new(&group);
-    let mut keys = [[[0; 4]; C]; 2];
-    let mut pages = [0; 2];
-    if !place.is_over() {
-        pages = group.load_pages(place.tile);
-        keys = group.load_keys::<C>(place.tile, params.first_kv_head, pages);
+    let mut ahead = place;
+    for stage in 0..STAGES {
+        let page = group.load_page(ahead.tile);
+        stages.start(&group, stage, ahead.tile, first_head + ahead.head, page);
+        ahead = ahead.next(num_heads);
     }
+    let mut page = group.load_page(ahead.tile);
+    let queries = layout.queries.get();
+    group.put_queries::<C, G>(queries, first_head, num_heads);
+    let is_plain = Logs::put::<T, G>(&group, layout, num_heads);
     let is_plain = !thread::sync_threads_or(!is_plain);
-    if place.is_over() {
-        return;
-    }
     let logs = Logs { logs: layout.sums.get(), inverses: layout.inverses.get(), is_plain };
-    let of_head = 32 * C as u32 / 8 * SLOTS as u32 * CORE_BYTES;
+    let of_head = bytes_of_head(32 * C as u32);
     let mut votes = [[0.0; 2]; SLOTS];
-    let mut products = [[0.0; 4]; SLOTS];
-    let mut next = place.next(num_heads);
-    pages = if next.head == 0 { group.load_pages(next.tile) } else { pages };
-    if !is_double::<C, WIDE>() {
-        loop {
-            multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(place.head * of_head));
-            finish::<WIDE>(&mut products);
-            keys = group.load_keys::<C>(next.tile, params.first_kv_head + next.head, pages);
-            let after = next.next(num_heads);
-            pages = if after.head == 0 { group.load_pages(after.tile) } else { pages };
-            logs.add::<T, G>(&group, &mut votes, &products, &place);
-            if place.head + 1 == num_heads {
-                write::<T, G>(&group, &mut votes, place.tile);
-            }
-            if next.is_over() {
-                return;
-            }
-            (place, next) = (next, after);
-        }
-    }
-    loop {
-        multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(place.head * of_head));
-        let others = group.load_keys::<C>(next.tile, params.first_kv_head + next.head, pages);
-        let after = next.next(num_heads);
-        pages = if after.head == 0 { group.load_pages(after.tile) } else { pages };
+    let mut products = [[0.0; 4]; SLOTS / 2];
+    let mut stage = 0;
+    while !place.is_over() {
+        let keys = stages.take(stage);
+        // The same in all lanes, and known to be: addresses of operands are for the whole warp.
+        let head = warp::shuffle_idx(warp::FULL, place.head, 0);
+        stages.start(&group, stage, ahead.tile, first_head + ahead.head, page);
+        multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(head * of_head));
+        ahead = ahead.next(num_heads);
+        page = if ahead.head == 0 { group.load_page(ahead.tile) } else { page };
         finish::<WIDE>(&mut products);
         logs.add::<T, G>(&group, &mut votes, &products, &place);
         if place.head + 1 == num_heads {
             write::<T, G>(&group, &mut votes, place.tile);
         }
-        if next.is_over() {
-            return;
-        }
-        multiply::<T, C, WIDE>(&mut products, &others, queries.byte_add(next.head * of_head));
-        keys = group.load_keys::<C>(after.tile, params.first_kv_head + after.head, pages);
-        let then = after.next(num_heads);
-        pages = if then.head == 0 { group.load_pages(then.tile) } else { pages };
-        finish::<WIDE>(&mut products);
-        logs.add::<T, G>(&group, &mut votes, &products, &next);
-        if next.head + 1 == num_heads {
-            write::<T, G>(&group, &mut votes, next.tile);
-        }
-        if after.is_over() {
-            return;
-        }
-        (place, next) = (after, then);
+        place = place.next(num_heads);
+        stage = (stage + 1) % STAGES;
     }
+    tensor::cp_async_wait::<0>();
 }
 
 /// A place among the tiles of a warpgroup, and the heads of each.
@@ -99,12 +74,12 @@ struct Place {
 
 impl Place {
     fn new<T: Element>(group: &Group<'_, T>) -> Place {
-        const WARPGROUPS: u32 = VOTE_THREADS / 128;
-        let warpgroup = thread::block_idx_x() * WARPGROUPS + thread::thread_idx_x() / 128;
+        let of_block = thread::block_dim_x() / WARPGROUP;
+        let warpgroup = thread::block_idx_x() * of_block + thread::thread_idx_x() / WARPGROUP;
         Place {
             tile: group.all.begin / TILE + warpgroup,
             head: 0,
-            step: thread::grid_dim_x() * WARPGROUPS,
+            step: thread::grid_dim_x() * of_block,
             last: group.all.end.div_ceil(TILE),
         }
     }
@@ -122,7 +97,7 @@ impl Place {
     }
 }
 
-/// What makes probabilities of logits: logarithms of the heads' sums, base 2, and the inverses, where the former are infinite.
+/// What makes probabilities of logits: logarithms of the heads' sums, base 2, negated, and the inverses, where the former are infinite.
 struct Logs {
     logs: Shared<f32>,
     inverses: Shared<f32>,
@@ -150,7 +125,7 @@ impl Logs {
                 [log, inverse] = params.sums.add(place).load().0;
                 is_plain &= log.is_finite();
             }
-            layout.sums.get().add(entry).store(log);
+            layout.sums.get().add(entry).store(-log);
             layout.inverses.get().add(entry).store(inverse);
             entry += thread::block_dim_x();
         }
@@ -169,22 +144,19 @@ impl Logs {
         let scale = group.params.scale_log2;
         let first = (place.head * 4 + lane().t) * SLOTS as u32;
         let logs = self.logs.add(first).cast::<V4<f32>>();
-        let mut sums = *votes;
-        let mut total = 0.0;
-        for slot in 0..SLOTS {
-            let log = logs.add(slot as u32 / 4).load().0[slot % 4];
-            for half in 0..2 {
-                let p = math::ex2(math::fma(product(products, slot, half), scale, -log));
-                sums[slot / G][half] += p;
-            }
-        }
         for q in 0..SLOTS / G {
-            total += sums[q][0] + sums[q][1];
-        }
-        if self.is_plain && total < f32::INFINITY {
-            *votes = sums;
-        } else {
-            self.add_any::<G>(scale, votes, products, first);
+            let mut sums = votes[q];
+            for slot in G * q..G * (q + 1) {
+                let minus_log = logs.add(slot as u32 / 4).load().0[slot % 4];
+                for half in 0..2 {
+                    sums[half] += math::ex2(math::fma(product(products, slot, half), scale, minus_log));
+                }
+            }
+            if self.is_plain && sums[0] + sums[1] < f32::INFINITY {
+                votes[q] = sums;
+            } else {
+                self.add_any::<G>(scale, &mut votes[q], products, G * q, first);
+            }
         }
     }
 
@@ -193,26 +165,27 @@ impl Logs {
     unsafe fn add_any<const G: usize>(
         &self,
         scale: f32,
-        votes: &mut [[f32; 2]; SLOTS],
+        votes: &mut [f32; 2],
         products: &Products,
+        first_slot: usize,
         first: u32,
     ) {
-        for slot in 0..SLOTS {
+        for i in 0..G {
+            let slot = first_slot + i;
             let (log, inverse) =
-                (self.logs.add(first + slot as u32).load(), self.inverses.add(first + slot as u32).load());
+                (-self.logs.add(first + slot as u32).load(), self.inverses.add(first + slot as u32).load());
             if inverse == 0.0 {
                 continue; // no head: its queries are zeros, whose products with infinities are NaN
             }
             for half in 0..2 {
-                let product = any_product(products, slot, half);
-                let p = if log.is_finite() {
+                let product = product(products, slot, half);
+                votes[half] += if log.is_finite() {
                     math::ex2(math::fma(product, scale, -log))
                 } else if product * scale == log {
                     inverse
                 } else {
                     math::ex2(product * scale - log)
                 };
-                votes[slot / G][half] += p;
             }
         }
     }
@@ -230,8 +203,11 @@ unsafe fn write<T: Element, const G: usize>(group: &Group<'_, T>, votes: &mut [[
                 let token = Group::<T>::token(tile, half as u32);
                 if token >= range.begin && token < range.end {
                     let place = of_row.add(token as u64);
-                    let before = if params.first_kv_head > 0 { place.load() } else { 0.0 };
-                    place.store(before + votes[q][half]);
+                    if params.first_kv_head == 0 {
+                        place.store(votes[q][half]);
+                    } else {
+                        place.reduce_add(votes[q][half]);
+                    }
                 }
             }
         }
