@@ -6,16 +6,16 @@ use std::ops::Range;
 
 use common::paged::{Pool, STORAGES, Storage, limits};
 use common::problem::{self, Content, Problem, Row, small_config};
-use common::run::{Inputs, assert_selected, only, selected_lists};
-use common::{bits, cases, naive, naive_config, on_devices, values};
+use common::run::{Inputs, assert_selected, only, selected_lists, token_select};
+use common::{assert_close, bits, cases, naive, naive_config, on_devices, tensor, values};
 use proptest::prelude::*;
 use tokenselect::{
-    Batch, Buffer, DType, Device, HeadShape, Operations, PageTables, Positions, Rope, SelectConfig,
-    TokenSelect,
+    Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvView, Limits,
+    Operations, PageTables, PagedKvCache, Positions, Rope, SelectConfig, StepOutput, Tensor, TokenSelect,
 };
 
 on_devices! {
-    all: random_rows_in_blocks;
+    all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one;
     gpus: kernel_instances, nan_and_infinities, logits_of_every_size, alone_or_in_a_group_the_same_bits;
 }
 
@@ -201,4 +201,123 @@ fn alone_or_in_a_group_the_same_bits(device: &Device) {
             }
         }
     }
+}
+
+/// Tokens of a sequence as inputs of a step.
+fn inputs(device: &Device, problem: &Problem, tokens: Range<usize>) -> Inputs {
+    let (row, heads) = (&problem.rows[0], problem.config.heads);
+    let part = |data: &[f64], heads_of: usize| {
+        let width = heads_of * heads.head_dim;
+        let data = &data[tokens.start * width..tokens.end * width];
+        tensor(problem.config.dtype, data, [tokens.len(), heads_of, heads.head_dim])
+    };
+    let [q, k, v] = [
+        part(&row.q, heads.num_qo_heads),
+        part(&row.k, heads.num_kv_heads),
+        part(&row.v, heads.num_kv_heads),
+    ];
+    Inputs { q, k, v }.to(device)
+}
+
+/// An owned cache, a piece of a prompt in one step and block by block; and decoding after it.
+fn a_step_of_blocks_is_steps_one_by_one(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+    for positions in [Positions::Native, Positions::Reassigned(Rope::default())] {
+        let dtype = DType::Bf16;
+        let config = SelectConfig { heads, dtype, positions, n_init: 3, n_local: 10, ..small_config() };
+        let problem = Problem::new(&config, &[(190, 190)], Content::Peaked, 4);
+        let limits = Limits { max_rows: 8, max_block_len: 60, max_kv_tokens: 8 * 192 };
+        let pages = CacheConfig { num_layers: 1, num_pages: 16, page_size: 24, ..CacheConfig::default() };
+        let [mut whole, mut single] = [0, 1].map(|_| PagedKvCache::new(device, &config, &pages).unwrap());
+        let mut ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+        let mut step = |cache: &mut PagedKvCache, batch: &Batch, tokens: Range<usize>| {
+            let inputs = inputs(device, &problem, tokens.clone());
+            let shape = [tokens.len(), 4, 64];
+            let mut out = Tensor::zeros_on(device, DType::F32, shape).unwrap();
+            let output = StepOutput { out: out.view_mut(), lse: None };
+            ts.step(cache, 0, batch, inputs.step(), output).unwrap();
+            (selected_lists(&ts, batch.num_rows()), values(&out))
+        };
+        let (a, b) = (whole.create().unwrap(), single.create().unwrap());
+        // A prefix, the piece of 100 tokens, and two tokens of decoding.
+        let batch = whole.extend(&[(a, 60)]).unwrap();
+        step(&mut whole, &batch, 0..60);
+        let batch = single.extend(&[(b, 60)]).unwrap();
+        step(&mut single, &batch, 0..60);
+        let batch = whole.extend(&[(a, 100)]).unwrap().in_blocks(24).unwrap();
+        assert_eq!((batch.num_rows(), batch.max_block_len(), batch.max_kv_len()), (5, 24, 160));
+        let (lists, out) = step(&mut whole, &batch, 60..160);
+        assert_eq!(whole.written_len(0, a).unwrap(), 160);
+        for (i, begin) in (60..160).step_by(24).enumerate() {
+            let tokens = begin..160.min(begin + 24);
+            let batch = single.extend(&[(b, tokens.len())]).unwrap();
+            let (list, alone) = step(&mut single, &batch, tokens.clone());
+            let what = format!("{}: block {tokens:?}", device.name());
+            assert_eq!(lists[i], list[0], "{what}");
+            let of_block = &out[(begin - 60) * 256..][..alone.len()];
+            assert_close(&what, of_block, &alone, 64, common::gpu_tolerance(DType::Bf16));
+        }
+        for token in 160..162 {
+            let batch = whole.extend(&[(a, 1)]).unwrap();
+            let got = step(&mut whole, &batch, token..token + 1);
+            let batch = single.extend(&[(b, 1)]).unwrap();
+            assert_eq!(got, step(&mut single, &batch, token..token + 1), "{}", device.name());
+        }
+    }
+}
+
+/// What cannot be cut, and what blocks cannot do.
+#[test]
+fn what_cannot_be_cut_is_refused() {
+    let tables = PageTables { indptr: vec![0, 2], indices: vec![4, 1], last_page_len: vec![3] };
+    let whole = Batch::new(8, vec![0, 7], tables.clone()).unwrap();
+    let text = |result: tokenselect::Result<Batch>| result.map(drop).unwrap_err().to_string();
+    assert!(text(whole.in_blocks(0)).contains("block_len") && text(whole.in_blocks(0)).contains("got 0"));
+    let cut = whole.in_blocks(4).unwrap();
+    assert_eq!((cut.num_rows(), cut.qo_indptr()), (2, &[0, 4, 7][..]));
+    assert_eq!(cut.tables().last_page_len, [8, 3]);
+    assert_eq!(cut.tables().indices, [4, 4, 1]);
+    for refused in [cut.in_blocks(2), cut.clone().padded(4, 1), cut.clone().with_sequence_indices(vec![0, 1])]
+    {
+        assert!(text(refused).contains("not cut into blocks"));
+    }
+    let parts = Batch::partial(8, vec![0, 7], tables, vec![0..5]).unwrap();
+    assert!(text(parts.in_blocks(4)).contains("whole sequences"));
+    let device = Device::emulated();
+    assert!(BatchSlot::new(&device, &cut, 8).unwrap_err().to_string().contains("not cut into blocks"));
+    let mut slot = BatchSlot::new(&device, &whole, 8).unwrap();
+    let uncut = slot.put(cut.clone()).map(drop).unwrap_err().to_string();
+    assert!(uncut.contains("not cut into blocks"), "{uncut}");
+
+    let config = SelectConfig { dtype: DType::Bf16, ..small_config() };
+    let config = SelectConfig { heads: HeadShape { head_dim: 64, ..config.heads }, ..config };
+    let only_rows = Operations { score_blocks: false, attend: false, ..Operations::ALL };
+    for (operations, batch, needs) in [
+        (only_rows, &cut, "`score_blocks`"),
+        (Operations { attend: false, ..Operations::PREFILL }, &whole, "`score`"),
+    ] {
+        let mut ts = only(&device, &config, limits(batch), operations);
+        let pages = Tensor::zeros_on(&device, DType::Bf16, [8, 8, 2, 64]).unwrap();
+        let kv = KvView::new(pages.view(), pages.view(), KvLayout::Nhd).unwrap();
+        let q = Tensor::zeros_on(&device, DType::Bf16, [7, 4, 64]).unwrap();
+        let error = ts.select(batch, kv, q.view(), None).unwrap_err().to_string();
+        assert!(error.contains(needs), "{error}");
+    }
+}
+
+/// A selection of blocks leaves no logits: what needs them is refused, and votes are not.
+#[test]
+fn blocks_leave_votes_and_no_logits() {
+    let device = Device::emulated();
+    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, ..small_config() };
+    let problem = Problem::new(&config, &[(60, 20)], Content::Peaked, 4);
+    let pool = Pool::full(&problem, 8, Storage::Nhd, 5).to(&device);
+    let batch = pool.batch(&problem).in_blocks(9).unwrap();
+    let mut ts = token_select(&device, &problem, &batch);
+    ts.select(&batch, pool.view(), Inputs::new(&problem).to(&device).q.view(), None).unwrap();
+    let lists = selected_lists(&ts, batch.num_rows());
+    assert!(matches!(ts.vote(&batch), Err(Error::Order { op: "vote", .. })));
+    ts.top_k(&batch, None).unwrap();
+    assert_eq!(lists, selected_lists(&ts, batch.num_rows()));
 }

@@ -218,6 +218,21 @@ pub struct MmaParams {
 }
 const _: () = assert!(size_of::<MmaParams>() == 32);
 
+/// Parameters of [`warpgroup_mma`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct WarpgroupMmaParams {
+    /// \[64, 32\] elements, row-major, read.
+    pub a: GlobalPtr<u16>,
+    /// \[32, 64\] elements, row-major, read.
+    pub b: GlobalPtr<u16>,
+    /// \[2, 64, 64\] f32, row-major, written: the product of the first 16 columns of `a` and rows of `b`, and that of all.
+    pub d: GlobalMut<f32>,
+    /// \[1\] u32, written: whether there are such products.
+    pub available: GlobalMut<u32>,
+}
+const _: () = assert!(size_of::<WarpgroupMmaParams>() == 32);
+
 /// Parameters of [`math`].
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -249,6 +264,8 @@ struct Layout {
     pairs: Region<u64>,
     quads: Region<V4<u32>>,
     counters: Region<u32>,
+    /// Operand B of a warpgroup's product, 32 rows of 64 columns.
+    columns: Region<u16>,
     bytes: u32,
 }
 
@@ -261,6 +278,7 @@ impl Layout {
             words: carve.array(64 * 4, 16),
             pairs: carve.array(64 * 2, 16),
             quads: carve.array(128, 128),
+            columns: carve.array(32 * 64, 128),
             bytes: carve.bytes(),
         }
     }
@@ -278,6 +296,8 @@ pub const WARP_SHARED_DIMS: Dims = Dims::linear(1, 32, LAYOUT.bytes);
 pub const BARRIERS_DIMS: Dims = Dims::linear(1, 128, LAYOUT.bytes);
 /// Launch of [`bulk_copy`].
 pub const BULK_COPY_DIMS: Dims = Dims::linear(1, 96, LAYOUT.bytes);
+/// Launch of [`warpgroup_mma`].
+pub const WARPGROUP_DIMS: Dims = Dims::linear(1, 128, LAYOUT.bytes);
 /// Launch of [`shared`].
 pub const SHARED_DIMS: Dims = Dims::linear(1, 64, LAYOUT.bytes);
 /// Launch of [`global`] and [`math`].

@@ -8,6 +8,7 @@ mod global;
 mod launches;
 mod overlap;
 mod shared;
+mod warpgroup;
 
 use kernels_gpu::emu::{Kind, Launch, Memory, Options, Order, Report, Stats};
 use kernels_gpu::launch::Dims;

@@ -3,7 +3,7 @@
 use super::*;
 
 on_machines! {
-    ldmatrix_plain_and_transposed, mma_f16, mma_bf16
+    ldmatrix_plain_and_transposed, mma_f16, mma_bf16, warpgroup_mma_f16, warpgroup_mma_bf16
 }
 
 fn ldmatrix_plain_and_transposed(on: On) {
@@ -75,4 +75,45 @@ fn mma_f16(on: On) {
 
 fn mma_bf16(on: On) {
     mma_is_a_product::<bf16>(on, "conformance_mma_bf16", bf16::to_bits);
+}
+
+/// Both products of `conformance_warpgroup_mma` in f64, and the f32 results within the error of their additions.
+fn warpgroup_mma_is_a_product<T: Element>(on: On, name: &str, to_bits: fn(T) -> u16) {
+    let mut numbers = numbers(7, 4001);
+    let mut draw = |len: usize| -> Vec<T> {
+        (0..len).map(|_| T::from_f32((numbers.next().unwrap() as f32 - 2000.0) / 512.0)).collect()
+    };
+    let (a, b) = (draw(64 * 32), draw(32 * 64));
+    let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
+    for mut machine in on.machines() {
+        let params = WarpgroupMmaParams {
+            a: machine.input("a", &bits(&a)),
+            b: machine.input("b", &bits(&b)),
+            d: machine.alloc("d", 2 * 64 * 64),
+            available: machine.alloc("available", 1),
+        };
+        machine.launch(name, WARPGROUP_DIMS, params);
+        if machine.read(params.available, 1) == [0] {
+            println!("SKIPPED: the GPU has no products of warpgroups");
+            continue;
+        }
+        let d = machine.read(params.d, 2 * 64 * 64);
+        for (i, &got) in d.iter().enumerate() {
+            let (depth, row, column) = (16 * (1 + i / 4096), i / 64 % 64, i % 64);
+            let terms =
+                (0..depth).map(|k| a[row * 32 + k].to_f32() as f64 * b[k * 64 + column].to_f32() as f64);
+            let (want, size) = (terms.clone().sum::<f64>(), terms.map(f64::abs).sum::<f64>());
+            // The tensor core aligns the terms of a sum to the largest and cuts what is below.
+            let error = (got as f64 - want).abs();
+            assert!(error <= 34.0 * size * 2f64.powi(-23), "{name} {depth} ({row}, {column}): {error}");
+        }
+    }
+}
+
+fn warpgroup_mma_f16(on: On) {
+    warpgroup_mma_is_a_product::<f16>(on, "conformance_warpgroup_mma_f16", f16::to_bits);
+}
+
+fn warpgroup_mma_bf16(on: On) {
+    warpgroup_mma_is_a_product::<bf16>(on, "conformance_warpgroup_mma_bf16", bf16::to_bits);
 }

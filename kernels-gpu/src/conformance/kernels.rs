@@ -6,6 +6,7 @@ use crate::common::fragment::{A, Accumulator, B, lane};
 use crate::simt::bulk::{self, MBarrier};
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
+use crate::simt::warpgroup::{self, Columns};
 use crate::simt::{cluster, grid, math as m, tensor};
 
 /// What every kernel begins with: launches may overlap.
@@ -463,6 +464,68 @@ pub unsafe fn mma<T: Element>(p: MmaParams) {
     T::mma(&mut d, A(a), B(b));
     for i in 0..4 {
         p.d.add(place(i)).store(d.0[i]);
+    }
+}
+
+/// A warpgroup's product, and one that adds to it.
+///
+/// # Safety
+/// - The shapes in [`WarpgroupMmaParams`]; launched with [`WARPGROUP_DIMS`].
+pub unsafe fn warpgroup_mma<T: Element>(p: WarpgroupMmaParams) {
+    /// From eight columns of B to the next, and from eight rows to the next.
+    const STRIDES: [u32; 2] = [128, 1024];
+    begin();
+    if thread_idx_x() == 0 {
+        p.available.store(warpgroup::AVAILABLE as u32);
+    }
+    if !warpgroup::AVAILABLE {
+        return;
+    }
+    let columns = LAYOUT.columns.get();
+    let mut i = thread_idx_x();
+    while i < 32 * 64 {
+        let (row, column) = (i / 64, i % 64);
+        let core = columns.byte_add(row / 8 * STRIDES[1] + column / 8 * STRIDES[0]);
+        core.add(column % 8 * 8 + row % 8).store(p.b.add(i as u64).load());
+        i += 128;
+    }
+    warpgroup::fence_writes();
+    sync_threads();
+    let at = lane();
+    let a = |step: u32| {
+        A([0, 1, 2, 3].map(|i| {
+            let (row, column) = (16 * warp_id() + A::row(at, i), 16 * step + A::column(at, i));
+            p.a.add((row * 32 + column) as u64).cast::<u32>().load()
+        }))
+    };
+    let b = |step: u32| Columns {
+        start: columns.byte_add(2 * step * STRIDES[1]).cast::<T>(),
+        row_bytes: STRIDES[1],
+        column_bytes: STRIDES[0],
+    };
+    let mut d = [[7.0; 4]; 8]; // which the first product does not add to
+    let (first, second) = (a(0), a(1));
+    warpgroup::fence();
+    T::mma_of_warpgroup::<false>(&mut d, first, b(0));
+    warpgroup::commit();
+    warpgroup::wait(&mut d);
+    write_products(p.d, &d);
+    warpgroup::fence();
+    T::mma_of_warpgroup::<true>(&mut d, second, b(1));
+    warpgroup::commit();
+    warpgroup::wait(&mut d);
+    write_products(p.d.add(64 * 64), &d);
+}
+
+/// Writes a warp's rows of a warpgroup's product.
+unsafe fn write_products(to: GlobalMut<f32>, d: &[[f32; 4]; 8]) {
+    let at = lane();
+    for tile in 0..8 {
+        for i in 0..4 {
+            let row = 16 * warp_id() + Accumulator::row(at, i);
+            let column = 8 * tile as u32 + Accumulator::column(at, i);
+            to.add((row * 64 + column) as u64).store(d[tile][i]);
+        }
     }
 }
 

@@ -199,7 +199,7 @@ impl<const C: usize> Stages<C> {
         let of_warp = all.byte_add(warp::warp_id() * STAGES * Self::STAGE);
         let (lane, at) = (warp::lane_id(), lane());
         let trades = |token: u32| if Self::ROW.is_multiple_of(128) { token % 2 * 64 } else { 0 };
-        let piece = lane % 8 * 16 ^ trades(lane / 8);
+        let piece = (lane % 8 * 16) ^ trades(lane / 8);
         let own = of_warp.byte_add(at.g * Self::ROW + 16 * at.t);
         Stages {
             copied: of_warp.byte_add(lane / 8 * Self::ROW + piece),
