@@ -11,12 +11,14 @@ use common::{assert_close, bits, cases, naive, naive_config, on_devices, tensor,
 use proptest::prelude::*;
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvView, Limits,
-    Operations, PageTables, PagedKvCache, Positions, Rope, SelectConfig, StepOutput, Tensor, TokenSelect,
+    Operations, PageTables, PagedKvCache, Positions, Rope, RowAction, SelectConfig, SelectionCacheConfig,
+    StepOutput, Tensor, TokenSelect,
 };
 
 on_devices! {
-    all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one;
-    gpus: kernel_instances, nan_and_infinities, logits_of_every_size, alone_or_in_a_group_the_same_bits;
+    all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one, what_adds_tokens_drops_cached_selections;
+    gpus: kernel_instances, nan_and_infinities, logits_of_every_size, large_logits_that_tie, tiny_queries,
+        votes_by_themselves, alone_or_in_a_group_the_same_bits;
 }
 
 /// A block as a row of its own.
@@ -281,7 +283,8 @@ fn what_cannot_be_cut_is_refused() {
     {
         assert!(text(refused).contains("not cut into blocks"));
     }
-    let parts = Batch::partial(8, vec![0, 7], tables, vec![0..5]).unwrap();
+    let candidates = std::iter::once(0..5).collect();
+    let parts = Batch::partial(8, vec![0, 7], tables, candidates).unwrap();
     assert!(text(parts.in_blocks(4)).contains("whole sequences"));
     let device = Device::emulated();
     assert!(BatchSlot::new(&device, &cut, 8).unwrap_err().to_string().contains("not cut into blocks"));
@@ -320,4 +323,161 @@ fn blocks_leave_votes_and_no_logits() {
     assert!(matches!(ts.vote(&batch), Err(Error::Order { op: "vote", .. })));
     ts.top_k(&batch, None).unwrap();
     assert_eq!(lists, selected_lists(&ts, batch.num_rows()));
+}
+
+/// A plan for blocks alone has no place for logits: what reads them is refused, whatever the caller provides.
+#[test]
+fn votes_without_logits_are_refused() {
+    let device = Device::emulated();
+    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, ..small_config() };
+    let problem = Problem::new(&config, &[(60, 20)], Content::Peaked, 4);
+    let batch = Pool::full(&problem, 8, Storage::Nhd, 5).batch(&problem);
+    let mut ts = prefill(&device, &config, &batch);
+    assert_eq!(ts.workspace().buffer(Buffer::Logits).shape().dims()[0], 0);
+    ts.provide(Buffer::Queries, &batch).unwrap();
+    ts.provide(Buffer::Logits, &batch).unwrap();
+    for (op, result) in [("vote", ts.vote(&batch)), ("vote_top_k", ts.vote_top_k(&batch, None))] {
+        let error = result.unwrap_err().to_string();
+        assert!(error.contains(op) && error.contains("`score`"), "{error}");
+    }
+}
+
+/// Tokens that are added without a selection of their own row are no reason to use an old one again: it knows nothing of them.
+fn what_adds_tokens_drops_cached_selections(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 4, num_kv_heads: 2, head_dim: 64 };
+    let cached = Some(SelectionCacheConfig { similarity_threshold: -1.0, max_reuse: None });
+    let config = SelectConfig {
+        heads,
+        dtype: DType::Bf16,
+        n_init: 3,
+        n_local: 10,
+        selection_cache: cached,
+        ..small_config()
+    };
+    let problem = Problem::new(&config, &[(200, 200)], Content::Peaked, 4);
+    let limits = Limits { max_rows: 8, max_block_len: 100, max_kv_tokens: 8 * 192 };
+    let pages = CacheConfig { num_layers: 1, num_pages: 16, page_size: 16, ..CacheConfig::default() };
+    for way in ["in_blocks", "step_dense", "fill", "step"] {
+        let mut cache = PagedKvCache::new(device, &config, &pages).unwrap();
+        let mut ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+        let id = cache.create().unwrap();
+        let mut actions = Vec::new();
+        for (begin, len) in [(0, 80), (80, 1), (81, 1), (82, 90), (172, 1), (173, 1)] {
+            let batch = cache.extend(&[(id, len)]).unwrap();
+            let batch = if len == 90 && way == "in_blocks" { batch.in_blocks(30).unwrap() } else { batch };
+            let inputs = inputs(device, &problem, begin..begin + len);
+            let mut out = Tensor::zeros_on(device, DType::F32, [len, 4, 64]).unwrap();
+            let output = StepOutput { out: out.view_mut(), lse: None };
+            match way {
+                "step_dense" if len == 90 => ts.step_dense(&mut cache, 0, &batch, inputs.step(), output),
+                "fill" if len == 90 => ts.fill(&mut cache, 0, &batch, inputs.k.view(), inputs.v.view()),
+                _ => ts.step(&mut cache, 0, &batch, inputs.step(), output),
+            }
+            .unwrap();
+            if len == 1 {
+                actions.push(ts.workspace().actions().unwrap()[0]);
+            }
+        }
+        // By a step, the selection of the block before is used: it was made over the new tokens' elders, and its age counts.
+        let after = if way == "step" { RowAction::Reuse } else { RowAction::Score };
+        let want = [RowAction::Score, RowAction::Reuse, after, RowAction::Reuse];
+        assert_eq!(actions, want, "{}: {way}", device.name());
+    }
+}
+
+/// A batch of blocks beyond the limits is refused before anything grows; one within them is what `in_blocks` makes.
+#[test]
+fn extend_in_blocks_knows_the_limits() {
+    let config = SelectConfig { dtype: DType::F32, ..small_config() };
+    let pages = CacheConfig { num_layers: 1, num_pages: 40, page_size: 16, ..CacheConfig::default() };
+    let mut cache = PagedKvCache::new(&Device::cpu(), &config, &pages).unwrap();
+    let ids = [cache.create().unwrap(), cache.create().unwrap()];
+    // 64 + 128 + 192 + 256 + 304 places for tokens, and 16 of the other sequence.
+    let limits = Limits { max_rows: 6, max_block_len: 64, max_kv_tokens: 960 };
+    let growth = [(ids[0], 300), (ids[1], 1)];
+    for (what, less) in [
+        ("max_rows", Limits { max_rows: 5, ..limits }),
+        ("max_block_len", Limits { max_block_len: 63, ..limits }),
+        ("max_kv_tokens", Limits { max_kv_tokens: 959, ..limits }),
+    ] {
+        let error = cache.extend_in_blocks(&less, &growth, 64).unwrap_err();
+        assert!(matches!(error, Error::Limit { what: named, .. } if named == what), "{error}");
+    }
+    let error = cache.extend_in_blocks(&limits, &growth, 0).unwrap_err();
+    assert!(matches!(error, Error::Argument { what: "block_len", .. }), "{error}");
+    assert_eq!(cache.len(ids[0]), Ok(0));
+    let batch = cache.extend_in_blocks(&limits, &growth, 64).unwrap();
+    assert_eq!((batch.num_rows(), batch.num_token_places()), (6, 960));
+    assert_eq!(batch.qo_indptr(), [0, 64, 128, 192, 256, 300, 301]);
+}
+
+/// What compute capability 8.0 runs: less shared memory, no products of warpgroups.
+#[test]
+fn the_same_without_warpgroups() {
+    let device = Device::emulated_sm_80();
+    kernel_instances(&device);
+    nan_and_infinities(&device);
+    large_logits_that_tie(&device);
+    alone_or_in_a_group_the_same_bits(&device);
+}
+
+/// Many equal large logits of one head, small ones of another: the former share the mass, however large they are.
+fn large_logits_that_tie(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 64 };
+    for scale in [1e3, 1e5, 1e7, 1e9, 1e30] {
+        let config = SelectConfig {
+            heads,
+            dtype: DType::Bf16,
+            n_init: 0,
+            n_local: 0,
+            top_k: 2,
+            score_scale: Some(scale),
+            ..small_config()
+        };
+        let mut problem = Problem::new(&config, &[(100, 1)], Content::Peaked, 4);
+        let row = &mut problem.rows[0];
+        (row.q.fill(0.0), row.k.fill(0.0));
+        (row.q[0], row.q[64]) = (1.0, 1.0);
+        (10..90).for_each(|token| row.k[token * 128] = 3.0);
+        for (token, logit) in [(95, 6.0), (97, 5.0)] {
+            row.k[token * 128 + 64] = common::round(DType::Bf16, logit / f64::from(scale));
+        }
+        check(device, &problem, 16, Storage::Nhd, 1);
+    }
+}
+
+/// Queries whose halves are few units of their type.
+fn tiny_queries(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 1, head_dim: 64 };
+    for (dtype, size, scale) in [
+        (DType::F16, 1e-5, 1e4),
+        (DType::F16, 1e-6, 1e5),
+        (DType::F16, 2e-7, 1e6),
+        (DType::Bf16, 1e-30, 1e30),
+    ] {
+        let config =
+            SelectConfig { heads, dtype, n_init: 0, n_local: 0, score_scale: Some(scale), ..small_config() };
+        let mut problem = Problem::new(&config, &[(100, 1)], Content::Peaked, 3);
+        problem.rows[0].q.iter_mut().for_each(|x| *x = common::round(dtype, *x * size));
+        check(device, &problem, 16, Storage::Nhd, 1);
+    }
+}
+
+/// The operations one by one, over blocks of so many places that their sum would want other kernels than the longest of them.
+fn votes_by_themselves(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 1, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::Bf16, ..small_config() };
+    let problem = Problem::new(&config, &[(300, 40)], Content::Peaked, 1);
+    let pool = Pool::full(&problem, 16, Storage::Nhd, 5).to(device);
+    let batch = pool.batch(&problem).in_blocks(10).unwrap();
+    let q = Inputs::new(&problem).to(device).q;
+    let limits = Limits { max_kv_tokens: 4_300_000, ..limits(&batch) };
+    let mut ts = only(device, &config, limits, Operations::SELECTION);
+    ts.select(&batch, pool.view(), q.view(), None).unwrap();
+    let want = selected_lists(&ts, batch.num_rows());
+    ts.pool(&batch, q.view(), None).unwrap();
+    ts.score(&batch, pool.view()).unwrap();
+    ts.vote_top_k(&batch, None).unwrap();
+    assert_eq!(want, selected_lists(&ts, batch.num_rows()), "{}", device.name());
 }

@@ -398,8 +398,8 @@ fn batches_that_do_not_fit_a_step(device: &Device) {
 /// The error of a batch beyond [`Limits`].
 fn limited(what: &str, limit: usize, got: usize) -> String {
     format!(
-        "`{what}` is limited to {limit}, the batch needs {got}: make the limit larger, or the batch smaller (`truncate` takes \
-         an `extend` back)"
+        "`{what}` is limited to {limit}, the batch needs {got}: make the limit larger, or the batch smaller (after an \
+         `extend`, `truncate` takes it back)"
     )
 }
 

@@ -437,8 +437,8 @@ fn a_slot_keeps_what_was_recorded_with_it(device: &Device) {
         Batch::new(16, vec![0, 1, 2], tables).unwrap()
     };
     let too_many = batch(vec![0; 20]);
-    let text = "`max_kv_tokens` is limited to 112, the batch needs 320: make the limit larger, or the batch smaller (`truncate` \
-                takes an `extend` back)";
+    let text = "`max_kv_tokens` is limited to 112, the batch needs 320: make the limit larger, or the batch smaller (after an `extend`, \
+                `truncate` takes it back)";
     assert_eq!(r.ts.plan().limits().max_kv_tokens, 112);
     assert_eq!(r.select(&too_many).unwrap_err().to_string(), text);
     assert_eq!(r.slot.put(too_many).unwrap_err().to_string(), text);

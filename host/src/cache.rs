@@ -292,15 +292,46 @@ impl PagedKvCache {
     /// # Errors
     /// [`Error::Limit`], naming the limit; those of `extend`.
     pub fn extend_within(&mut self, limits: &Limits, growth: &[(SequenceId, usize)]) -> Result<Batch> {
-        let (mut block_len, mut places) = (0, 0usize);
-        for &(id, tokens) in growth {
-            let len = self.pages.len(id)?.saturating_add(tokens);
-            block_len = tokens.max(block_len);
-            places = places
-                .saturating_add(len.div_ceil(self.shape.page_size).saturating_mul(self.shape.page_size));
-        }
-        limits.check(growth.len(), block_len, places)?;
+        self.check_growth(limits, growth, usize::MAX)?;
         self.extend(growth)
+    }
+
+    /// [`extend_within`](Self::extend_within) for steps of blocks: the batch is cut into blocks of `block_len` tokens
+    /// ([`Batch::in_blocks`]), and it is these that must be within `limits`.
+    ///
+    /// # Errors
+    /// As `extend_within`, and [`Error::Argument`] for blocks of no tokens; then nothing grew.
+    pub fn extend_in_blocks(
+        &mut self,
+        limits: &Limits,
+        growth: &[(SequenceId, usize)],
+        block_len: usize,
+    ) -> Result<Batch> {
+        if block_len == 0 {
+            return Err(Error::argument("block_len", "at least 1", block_len));
+        }
+        self.check_growth(limits, growth, block_len)?;
+        self.extend(growth)?.in_blocks(block_len)
+    }
+
+    /// Checks what a batch of rows that are cut into blocks of `block_len` tokens would be.
+    fn check_growth(&self, limits: &Limits, growth: &[(SequenceId, usize)], block_len: usize) -> Result<()> {
+        let (mut rows, mut longest, mut places) = (0usize, 0, 0usize);
+        let rounded = |len: usize| len.div_ceil(self.shape.page_size).saturating_mul(self.shape.page_size);
+        for &(id, tokens) in growth {
+            let before = self.pages.len(id)?;
+            longest = tokens.min(block_len).max(longest);
+            let blocks = tokens.div_ceil(block_len).max(1);
+            rows = rows.saturating_add(blocks);
+            for block in 0..blocks {
+                let end = tokens.min(block_len.saturating_mul(block + 1));
+                places = places.saturating_add(rounded(before.saturating_add(end)));
+                if places > limits.max_kv_tokens {
+                    break; // however many there are, and of whatever length
+                }
+            }
+        }
+        limits.check(rows, longest, places)
     }
 
     /// Checks that this cache made the batch, and that no sequence of it was freed, truncated or forked and no page of

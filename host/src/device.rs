@@ -112,6 +112,13 @@ impl Device {
         Device::emulated_with(kernels_gpu::emu::Options::random(seed))
     }
 
+    /// [`emulated`](Self::emulated), as a GPU of compute capability 8.0 (A100) is: with less shared memory, without clusters, bulk
+    /// copies and products of warpgroups.
+    #[cfg(feature = "emulator")]
+    pub fn emulated_sm_80() -> Self {
+        Device::emulated_with(kernels_gpu::emu::Options { warpgroups: false, ..Default::default() })
+    }
+
     #[cfg(feature = "emulator")]
     fn emulated_with(options: kernels_gpu::emu::Options) -> Self {
         Device::gpu(Arc::new(crate::driver::emulated::EmulatedDriver::new(options)))

@@ -308,7 +308,7 @@ fn of_row(row: Option<usize>) -> String {
 fn way_back(limit: &str) -> &'static str {
     match limit {
         "max_rows" | "max_block_len" | "max_kv_tokens" => {
-            ": make the limit larger, or the batch smaller (`truncate` takes an `extend` back)"
+            ": make the limit larger, or the batch smaller (after an `extend`, `truncate` takes it back)"
         }
         _ => "",
     }

@@ -251,6 +251,22 @@ impl SelectionCacheLayer<'_> {
         view.device_addr().map_or_else(|_| on_host(), |addr| addr as usize)
     }
 
+    /// Forgets the selection of one sequence; nothing where there is no such sequence.
+    pub(crate) fn forget(&mut self, device: &Device, sequence: usize) -> Result<()> {
+        let num_sequences = self.made_at.shape().dims().first().copied().unwrap_or(0);
+        if sequence >= num_sequences {
+            return Ok(());
+        }
+        if let Some(driver) = device.driver() {
+            let made_at = self.made_at.as_view().device_addr()?;
+            return forget_on_device(driver, made_at, (1, num_sequences), sequence, 0);
+        }
+        if let Some(entry) = self.made_at.reborrow().into_slice::<u32>()?.get_mut(sequence) {
+            *entry = EMPTY;
+        }
+        Ok(())
+    }
+
     /// A shorter borrow of the same memory.
     pub fn reborrow(&mut self) -> SelectionCacheLayer<'_> {
         SelectionCacheLayer {

@@ -503,8 +503,8 @@ fn tables() {
     let small = context(device, &config, &limits(1, 1, 3));
     // SAFETY: handles are alive.
     unsafe {
-        let text = "`max_kv_tokens` is limited to 3, the batch needs 4: make the limit larger, or the batch smaller (`truncate` \
-                    takes an `extend` back)";
+        let text = "`max_kv_tokens` is limited to 3, the batch needs 4: make the limit larger, or the batch smaller (after an `extend`, \
+                `truncate` takes it back)";
         fails(ts_vote(small, batch), ts_status::Limit, text);
         let mut row: ts_batch_row = made(|to| ts_batch_get_row(batch, 0, to));
         fails(ts_batch_get_row(batch, 1, &mut row), ts_status::Index, "`row` must be below 1, got 1");

@@ -26,10 +26,35 @@ impl Batch {
     /// computes is what it would compute alone, the blocks one after the other. The order of query tokens stays as it was, and
     /// all operations take the batch as any other. Blocks of one row select together
     /// ([`TokenSelect::select`](crate::TokenSelect::select)), which reads the row's keys once for many of them. Their selections
-    /// are neither taken from a [Selection Cache](crate::SelectionCache) nor put there.
+    /// are neither taken from a [Selection Cache](crate::SelectionCache) nor put there, and what it holds for their sequences is
+    /// dropped: it knows nothing of the tokens that the blocks add. (All rows of the batch are blocks then, a decoding one too.)
     ///
     /// `block_len` is a dial between speed and fidelity: all queries of a block share one list of tokens, chosen by their
     /// mean, so shorter blocks find more of what single queries look for, and cost more. The paper has blocks of 512.
+    ///
+    /// Blocks share the reading of their keys on a GPU; the processor takes them one by one. An owned cache makes such a batch with
+    /// [`PagedKvCache::extend_in_blocks`](crate::PagedKvCache::extend_in_blocks), once for all layers:
+    ///
+    /// ```
+    /// # use tokenselect::*;
+    /// # let device = Device::cpu();
+    /// # let config = SelectConfig { top_k: 64, n_local: 32, dtype: DType::F32, ..SelectConfig::default() };
+    /// # let pages = CacheConfig { num_pages: 64, num_layers: 1, ..CacheConfig::default() };
+    /// # let mut cache = PagedKvCache::new(&device, &config, &pages)?;
+    /// # let sequence = cache.create()?;
+    /// # let heads = config.heads;
+    /// # let q = Tensor::zeros(DType::F32, [300, heads.num_qo_heads, heads.head_dim])?;
+    /// # let k = Tensor::zeros(DType::F32, [300, heads.num_kv_heads, heads.head_dim])?;
+    /// # let mut out = Tensor::zeros(DType::F32, q.shape())?;
+    /// # let input = StepInput { q: q.view(), k: k.view(), v: k.view() };
+    /// # let output = StepOutput { out: out.view_mut(), lse: None };
+    /// // A prompt of 300 tokens in blocks of 64: five rows, of 64, 128, 192, 256 and 300 cached tokens.
+    /// let limits = Limits { max_rows: 5, max_block_len: 64, max_kv_tokens: 5 * 304 };
+    /// let mut prefill = TokenSelect::with_plan(Plan::new(&device, config, limits, Operations::PREFILL)?)?;
+    /// let batch = cache.extend_in_blocks(&limits, &[(sequence, 300)], 64)?;
+    /// prefill.step(&mut cache, 0, &batch, input, output)?; // of all 300 tokens
+    /// # Ok::<(), tokenselect::Error>(())
+    /// ```
     ///
     /// Every block counts in [`Limits::max_rows`](crate::Limits::max_rows), and with all its tokens in
     /// [`Limits::max_kv_tokens`](crate::Limits::max_kv_tokens).
@@ -44,7 +69,7 @@ impl Batch {
             return Err(Error::Missing { op: "in_blocks", needs: "rows that are whole sequences" });
         }
         if block_len == 0 {
-            return Err(Error::config("block_len", "at least 1".to_owned(), block_len));
+            return Err(Error::argument("block_len", "at least 1", block_len));
         }
         let blocks_of = |row: usize| self.block_len(row).div_ceil(block_len).max(1);
         let num_blocks = (0..self.num_rows()).map(blocks_of).sum();
@@ -84,6 +109,13 @@ impl Batch {
     /// Whether the rows are blocks, made by [`in_blocks`](Self::in_blocks).
     pub fn is_in_blocks(&self) -> bool {
         self.cut.is_some()
+    }
+
+    /// The place in per-sequence tables of each row that adds more than one token; of the rows that blocks were cut from.
+    pub(crate) fn growing_sequences(&self) -> impl Iterator<Item = usize> {
+        let whole = self.cut.as_ref().map_or(self, |cut| &cut.whole);
+        let grows = |&row: &usize| self.is_in_blocks() || whole.block_len(row) > 1;
+        (0..whole.num_rows()).filter(grows).filter_map(|row| whole.sequence_index(row))
     }
 
     /// Checks that the rows are no blocks.

@@ -59,8 +59,9 @@ impl EmulatedDriver {
     /// of the CUDA driver do.
     pub fn new(options: Options) -> Self {
         // Whatever can be streamed is: what the emulator runs is short.
-        let gpu =
-            GpuInfo { num_sms: NUM_SMS, limits: Limits::SM_90, bulk_copies: true, score_stream_bytes: 0 };
+        let (limits, bulk_copies) =
+            if options.warpgroups { (Limits::SM_90, true) } else { (Limits::SM_80, false) };
+        let gpu = GpuInfo { num_sms: NUM_SMS, limits, bulk_copies, score_stream_bytes: 0 };
         EmulatedDriver {
             gpu,
             options: Options { overlap: true, ..options },

@@ -10,7 +10,7 @@ use kernels_gpu::limits::{MAX_COLUMNS, columns};
 use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
 use kernels_gpu::ops::attend_stream;
 use kernels_gpu::ops::score::{max_chunks, tile_tokens};
-use kernels_gpu::ops::score_blocks::num_entries;
+use kernels_gpu::ops::score_blocks::{num_entries, shared_bytes};
 use kernels_gpu::ops::top_k::max_shares;
 use kernels_gpu::ops::vote::MAX_HEADS;
 use kernels_gpu::simt::global::GlobalMut;
@@ -148,6 +148,7 @@ impl GpuPlan {
         if let Some(k) = attend {
             all.extend([k.decode, k.prefill, k.gather, k.stream, k.stream_merge, k.merge]);
         }
+        all.push(self.driver.find("forget", Op::Forget, Key::NONE)?); // recorded work may drop cached selections
         self.driver.prepare(&all)
     }
 }
@@ -191,6 +192,15 @@ fn score_key(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<(Key, u3
 impl ScoreBlocksKernels {
     fn new(driver: &Arc<dyn Driver>, config: &SelectConfig) -> Result<Self> {
         let (key, columns) = score_key(driver, config)?;
+        let gpu = driver.gpu();
+        let (head_dim, room) = (config.heads.head_dim, gpu.limits.shared_bytes);
+        let needed = shared_bytes(head_dim as u32, gpu.bulk_copies);
+        if needed > room {
+            let what = format!(
+                "blocks with a head dimension of {head_dim}: {needed} bytes of shared memory, it has {room}"
+            );
+            return Err(unsupported(driver, "score", what));
+        }
         let fold = Key { dtype: key.dtype, ..Key::NONE };
         Ok(ScoreBlocksKernels {
             columns,

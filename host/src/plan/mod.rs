@@ -15,6 +15,9 @@ use crate::error::{Error, Result};
 /// [`Error::Limit`], which names the field to raise; [`PagedKvCache::extend_within`](crate::PagedKvCache::extend_within) finds that before the
 /// sequences grow.
 ///
+/// Of a batch in blocks ([`Batch::in_blocks`]) every block is a row, with all tokens before it: 16 blocks at the end of a million
+/// tokens have 16 million. Their plan is best made with [`Operations::PREFILL`], which on a GPU has no place for as many logits.
+///
 /// By default batches have one row: to serve several sequences at once, say how many.
 /// ```
 /// # use tokenselect::Limits;
@@ -62,7 +65,8 @@ pub struct Operations {
     pub append: bool,
     /// `pool`, `compare` and `decide`.
     pub pool: bool,
-    /// `score`, and selections of rows that are no blocks: a workspace with a place for the logit of every token and query head.
+    /// `score`, and selections of rows that are not blocks, such as those of decoding. The workspace has a place for the logit of
+    /// every token and query head.
     pub score: bool,
     /// Selections of blocks ([`Batch::in_blocks`]), which keep no logits.
     pub score_blocks: bool,
@@ -78,7 +82,8 @@ impl Operations {
         Operations { append: true, pool: true, score: true, score_blocks: true, vote: true, attend: true };
     /// All but attention, for engines that attend with kernels of their own.
     pub const SELECTION: Operations = Operations { attend: false, ..Operations::ALL };
-    /// Whole steps of blocks ([`Batch::in_blocks`]) alone: no place for logits, which are most of a workspace.
+    /// Whole steps of blocks ([`Batch::in_blocks`]) alone. On a GPU the workspace has no place for logits then, which are most of it.
+    /// Decoding needs [`Operations::score`], so a plan of its own.
     pub const PREFILL: Operations = Operations { score: false, ..Operations::ALL };
     /// None; `merge`, which needs no plan, is always there.
     pub const NONE: Operations = Operations {
@@ -96,9 +101,9 @@ impl Operations {
         Operations { pool: true, score: !blocks, score_blocks: blocks, vote: true, ..Operations::NONE }
     }
 
-    /// Whether logits are kept: on a GPU not for blocks.
+    /// Whether there is a place for logits: not where a GPU votes for blocks alone.
     fn keeps_logits(&self, device: &Device) -> bool {
-        self.score || self.score_blocks && device.is_cpu()
+        self.score || if self.score_blocks { device.is_cpu() } else { self.vote }
     }
 
     pub(crate) const APPEND: Operations = Operations { append: true, ..Operations::NONE };
@@ -202,6 +207,18 @@ impl Plan {
         match left_out.into_iter().find(|&(is_left_out, _)| is_left_out) {
             None => Ok(()),
             Some((_, needs)) => Err(Error::Missing { op, needs }),
+        }
+    }
+
+    /// Checks that there is a place for logits.
+    ///
+    /// # Errors
+    /// [`Error::Missing`].
+    pub(crate) fn expect_logits(&self, op: &'static str) -> Result<()> {
+        if self.operations.keeps_logits(&self.device) {
+            Ok(())
+        } else {
+            Err(Error::Missing { op, needs: "a plan with the operation `score`" })
         }
     }
 

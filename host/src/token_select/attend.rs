@@ -47,7 +47,6 @@ impl TokenSelect {
         output: StepOutput<'_>,
     ) -> Result<()> {
         self.plan.expect("attend", Operations::ATTEND)?;
-        self.check_owner("attend", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         self.check_queries(batch, &q)?;
@@ -62,6 +61,7 @@ impl TokenSelect {
             }
             Over::All => {}
         }
+        self.check_owner("attend", batch, kv.owner, Access::Read)?;
         self.run_attend(batch, kv, q, over, output)
     }
 

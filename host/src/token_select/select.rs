@@ -98,12 +98,22 @@ impl TokenSelect {
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
         self.plan.expect("select", Operations::selecting(batch))?;
-        self.check_owner("select", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
         self.check_queries(batch, &q)?;
         self.check_cached("select", batch, cached.as_ref())?;
+        self.check_owner("select", batch, kv.owner, Access::Read)?; // last: while work is recorded, it asks before each launch
         self.run_select(batch, SelectedKv::Read(kv), q, cached)
+    }
+
+    /// Drops the cached selections of rows that add tokens without selecting by themselves: used again, they would pass over these.
+    pub(super) fn drop_selections(
+        &self,
+        batch: &Batch,
+        cached: Option<&mut SelectionCacheLayer<'_>>,
+    ) -> Result<()> {
+        let Some(cached) = cached else { return Ok(()) };
+        batch.growing_sequences().try_for_each(|sequence| cached.forget(self.device(), sequence))
     }
 
     /// A selection of checked arguments.
@@ -114,6 +124,10 @@ impl TokenSelect {
         q: TensorView<'_>,
         cached: Option<SelectionCacheLayer<'_>>,
     ) -> Result<()> {
+        let mut cached = cached;
+        if batch.is_in_blocks() {
+            self.drop_selections(batch, cached.as_mut())?;
+        }
         let cached = cached.filter(|_| self.caches(batch));
         let (plan, workspace) = (&self.plan, &mut self.workspace);
         let place = cached.as_ref().map(SelectionCacheLayer::place);
@@ -225,11 +239,11 @@ impl TokenSelect {
     /// [`pool`](Self::pool) of the same batch before it, or after [`compare`](Self::compare) without [`decide`](Self::decide).
     pub fn score(&mut self, batch: &Batch, kv: KvView<'_>) -> Result<()> {
         self.plan.expect("score", Operations::SCORE)?;
-        self.check_owner("score", batch, kv.owner, Access::Read)?;
         self.check_batch(batch)?;
         self.check_kv(batch, &kv)?;
+        self.workspace.progress.expect("score", Stage::Decided, batch)?;
+        self.check_owner("score", batch, kv.owner, Access::Read)?; // last, as in `select`
         let (plan, workspace) = (&self.plan, &mut self.workspace);
-        workspace.progress.expect("score", Stage::Decided, batch)?;
         workspace.progress.begin(Stage::Scored);
         backend::of(plan).score(plan, batch, workspace, kv)?;
         workspace.progress.finish(Stage::Scored, batch);
@@ -245,6 +259,7 @@ impl TokenSelect {
     /// [`Error::Limit`]; [`Error::Order`] without [`score`](Self::score) of the same batch before it.
     pub fn vote(&mut self, batch: &Batch) -> Result<()> {
         self.plan.expect("vote", Operations::VOTE)?;
+        self.plan.expect_logits("vote")?;
         self.check_batch(batch)?;
         self.check_order("vote", Stage::Scored, batch)?;
         self.run_vote(batch, false)
@@ -284,6 +299,7 @@ impl TokenSelect {
     /// As the two; then nothing was written.
     pub fn vote_top_k(&mut self, batch: &Batch, cached: Option<SelectionCacheLayer<'_>>) -> Result<()> {
         self.plan.expect("vote_top_k", Operations::VOTE)?;
+        self.plan.expect_logits("vote_top_k")?;
         self.check_batch(batch)?;
         self.check_cached("vote_top_k", batch, cached.as_ref())?;
         self.check_order("vote_top_k", Stage::Scored, batch)?;

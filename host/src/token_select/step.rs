@@ -35,6 +35,10 @@ impl TokenSelect {
 
     /// One step of one layer of an owned cache with dense attention: append keys and values, attend to all.
     ///
+    /// Cached selections of rows that add more than one token are dropped: used again, they would pass over these. Rows of one
+    /// token keep theirs, which is right as long as such tokens stay within the local window; after more dense steps than
+    /// `n_local`, [`PagedKvCache::selections_mut`] has them cleared.
+    ///
     /// # Errors
     /// As [`step`](Self::step).
     pub fn step_dense(
@@ -49,11 +53,13 @@ impl TokenSelect {
         self.check_queries(batch, &input.q)?;
         self.check_output(batch, &output)?;
         self.append_for("step_dense", batch, cache.layer_mut(layer)?.kv, input.k, input.v)?;
+        self.drop_selections(batch, cache.layer_mut(layer)?.selections.as_mut())?;
         self.run_attend(batch, cache.layer(layer)?, input.q, Over::All, output)
     }
 
     /// The first part of a step alone: writes the keys and values of each row's block into a layer of an owned cache. For a
-    /// prefix that is attended to elsewhere, or with [`select`](Self::select) and [`attend`](Self::attend) behind it.
+    /// prefix that is attended to elsewhere, or with [`select`](Self::select) and [`attend`](Self::attend) behind it. Cached selections are
+    /// dropped as by [`step_dense`](Self::step_dense).
     ///
     /// # Errors
     /// As [`step`](Self::step).
@@ -66,6 +72,7 @@ impl TokenSelect {
         v: TensorView<'_>,
     ) -> Result<()> {
         self.plan.expect("fill", Operations::APPEND)?;
-        self.append_for("fill", batch, cache.layer_mut(layer)?.kv, k, v)
+        self.append_for("fill", batch, cache.layer_mut(layer)?.kv, k, v)?;
+        self.drop_selections(batch, cache.layer_mut(layer)?.selections.as_mut())
     }
 }

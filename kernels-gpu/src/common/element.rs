@@ -13,9 +13,6 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     /// Whether the range is so narrow that rotated pairs of values may leave it: they are scaled by a power of two, then.
     const IS_NARROW: bool;
 
-    /// Bits of a number next to nothing, whose products tensor cores do not take for 0.
-    const TINY: u16;
-
     /// The value, exactly.
     fn to_f32(self) -> f32;
 
@@ -49,7 +46,6 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
 impl Element for half::f16 {
     const NAME: &str = "f16";
     const IS_NARROW: bool = true;
-    const TINY: u16 = 1; // 2^-24
 
     fn to_f32(self) -> f32 {
         #[cfg(target_arch = "nvptx64")]
@@ -87,7 +83,6 @@ impl Element for half::f16 {
 impl Element for half::bf16 {
     const NAME: &str = "bf16";
     const IS_NARROW: bool = false;
-    const TINY: u16 = 1 << 7; // 2^-126: smaller ones may count as 0
 
     fn to_f32(self) -> f32 {
         f32::from_bits((self.to_bits() as u32) << 16)
@@ -138,18 +133,16 @@ pub fn split_scaled<T: Element>(x: f32, y: f32, [scale, inverse]: [f32; 2]) -> (
     (high, T::pack(math::fma(-hx, inverse, x), math::fma(-hy, inverse, y)))
 }
 
-/// `x` as a sum of two numbers of its sign, bits of each: the one next to it towards 0, and the rest, nearest. Where it is not 0, neither
-/// is the rest: so products of both with an infinite number are infinities of one sign, and can be added up together.
+/// `x` as a sum of two numbers of its sign, bits of each: one below it in magnitude, and the rest, nearest. Neither is 0, but for
+/// the smallest numbers: so products of both with an infinite number are infinities of one sign, and can be added up together.
 pub fn split_towards_zero<T: Element>(x: f32) -> [u16; 2] {
+    let rest = |high: u16| x - T::unpack(high as u32)[0];
     let mut high = T::pack(x, 0.0) as u16;
-    if T::unpack(high as u32)[0].abs() > x.abs() {
-        high -= 1; // the magnitude's last bit
+    // The magnitude's last bit. Where `x` is `high`, too: the rest is then that bit, exactly.
+    if x.is_finite() && high & 0x7fff > 1 && T::unpack(high as u32)[0].abs() >= x.abs() {
+        high -= 1;
     }
-    let rest = x - T::unpack(high as u32)[0];
-    let mut low = if x.is_finite() { T::pack(rest, 0.0) as u16 } else { 0 };
-    if low & 0x7fff == 0 && x != 0.0 {
-        low = T::TINY | ((x.to_bits() >> 16) as u16 & 0x8000);
-    }
+    let low = if x.is_finite() { T::pack(rest(high), 0.0) as u16 } else { 0 };
     [high, low]
 }
 

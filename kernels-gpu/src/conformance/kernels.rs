@@ -476,9 +476,9 @@ pub unsafe fn warpgroup_mma<T: Element>(p: WarpgroupMmaParams) {
     const STRIDES: [u32; 2] = [128, 1024];
     begin();
     if thread_idx_x() == 0 {
-        p.available.store(warpgroup::AVAILABLE as u32);
+        p.available.store(warpgroup::available() as u32);
     }
-    if !warpgroup::AVAILABLE {
+    if !warpgroup::available() {
         return;
     }
     let columns = LAYOUT.columns.get();

@@ -385,6 +385,7 @@ impl Block {
         }
         self.check_copies()?;
         self.check_waits()?;
+        self.check_products()?;
         self.cluster.check_end()
     }
 

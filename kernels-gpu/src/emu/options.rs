@@ -37,6 +37,8 @@ pub struct Options {
     /// begins when those before it have ended, as one does behind [`Memory::synchronize`](super::Memory::synchronize). Keeps
     /// 16 bytes for every 4 that kernels touch in writable allocations.
     pub overlap: bool,
+    /// The machine has products of warpgroups ([`warpgroup`](crate::simt::warpgroup)).
+    pub warpgroups: bool,
     /// Switches of lanes and accesses to memory that a block may use before it is called a livelock.
     pub budget: u64,
 }
@@ -52,6 +54,7 @@ impl Default for Options {
             uninitialised: true,
             global_races: true,
             overlap: false,
+            warpgroups: true,
             budget: 1 << 30,
         }
     }

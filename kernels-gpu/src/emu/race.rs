@@ -353,9 +353,13 @@ impl Shadow {
     pub fn unfenced(&self, addr: usize, bytes: usize) -> Option<(usize, usize)> {
         let of_thread = |write: &Stamp| self.fenced.get(write.thread as usize).copied();
         let cells = self.cells[addr / CELL..(addr + bytes) / CELL].iter().zip((addr..).step_by(CELL));
+        let is_unfenced = |stamp: &Stamp| of_thread(stamp).is_some_and(|fenced| stamp.count > fenced);
         cells
-            .filter(|(cell, _)| of_thread(&cell.write).is_some_and(|fenced| cell.write.count > fenced))
-            .map(|(cell, byte)| (byte, cell.write.thread as usize))
+            .filter_map(|(cell, byte)| {
+                let since = std::iter::once(&cell.since).chain(self.overflow.list(cell.others));
+                let writes = std::iter::once(&cell.write).chain(since.filter(|stamp| stamp.atomic));
+                writes.into_iter().find(|stamp| is_unfenced(stamp)).map(|stamp| (byte, stamp.thread as usize))
+            })
             .next()
     }
 

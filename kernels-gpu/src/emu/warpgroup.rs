@@ -3,12 +3,18 @@
 //! Each warp multiplies its own 16 rows when it starts a product; the result is kept aside, and the accumulators are NaN
 //! until somebody waits. What is checked:
 //!
-//! - a product without `fence` behind the last wait, a wait with products that no `commit` has closed;
-//! - B: bounds, races, and that whoever wrote it has called `fence_writes` since; no write to it before the wait.
+//! - a product without `fence` behind the last wait, a wait with products that no `commit` has closed, a block that ends with some
+//!   under way;
+//! - accumulators that are written before the wait, or others than those under way (of which there is one set at a time);
+//! - B: bounds, races, and that whoever wrote it has called `fence_writes` since; no write to it before the wait; the same for all
+//!   lanes;
+//! - warps of a warpgroup that start other products than their neighbours.
+//!
+//! Accumulators written between `fence` and a product that adds to them go unnoticed.
 
 use super::access::Access;
 use super::block::{Block, with};
-use super::report::{Kind, Site};
+use super::report::{Fault, Kind, Site};
 
 /// B in shared memory: address, bytes from 8 rows and from 8 columns to the next.
 #[derive(Clone, Copy)]
@@ -28,6 +34,15 @@ pub(crate) struct Products {
     is_committed: bool,
     /// The lane's two rows of A, of the product that its warp has met for.
     pub rows: [[u32; 8]; 2],
+    /// All products so far: their number, and what tells their operands in order.
+    history: (u32, u64),
+}
+
+/// What accumulators hold while a product is under way: a NaN like no other.
+const UNDER_WAY: f32 = f32::from_bits(0x7fd5_4321);
+
+fn are_under_way(d: &[[f32; 4]; 8]) -> bool {
+    d.as_flattened().iter().all(|x| x.to_bits() == UNDER_WAY.to_bits())
 }
 
 /// Columns of B.
@@ -64,14 +79,20 @@ pub(crate) fn fence_writes() {
 pub(crate) fn wait(d: &mut [[f32; 4]; 8], site: Site) {
     with(|block| {
         let lane = block.current;
-        let products = std::mem::take(&mut block.products[lane]);
-        if products.accumulators.is_empty() {
+        let Products { accumulators, is_fenced: _, is_committed, .. } = block.products[lane].clone();
+        block.products[lane].is_fenced = false;
+        if accumulators.is_empty() {
             return;
         }
-        if !products.is_committed {
+        if !is_committed {
             block.fail(Kind::Warpgroup, "wait for products that no commit has closed".to_owned(), site);
         }
-        d.as_flattened_mut().copy_from_slice(&products.accumulators);
+        if !are_under_way(d) {
+            let what = "wait with accumulators that are not under way, or were written meanwhile".to_owned();
+            block.fail(Kind::Warpgroup, what, site);
+        }
+        block.products[lane].accumulators.clear();
+        d.as_flattened_mut().copy_from_slice(&accumulators);
         block.operands_under_way.retain(|(warp, ..)| *warp != lane / 32);
     })
 }
@@ -93,8 +114,16 @@ pub(crate) fn multiply(
             block.fail(Kind::Warpgroup, what, site);
         }
         products.is_committed = false;
+        let (count, hash) = products.history;
+        let operand = [b.addr, b.row_bytes, b.column_bytes].map(u64::from);
+        let told = operand.into_iter().fold(hash, |hash, x| (hash ^ x).wrapping_mul(0x100_0000_01b3));
+        products.history = (count + 1, told);
         if products.accumulators.is_empty() {
             products.accumulators = d.as_flattened().to_vec();
+        } else if !are_under_way(d) {
+            let what =
+                "a product with other accumulators than those under way, or written meanwhile".to_owned();
+            block.fail(Kind::Warpgroup, what, site);
         }
         let mut accumulators = std::mem::take(&mut products.accumulators);
         let a = products.rows.map(|row| row.map(&unpack));
@@ -111,7 +140,7 @@ pub(crate) fn multiply(
             *sum = x;
         }
         block.products[lane].accumulators = accumulators;
-        d.as_flattened_mut().fill(f32::NAN);
+        d.as_flattened_mut().fill(UNDER_WAY);
         let warp = lane / 32;
         let end = b.addr + b.row_bytes + (COLUMNS as u32 / 8 - 1) * b.column_bytes + 128;
         if !block.operands_under_way.contains(&(warp, b.addr, end)) {
@@ -128,6 +157,16 @@ impl Block {
             std::array::from_fn(|lane| std::array::from_fn(|i| self.lanes[first + lane].words[i]));
         let [addr, begin, end, row_bytes, column_bytes]: [u32; 5] =
             std::array::from_fn(|i| self.lanes[first].words[4 + i]);
+        let others =
+            (1..32).find(|lane| self.lanes[first + lane].words[4..9] != self.lanes[first].words[4..9]);
+        if let Some(lane) = others {
+            self.current = first + lane;
+            self.fail(
+                Kind::Warpgroup,
+                "a product with another B than lane 0 of the warp has".to_owned(),
+                site,
+            );
+        }
         for rows in 0..2 {
             for column in 0..COLUMNS as u32 {
                 let at = addr + rows * row_bytes + column / 8 * column_bytes + column % 8 * 16;
@@ -161,6 +200,26 @@ impl Block {
             // SAFETY: `gather_rows` has checked every byte of B.
             unsafe { shared.add(byte).cast::<u32>().read() }
         })
+    }
+
+    /// Products are waited for, and all warps of a warpgroup have started the same.
+    pub fn check_products(&self) -> Result<(), Fault> {
+        let fault = |thread: usize, what: &str| {
+            Err(Fault { kind: Kind::Warpgroup, message: format!("{}: {what}", self.describe(thread)) })
+        };
+        for (thread, products) in self.products.iter().enumerate() {
+            if !products.accumulators.is_empty() {
+                return fault(thread, "the block ends with products under way");
+            }
+            let first = thread / 128 * 128;
+            if products.history != self.products[first].history {
+                return fault(thread, "its products are not those of the first warp of its warpgroup");
+            }
+            if products.history.0 > 0 && first + 128 > self.products.len() {
+                return fault(thread, "a product in a warpgroup of fewer than four warps");
+            }
+        }
+        Ok(())
     }
 
     /// A product under way that reads any of these bytes of shared memory.

@@ -28,7 +28,6 @@ use {
         append, append_pool, compare, decide, forget, gather, merge, pool, score_blocks, smooth, top_k,
         translate, vote,
     },
-    crate::simt::warpgroup,
 };
 
 /// Writes a table of entries as `static ENTRIES`, and for a GPU the kernels themselves, if the condition holds.
@@ -250,7 +249,6 @@ entries! {
         T,
         { pieces(HEAD_DIM, 32) },
         { COLUMNS as usize },
-        { warpgroup::AVAILABLE },
     >, for T {
         64 columns 4 8 16;
         96 columns 4 8 16;
@@ -262,7 +260,6 @@ entries! {
         T,
         { pieces(HEAD_DIM, 32) },
         { COLUMNS as usize },
-        { warpgroup::AVAILABLE },
     >, for T {
         64 columns 4 8 16;
         96 columns 4 8 16;

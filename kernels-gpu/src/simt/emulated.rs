@@ -481,7 +481,10 @@ pub fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
 
 // Products of warpgroups.
 
-pub const WARPGROUP_PRODUCTS: bool = true;
+#[inline(always)]
+pub fn has_warpgroup_products() -> bool {
+    with(|block| block.options.warpgroups)
+}
 
 #[inline(always)]
 pub fn fence_writes_for_products() {

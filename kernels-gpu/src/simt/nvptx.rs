@@ -603,7 +603,10 @@ pub unsafe fn mma_bf16(d: &mut [f32; 4], a: [u32; 4], b: [u32; 2]) {
 
 // Products of warpgroups.
 
-pub const WARPGROUP_PRODUCTS: bool = cfg!(target_feature = "sm_90a");
+#[inline(always)]
+pub const fn has_warpgroup_products() -> bool {
+    cfg!(target_feature = "sm_90a")
+}
 
 #[inline(always)]
 pub fn fence_writes_for_products() {

@@ -15,8 +15,12 @@ use super::data::Pod;
 use super::imp;
 use super::shared::Shared;
 
-/// Whether this machine has what is in this file. Where it has not, a call stops the launch.
-pub const AVAILABLE: bool = imp::WARPGROUP_PRODUCTS;
+/// Whether this machine has what is in this file. Where it has not, a call stops the launch. (On a GPU it is known when the kernel is
+/// compiled.)
+#[inline(always)]
+pub fn available() -> bool {
+    imp::has_warpgroup_products()
+}
 
 /// B, `[16, 64]` 16-bit values: core matrices of 8 rows and 8 columns, [`CORE_BYTES`](crate::limits::CORE_BYTES) each. That of rows `8 r ..` and columns `8 c ..` begins
 /// `row_bytes * r + column_bytes * c` bytes behind `start`; value `i` of its column `j` is value `8 j + i`.

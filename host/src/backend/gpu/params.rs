@@ -46,6 +46,13 @@ fn last_position(num_positions: usize) -> u32 {
     num_positions.saturating_sub(1).min(MAX_POSITION as usize) as u32
 }
 
+/// No row of the batch, nor of another that recorded work may see in its place, has more tokens: `vote` counts for the `top_k` that
+/// this asks for. Blocks, of which each has the pages of its sequence, are many together, and recorded work sees no others.
+fn max_tokens(plan: &Plan, batch: &Batch) -> u32 {
+    let most = plan.limits().max_kv_tokens;
+    if batch.is_in_blocks() { batch.max_kv_len().min(most) as u32 } else { most as u32 }
+}
+
 /// When a cached selection is used again.
 fn reuse_rules(config: &SelectConfig) -> ReuseRules {
     ReuseRules {
@@ -224,7 +231,7 @@ impl GpuPlan {
         counts: bool,
     ) -> Result<VoteParams> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
-        let (num_rows, max_tokens) = (batch.num_rows() as u32, plan.limits().max_kv_tokens as u32);
+        let (num_rows, max_tokens) = (batch.num_rows() as u32, max_tokens(plan, batch));
         Ok(VoteParams {
             actions: own(&workspace.actions)?,
             logits: own(&workspace.logits)?,
@@ -319,9 +326,7 @@ impl GpuPlan {
     ) -> Result<TopKParams> {
         let (config, scratch) = (plan.config(), self.scratch(workspace)?);
         let num_rows = batch.num_rows() as u32;
-        // Blocks, of which each has the pages of its sequence, are many together, and no recorded launch sees others.
-        let most = plan.limits().max_kv_tokens;
-        let max_tokens = if batch.is_in_blocks() { batch.max_kv_len().min(most) } else { most } as u32;
+        let max_tokens = max_tokens(plan, batch);
         let votes = if plan.votes_are_chosen_from() { &workspace.votes } else { &workspace.pooled_votes };
         let sequence_indices = match cached {
             Some(_) => batch.device_sequence_indices(&self.driver)?,

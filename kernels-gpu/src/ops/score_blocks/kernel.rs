@@ -167,7 +167,7 @@ impl<'a, T: Element> Group<'a, T> {
             high.byte_add(dims / 8 * ROW_BYTES).store(V4(halves[1]));
             piece += thread::block_dim_x();
         }
-        if warpgroup::AVAILABLE {
+        if warpgroup::available() {
             warpgroup::fence_writes();
         }
     }

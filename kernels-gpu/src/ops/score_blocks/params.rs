@@ -2,7 +2,9 @@
 
 use crate::common::layout::{BatchTables, LOGIT_TILE, PageStrides};
 use crate::launch::{Dims, GpuInfo};
-use crate::limits::{CORE_BYTES, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns};
+use crate::limits::{
+    CORE_BYTES, MAX_COLUMNS, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns,
+};
 use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
@@ -15,21 +17,29 @@ pub(super) const FOLD_THREADS: u32 = 128;
 pub(super) const STAGES: u32 = 2;
 /// Warpgroups that run on an SM at a time, for which registers and shared memory are shared out: their products, exponentials and
 /// copies overlap.
-const fn warpgroups(head_dim: u32) -> u32 {
-    if head_dim > 128 { 2 } else { 3 }
+const fn warpgroups(head_dim: u32, wide: bool) -> u32 {
+    match (head_dim > 128, wide) {
+        (false, _) => 3,
+        (true, true) => 2,
+        (true, false) => 1, // for want of shared memory
+    }
 }
-/// Blocks of [`stats`](super::kernel::stats) on an SM, of one warpgroup each; one of all, which share the queries, where these are
-/// large.
-pub(super) const fn stats_blocks_per_sm(head_dim: u32) -> u32 {
-    if head_dim > 128 { 1 } else { warpgroups(head_dim) }
+/// Blocks of [`stats`](super::kernel::stats) on an SM, of one warpgroup each, with so many heads of a group; one of all, which share the
+/// queries, where these are large. (Of 16 heads a third would cost spills.)
+pub(super) const fn stats_blocks_per_sm(head_dim: u32, columns: u32) -> u32 {
+    match (head_dim > 128, columns) {
+        (true, _) => 1,
+        (false, 16) => 2,
+        _ => 3,
+    }
 }
 /// Threads of a block of [`stats`](super::kernel::stats).
-pub(super) const fn stats_threads(head_dim: u32) -> u32 {
-    warpgroups(head_dim) / stats_blocks_per_sm(head_dim) * WARPGROUP
+pub(super) const fn stats_threads(head_dim: u32, wide: bool) -> u32 {
+    if head_dim > 128 { vote_threads(head_dim, wide) } else { WARPGROUP }
 }
 /// Threads of a block of [`vote`](super::kernel::vote), one on an SM.
-pub(super) const fn vote_threads(head_dim: u32) -> u32 {
-    warpgroups(head_dim) * WARPGROUP
+pub(super) const fn vote_threads(head_dim: u32, wide: bool) -> u32 {
+    warpgroups(head_dim, wide) * WARPGROUP
 }
 /// Tokens that a warpgroup multiplies at a time.
 pub(super) const TILE: u32 = WARPGROUP_ROWS;
@@ -57,7 +67,7 @@ pub struct ScoreBlocksParams<T> {
     pub groups: GlobalPtr<V2<u32>>,
     /// \[[`num_entries`]\] pairs of f32, workspace: reference and sum of each chunk, warp and head.
     pub partial: GlobalMut<V2<f32>>,
-    /// \[num_rows, num_qo_heads\] pairs of f32, workspace: logarithm of the sum, base 2, and the inverse sum.
+    /// \[num_rows, num_qo_heads\] pairs of f32, workspace: reference and inverse sum.
     pub sums: GlobalMut<V2<f32>>,
     /// \[max_tokens\] f32, written for candidates.
     pub votes: GlobalMut<f32>,
@@ -114,8 +124,8 @@ pub(super) const fn bytes_of_head(head_dim: u32) -> u32 {
 pub(super) struct Layout {
     /// Queries of `heads` KV heads: `[head, high and low, head_dim / 8, COLUMNS / 8]` core matrices.
     pub(super) queries: Region<u16>,
-    /// \[heads, 4, SLOTS\]: for each lane of four, logarithms of the sums, negated, then the inverse sums.
-    pub(super) sums: Region<f32>,
+    /// \[heads, 4, SLOTS\]: for each lane of four, references, negated, then the inverse sums.
+    pub(super) minus: Region<f32>,
     pub(super) inverses: Region<f32>,
     /// \[SLOTS / 4, threads\]: each thread's references, negated, in [`stats`](super::kernel::stats).
     pub(super) references: Region<V4<f32>>,
@@ -128,20 +138,21 @@ pub(super) struct Layout {
 
 impl Layout {
     /// Of [`stats`](super::kernel::stats).
-    pub(super) const fn stats(head_dim: u32) -> Layout {
-        Layout::new(head_dim, 1, stats_threads(head_dim), SLOTS as u32 / 4 * stats_threads(head_dim))
+    pub(super) const fn stats(head_dim: u32, wide: bool) -> Layout {
+        let threads = stats_threads(head_dim, wide);
+        Layout::new(head_dim, 1, threads, SLOTS as u32 / 4 * threads)
     }
 
     /// Of [`vote`](super::kernel::vote), for so many KV heads.
-    pub(super) const fn vote(head_dim: u32, heads: u32) -> Layout {
-        Layout::new(head_dim, heads, vote_threads(head_dim), 0)
+    pub(super) const fn vote(head_dim: u32, heads: u32, wide: bool) -> Layout {
+        Layout::new(head_dim, heads, vote_threads(head_dim, wide), 0)
     }
 
     const fn new(head_dim: u32, heads: u32, threads: u32, references: u32) -> Layout {
         let mut carve = Carve::new();
         Layout {
             queries: carve.array(heads * bytes_of_head(head_dim) / 2, 128),
-            sums: carve.array(heads * 4 * SLOTS as u32, 16),
+            minus: carve.array(heads * 4 * SLOTS as u32, 16),
             inverses: carve.array(heads * 4 * SLOTS as u32, 16),
             references: carve.array(references, 16),
             stages: carve.array(threads / 32 * STAGES * LOGIT_TILE * head_dim / 8, 128),
@@ -153,22 +164,33 @@ impl Layout {
 
 /// KV heads of a launch of [`vote`](super::kernel::vote) at most: as many as there is shared memory for, up to 8. `wide`: on Hopper.
 pub(super) const fn heads_of_launch(head_dim: u32, wide: bool) -> u32 {
+    let room = if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_80 };
     let mut heads = 8;
-    while Layout::vote(head_dim, heads).bytes > if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_80 } {
+    while heads > 1 && Layout::vote(head_dim, heads, wide).bytes > room {
         heads -= 1;
     }
     heads
 }
 
+/// Shared memory of a block at most, of all launches.
+pub fn shared_bytes(head_dim: u32, wide: bool) -> u32 {
+    let vote = Layout::vote(head_dim, heads_of_launch(head_dim, wide), wide).bytes;
+    vote.max(Layout::stats(head_dim, wide).bytes)
+}
+
 impl<T> ScoreBlocksParams<T> {
     /// The launch of [`stats`](super::kernel::stats): blocks that fill the device, each for one KV head of a group.
     pub const fn stats_dims(&self, gpu: &GpuInfo) -> Dims {
-        let resident = gpu.num_sms * stats_blocks_per_sm(self.head_dim);
+        let columns = match columns(self.group) {
+            Some(columns) => columns,
+            None => MAX_COLUMNS,
+        };
+        let resident = gpu.num_sms * stats_blocks_per_sm(self.head_dim, columns);
         let blocks = resident / (self.num_kv_heads * self.num_groups);
         Dims {
             grid: [if blocks == 0 { 1 } else { blocks }, self.num_kv_heads, self.num_groups],
-            block: [stats_threads(self.head_dim), 1, 1],
-            shared_bytes: Layout::stats(self.head_dim).bytes,
+            block: [stats_threads(self.head_dim, gpu.bulk_copies), 1, 1],
+            shared_bytes: Layout::stats(self.head_dim, gpu.bulk_copies).bytes,
             cluster: 1,
         }
     }
@@ -191,8 +213,8 @@ impl<T> ScoreBlocksParams<T> {
         let blocks = (gpu.num_sms / self.num_groups.max(1)).max(1);
         let dims = Dims {
             grid: [blocks, self.num_groups, 1],
-            block: [vote_threads(self.head_dim), 1, 1],
-            shared_bytes: Layout::vote(self.head_dim, most).bytes,
+            block: [vote_threads(self.head_dim, gpu.bulk_copies), 1, 1],
+            shared_bytes: Layout::vote(self.head_dim, most, gpu.bulk_copies).bytes,
             cluster: 1,
         };
         (0..self.num_kv_heads).step_by(heads as usize).map(move |first_kv_head| {

@@ -3,8 +3,8 @@
 use super::stats::Sum;
 use super::*;
 use crate::simt::global::GlobalMut;
+use crate::simt::grid;
 use crate::simt::shared::{Carve, Region};
-use crate::simt::{grid, math};
 
 /// Entries of a row and head in [`ScoreBlocksParams::partial`].
 pub(super) struct Entries {
@@ -72,8 +72,6 @@ pub unsafe fn fold<T: Element>(params: ScoreBlocksParams<T>) {
             sum.merge(Sum { reference, sum: part });
         }
         let place = row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
-        // An infinite reference stays one: `vote` looks for logits equal to it.
-        let log = if sum.reference.is_finite() { sum.reference + math::lg2(sum.sum) } else { sum.reference };
-        params.sums.add(place).store(V2([log, 1.0 / sum.sum]));
+        params.sums.add(place).store(V2([sum.reference, 1.0 / sum.sum]));
     }
 }

@@ -5,23 +5,33 @@ use super::*;
 use crate::common::fragment::over_rows;
 use crate::simt::{grid, math};
 
-/// See the module. `C` chunks of 32 dimensions, `G` heads of a group, a warpgroup's products if `WIDE`.
+/// See the module. `C` chunks of 32 dimensions, `G` heads of a group.
 ///
 /// # Safety
 /// - The buffers and tables are as [`ScoreBlocksParams`] says, and 16-byte aligned; page numbers are those of the cache.
 /// - `head_dim = 32 C`; the group has at most `G` heads.
 /// - Launched with [`ScoreBlocksParams::stats_dims`].
 #[inline(always)]
-pub unsafe fn stats<T: Element, const C: usize, const G: usize, const WIDE: bool>(
+pub unsafe fn stats<T: Element, const C: usize, const G: usize>(params: ScoreBlocksParams<T>) {
+    if warpgroup::available() {
+        stats_as::<T, C, G, true>(params)
+    } else {
+        stats_as::<T, C, G, false>(params)
+    }
+}
+
+/// `WIDE`: with products of a warpgroup.
+#[inline(always)]
+unsafe fn stats_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
-    const { assert!(stats_threads(96) == WARPGROUP && stats_threads(256) == 2 * WARPGROUP) };
-    if C <= 4 {
-        thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128) }>();
-    } else {
-        thread::launch_bounds::<{ 2 * WARPGROUP }, { stats_blocks_per_sm(256) }>();
+    match (C > 4, WIDE) {
+        (false, _) if G == 16 => thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128, 16) }>(),
+        (false, _) => thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128, 4) }>(),
+        (true, true) => thread::launch_bounds::<{ stats_threads(256, true) }, 1>(),
+        (true, false) => thread::launch_bounds::<{ stats_threads(256, false) }, 1>(),
     }
-    let layout = const { &Layout::stats(32 * C as u32) };
+    let layout = const { &Layout::stats(32 * C as u32, WIDE) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let kv_head = thread::block_idx_y();
@@ -41,7 +51,7 @@ pub unsafe fn stats<T: Element, const C: usize, const G: usize, const WIDE: bool
     let queries = layout.queries.get();
     group.put_queries::<C, G>(queries, kv_head, 1);
     thread::sync_threads();
-    let mut state = State::new(layout.references.get(), const { stats_threads(32 * C as u32) });
+    let mut state = State::new(layout.references.get(), const { stats_threads(32 * C as u32, WIDE) });
     let mut products = [[0.0; 4]; SLOTS / 2];
     let mut stage = 0;
     while !tiles.is_over() {
@@ -62,23 +72,23 @@ pub unsafe fn stats<T: Element, const C: usize, const G: usize, const WIDE: bool
 #[derive(Clone, Copy)]
 struct Tiles {
     tile: u32,
-    /// One past the chunk's last tile.
-    end: u32,
-    /// From a chunk's first tile to that of the warpgroup's next chunk.
+    /// From the last tile of a chunk to the first of the warpgroup's next chunk.
     step: u32,
     /// One past the last tile of all.
     last: u32,
 }
 
+/// Tiles of a chunk.
+const TILES: u32 = CHUNK / TILE;
+
 impl Tiles {
     fn new<T: Element>(group: &Group<'_, T>) -> Tiles {
-        const TILES: u32 = CHUNK / TILE;
         let of_block = thread::block_dim_x() / WARPGROUP;
         let place = thread::block_idx_x() * of_block + thread::thread_idx_x() / WARPGROUP;
-        let chunk = group.all.begin / CHUNK + place;
-        let last = group.all.end.div_ceil(TILE);
-        let tile = if place == 0 { group.all.begin / TILE } else { chunk * TILES };
-        Tiles { tile, end: (chunk + 1) * TILES, step: thread::grid_dim_x() * of_block * TILES, last }
+        let first = group.all.begin / TILE;
+        let tile = if place == 0 { first } else { (first / TILES + place) * TILES };
+        let step = thread::grid_dim_x() * of_block * TILES - (TILES - 1);
+        Tiles { tile, step, last: group.all.end.div_ceil(TILE) }
     }
 
     /// Whether it is beyond the last tile.
@@ -88,21 +98,17 @@ impl Tiles {
 
     /// Whether no tile of its chunk comes before it.
     fn begins_chunk(&self) -> bool {
-        self.tile + CHUNK / TILE == self.end
+        self.tile.is_multiple_of(TILES)
     }
 
     fn next(&self) -> Tiles {
-        let tile = self.tile + 1;
-        if tile < self.end {
-            Tiles { tile, ..*self }
-        } else {
-            Tiles { tile: self.end - CHUNK / TILE + self.step, end: self.end + self.step, ..*self }
-        }
+        let is_last = (self.tile + 1).is_multiple_of(TILES);
+        Tiles { tile: self.tile + if is_last { self.step } else { 1 }, ..*self }
     }
 
     /// Whether it is the last of its chunk.
     fn ends_chunk(&self) -> bool {
-        self.tile + 1 == self.end || self.tile + 1 == self.last
+        (self.tile + 1).is_multiple_of(TILES) || self.tile + 1 == self.last
     }
 }
 
@@ -120,6 +126,12 @@ const LARGE: f32 = (1u64 << 63) as f32;
 impl Sum {
     pub const EMPTY: Sum = Sum { reference: f32::NEG_INFINITY, sum: 0.0 };
 
+    /// Whether a reference is so large, or infinite, that a logit of its size must be rounded before it is subtracted: else products
+    /// that are equal would differ from it. (Below, a fused product is off by 2^-13 of an octave at most.)
+    pub fn is_far(reference: f32) -> bool {
+        reference.abs() >= 4096.0
+    }
+
     /// The reference after the first two logits; none where the larger is no finite number.
     fn first_reference([x, y]: [f32; 2]) -> f32 {
         let max = x.max(y);
@@ -127,7 +139,7 @@ impl Sum {
     }
 
     /// `exp2(x - reference)`: 1 where they are equal, infinite or not.
-    fn ratio(x: f32, reference: f32) -> f32 {
+    pub fn ratio(x: f32, reference: f32) -> f32 {
         if x == reference { 1.0 } else { math::ex2(x - reference) }
     }
 
@@ -164,6 +176,8 @@ struct State {
     references: Shared<V4<f32>>,
     /// Threads of the block.
     stride: u32,
+    /// Whether a reference may be [`far`](Sum::is_far).
+    is_far: bool,
 }
 
 /// Half of the slots.
@@ -171,8 +185,12 @@ const HALF: usize = SLOTS / 2;
 
 impl State {
     unsafe fn new(references: Shared<V4<f32>>, stride: u32) -> State {
-        let mut state =
-            State { sums: [0.0; SLOTS], references: references.add(thread::thread_idx_x()), stride };
+        let mut state = State {
+            sums: [0.0; SLOTS],
+            references: references.add(thread::thread_idx_x()),
+            stride,
+            is_far: false,
+        };
         state.clear();
         state
     }
@@ -182,6 +200,7 @@ impl State {
             self.references.add(quad as u32 * self.stride).store(V4([-Sum::EMPTY.reference; 4]));
         }
         self.sums = [0.0; SLOTS];
+        self.is_far = false;
     }
 
     /// Counts a tile's products, and writes the sums of a chunk that ends with it.
@@ -207,13 +226,14 @@ impl State {
 
     /// The larger logits of the first two tokens become the references, as far as they are finite.
     #[inline(always)]
-    unsafe fn refer_to<T: Element>(&self, group: &Group<'_, T>, products: &Products) {
+    unsafe fn refer_to<T: Element>(&mut self, group: &Group<'_, T>, products: &Products) {
         for quad in 0..SLOTS / 4 {
             let mut references = [0.0; 4];
             for i in 0..4 {
                 let logits =
                     [0, 1].map(|half| product(products, 4 * quad + i, half) * group.params.scale_log2);
                 references[i] = -Sum::first_reference(logits);
+                self.is_far |= Sum::is_far(references[i]);
             }
             self.references.add(quad as u32 * self.stride).store(V4(references));
         }
@@ -240,7 +260,7 @@ impl State {
             all += sums[i];
         }
         // None of them is negative: each is as small as all together.
-        if is_full && all < LARGE {
+        if is_full && all < LARGE && !self.is_far {
             for i in 0..HALF {
                 self.sums[FIRST + i] = sums[i];
             }
@@ -251,6 +271,7 @@ impl State {
             let mut sum = Sum { reference, sum: self.sums[slot] };
             count_any::<T, G>(group, &mut sum, products, slot, sums[i], tile);
             (references[i / 4][i % 4], self.sums[slot]) = (-sum.reference, sum.sum);
+            self.is_far |= Sum::is_far(sum.reference);
         }
         at.store(V4(references[0]));
         at.add(self.stride).store(V4(references[1]));
@@ -259,7 +280,7 @@ impl State {
     /// Merges the sums of the lanes that hold the same slots, and writes those of blocks with candidates in the chunk.
     unsafe fn write<T: Element, const G: usize>(&self, group: &Group<'_, T>, tile: u32, kv_head: u32) {
         let (params, at) = (group.params, lane());
-        let chunk = tile / (CHUNK / TILE);
+        let chunk = tile / TILES;
         for slot in 0..SLOTS {
             let own = -self.references.add((slot / 4) as u32 * self.stride).load().0[slot % 4];
             let reference = over_rows(own, f32::max);
@@ -294,7 +315,7 @@ unsafe fn count_any<T: Element, const G: usize>(
     let scale = group.params.scale_log2;
     let products = [0, 1].map(|half| product(products, slot, half));
     if is_in[0] && is_in[1] {
-        if sum < LARGE {
+        if sum < LARGE && !Sum::is_far(state.reference) {
             state.sum = sum;
             return;
         }
@@ -302,7 +323,7 @@ unsafe fn count_any<T: Element, const G: usize>(
             // As `refer_to` and the fast way would.
             let reference = Sum::first_reference(products.map(|x| x * scale));
             let terms = products.map(|x| math::ex2(math::fma(x, scale, -reference)));
-            if reference != f32::NEG_INFINITY && terms[0] + terms[1] < LARGE {
+            if !Sum::is_far(reference) && terms[0] + terms[1] < LARGE {
                 *state = Sum { reference, sum: terms[0] + terms[1] };
                 return;
             }

@@ -1,22 +1,29 @@
 //! Second pass over the keys: votes of every block.
 
+use super::stats::Sum;
 use super::*;
 use crate::simt::{grid, math};
 
-/// See the module. `C` chunks of 32 dimensions, `G` heads of a group, a warpgroup's products if `WIDE`.
+/// See the module. `C` chunks of 32 dimensions, `G` heads of a group.
 ///
 /// # Safety
 /// - As for [`stats`](super::stats()), behind [`fold`](super::fold()); launched with [`ScoreBlocksParams::votes`].
 #[inline(always)]
-pub unsafe fn vote<T: Element, const C: usize, const G: usize, const WIDE: bool>(
+pub unsafe fn vote<T: Element, const C: usize, const G: usize>(params: ScoreBlocksParams<T>) {
+    if warpgroup::available() { vote_as::<T, C, G, true>(params) } else { vote_as::<T, C, G, false>(params) }
+}
+
+/// `WIDE`: with products of a warpgroup.
+#[inline(always)]
+unsafe fn vote_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
-    if C <= 4 {
-        thread::launch_bounds::<{ vote_threads(128) }, 1>();
-    } else {
-        thread::launch_bounds::<{ vote_threads(256) }, 1>();
+    match (C > 4, WIDE) {
+        (false, _) => thread::launch_bounds::<{ vote_threads(128, true) }, 1>(),
+        (true, true) => thread::launch_bounds::<{ vote_threads(256, true) }, 1>(),
+        (true, false) => thread::launch_bounds::<{ vote_threads(256, false) }, 1>(),
     }
-    let layout = const { &Layout::vote(32 * C as u32, heads_of_launch(32 * C as u32, WIDE)) };
+    let layout = const { &Layout::vote(32 * C as u32, heads_of_launch(32 * C as u32, WIDE), WIDE) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let blocks = 4 * (SLOTS / G) as u32;
@@ -36,9 +43,9 @@ pub unsafe fn vote<T: Element, const C: usize, const G: usize, const WIDE: bool>
     let mut page = group.load_page(ahead.tile);
     let queries = layout.queries.get();
     group.put_queries::<C, G>(queries, first_head, num_heads);
-    let is_plain = Logs::put::<T, G>(&group, layout, num_heads);
+    let is_plain = Sums::put::<T, G>(&group, layout, num_heads);
     let is_plain = !thread::sync_threads_or(!is_plain);
-    let logs = Logs { logs: layout.sums.get(), inverses: layout.inverses.get(), is_plain };
+    let sums = Sums { minus: layout.minus.get(), inverses: layout.inverses.get(), is_plain };
     let of_head = bytes_of_head(32 * C as u32);
     let mut votes = [[0.0; 2]; SLOTS];
     let mut products = [[0.0; 4]; SLOTS / 2];
@@ -52,7 +59,7 @@ pub unsafe fn vote<T: Element, const C: usize, const G: usize, const WIDE: bool>
         ahead = ahead.next(num_heads);
         page = if ahead.head == 0 { group.load_page(ahead.tile) } else { page };
         finish::<WIDE>(&mut products);
-        logs.add::<T, G>(&group, &mut votes, &products, &place);
+        sums.add::<T, G>(&group, &mut votes, &products, &place);
         if place.head + 1 == num_heads {
             write::<T, G>(&group, &mut votes, place.tile);
         }
@@ -97,16 +104,16 @@ impl Place {
     }
 }
 
-/// What makes probabilities of logits: logarithms of the heads' sums, base 2, negated, and the inverses, where the former are infinite.
-struct Logs {
-    logs: Shared<f32>,
+/// What makes probabilities of logits: the heads' references, base 2, negated, and the inverse sums.
+struct Sums {
+    minus: Shared<f32>,
     inverses: Shared<f32>,
-    /// Whether all are finite.
+    /// Whether no reference is far, or infinite.
     is_plain: bool,
 }
 
-impl Logs {
-    /// Puts those of a group in shared memory; whether the thread's are all finite.
+impl Sums {
+    /// Puts those of a group in shared memory; whether the thread's are all plain.
     unsafe fn put<T: Element, const G: usize>(group: &Group<'_, T>, layout: &Layout, num_heads: u32) -> bool {
         let params = group.params;
         let mut is_plain = true;
@@ -117,15 +124,15 @@ impl Logs {
             let (block, member) = (t + 4 * (slot / G as u32), slot % G as u32);
             let range = group.range(block);
             // Slots of no head: a probability of 0.
-            let (mut log, mut inverse) = (f32::MAX, 0.0);
+            let (mut reference, mut inverse) = (0.0, 0.0);
             if member < params.group && range.begin < range.end {
                 let heads = (params.num_kv_heads * params.group) as u64;
                 let head = (params.first_kv_head + head) * params.group + member;
                 let place = (group.first_row + block) as u64 * heads + head as u64;
-                [log, inverse] = params.sums.add(place).load().0;
-                is_plain &= log.is_finite();
+                [reference, inverse] = params.sums.add(place).load().0;
+                is_plain &= !Sum::is_far(reference);
             }
-            layout.sums.get().add(entry).store(-log);
+            layout.minus.get().add(entry).store(-reference);
             layout.inverses.get().add(entry).store(inverse);
             entry += thread::block_dim_x();
         }
@@ -143,13 +150,14 @@ impl Logs {
     ) {
         let scale = group.params.scale_log2;
         let first = (place.head * 4 + lane().t) * SLOTS as u32;
-        let logs = self.logs.add(first).cast::<V4<f32>>();
+        let quads = [self.minus, self.inverses].map(|of_lane| of_lane.add(first).cast::<V4<f32>>());
         for q in 0..SLOTS / G {
             let mut sums = votes[q];
             for slot in G * q..G * (q + 1) {
-                let minus_log = logs.add(slot as u32 / 4).load().0[slot % 4];
+                let [minus, inverse] = quads.map(|quads| quads.add(slot as u32 / 4).load().0[slot % 4]);
                 for half in 0..2 {
-                    sums[half] += math::ex2(math::fma(product(products, slot, half), scale, minus_log));
+                    let term = math::ex2(math::fma(product(products, slot, half), scale, minus));
+                    sums[half] = math::fma(term, inverse, sums[half]);
                 }
             }
             if self.is_plain && sums[0] + sums[1] < f32::INFINITY {
@@ -160,7 +168,7 @@ impl Logs {
         }
     }
 
-    /// The slow way: logits that are no numbers, sums that are infinite.
+    /// The slow way: logits that are no numbers, references that are far or infinite.
     #[inline(always)]
     unsafe fn add_any<const G: usize>(
         &self,
@@ -172,20 +180,19 @@ impl Logs {
     ) {
         for i in 0..G {
             let slot = first_slot + i;
-            let (log, inverse) =
-                (-self.logs.add(first + slot as u32).load(), self.inverses.add(first + slot as u32).load());
+            let place = first + slot as u32;
+            let (reference, inverse) = (-self.minus.add(place).load(), self.inverses.add(place).load());
             if inverse == 0.0 {
                 continue; // no head: its queries are zeros, whose products with infinities are NaN
             }
             for half in 0..2 {
                 let product = product(products, slot, half);
-                votes[half] += if log.is_finite() {
-                    math::ex2(math::fma(product, scale, -log))
-                } else if product * scale == log {
-                    inverse
+                let term = if Sum::is_far(reference) {
+                    Sum::ratio(product * scale, reference)
                 } else {
-                    math::ex2(product * scale - log)
+                    math::ex2(math::fma(product, scale, -reference))
                 };
+                votes[half] = math::fma(term, inverse, votes[half]);
             }
         }
     }
