@@ -437,7 +437,8 @@ fn large_logits_that_tie(device: &Device) {
         };
         let mut problem = Problem::new(&config, &[(100, 1)], Content::Peaked, 4);
         let row = &mut problem.rows[0];
-        (row.q.fill(0.0), row.k.fill(0.0));
+        row.q.fill(0.0);
+        row.k.fill(0.0);
         (row.q[0], row.q[64]) = (1.0, 1.0);
         (10..90).for_each(|token| row.k[token * 128] = 3.0);
         for (token, logit) in [(95, 6.0), (97, 5.0)] {
