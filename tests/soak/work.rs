@@ -111,6 +111,13 @@ impl Life {
         if way == Way::AppendOnly {
             return;
         }
+        if way == Way::Dense {
+            // What adds more than one token without selecting drops what is cached.
+            for &(id, _) in growth.iter().filter(|&&(_, t)| t > 1) {
+                let place = self.model.place(id);
+                self.model.sequences[place].layers[layer].cached = None;
+            }
+        }
         let selected = (way != Way::Dense).then(|| self.check_selections(layer, growth, way, &unpadded));
         let (out, lse) = (values(&out), values(&lse));
         let (qo_width, hq) = (heads.num_qo_heads * heads.head_dim, heads.num_qo_heads);
