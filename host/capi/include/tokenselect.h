@@ -982,6 +982,24 @@ ts_status ts_batch_padded(const struct ts_batch *batch,
                           size_t block_len,
                           struct ts_batch **padded);
 
+/// The same tokens with every row cut into blocks of `block_len` tokens, the last of which may be shorter: for a piece of a prompt that
+/// is longer than the blocks that it is processed in. A block is a row that selects for itself; blocks of one row read its keys
+/// together. The order of query tokens stays. Their selections are neither taken from a Selection Cache nor put there, and what it
+/// holds for their sequences is dropped.
+///
+/// `block_len` is a dial between speed and fidelity: all queries of a block share one list, chosen by their mean. Every block counts in
+/// the limits `max_rows` and, with all tokens before it, `max_kv_tokens`.
+///
+/// Errors: `TS_STATUS_CONFIG` for blocks of no tokens, `TS_STATUS_LIMIT` for too many of them, `TS_STATUS_MISSING` where the rows are
+/// parts of sequences, blocks already, or the device's alone.
+///
+/// Promised by the caller:
+/// - `batch` is null or a handle.
+/// - `blocks` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_in_blocks(const struct ts_batch *batch,
+                             size_t block_len,
+                             struct ts_batch **blocks);
+
 /// Sizes of a batch. `max_kv_len` and `num_token_places` are upper bounds where the tables are the device's alone.
 ///
 /// Promised by the caller:

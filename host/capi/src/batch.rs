@@ -169,6 +169,34 @@ pub unsafe extern "C" fn ts_batch_padded(
     })
 }
 
+/// The same tokens with every row cut into blocks of `block_len` tokens, the last of which may be shorter: for a piece of a prompt that
+/// is longer than the blocks that it is processed in. A block is a row that selects for itself; blocks of one row read its keys
+/// together. The order of query tokens stays. Their selections are neither taken from a Selection Cache nor put there, and what it
+/// holds for their sequences is dropped.
+///
+/// `block_len` is a dial between speed and fidelity: all queries of a block share one list, chosen by their mean. Every block counts in
+/// the limits `max_rows` and, with all tokens before it, `max_kv_tokens`.
+///
+/// Errors: `TS_STATUS_CONFIG` for blocks of no tokens, `TS_STATUS_LIMIT` for too many of them, `TS_STATUS_MISSING` where the rows are
+/// parts of sequences, blocks already, or the device's alone.
+///
+/// # Safety
+/// - `batch` is null or a handle.
+/// - `blocks` is null or has room for a pointer, written: the new handle, null on an error.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn ts_batch_in_blocks(
+    batch: *const ts_batch,
+    block_len: usize,
+    blocks: *mut *mut ts_batch,
+) -> ts_status {
+    fence(|| {
+        // SAFETY: the caller's promise.
+        let batch = unsafe { &reference("batch", batch)?.batch };
+        // SAFETY: as above.
+        unsafe { hand_out("blocks", blocks, || Ok(ts_batch { batch: batch.in_blocks(block_len)? })) }
+    })
+}
+
 /// Sizes of a batch. `max_kv_len` and `num_token_places` are upper bounds where the tables are the device's alone.
 ///
 /// # Safety

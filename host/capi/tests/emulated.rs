@@ -519,3 +519,40 @@ fn captured_work() {
         ok(ts_device_destroy(processor));
     }
 }
+
+/// A row in blocks selects, for each of them, what a row of the block's length does.
+#[test]
+fn blocks_of_a_row() {
+    let mut rig = Rig::new(made(|to| unsafe { ts_device_emulated(0, to) }));
+    let pages = [3, 7, 1, 5, 2, 9];
+    let q: Vec<bf16> = numbers(2, 8 * HEADS[0] * HEADS[2]).into_iter().map(bf16::from_f32).collect();
+    let q = rig.upload(&q);
+    let whole = one_row(PAGE_SIZE, &pages, 22, 8, None);
+    // SAFETY: handles are alive, addresses have the elements that the batches say.
+    unsafe {
+        let blocks = made(|to| ts_batch_in_blocks(whole, 5, to));
+        let mut info: ts_batch_info = std::mem::zeroed();
+        ok(ts_batch_get_info(blocks, &mut info));
+        assert_eq!((info.num_rows, info.max_block_len, info.max_kv_len), (2, 5, 22));
+        ok(ts_select(rig.context, blocks, &rig.kv, &queries(q), null_mut(), 0));
+        let got = [selected(rig.context, 0), selected(rig.context, 1)];
+        let first = one_row(PAGE_SIZE, &pages[..5], 19, 5, None);
+        ok(ts_select(rig.context, first, &rig.kv, &queries(q), null_mut(), 0));
+        assert_eq!(got[0], selected(rig.context, 0));
+        assert_eq!(got[1].last(), Some(&21));
+        let mut none = null_mut();
+        fails(
+            ts_batch_in_blocks(whole, 0, &mut none),
+            ts_status::Config,
+            "argument `block_len` must be at least 1, got 0",
+        );
+        fails(
+            ts_batch_in_blocks(blocks, 2, &mut none),
+            ts_status::Missing,
+            "`in_blocks` needs rows that are not cut into blocks",
+        );
+        for batch in [whole, blocks, first] {
+            ok(ts_batch_destroy(batch));
+        }
+    }
+}
