@@ -8,25 +8,28 @@
 //! ```
 //! Departures from these loops:
 //!
-//! 1. *Columns.* A product has 128 columns: 16 *slots* of eight. Lane `t` (of four) holds columns `2 t` and `2 t + 1` of each
-//!    slot, so slot `G q + g` has there head `g` of block `t + 4 q`: its high halves in the first column, its low halves in
-//!    the second (the f32 query is split in two 16-bit ones, `q = high + low`). A lane has whole logits, and all heads of its
-//!    blocks, without a shuffle. Groups of `G` = 4, 8 or 16 heads leave room for 16, 8 or 4 blocks.
-//! 2. *Rows* are tokens: a lane loads 16 bytes of a key at a time, straight into the registers of the A fragment, as
-//!    [`score`](mod@crate::ops::score) does; the dimensions of the queries in shared memory are permuted likewise. On Hopper a
-//!    warpgroup multiplies ([`warpgroup`](crate::simt::warpgroup)), elsewhere each of its warps.
-//! 3. *Statistics* have a reference in place of the largest logit, base 2: the largest of a lane's first two tokens, raised only
-//!    where a logit lies 2^64 above it. Such tokens, NaN, infinities and tiles at the ends of the candidates take the slow way.
-//! 4. *The same bits, however many blocks share a pass.* Statistics are those of chunks of [`CHUNK`] tokens, counted from token
+//! 1. *Columns.* A product has 64 columns, 16 for each lane `t` of four: its *slots*. Slot `G q + g` is head `g` of block `t + 4 q`, so a
+//!    lane has all heads of its blocks, and adds them up without a shuffle. Groups of up to `G` = 4, 8 or 16 heads leave room for
+//!    16, 8 or 4 blocks. Slot `s` is column `8 (s / 2) + 2 t + s % 2`.
+//! 2. *Halves.* The f32 query is split in two 16-bit numbers of its sign, `q = high + low`; the product has the keys once more for
+//!    the low halves, and so adds them up. Neither half is 0 where `q` is not, so that an infinite key makes infinities of one
+//!    sign.
+//! 3. *Rows* are tokens. A warp copies its 16 keys to stages of its own, a line at a time, and reads them as A fragments, 16 bytes of
+//!    a key a lane; the dimensions of the queries in shared memory are permuted likewise. On Hopper a warpgroup multiplies
+//!    ([`warpgroup`](crate::simt::warpgroup)), elsewhere each of its warps.
+//! 4. *Statistics* have a reference in place of the largest logit, base 2: the larger of a lane's first two tokens, raised only
+//!    where a sum reaches 2^63. What is not plain takes the slow way: tokens that are no candidates, NaN, infinities, references so
+//!    large that their rounding matters.
+//! 5. *The same bits, however many blocks share a pass.* Statistics are those of chunks of [`CHUNK`] tokens, counted from token
 //!    0, of each warp; they are folded in an order that depends on the row alone (`fold`). What a column computes does not
-//!    depend on the others.
-//! 5. Where the queries of all heads do not fit into shared memory, `vote` is launched for some heads after the others, and adds
-//!    to the votes.
+//!    depend on the others, nor on which way they take.
+//! 6. Where the queries of all heads do not fit into shared memory, `vote` is launched for some heads after the others, and adds
+//!    to the votes. There are no more than two such launches with 8 KV heads of 128 on Hopper, in the order of the heads.
 //!
 //! **Bytes.** Keys twice for a group, `2 * n * num_kv_heads * head_dim * 2`; votes, `4 n` a block, and again twice as many for
-//! each further launch of `vote`; statistics, 1/32 of the votes a head.
+//! each further launch of `vote`; statistics, 4 bytes a head for every 256 tokens of a block.
 //!
-//! **Operations.** `n * num_kv_heads * head_dim * 128 * 2` a pass, a logit's exponential in each.
+//! **Operations.** `2 * n * num_kv_heads * head_dim * 128` in each pass, and an exponential of each logit.
 
 mod params;
 pub use params::*;
