@@ -34,7 +34,7 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     unsafe fn mma(d: &mut Accumulator, a: A, b: B);
 
     /// Starts D += A·B on the tensor cores of a warpgroup, or D = A·B without `ADDS`; see
-    /// [`warpgroup`](crate::simt::warpgroup).
+    /// [`warpgroup`].
     ///
     /// *Convergence:* aligned; all threads of the warpgroup.
     ///
