@@ -11,8 +11,8 @@ use common::{assert_close, bits, cases, naive, naive_config, on_devices, tensor,
 use proptest::prelude::*;
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvView, Limits,
-    Operations, PageTables, PagedKvCache, Positions, Rope, RowAction, SelectConfig, SelectionCacheConfig,
-    StepOutput, Tensor, TokenSelect,
+    Operations, PageTables, PagedKvCache, Plan, Positions, Rope, RowAction, SelectConfig,
+    SelectionCacheConfig, StepOutput, Tensor, TokenSelect,
 };
 
 on_devices! {
@@ -306,6 +306,24 @@ fn what_cannot_be_cut_is_refused() {
         let error = ts.select(batch, kv, q.view(), None).unwrap_err().to_string();
         assert!(error.contains(needs), "{error}");
     }
+}
+
+/// More rows than a GPU launches are refused where the plan is made, not in a step.
+#[test]
+fn more_rows_than_a_grid_has_are_refused() {
+    let config = SelectConfig { dtype: DType::Bf16, ..small_config() };
+    let limits = Limits { max_rows: 65_536, max_block_len: 1, max_kv_tokens: 65_536 };
+    for (device, is_refused) in [(Device::emulated(), true), (Device::cpu(), false)] {
+        let plan = Plan::new(&device, config.clone(), limits, Operations::SELECTION);
+        let refused = matches!(plan, Err(Error::Limit { what: "max_rows", limit: 65_535, got: 65_536 }));
+        assert_eq!(refused, is_refused, "{}", device.name());
+    }
+    // Every block has the pages up to its own end, no more.
+    let tables =
+        PageTables { indptr: vec![0, 66_000], indices: (0..66_000).collect(), last_page_len: vec![1] };
+    let error = Batch::new(1, vec![0, 66_000], tables).unwrap().in_blocks(1).map(drop);
+    let (what, limit, got) = ("pages of a batch", i32::MAX as usize, (1..=66_000).sum());
+    assert_eq!(error, Err(Error::Limit { what, limit, got }));
 }
 
 /// A selection of blocks leaves no logits: what needs them is refused, and votes are not.

@@ -61,7 +61,7 @@ impl Batch {
     ///
     /// # Errors
     /// [`Error::Config`] for blocks of no tokens, [`Error::Limit`] for more than 2^24 blocks or 2^31 pages of all blocks,
-    /// [`Error::Missing`] where the rows are parts of sequences, blocks already, or known to a device alone.
+    /// [`Error::OutOfMemory`], [`Error::Missing`] where the rows are parts of sequences, blocks already, or known to a device alone.
     pub fn in_blocks(&self, block_len: usize) -> Result<Batch> {
         self.expect_on_host("in_blocks")?;
         self.expect_whole("in_blocks")?;
@@ -76,23 +76,32 @@ impl Batch {
         if num_blocks > MAX_ROWS {
             return Err(Error::Limit { what: "rows of a batch", limit: MAX_ROWS, got: num_blocks });
         }
-        let num_pages: usize =
-            (0..self.num_rows()).map(|row| blocks_of(row).saturating_mul(self.pages(row).len())).sum();
+        // Tokens of a row that are cached when its block `block` ends. A row of no tokens has queries nevertheless, for which zeros
+        // are written.
+        let kv_end = |row: usize, block: usize| match self.kv_len(row) {
+            0 => 0,
+            n => n - self.block_len(row) + (block_len.saturating_mul(block + 1)).min(self.block_len(row)),
+        };
+        let pages_of = |row, block| kv_end(row, block).div_ceil(self.page_size);
+        let num_pages = (0..self.num_rows())
+            .flat_map(|row| (0..blocks_of(row)).map(move |block| (row, block)))
+            .fold(0usize, |sum, (row, block)| sum.saturating_add(pages_of(row, block)));
         let limit = i32::MAX as usize;
         if num_pages > limit {
             return Err(Error::Limit { what: "pages of a batch", limit, got: num_pages });
         }
         let mut tables = PageTables { indptr: vec![0], ..PageTables::default() };
+        if tables.indices.try_reserve_exact(num_pages).is_err() {
+            let (device, what, bytes) = ("cpu".to_owned(), "the page tables of a batch", 4 * num_pages);
+            return Err(Error::OutOfMemory { device, what, bytes });
+        }
         let (mut qo_indptr, mut blocks) = (vec![0], Vec::with_capacity(self.num_rows()));
         for row in 0..self.num_rows() {
-            let (kv_len, queries) = (self.kv_len(row), self.query_range(row));
-            // A row of no tokens has queries nevertheless, for which zeros are written.
-            let before = kv_len.saturating_sub(queries.len());
+            let queries = self.query_range(row);
             blocks.push([tables.last_page_len.len() as u32, blocks_of(row) as u32]);
             for block in 0..blocks_of(row) {
-                let end = (block_len * (block + 1)).min(queries.len());
-                let kv_end = if kv_len == 0 { 0 } else { before + end };
-                let pages = kv_end.div_ceil(self.page_size);
+                let end = block_len.saturating_mul(block + 1).min(queries.len());
+                let (kv_end, pages) = (kv_end(row, block), pages_of(row, block));
                 tables.indices.extend_from_slice(&self.pages(row)[..pages]);
                 tables.indptr.push(tables.indices.len() as u32);
                 tables.last_page_len.push((kv_end - pages.saturating_sub(1) * self.page_size) as u32);
