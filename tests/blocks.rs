@@ -500,3 +500,20 @@ fn votes_by_themselves(device: &Device) {
     ts.vote_top_k(&batch, None).unwrap();
     assert_eq!(want, selected_lists(&ts, batch.num_rows()), "{}", device.name());
 }
+
+/// Launches have room on every device that they are meant for: compute capability 8.6 and 8.9 have the least, and head dimension 256
+/// more than that.
+#[test]
+fn blocks_have_room() {
+    use kernels_gpu::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
+    use kernels_gpu::ops::score_blocks::shared_bytes;
+    for (head_dim, least) in [
+        (64, SHARED_BYTES_SM_86),
+        (96, SHARED_BYTES_SM_86),
+        (128, SHARED_BYTES_SM_86),
+        (256, SHARED_BYTES_SM_80),
+    ] {
+        assert!(shared_bytes(head_dim, false) <= least, "{head_dim}");
+        assert!(shared_bytes(head_dim, true) <= SHARED_BYTES_SM_90, "{head_dim}");
+    }
+}

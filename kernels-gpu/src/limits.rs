@@ -23,6 +23,9 @@ pub const CORE_BYTES: u32 = 128;
 /// Shared memory of a block at most, on compute capability 8.0.
 pub const SHARED_BYTES_SM_80: u32 = 163 << 10;
 
+/// Shared memory of a block at most, on compute capability 8.6 and 8.9, which has the least.
+pub const SHARED_BYTES_SM_86: u32 = 99 << 10;
+
 /// Shared memory of a block at most, on compute capability 9.0.
 pub const SHARED_BYTES_SM_90: u32 = 227 << 10;
 

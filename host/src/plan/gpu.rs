@@ -123,10 +123,11 @@ impl GpuPlan {
             },
             pool: operations.pool.then(|| PoolKernels::new(driver, config)).transpose()?,
             score: operations.score.then(|| ScoreKernels::new(driver, config)).transpose()?,
-            score_blocks: operations
-                .score_blocks
-                .then(|| ScoreBlocksKernels::new(driver, config))
-                .transpose()?,
+            score_blocks: match operations.score_blocks.then(|| ScoreBlocksKernels::new(driver, config)) {
+                // A plan for all operations is one for rows by themselves where blocks have no room.
+                Some(Err(Error::Unsupported { .. })) if operations.score => None,
+                kernels => kernels.transpose()?,
+            },
             vote: operations.vote.then(|| VoteKernels::new(driver, config)).transpose()?,
             attend: operations.attend.then(|| AttendKernels::new(driver, config)).transpose()?,
         };

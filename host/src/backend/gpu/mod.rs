@@ -155,7 +155,9 @@ impl GpuPlan {
         q: TensorView<'_>,
     ) -> Result<()> {
         let (gpu, kernels) = (self.driver.gpu(), self.kernels.score_blocks.as_ref());
-        let kernels = kernels.ok_or_else(|| missing("score_blocks"))?;
+        let kernels = kernels.ok_or_else(|| {
+            self.unsupported("score", "blocks with this head dimension: it has too little shared memory")
+        })?;
         let mut read = [range(&q)?, 0..0, 0..0];
         let pooled = AppendPoolParams {
             append: match &kv {

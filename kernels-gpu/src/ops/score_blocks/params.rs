@@ -3,7 +3,7 @@
 use crate::common::layout::{BatchTables, LOGIT_TILE, PageStrides};
 use crate::launch::{Dims, GpuInfo};
 use crate::limits::{
-    CORE_BYTES, MAX_COLUMNS, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns,
+    CORE_BYTES, MAX_COLUMNS, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns,
 };
 use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
@@ -19,9 +19,9 @@ pub(super) const STAGES: u32 = 2;
 /// copies overlap.
 const fn warpgroups(head_dim: u32, wide: bool) -> u32 {
     match (head_dim > 128, wide) {
-        (false, _) => 3,
+        (false, true) => 3,
         (true, true) => 2,
-        (true, false) => 1, // for want of shared memory
+        (_, false) => 1, // for want of shared memory; an SM with more has several blocks
     }
 }
 /// Blocks of [`stats`](super::kernel::stats) on an SM, of one warpgroup each, with so many heads of a group; one of all, which share the
@@ -164,7 +164,7 @@ impl Layout {
 
 /// KV heads of a launch of [`vote`](super::kernel::vote) at most: as many as there is shared memory for, up to 8. `wide`: on Hopper.
 pub(super) const fn heads_of_launch(head_dim: u32, wide: bool) -> u32 {
-    let room = if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_80 };
+    let room = if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_86 };
     let mut heads = 8;
     while heads > 1 && Layout::vote(head_dim, heads, wide).bytes > room {
         heads -= 1;
@@ -210,7 +210,9 @@ impl<T> ScoreBlocksParams<T> {
         let most = heads_of_launch(self.head_dim, gpu.bulk_copies);
         // Shares that differ by one head at most.
         let heads = self.num_kv_heads.div_ceil(self.num_kv_heads.div_ceil(most).max(1)).max(1);
-        let blocks = (gpu.num_sms / self.num_groups.max(1)).max(1);
+        // Of small blocks, as many as may have room.
+        let resident = if gpu.bulk_copies { gpu.num_sms } else { 2 * gpu.num_sms };
+        let blocks = (resident / self.num_groups.max(1)).max(1);
         let dims = Dims {
             grid: [blocks, self.num_groups, 1],
             block: [vote_threads(self.head_dim, gpu.bulk_copies), 1, 1],

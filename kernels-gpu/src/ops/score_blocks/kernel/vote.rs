@@ -19,7 +19,8 @@ unsafe fn vote_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
     match (C > 4, WIDE) {
-        (false, _) => thread::launch_bounds::<{ vote_threads(128, true) }, 1>(),
+        (false, true) => thread::launch_bounds::<{ vote_threads(128, true) }, 1>(),
+        (false, false) => thread::launch_bounds::<{ vote_threads(128, false) }, 2>(),
         (true, true) => thread::launch_bounds::<{ vote_threads(256, true) }, 1>(),
         (true, false) => thread::launch_bounds::<{ vote_threads(256, false) }, 1>(),
     }
