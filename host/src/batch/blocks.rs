@@ -60,7 +60,7 @@ impl Batch {
     /// [`Limits::max_kv_tokens`](crate::Limits::max_kv_tokens).
     ///
     /// # Errors
-    /// [`Error::Config`] for blocks of no tokens, [`Error::Limit`] for more than 2^24 blocks or 2^31 pages of all blocks,
+    /// [`Error::Argument`] for blocks of no tokens, [`Error::Limit`] for more than 2^24 blocks or 2^31 pages of all blocks,
     /// [`Error::OutOfMemory`], [`Error::Missing`] where the rows are parts of sequences, blocks already, or known to a device alone.
     pub fn in_blocks(&self, block_len: usize) -> Result<Batch> {
         self.expect_on_host("in_blocks")?;
