@@ -467,6 +467,8 @@ class Steps(unittest.TestCase):
         sequence = cache.create()
         q, k, v = (self.draw(8, heads, D) for heads in (HQ, HKV, HKV))
         missed = cache.extend([(sequence, 8)])
+        blocks = missed.in_blocks(5)
+        self.assertEqual((blocks.num_rows, blocks.info.max_block_len, blocks.row(1).block_len), (2, 5, 3))
         ctx.step(cache, 0, missed, q, k, v)
         self.assertEqual([cache.written_len(layer, sequence) for layer in (0, 1)], [8, 0])
         batch = cache.extend([(sequence, 8)])

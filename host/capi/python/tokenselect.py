@@ -311,6 +311,11 @@ class Batch(_Handle):
         """The batch with padding rows of `block_len` queries added, until it has `num_rows`."""
         return Batch._of(_lib.made("batch_padded", self, num_rows, block_len))
 
+    def in_blocks(self, block_len):
+        """The same tokens with every row cut into blocks of `block_len` tokens, each a row that selects for itself: for a piece of a
+        prompt. Shorter blocks find more of what single queries look for, and cost more."""
+        return Batch._of(_lib.made("batch_in_blocks", self, block_len))
+
 
 class BatchSlot(_Handle):
     """A fixed place for the tables of batches with the rows and blocks of `like`, for captured work."""

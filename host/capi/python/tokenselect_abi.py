@@ -150,6 +150,7 @@ FUNCTIONS = {
     "ts_context_selected": [_P, c_size_t, POINTER(c_uint32), c_size_t, POINTER(c_size_t)],
     "ts_batch_create": [POINTER(BatchTables), _OUT],
     "ts_batch_padded": [_P, c_size_t, c_size_t, _OUT],
+    "ts_batch_in_blocks": [_P, c_size_t, _OUT],
     "ts_batch_get_info": [_P, POINTER(BatchInfo)],
     "ts_batch_get_row": [_P, c_size_t, POINTER(BatchRow)],
     "ts_batch_slot_create": [_P, _P, c_size_t, _OUT],
