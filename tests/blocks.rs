@@ -11,8 +11,8 @@ use common::{assert_close, bits, cases, naive, naive_config, on_devices, tensor,
 use proptest::prelude::*;
 use tokenselect::{
     Batch, BatchSlot, Buffer, CacheConfig, DType, Device, Error, HeadShape, KvLayout, KvView, Limits,
-    Operations, PageTables, PagedKvCache, Plan, Positions, Rope, RowAction, SelectConfig,
-    SelectionCacheConfig, StepOutput, Tensor, TokenSelect,
+    Operations, PageTables, PagedKvCache, Positions, Rope, RowAction, SelectConfig, SelectionCacheConfig,
+    StepOutput, Tensor, TokenSelect,
 };
 
 on_devices! {
@@ -308,16 +308,9 @@ fn what_cannot_be_cut_is_refused() {
     }
 }
 
-/// More rows than a GPU launches are refused where the plan is made, not in a step.
+/// What the page limit counts.
 #[test]
-fn more_rows_than_a_grid_has_are_refused() {
-    let config = SelectConfig { dtype: DType::Bf16, ..small_config() };
-    let limits = Limits { max_rows: 65_536, max_block_len: 1, max_kv_tokens: 65_536 };
-    for (device, is_refused) in [(Device::emulated(), true), (Device::cpu(), false)] {
-        let plan = Plan::new(&device, config.clone(), limits, Operations::SELECTION);
-        let refused = matches!(plan, Err(Error::Limit { what: "max_rows", limit: 65_535, got: 65_536 }));
-        assert_eq!(refused, is_refused, "{}", device.name());
-    }
+fn too_many_pages_are_refused() {
     // Every block has the pages up to its own end, no more.
     let tables =
         PageTables { indptr: vec![0, 66_000], indices: (0..66_000).collect(), last_page_len: vec![1] };

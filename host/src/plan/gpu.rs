@@ -108,11 +108,6 @@ impl GpuPlan {
         limits: &Limits,
         operations: Operations,
     ) -> Result<Self> {
-        // Rows lie along the second axis of grids.
-        let (limit, got) = (driver.gpu().limits.grid[1] as usize, limits.max_rows);
-        if got > limit {
-            return Err(Error::Limit { what: "max_rows", limit, got });
-        }
         let kernels = Kernels {
             append: match operations.append {
                 false => None,
