@@ -145,6 +145,32 @@ impl GpuPlan {
         launch(kernels.choose, params.choose_dims())
     }
 
+    /// The parameters of a selection's first launch, and the memory of `q`, `k` and `v` that it reads.
+    fn append_pool_params(
+        &self,
+        plan: &Plan,
+        batch: &Batch,
+        workspace: &mut Workspace,
+        kv: &SelectedKv<'_>,
+        q: &TensorView<'_>,
+        cached: Option<&SelectionCacheLayer<'_>>,
+    ) -> Result<(AppendPoolParams<f16>, [Range<u64>; 3])> {
+        let mut read = [range(q)?, 0..0, 0..0];
+        let pooled = AppendPoolParams {
+            append: match kv {
+                SelectedKv::Read(_) => AppendParams::none(self.tables(batch)?),
+                SelectedKv::Append { kv, k, v } => {
+                    (read[1], read[2]) = (range(k)?, range(v)?);
+                    self.append_params(batch, kv, k, v)?
+                }
+            },
+            pool: self.pool_params(plan, batch, workspace, q, cached)?,
+            max_block_len: batch.max_block_len() as u32,
+            reserved: 0,
+        };
+        Ok((pooled, read))
+    }
+
     /// A selection of blocks: their keys are read twice, and no logit is kept.
     fn select_blocks(
         &self,
@@ -158,19 +184,7 @@ impl GpuPlan {
         let kernels = kernels.ok_or_else(|| {
             self.unsupported("score", "blocks with this head dimension: it has too little shared memory")
         })?;
-        let mut read = [range(&q)?, 0..0, 0..0];
-        let pooled = AppendPoolParams {
-            append: match &kv {
-                SelectedKv::Read(_) => AppendParams::none(self.tables(batch)?),
-                SelectedKv::Append { kv, k, v } => {
-                    (read[1], read[2]) = (range(k)?, range(v)?);
-                    self.append_params(batch, kv, k, v)?
-                }
-            },
-            pool: self.pool_params(plan, batch, workspace, &q, None)?,
-            max_block_len: batch.max_block_len() as u32,
-            reserved: 0,
-        };
+        let (pooled, read) = self.append_pool_params(plan, batch, workspace, &kv, &q, None)?;
         let score: ScoreBlocksParams<f16> =
             self.score_blocks_params(plan, batch, workspace, &kv.view()?, kernels.columns)?;
         let top_k = self.top_k_params(plan, batch, workspace, None)?;
@@ -324,19 +338,7 @@ impl Backend for GpuPlan {
             return self.select_blocks(plan, batch, workspace, kv, q);
         }
         // Parameters first, so that nothing is half done where an argument is refused.
-        let mut read = [range(&q)?, 0..0, 0..0];
-        let pooled = AppendPoolParams {
-            append: match &kv {
-                SelectedKv::Read(_) => AppendParams::none(self.tables(batch)?),
-                SelectedKv::Append { kv, k, v } => {
-                    (read[1], read[2]) = (range(k)?, range(v)?);
-                    self.append_params(batch, kv, k, v)?
-                }
-            },
-            pool: self.pool_params(plan, batch, workspace, &q, cached.as_ref())?,
-            max_block_len: batch.max_block_len() as u32,
-            reserved: 0,
-        };
+        let (pooled, read) = self.append_pool_params(plan, batch, workspace, &kv, &q, cached.as_ref())?;
         let mut score = self.score_params(plan, batch, workspace, &kv.view()?)?;
         let (score_kernel, score_dims, streams) = self.score_kernel(&score, batch)?;
         let folding = Overlap::NONE.folding_in_vote(score_kernel.tile_tokens);
