@@ -5,8 +5,8 @@ mod common;
 use std::ptr::null_mut;
 
 use common::{
-    Lie, Out, arrange, at, cache_config, config, context, cpu, input, limits, made, numbers, ok, selected,
-    sized,
+    Lie, Out, arrange, at, cache_config, config, context, cpu, input, limits, made, numbers, ok, one_row,
+    selected, sized,
 };
 use tokenselect::{
     CacheConfig, Device, HeadShape, Limits, PagedKvCache, Positions, Rope, SelectConfig,
@@ -245,19 +245,7 @@ fn borrowed_cache_at(what: &str, [k_place, v_place]: Places, lie: Lie) {
             len += tokens;
             let pages = len.div_ceil(page_size);
             let indices: Vec<i32> = (0..pages as i32).map(|page| num_pages as i32 - 1 - page).collect();
-            let (qo_indptr, indptr) = ([0, tokens as i32], [0, pages as i32]);
-            let (last_page_len, sequence_index) = ((len - (pages - 1) * page_size) as i32, 2);
-            let tables = ts_batch_tables {
-                page_size,
-                num_rows: 1,
-                qo_indptr: qo_indptr.as_ptr(),
-                indptr: indptr.as_ptr(),
-                indices: indices.as_ptr(),
-                last_page_len: &last_page_len,
-                sequence_indices: &sequence_index,
-                ..sized()
-            };
-            let batch = made(|to| ts_batch_create(&tables, to));
+            let batch = one_row(page_size, &indices, len, tokens, Some(&2));
             let mut got = Out::new(tokens, &config);
             let (memory, input) = arrange(lie, [HQ, HKV, D], [&q, &k, &v]);
             let input = &input(at(&memory));
