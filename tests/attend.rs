@@ -26,7 +26,18 @@ on_devices! {
     gpus:
         gpu_lists_of_every_kind, gpu_list_lengths_around_every_cut, gpu_block_lengths_around_every_cut,
         gpu_values_that_are_not_finite, gpu_dense_decoding, gpu_streamed_lengths_around_every_cut,
-        gpu_rotations_of_every_part;
+        gpu_rotations_of_every_part, gpu_tiles_and_query_blocks_around_every_cut;
+}
+
+/// The kernels of blocks of devices that are older than Hopper.
+#[test]
+fn emulated_sm_80_attends_to_blocks() {
+    let device = Device::emulated_sm_80();
+    gpu_block_lengths_around_every_cut(&device);
+    gpu_tiles_and_query_blocks_around_every_cut(&device);
+    gpu_values_that_are_not_finite(&device);
+    gpu_rotations_of_every_part(&device);
+    later_tokens_of_the_block_have_no_influence(&device);
 }
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
@@ -479,9 +490,32 @@ fn gpu_block_lengths_around_every_cut(device: &Device) {
     }
 }
 
+/// Lists around tiles of 64 and 128 places, and query rows around the 64 of a warpgroup and the 128 of a block, so many that a block of
+/// the launch has several, and some see parts of two tiles alone.
+fn gpu_tiles_and_query_blocks_around_every_cut(device: &Device) {
+    let sizes = [
+        (127, 33, 4),
+        (128, 32, 4),
+        (129, 64, 4),
+        (191, 13, 5),
+        (256, 129, 1),
+        (257, 40, 4),
+        (384, 300, 1),
+        (385, 17, 8),
+    ];
+    for (i, (n, t, group)) in sizes.into_iter().enumerate() {
+        let heads = HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim: [128, 64, 96][i % 3] };
+        let dtype = [DType::F16, DType::Bf16][i % 2];
+        let logits_soft_cap = (i % 4 == 3).then_some(30.0);
+        let config = SelectConfig { heads, dtype, logits_soft_cap, ..SelectConfig::default() };
+        check_dense(device, &config, n, t, Content::Peaked);
+    }
+}
+
 /// Values of the block's own tokens that are infinite or NaN here and there: each query has those that it sees.
 fn gpu_values_that_are_not_finite(device: &Device) {
-    for (t, group, head_dim) in [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128)]
+    for (t, group, head_dim) in
+        [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128), (150, 1, 64)]
     {
         let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
         let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };

@@ -233,6 +233,22 @@ pub struct WarpgroupMmaParams {
 }
 const _: () = assert!(size_of::<WarpgroupMmaParams>() == 32);
 
+/// Parameters of [`warpgroup_layouts`].
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct WarpgroupLayoutsParams {
+    /// \[64, 16\] elements, row-major, read.
+    pub a: GlobalPtr<u16>,
+    /// \[16, 128\] elements, row-major, read.
+    pub b: GlobalPtr<u16>,
+    /// \[3, 64, 128\] f32, row-major, written: `a·b` with core matrices by rows, with swizzled lines, and 96 columns of it with swizzled
+    /// lines by rows.
+    pub d: GlobalMut<f32>,
+    /// \[1\] u32, written: whether there are such products.
+    pub available: GlobalMut<u32>,
+}
+const _: () = assert!(size_of::<WarpgroupLayoutsParams>() == 32);
+
 /// Parameters of [`math`].
 #[derive(Clone, Copy)]
 #[repr(C)]
@@ -266,6 +282,9 @@ struct Layout {
     counters: Region<u32>,
     /// Operand B of a warpgroup's product, 32 rows of 64 columns.
     columns: Region<u16>,
+    /// One of 16 rows of 128 columns, in lines of 64 rows, of 64 columns.
+    lines: Region<u16>,
+    lines_by_rows: Region<u16>,
     bytes: u32,
 }
 
@@ -279,6 +298,8 @@ impl Layout {
             pairs: carve.array(64 * 2, 16),
             quads: carve.array(128, 128),
             columns: carve.array(32 * 64, 128),
+            lines: carve.array(128 * 64, 1024),
+            lines_by_rows: carve.array(2 * 16 * 64, 1024),
             bytes: carve.bytes(),
         }
     }
@@ -296,7 +317,7 @@ pub const WARP_SHARED_DIMS: Dims = Dims::linear(1, 32, LAYOUT.bytes);
 pub const BARRIERS_DIMS: Dims = Dims::linear(1, 128, LAYOUT.bytes);
 /// Launch of [`bulk_copy`].
 pub const BULK_COPY_DIMS: Dims = Dims::linear(1, 96, LAYOUT.bytes);
-/// Launch of [`warpgroup_mma`].
+/// Launch of [`warpgroup_mma`] and [`warpgroup_layouts`].
 pub const WARPGROUP_DIMS: Dims = Dims::linear(1, 128, LAYOUT.bytes);
 /// Launch of [`shared`].
 pub const SHARED_DIMS: Dims = Dims::linear(1, 64, LAYOUT.bytes);

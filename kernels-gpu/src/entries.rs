@@ -9,7 +9,7 @@
 //! | `score`, `score_stream` | 64, 96, 128 | up to 4, 8, 16 |
 //! | | 256 | up to 4, 8 |
 //! | `score_blocks_stats`, `score_blocks_vote` | 64, 96, 128, 256 | up to 4, 8, 16 |
-//! | `attend_decode`, `attend_prefill`, `attend_stream` | 64, 96, 128 | any |
+//! | `attend_decode`, `attend_prefill`, `attend_warpgroups`, `attend_stream` | 64, 96, 128 | any |
 //! | all others | any | any |
 //!
 //! A host may launch them so that they overlap: [`overlap`](crate::common::overlap) has the rules.
@@ -72,6 +72,8 @@ pub enum Op {
     AttendDecode,
     /// Attention of many query rows: [`attend_prefill`](mod@crate::ops::attend_prefill).
     AttendPrefill,
+    /// The same, with products of warpgroups: [`attend_warpgroups`](mod@crate::ops::attend_warpgroups).
+    AttendWarpgroups,
     /// Attention over all tokens, with keys that bulk copies bring: [`attend_stream`](mod@crate::ops::attend_stream).
     AttendStream,
     /// Merges the splits of [`AttendStream`](Op::AttendStream).
@@ -112,6 +114,7 @@ impl Op {
             | Op::TopKChoose
             | Op::TopKChooseInCluster
             | Op::AttendPrefill
+            | Op::AttendWarpgroups
             | Op::AttendStream
             | Op::AttendStreamMerge
             | Op::Merge

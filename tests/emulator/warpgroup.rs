@@ -2,6 +2,8 @@
 
 use super::*;
 use half::bf16;
+use kernels_gpu::simt::bulk::{MBarrier, publish};
+use kernels_gpu::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait};
 use kernels_gpu::simt::warpgroup::{self, Columns};
 
 /// B: 16 rows of 64 columns.
@@ -62,7 +64,7 @@ unsafe fn products(plan: Plan) {
         return;
     }
     let column_bytes = if plan == Plan::Beyond { 256 } else { 128 };
-    let mut b = Columns { start: columns, row_bytes: 1024, column_bytes };
+    let mut b = Columns { start: columns, row_bytes: 1024, column_bytes, is_swizzled: false };
     if plan == Plan::OtherColumns && warp_id() == 2 || plan == Plan::OneLaneElsewhere && lane_id() == 5 {
         b.row_bytes = 0;
     }
@@ -73,9 +75,9 @@ unsafe fn products(plan: Plan) {
         }
         let twos = [0x4000_4000; 4];
         if round == 1 {
-            warpgroup::mma_bf16::<_, false>(&mut d, twos, b);
+            warpgroup::mma_bf16::<_, _, false, false>(&mut d, twos, b);
         } else {
-            warpgroup::mma_bf16::<_, true>(&mut d, twos, b);
+            warpgroup::mma_bf16::<_, _, true, false>(&mut d, twos, b);
         }
         if plan != Plan::NoCommit {
             warpgroup::commit();
@@ -88,9 +90,9 @@ unsafe fn products(plan: Plan) {
         }
         match plan {
             Plan::NoWait => {}
-            Plan::OtherAccumulators => warpgroup::wait(&mut [[0.0; 4]; 8]),
+            Plan::OtherAccumulators => warpgroup::wait::<_, 0>(&mut [[0.0; 4]; 8]),
             Plan::NobodyWaits if round == 2 => return,
-            _ => warpgroup::wait(&mut d),
+            _ => warpgroup::wait::<_, 0>(&mut d),
         }
         assert!(d.as_flattened().iter().all(|&x| x == 32.0 * round as f32), "accumulators {d:?}");
     }
@@ -125,4 +127,177 @@ fn products_of_a_warpgroup() {
             assert!(report.message.contains(words), "{plan:?}: {report}");
         }
     }
+}
+
+/// What is wrong with two products that are under way at a time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum TwoPlan {
+    Correct,
+    /// The wait leaves under way what it is for.
+    WaitsTooShort,
+    /// Accumulators of both in one product.
+    Mixed,
+    /// A part of those under way.
+    Part,
+    /// A lane has not fenced what others have written.
+    OneLaneUnfenced,
+    /// Threads fence before the barrier, and not behind it.
+    FencedTooEarly,
+    /// B is swizzled and leaves its array.
+    SwizzledBeyond,
+    /// Written while the second product may read it, behind the first's wait.
+    WrittenBehindFirst,
+}
+
+/// Ones times twos in swizzled lines, by rows: 32 in each of two accumulators.
+unsafe fn two_products(plan: TwoPlan) {
+    let columns = LINES.get();
+    if plan == TwoPlan::FencedTooEarly {
+        warpgroup::fence_writes();
+    }
+    let mut i = thread_idx_x();
+    while i < 16 * 64 {
+        columns.add(i).store(bf16::from_f32(2.0));
+        i += 128;
+    }
+    sync_threads();
+    if plan != TwoPlan::FencedTooEarly && !(plan == TwoPlan::OneLaneUnfenced && thread_idx_x() == 37) {
+        warpgroup::fence_writes();
+    }
+    warp::sync_warp(warp::FULL);
+    let row_bytes = if plan == TwoPlan::SwizzledBeyond { 2048 } else { 1024 };
+    let b = Columns { start: columns, row_bytes, column_bytes: 2048, is_swizzled: true };
+    let (mut first, mut second) = ([[0.0; 4]; 8], [[0.0; 4]; 8]);
+    let ones = [0x3f80_3f80; 4];
+    warpgroup::fence();
+    warpgroup::mma_bf16::<_, _, false, true>(&mut first, ones, b);
+    if plan == TwoPlan::Part {
+        let mut more = [[first[0][0]; 4]; 12];
+        warpgroup::mma_bf16::<_, _, true, true>(&mut more, ones, Columns { column_bytes: 0, ..b });
+    }
+    warpgroup::commit();
+    warpgroup::mma_bf16::<_, _, false, true>(&mut second, ones, b);
+    if plan == TwoPlan::Mixed {
+        second[3] = first[3];
+        warpgroup::mma_bf16::<_, _, true, true>(&mut second, ones, b);
+    }
+    warpgroup::commit();
+    if plan == TwoPlan::WaitsTooShort {
+        warpgroup::wait::<_, 1>(&mut second);
+    }
+    warpgroup::wait::<_, 1>(&mut first);
+    if plan == TwoPlan::WrittenBehindFirst {
+        columns.add(thread_idx_x()).store(bf16::ONE);
+    }
+    assert!(first.as_flattened().iter().all(|&x| x == 32.0), "accumulators {first:?}");
+    warpgroup::wait::<_, 0>(&mut second);
+    assert!(second.as_flattened().iter().all(|&x| x == 32.0), "accumulators {second:?}");
+}
+
+/// 16 lines.
+const LINES: Region<bf16> = Carve::new().array(16 * 64, 1024);
+
+#[test]
+fn two_products_of_a_warpgroup_at_a_time() {
+    let (memory, dims) = (Memory::new(), Dims::linear(1, 128, LINES.bytes()));
+    passes(dims, &memory, || unsafe { two_products(TwoPlan::Correct) });
+    let faults: [(TwoPlan, &[Kind], &str); 7] = [
+        (TwoPlan::WaitsTooShort, &[Kind::Warpgroup], "may be among the 1 groups under way"),
+        (TwoPlan::Mixed, &[Kind::Warpgroup], "some are under way for others"),
+        (TwoPlan::Part, &[Kind::Warpgroup], "a part of the accumulators"),
+        (TwoPlan::OneLaneUnfenced, &[Kind::Warpgroup], "without fence_writes behind it"),
+        (TwoPlan::FencedTooEarly, &[Kind::Warpgroup], "without fence_writes behind it"),
+        (TwoPlan::SwizzledBeyond, &[Kind::SharedBounds], "leaves its array"),
+        (TwoPlan::WrittenBehindFirst, &[Kind::Warpgroup, Kind::Race], "shared byte"),
+    ];
+    for (plan, kinds, words) in faults {
+        for options in schedules() {
+            let report = run(dims, &memory, options, || unsafe { two_products(plan) });
+            let report = report.expect_err(&format!("{plan:?}"));
+            assert!(kinds.contains(&report.kind), "{plan:?}: {report}");
+            assert!(report.message.contains(words), "{plan:?}: {report}");
+        }
+    }
+}
+
+#[test]
+fn registers_of_warpgroups() {
+    let (memory, dims) = (Memory::new(), Dims::linear(1, 384, 0));
+    passes(dims, &memory, || unsafe {
+        if thread_idx_x() < 128 {
+            warpgroup::give_registers::<40>();
+        } else {
+            warpgroup::take_registers::<232>();
+        }
+    });
+    type Kernel = (&'static str, fn());
+    let faults: [Kernel; 4] = [
+        ("66560 registers, it has 64512", || unsafe {
+            if thread_idx_x() < 128 {
+                warpgroup::give_registers::<40>();
+            } else {
+                warpgroup::take_registers::<240>();
+            }
+        }),
+        ("no multiple of 8", || unsafe { warpgroup::give_registers::<44>() }),
+        ("has asked for 40 before", || unsafe {
+            warpgroup::give_registers::<40>();
+            warpgroup::give_registers::<32>();
+        }),
+        ("not those of the first warp", || unsafe {
+            if thread_idx_x() < 96 {
+                warpgroup::give_registers::<40>();
+            } else {
+                warpgroup::give_registers::<48>();
+            }
+        }),
+    ];
+    for (words, kernel) in faults {
+        let report = run(dims, &memory, Options::default(), kernel).expect_err(words);
+        assert!(report.kind == Kind::Warpgroup && report.message.contains(words), "{words}: {report}");
+    }
+}
+
+/// Copies by one warp that another waits for at a barrier in memory, which `arrive` tells.
+fn copies_for_another_warp(arrives_with_copies: bool, waits: bool) -> Result<Stats, Report> {
+    const SOURCE: [u32; 32 * 4] = [7; 32 * 4];
+    let mut carve = Carve::new();
+    let (copied, word) = (carve.array::<u32>(32 * 4, 16), carve.array::<u64>(1, 8));
+    let mut memory = Memory::new();
+    let source: GlobalPtr<u32> = memory.input("source", &SOURCE);
+    run(Dims::linear(1, 64, carve.bytes()), &memory, Options::default(), || unsafe {
+        let (arrived, own) = (MBarrier::at(word.get()), copied.get().add(4 * lane_id()));
+        if thread_idx_x() == 0 {
+            arrived.init(32);
+            publish();
+        }
+        sync_threads();
+        if warp_id() == 0 {
+            cp_async_16(own, source.add(4 * lane_id() as u64), 16);
+            if arrives_with_copies {
+                arrived.arrive_with_copies();
+            } else {
+                arrived.arrive();
+            }
+        } else {
+            if waits {
+                arrived.wait(0);
+            }
+            assert_eq!(own.add(3).load(), 7);
+        }
+        sync_threads();
+        if warp_id() == 0 {
+            cp_async_commit();
+            cp_async_wait::<0>();
+        }
+    })
+}
+
+#[test]
+fn copies_that_arrive_at_a_barrier_in_memory() {
+    copies_for_another_warp(true, true).unwrap();
+    let report = copies_for_another_warp(false, true).expect_err("not landed");
+    assert!(report.kind == Kind::AsyncCopy, "{report}");
+    let report = copies_for_another_warp(true, false).expect_err("not waited for");
+    assert!([Kind::Race, Kind::AsyncCopy, Kind::Uninitialised].contains(&report.kind), "{report}");
 }

@@ -3,7 +3,8 @@
 use super::*;
 
 on_machines! {
-    ldmatrix_plain_and_transposed, mma_f16, mma_bf16, warpgroup_mma_f16, warpgroup_mma_bf16
+    ldmatrix_plain_and_transposed, mma_f16, mma_bf16, warpgroup_mma_f16, warpgroup_mma_bf16,
+    warpgroup_layouts_f16, warpgroup_layouts_bf16
 }
 
 fn ldmatrix_plain_and_transposed(on: On) {
@@ -116,4 +117,50 @@ fn warpgroup_mma_f16(on: On) {
 
 fn warpgroup_mma_bf16(on: On) {
     warpgroup_mma_is_a_product::<bf16>(on, "conformance_warpgroup_mma_bf16", bf16::to_bits);
+}
+
+/// The products of `conformance_warpgroup_layouts`.
+fn warpgroup_layouts<T: Element>(on: On, name: &str, to_bits: fn(T) -> u16) {
+    let mut numbers = numbers(11, 4001);
+    let mut draw = |len: usize| -> Vec<T> {
+        (0..len).map(|_| T::from_f32((numbers.next().unwrap() as f32 - 2000.0) / 512.0)).collect()
+    };
+    let (a, b) = (draw(64 * 16), draw(16 * 128));
+    let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
+    for mut machine in on.machines() {
+        let params = WarpgroupLayoutsParams {
+            a: machine.input("a", &bits(&a)),
+            b: machine.input("b", &bits(&b)),
+            d: machine.alloc("d", 3 * 64 * 128),
+            available: machine.alloc("available", 1),
+        };
+        machine.launch(name, WARPGROUP_DIMS, params);
+        if machine.read(params.available, 1) == [0] {
+            println!("SKIPPED: the GPU has no products of warpgroups");
+            continue;
+        }
+        let d = machine.read(params.d, 3 * 64 * 128);
+        for (i, &got) in d.iter().enumerate() {
+            let (layout, row, column) = (i / 8192, i / 128 % 64, i % 128);
+            if layout == 2 && column >= 96 {
+                continue;
+            }
+            let terms =
+                (0..16).map(|k| a[row * 16 + k].to_f32() as f64 * b[k * 128 + column].to_f32() as f64);
+            let (want, size) = (terms.clone().sum::<f64>(), terms.map(f64::abs).sum::<f64>());
+            let error = (got as f64 - want).abs();
+            assert!(
+                error <= 17.0 * size * 2f64.powi(-23),
+                "{name} {layout} ({row}, {column}): {got}, not {want}"
+            );
+        }
+    }
+}
+
+fn warpgroup_layouts_f16(on: On) {
+    warpgroup_layouts::<f16>(on, "conformance_warpgroup_layouts_f16", f16::to_bits);
+}
+
+fn warpgroup_layouts_bf16(on: On) {
+    warpgroup_layouts::<bf16>(on, "conformance_warpgroup_layouts_bf16", bf16::to_bits);
 }

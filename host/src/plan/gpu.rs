@@ -261,9 +261,10 @@ impl AttendKernels {
                 }
             }
         };
+        let prefill = if driver.gpu().bulk_copies { Op::AttendWarpgroups } else { Op::AttendPrefill };
         Ok(AttendKernels {
             decode: driver.find("attend", Op::AttendDecode, key.with_rotation(rotation))?,
-            prefill: driver.find("attend", Op::AttendPrefill, key)?,
+            prefill: driver.find("attend", prefill, key)?,
             gather: driver.find("attend", Op::Gather, Key::of(dtype))?,
             stream: driver.find("attend", Op::AttendStream, key)?,
             stream_merge: driver.find("attend", Op::AttendStreamMerge, Key::of(dtype))?,

@@ -25,6 +25,9 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     /// The two values of a word, low half first.
     fn unpack(pair: u32) -> [f32; 2];
 
+    /// `sum + 0 * pair`, where `sum` is 0 at first: no longer 0 in the halves where a value so far was not finite.
+    fn add_times_zero(sum: u32, pair: u32) -> u32;
+
     /// D += A·B on the tensor core; see [`fragment`](crate::common::fragment) for the layouts.
     ///
     /// *Convergence:* aligned; all 32 lanes.
@@ -34,13 +37,17 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     unsafe fn mma(d: &mut Accumulator, a: A, b: B);
 
     /// Starts D += A·B on the tensor cores of a warpgroup, or D = A·B without `ADDS`; see
-    /// [`warpgroup`].
+    /// [`warpgroup`], and [`Columns`] for `BY_ROWS`.
     ///
     /// *Convergence:* aligned; all threads of the warpgroup.
     ///
     /// # Safety
     /// - As for [`warpgroup::mma_f16`].
-    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 8], a: A, b: Columns<Self>);
+    unsafe fn mma_of_warpgroup<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: A,
+        b: Columns<Self>,
+    );
 }
 
 impl Element for half::f16 {
@@ -69,14 +76,23 @@ impl Element for half::f16 {
         math::unpack_f16(pair)
     }
 
+    fn add_times_zero(sum: u32, pair: u32) -> u32 {
+        math::add_times_zero_f16(sum, pair)
+    }
+
     #[track_caller]
     unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
         tensor::mma_f16(&mut d.0, a.0, b.0)
     }
 
     #[inline(always)]
-    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 8], a: A, b: Columns<Self>) {
-        warpgroup::mma_f16::<Self, ADDS>(d, a.0, b)
+    #[track_caller]
+    unsafe fn mma_of_warpgroup<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: A,
+        b: Columns<Self>,
+    ) {
+        warpgroup::mma_f16::<Self, N, ADDS, BY_ROWS>(d, a.0, b)
     }
 }
 
@@ -103,14 +119,23 @@ impl Element for half::bf16 {
         math::unpack_bf16(pair)
     }
 
+    fn add_times_zero(sum: u32, pair: u32) -> u32 {
+        math::add_times_zero_bf16(sum, pair)
+    }
+
     #[track_caller]
     unsafe fn mma(d: &mut Accumulator, a: A, b: B) {
         tensor::mma_bf16(&mut d.0, a.0, b.0)
     }
 
     #[inline(always)]
-    unsafe fn mma_of_warpgroup<const ADDS: bool>(d: &mut [[f32; 4]; 8], a: A, b: Columns<Self>) {
-        warpgroup::mma_bf16::<Self, ADDS>(d, a.0, b)
+    #[track_caller]
+    unsafe fn mma_of_warpgroup<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: A,
+        b: Columns<Self>,
+    ) {
+        warpgroup::mma_bf16::<Self, N, ADDS, BY_ROWS>(d, a.0, b)
     }
 }
 

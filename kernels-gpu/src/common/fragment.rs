@@ -70,6 +70,13 @@ impl Accumulator {
     /// Of zeros.
     pub const ZERO: Accumulator = Accumulator([0.0; 4]);
 
+    /// The values of several.
+    #[inline(always)]
+    pub fn values<const N: usize>(all: &mut [Accumulator; N]) -> &mut [[f32; 4]; N] {
+        // SAFETY: an `Accumulator` is its four values.
+        unsafe { &mut *(all as *mut [Accumulator; N]).cast() }
+    }
+
     /// Which of the lane's two rows value `i` lies in: 0 for `g`, 1 for `g + 8`.
     pub const fn row_half(i: usize) -> usize {
         i / 2

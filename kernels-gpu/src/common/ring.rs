@@ -61,6 +61,11 @@ mod ends {
         /// The first stage of the first round.
         pub const FIRST: Stage = Stage { index: 0, parity: 0 };
 
+        /// The stage that is `index`th in a ring of `num_stages`, which is a power of two: what is left of it in a loop is the count.
+        pub fn nth(index: u32, num_stages: u32) -> Stage {
+            Stage { index: index % num_stages.max(1), parity: index / num_stages.max(1) % 2 }
+        }
+
         /// The stage after it in a ring of `num_stages`.
         pub fn next(self, num_stages: u32) -> Stage {
             if self.index + 1 < num_stages {
@@ -80,7 +85,7 @@ mod ends {
             MBarrier::at(self.full.get().add(index))
         }
 
-        /// The barrier at which copies to a stage arrive.
+        /// The barrier at which copies to a stage arrive, and who made them with [`claim`](Self::claim).
         pub fn arrived(&self, stage: Stage) -> MBarrier {
             self.full(stage.index)
         }
@@ -90,10 +95,31 @@ mod ends {
         /// # Safety
         /// - One thread calls it, once, and then [`publish`](crate::simt::bulk::publish); a barrier of the block follows.
         pub unsafe fn init(&self, consumers: u32) {
+            self.init_for(1, consumers)
+        }
+
+        /// The same for stages that are full when `arrivals` threads have [arrived](Self::arrived), which [`claim`](Self::claim) them.
+        ///
+        /// # Safety
+        /// - As for [`init`](Self::init).
+        pub unsafe fn init_for(&self, arrivals: u32, consumers: u32) {
             for index in 0..self.num_stages {
-                self.full(index).init(1);
+                self.full(index).init(arrivals);
                 self.empty(index).init(consumers);
             }
+        }
+
+        /// Producer: waits until the consumers have released the stage.
+        ///
+        /// *Convergence:* all 32 lanes of a producer warp.
+        ///
+        /// # Safety
+        /// - The barriers are made; this is the warp's next stage.
+        #[track_caller]
+        pub unsafe fn claim(&self, stage: Stage) {
+            self.empty(stage.index).wait(stage.parity ^ 1);
+            // A lane with nothing to copy must not fall behind: two phases later the parity is the same again.
+            warp::sync_warp(warp::FULL);
         }
 
         /// Producer: waits until the consumers have released the stage, and announces `bytes` bytes of copies to it.
@@ -105,9 +131,7 @@ mod ends {
         /// - Copies of as many bytes follow, which arrive at [`arrived`](Self::arrived).
         #[track_caller]
         pub unsafe fn acquire(&self, stage: Stage, bytes: u32) {
-            self.empty(stage.index).wait(stage.parity ^ 1);
-            // A lane with nothing to copy must not fall behind: two phases later the parity is the same again.
-            warp::sync_warp(warp::FULL);
+            self.claim(stage);
             if warp::lane_id() == 0 {
                 self.full(stage.index).arrive_expecting(bytes);
             }

@@ -84,6 +84,13 @@ fn subtracted(max: f32) -> f32 {
     if max == f32::NEG_INFINITY { 0.0 } else { max }
 }
 
+/// Largest logits, base 2, from which on rounding of products with the scale would be seen in weights.
+pub const FAR: f32 = (1 << 20) as f32;
+
+/// By how much a logit, base 2, may be larger than what [`Running::raise_lazily`] takes for the largest: weights of up to 256 lose
+/// nothing.
+pub const SLACK: f32 = 8.0;
+
 /// The softmax of two query rows while attention goes through its tiles: the largest logit of each, the same in all lanes that
 /// hold the row, and the lane's own terms of the sum.
 #[derive(Clone, Copy)]
@@ -107,7 +114,20 @@ impl Running {
         correction
     }
 
-    /// The weight of a logit that is no larger than the row's largest, and counts it.
+    /// [`raise`](Self::raise) where `max` is larger by more than [`SLACK`], or the first number; 1 elsewhere.
+    pub fn raise_lazily(&mut self, row: usize, max: f32) -> f32 {
+        if max <= self.max[row] + SLACK { 1.0 } else { self.raise(row, max) }
+    }
+
+    /// The weight of a product whose logit is `scale` times as large, as [`weigh`](Self::weigh) for a largest logit of less than
+    /// [`FAR`]: rounding of that counts alike for all weights.
+    pub fn weigh_product(&mut self, row: usize, product: f32, scale: f32) -> f32 {
+        let weight = math::ex2(math::fma(product, scale, -subtracted(self.max[row])));
+        self.sum[row] += weight;
+        weight
+    }
+
+    /// The weight of a logit that is no larger than the row's largest, or by [`SLACK`] at most, and counts it.
     pub fn weigh(&mut self, row: usize, logit: f32) -> f32 {
         let weight = math::ex2(logit - subtracted(self.max[row]));
         self.sum[row] += weight;

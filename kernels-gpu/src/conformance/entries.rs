@@ -20,6 +20,7 @@ entries! {
     Test: conformance_cluster(ClusterParams) = cluster;
     Test: conformance_ldmatrix(LdMatrixParams) = ldmatrix;
     Test: conformance_mma(MmaParams) = mma::<T>, for T;
+    Test: conformance_warpgroup_layouts(WarpgroupLayoutsParams) = warpgroup_layouts::<T>, for T;
     Test: conformance_warpgroup_mma(WarpgroupMmaParams) = warpgroup_mma::<T>, for T;
     Test: conformance_math(MathParams) = math;
     Test: read_all(ReadAllParams) = crate::ops::read_all::kernel::read_all;

@@ -4,6 +4,7 @@ use super::*;
 use crate::common::element::Element;
 use crate::common::fragment::{A, Accumulator, B, lane};
 use crate::simt::bulk::{self, MBarrier};
+use crate::simt::shared::Shared;
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
 use crate::simt::warpgroup::{self, Columns};
@@ -502,29 +503,83 @@ pub unsafe fn warpgroup_mma<T: Element>(p: WarpgroupMmaParams) {
         start: columns.byte_add(2 * step * STRIDES[1]).cast::<T>(),
         row_bytes: STRIDES[1],
         column_bytes: STRIDES[0],
+        is_swizzled: false,
     };
     let mut d = [[7.0; 4]; 8]; // which the first product does not add to
     let (first, second) = (a(0), a(1));
     warpgroup::fence();
-    T::mma_of_warpgroup::<false>(&mut d, first, b(0));
+    T::mma_of_warpgroup::<_, false, false>(&mut d, first, b(0));
     warpgroup::commit();
-    warpgroup::wait(&mut d);
-    write_products(p.d, &d);
+    warpgroup::wait::<_, 0>(&mut d);
+    write_products(p.d, 64, &d);
     warpgroup::fence();
-    T::mma_of_warpgroup::<true>(&mut d, second, b(1));
+    T::mma_of_warpgroup::<_, true, false>(&mut d, second, b(1));
     warpgroup::commit();
-    warpgroup::wait(&mut d);
-    write_products(p.d.add(64 * 64), &d);
+    warpgroup::wait::<_, 0>(&mut d);
+    write_products(p.d.add(64 * 64), 64, &d);
+}
+
+/// Three products under way at a time, of operands that lie in other ways.
+///
+/// # Safety
+/// - The shapes in [`WarpgroupLayoutsParams`]; launched with [`WARPGROUP_DIMS`].
+pub unsafe fn warpgroup_layouts<T: Element>(p: WarpgroupLayoutsParams) {
+    begin();
+    if thread_idx_x() == 0 {
+        p.available.store(warpgroup::available() as u32);
+    }
+    if !warpgroup::available() {
+        return;
+    }
+    let (cores, lines, by_rows) = (LAYOUT.columns.get(), LAYOUT.lines.get(), LAYOUT.lines_by_rows.get());
+    let swizzled = |byte: u32| byte ^ (byte >> 7 & 7) << 4;
+    let mut i = thread_idx_x();
+    while i < 16 * 128 {
+        let (row, column, value) = (i / 128, i % 128, p.b.add(i as u64).load());
+        let core = row / 8 * 2048 + column / 8 * 128;
+        cores.byte_add(core + row % 8 * 16 + column % 8 * 2).store(value);
+        // The third quarter of each line.
+        lines.byte_add(swizzled(128 * column + 2 * (32 + row))).store(value);
+        by_rows.byte_add(swizzled(column / 64 * 2048 + 128 * row + column % 64 * 2)).store(value);
+        i += 128;
+    }
+    sync_threads();
+    warpgroup::fence_writes();
+    let at = lane();
+    let a = A([0, 1, 2, 3].map(|i| {
+        let (row, column) = (16 * warp_id() + A::row(at, i), A::column(at, i));
+        p.a.add((row * 16 + column) as u64).cast::<u32>().load()
+    }));
+    let operand = |start: Shared<u16>, [row_bytes, column_bytes]: [u32; 2], is_swizzled| Columns {
+        start: start.cast::<T>(),
+        row_bytes,
+        column_bytes,
+        is_swizzled,
+    };
+    let (mut first, mut second, mut third) = ([[0.0; 4]; 16], [[0.0; 4]; 16], [[0.0; 4]; 12]);
+    warpgroup::fence();
+    T::mma_of_warpgroup::<_, false, true>(&mut first, a, operand(cores, [2048, 128], false));
+    warpgroup::commit();
+    T::mma_of_warpgroup::<_, false, false>(&mut second, a, operand(lines.byte_add(64), [0, 1024], true));
+    warpgroup::commit();
+    T::mma_of_warpgroup::<_, false, true>(&mut third, a, operand(by_rows, [1024, 2048], true));
+    warpgroup::commit();
+    warpgroup::wait::<_, 2>(&mut first);
+    write_products(p.d, 128, &first);
+    warpgroup::wait::<_, 1>(&mut second);
+    write_products(p.d.add(64 * 128), 128, &second);
+    warpgroup::wait::<_, 0>(&mut third);
+    write_products(p.d.add(2 * 64 * 128), 128, &third);
 }
 
 /// Writes a warp's rows of a warpgroup's product.
-unsafe fn write_products(to: GlobalMut<f32>, d: &[[f32; 4]; 8]) {
+unsafe fn write_products<const N: usize>(to: GlobalMut<f32>, pitch: u32, d: &[[f32; 4]; N]) {
     let at = lane();
-    for tile in 0..8 {
+    for tile in 0..N {
         for i in 0..4 {
             let row = 16 * warp_id() + Accumulator::row(at, i);
             let column = 8 * tile as u32 + Accumulator::column(at, i);
-            to.add((row * 64 + column) as u64).store(d[tile][i]);
+            to.add((row * pitch + column) as u64).store(d[tile][i]);
         }
     }
 }

@@ -24,7 +24,7 @@ use super::race::Shadow;
 use super::report::{Fault, Kind, Site, lanes};
 use super::stack::LaneStack;
 use super::warp::{Op, Pending};
-use super::warpgroup::Products;
+use super::warpgroup::{OperandUnderWay, Products};
 use crate::launch::Dims;
 
 /// Why a lane does not run.
@@ -83,7 +83,7 @@ pub(crate) struct Block {
     pub copies: Vec<Copies>,
     /// Per lane, its tensor-core products under way; and the warps and bytes of the operands that these read.
     pub products: Vec<Products>,
-    pub operands_under_way: Vec<(usize, u32, u32)>,
+    pub operands_under_way: Vec<OperandUnderWay>,
     pub under_way: UnderWay,
     pub pending: Vec<Vec<Pending>>,
     pub barriers: [Barrier; 16],

@@ -116,6 +116,13 @@ pub(crate) fn wait(pending: usize, site: Site) {
     })
 }
 
+/// The running thread's copies land, those of no group, too.
+#[inline(never)]
+pub(crate) fn finish_all(site: Site) {
+    commit();
+    wait(0, site)
+}
+
 impl Block {
     fn finish(&mut self, copy: &Copy, site: Site) {
         let target = self.shared_access(self.current, copy.dst, copy.bounds, BYTES, Access::AsyncEnd, site);

@@ -54,6 +54,24 @@ pub(crate) fn pack_bf16(lo: f32, hi: f32) -> u32 {
     pack(lo, hi, |x| bf16::from_f32(x).to_bits())
 }
 
+/// `fma.rn.f16x2` with a factor of 0; `sum` is of such.
+pub(crate) fn add_times_zero_f16(sum: u32, pair: u32) -> u32 {
+    add_times_zero(sum, pair, |bits| f16::from_bits(bits).is_finite())
+}
+
+/// `fma.rn.bf16x2` with a factor of 0.
+pub(crate) fn add_times_zero_bf16(sum: u32, pair: u32) -> u32 {
+    add_times_zero(sum, pair, |bits| bf16::from_bits(bits).is_finite())
+}
+
+fn add_times_zero(sum: u32, pair: u32, is_finite: fn(u16) -> bool) -> u32 {
+    let half = |shift: u32| {
+        let [sum, value] = [sum, pair].map(|word| (word >> shift) as u16);
+        u32::from(if is_finite(value) { sum } else { 0x7fff }) << shift
+    };
+    half(0) | half(16)
+}
+
 /// `cvt.f32.f16`, twice
 pub(crate) fn unpack_f16(pair: u32) -> [f32; 2] {
     [f16::from_bits(pair as u16).to_f32(), f16::from_bits((pair >> 16) as u16).to_f32()]

@@ -325,8 +325,9 @@ pub(crate) struct Shadow {
     pub clocks: Clocks,
     cells: Vec<Cell>,
     overflow: Overflow,
-    /// Per thread, the count up to which its writes are known to the tensor cores.
-    fenced: Vec<u32>,
+    /// Per thread, the count up to which its writes are known to the tensor cores, and the writes of others that it knew of when it
+    /// last said so: these are known to its own products.
+    fenced: Vec<(u32, Clock)>,
     /// Cells that may differ from `FRESH`.
     touched: std::ops::Range<usize>,
 }
@@ -339,21 +340,33 @@ impl Shadow {
         self.touched = 0..0;
         self.cells.resize(bytes.div_ceil(CELL), FRESH);
         self.overflow.used = 0;
-        self.fenced.clear();
-        self.fenced.resize(threads, 0);
+        self.fenced.resize_with(threads, Default::default);
+        for (count, known) in &mut self.fenced {
+            *count = 0;
+            known.clear();
+        }
     }
 
-    /// What `thread` has written so far is known to the tensor cores, once others are ordered behind it.
+    /// What `thread` has written so far is known to the tensor cores, once others are ordered behind it; what it knows of others, to
+    /// its own products.
     pub fn fence_writes(&mut self, thread: usize) {
-        self.fenced[thread] = self.clocks.own[thread];
+        let (count, known) = &mut self.fenced[thread];
+        *count = self.clocks.own[thread];
+        known.clone_from(&self.clocks.rows[self.clocks.row[thread]]);
         self.clocks.advance(thread);
     }
 
-    /// The first byte that a thread has written since its last [`fence_writes`](Self::fence_writes), and the thread.
-    pub fn unfenced(&self, addr: usize, bytes: usize) -> Option<(usize, usize)> {
-        let of_thread = |write: &Stamp| self.fenced.get(write.thread as usize).copied();
+    /// The first byte that a thread has written with no [`fence_writes`](Self::fence_writes) since, neither its own nor one by each
+    /// of the threads `by` that knew of it; and the thread.
+    pub fn unfenced(&self, addr: usize, bytes: usize, by: std::ops::Range<usize>) -> Option<(usize, usize)> {
+        let is_unfenced = |write: &Stamp| {
+            let thread = write.thread as usize;
+            let knows =
+                |(_, known): &(u32, Clock)| known.get(thread).is_some_and(|&count| count >= write.count);
+            let own = self.fenced.get(thread);
+            own.is_some_and(|own| write.count > own.0) && !self.fenced[by.clone()].iter().all(knows)
+        };
         let cells = self.cells[addr / CELL..(addr + bytes) / CELL].iter().zip((addr..).step_by(CELL));
-        let is_unfenced = |stamp: &Stamp| of_thread(stamp).is_some_and(|fenced| stamp.count > fenced);
         cells
             .filter_map(|(cell, byte)| {
                 let since = std::iter::once(&cell.since).chain(self.overflow.list(cell.others));

@@ -1,14 +1,15 @@
 //! Products of warpgroups: registers that are under way, and what the tensor cores may see of shared memory.
 //!
 //! Each warp multiplies its own 16 rows when it starts a product; the result is kept aside, and the accumulators are NaN
-//! until somebody waits. What is checked:
+//! until somebody waits for them. What is checked:
 //!
-//! - a product without `fence` behind the last wait, a wait with products that no `commit` has closed, a block that ends with some
-//!   under way;
-//! - accumulators that are written before the wait, or others than those under way (of which there is one set at a time);
-//! - B: bounds, races, and that whoever wrote it has called `fence_writes` since; no write to it before the wait; the same for all
-//!   lanes;
-//! - warps of a warpgroup that start other products than their neighbours.
+//! - a product without `fence` behind the last wait, a wait with products that no `commit` has closed or that it leaves under way, a
+//!   block that ends with some under way;
+//! - accumulators that are written before the wait, or of which a part belongs to others;
+//! - B: bounds, races, and a `fence_writes` between every write and the product, by who wrote it or by all lanes that multiply; no
+//!   write to it before the wait; the same for all lanes;
+//! - warps of a warpgroup that start other products than their neighbours;
+//! - registers of a warpgroup: no number that there is not, no other one for some of its threads, no more than a block has.
 //!
 //! Accumulators written between `fence` and a product that adds to them go unnoticed.
 
@@ -16,37 +17,105 @@ use super::access::Access;
 use super::block::{Block, with};
 use super::report::{Fault, Kind, Site};
 
-/// B in shared memory: address, bytes from 8 rows and from 8 columns to the next.
+/// B in shared memory: see [`Columns`](crate::simt::warpgroup::Columns).
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
     pub addr: u32,
     pub row_bytes: u32,
     pub column_bytes: u32,
+    /// How many times 8 columns there are.
+    pub fragments: u32,
+    pub is_by_rows: bool,
+    pub is_swizzled: bool,
+}
+
+impl Operand {
+    pub fn words(self) -> [u32; 5] {
+        let layout = 2 * self.is_swizzled as u32 + self.is_by_rows as u32;
+        [self.addr, self.row_bytes, self.column_bytes, self.fragments, layout]
+    }
+
+    fn from_words([addr, row_bytes, column_bytes, fragments, layout]: [u32; 5]) -> Self {
+        let (is_swizzled, is_by_rows) = (layout / 2 == 1, layout % 2 == 1);
+        Operand { addr, row_bytes, column_bytes, fragments, is_by_rows, is_swizzled }
+    }
+
+    /// Where the piece of 16 bytes lies that holds a value, and which of its eight values it is.
+    fn piece(&self, row: u32, column: u32) -> (u32, u32) {
+        let (lines, within) = if self.is_by_rows { (row, column) } else { (column, row) };
+        let at = match (self.is_swizzled, self.is_by_rows) {
+            (false, _) => row / 8 * self.row_bytes + column / 8 * self.column_bytes + lines % 8 * 16,
+            (true, true) => {
+                row / 8 * self.row_bytes
+                    + column / 64 * self.column_bytes
+                    + lines % 8 * 128
+                    + within % 64 / 8 * 16
+            }
+            (true, false) => column / 8 * self.column_bytes + lines % 8 * 128 + within / 8 * 16,
+        };
+        let at = self.addr.wrapping_add(at);
+        (if self.is_swizzled { at ^ (at >> 7 & 7) << 4 } else { at }, within % 8)
+    }
+
+    /// Every piece.
+    fn pieces(self) -> impl Iterator<Item = u32> {
+        let columns = 8 * self.fragments;
+        let [row_step, column_step] = if self.is_by_rows { [1, 8] } else { [8, 1] };
+        (0..16).step_by(row_step).flat_map(move |row| {
+            (0..columns).step_by(column_step).map(move |column| self.piece(row, column).0)
+        })
+    }
+
+    /// A range of bytes that holds all pieces.
+    fn hull(self) -> (u32, u32) {
+        let (begin, last) = self.pieces().fold((u32::MAX, 0), |(low, high), at| (low.min(at), high.max(at)));
+        (begin, last + 16)
+    }
+}
+
+/// Accumulators under way.
+struct Set {
+    id: u32,
+    /// As they will be.
+    values: Vec<f32>,
+    /// The group of the last product.
+    group: u32,
 }
 
 /// What a lane has under way.
-#[derive(Clone, Default)]
+#[derive(Default)]
 pub(crate) struct Products {
-    /// The accumulators as they will be; empty: nothing is under way.
-    accumulators: Vec<f32>,
+    sets: Vec<Set>,
+    /// Sets so far.
+    num_sets: u32,
+    /// Groups that a commit has closed; that under way is the next.
+    groups: u32,
     /// A fence is behind the last wait.
     is_fenced: bool,
-    is_committed: bool,
     /// The lane's two rows of A, of the product that its warp has met for.
     pub rows: [[u32; 8]; 2],
     /// All products so far: their number, and what tells their operands in order.
     history: (u32, u64),
+    /// Registers that its thread has asked for; 0: it has not.
+    registers: u32,
 }
 
-/// What accumulators hold while a product is under way: a NaN like no other.
-const UNDER_WAY: f32 = f32::from_bits(0x7fd5_4321);
+/// What accumulators hold while a product is under way: NaNs like no others, with the number of their set.
+const UNDER_WAY: u32 = 0x7fd5_0000;
 
-fn are_under_way(d: &[[f32; 4]; 8]) -> bool {
-    d.as_flattened().iter().all(|x| x.to_bits() == UNDER_WAY.to_bits())
+/// Registers of an SM.
+const REGISTERS: u32 = 1 << 16;
+
+/// The number of the set that all of `d` belong to.
+fn set_of(d: &[[f32; 4]]) -> Option<u32> {
+    let bits = d[0][0].to_bits();
+    let is_one = bits & 0xffff_0000 == UNDER_WAY && d.as_flattened().iter().all(|x| x.to_bits() == bits);
+    is_one.then_some(bits & 0xffff)
 }
 
-/// Columns of B.
-const COLUMNS: usize = 64;
+fn is_any_under_way(d: &[[f32; 4]]) -> bool {
+    d.as_flattened().iter().any(|x| x.to_bits() & 0xffff_0000 == UNDER_WAY)
+}
 
 #[inline(never)]
 pub(crate) fn fence() {
@@ -60,11 +129,12 @@ pub(crate) fn fence() {
 pub(crate) fn commit() {
     with(|block| {
         let lane = block.current;
-        block.products[lane].is_committed = true;
+        block.products[lane].groups += 1;
     })
 }
 
-/// The running thread's stores so far are known to the tensor cores, once others are ordered behind it.
+/// The running thread's stores so far, and what it knows of those of others, are known to the tensor cores: for the products of
+/// threads that are ordered behind a store's own thread, and for the running thread's.
 #[inline(never)]
 pub(crate) fn fence_writes() {
     with(|block| {
@@ -74,33 +144,64 @@ pub(crate) fn fence_writes() {
     })
 }
 
-/// The running lane waits: what its accumulators are.
+/// The running thread's warpgroup will have so many registers a thread.
 #[inline(never)]
-pub(crate) fn wait(d: &mut [[f32; 4]; 8], site: Site) {
+pub(crate) fn set_registers(registers: u32, site: Site) {
     with(|block| {
-        let lane = block.current;
-        let Products { accumulators, is_fenced: _, is_committed, .. } = block.products[lane].clone();
-        block.products[lane].is_fenced = false;
-        if accumulators.is_empty() {
-            return;
-        }
-        if !is_committed {
-            block.fail(Kind::Warpgroup, "wait for products that no commit has closed".to_owned(), site);
-        }
-        if !are_under_way(d) {
-            let what = "wait with accumulators that are not under way, or were written meanwhile".to_owned();
+        if !registers.is_multiple_of(8) || !(24..=256).contains(&registers) {
+            let what = format!("{registers} registers a thread, no multiple of 8 from 24 to 256");
             block.fail(Kind::Warpgroup, what, site);
         }
-        block.products[lane].accumulators.clear();
-        d.as_flattened_mut().copy_from_slice(&accumulators);
-        block.operands_under_way.retain(|(warp, ..)| *warp != lane / 32);
+        let lane = block.current;
+        let before = std::mem::replace(&mut block.products[lane].registers, registers);
+        if before != 0 {
+            let what = format!("{registers} registers a thread, which has asked for {before} before");
+            block.fail(Kind::Warpgroup, what, site);
+        }
     })
+}
+
+/// The running lane waits until no more than the last `pending` groups are under way: what its accumulators are.
+#[inline(never)]
+pub(crate) fn wait(d: &mut [[f32; 4]], pending: u32, site: Site) {
+    with(|block| {
+        let lane = block.current;
+        let products = &mut block.products[lane];
+        products.is_fenced = false;
+        let (groups, ended) = (products.groups, products.groups.saturating_sub(pending));
+        if products.sets.is_empty() {
+            return;
+        }
+        let set = set_of(d).and_then(|id| products.sets.iter().position(|set| set.id == id));
+        let Some(set) = set else {
+            let what = "wait with accumulators that are not under way, or were written meanwhile".to_owned();
+            block.fail(Kind::Warpgroup, what, site);
+        };
+        let set = products.sets.swap_remove(set);
+        if set.group >= groups {
+            block.fail(Kind::Warpgroup, "wait for products that no commit has closed".to_owned(), site);
+        }
+        if set.group >= ended {
+            let what = format!("wait for accumulators that may be among the {pending} groups under way");
+            block.fail(Kind::Warpgroup, what, site);
+        }
+        d.as_flattened_mut().copy_from_slice(&set.values);
+        block.operands_under_way.retain(|operand| operand.warp != lane / 32 || operand.group >= ended);
+    })
+}
+
+/// Bytes of shared memory that a product of a warp may still read.
+pub(crate) struct OperandUnderWay {
+    warp: usize,
+    group: u32,
+    begin: u32,
+    end: u32,
 }
 
 /// The running lane's part of a product whose A its warp has laid down: see [`Block::gather_rows`].
 #[inline(never)]
 pub(crate) fn multiply(
-    d: &mut [[f32; 4]; 8],
+    d: &mut [[f32; 4]],
     b: Operand,
     adds: bool,
     unpack: impl Fn(u32) -> [f32; 2],
@@ -113,52 +214,64 @@ pub(crate) fn multiply(
             let what = "a product without warpgroup::fence behind the last wait".to_owned();
             block.fail(Kind::Warpgroup, what, site);
         }
-        products.is_committed = false;
         let (count, hash) = products.history;
-        let operand = [b.addr, b.row_bytes, b.column_bytes].map(u64::from);
+        let operand = b.words().map(u64::from);
         let told = operand.into_iter().fold(hash, |hash, x| (hash ^ x).wrapping_mul(0x100_0000_01b3));
         products.history = (count + 1, told);
-        if products.accumulators.is_empty() {
-            products.accumulators = d.as_flattened().to_vec();
-        } else if !are_under_way(d) {
-            let what =
-                "a product with other accumulators than those under way, or written meanwhile".to_owned();
+        let index = match set_of(d).and_then(|id| products.sets.iter().position(|set| set.id == id)) {
+            Some(index) => index,
+            None if is_any_under_way(d) => {
+                let what = "a product with accumulators of which some are under way for others, or were written meanwhile";
+                block.fail(Kind::Warpgroup, what.to_owned(), site);
+            }
+            None => {
+                let id = products.num_sets % 0x1_0000;
+                products.num_sets += 1;
+                products.sets.push(Set { id, values: d.as_flattened().to_vec(), group: 0 });
+                products.sets.len() - 1
+            }
+        };
+        let (set, group) = (&mut products.sets[index], products.groups);
+        set.group = group;
+        if set.values.len() != 4 * d.len() {
+            let what = "a product with a part of the accumulators that are under way".to_owned();
             block.fail(Kind::Warpgroup, what, site);
         }
-        let mut accumulators = std::mem::take(&mut products.accumulators);
+        let (id, mut values) = (set.id, std::mem::take(&mut set.values));
         let a = products.rows.map(|row| row.map(&unpack));
         let t = lane % 4;
-        for (i, sum) in accumulators.iter_mut().enumerate() {
-            let (half, column) = (i / 2 % 2, 8 * (i / 4) + 2 * t + i % 2);
-            let column_of_b = block.column(b, column);
-            let mut x = if adds { *sum } else { 0.0 };
-            for (pair, [a0, a1]) in a[half].into_iter().enumerate() {
-                let [b0, b1] = unpack(column_of_b[pair]);
-                x += a0 * b0;
-                x += a1 * b1;
+        for fragment in 0..d.len() {
+            for side in 0..2 {
+                let column = block.column(b, 8 * fragment + 2 * t + side).map(&unpack);
+                for half in 0..2 {
+                    let sum = &mut values[4 * fragment + 2 * half + side];
+                    let mut x = if adds { *sum } else { 0.0 };
+                    for ([a0, a1], [b0, b1]) in a[half].into_iter().zip(column) {
+                        x += a0 * b0;
+                        x += a1 * b1;
+                    }
+                    *sum = x;
+                }
             }
-            *sum = x;
         }
-        block.products[lane].accumulators = accumulators;
-        d.as_flattened_mut().fill(UNDER_WAY);
-        let warp = lane / 32;
-        let end = b.addr + b.row_bytes + (COLUMNS as u32 / 8 - 1) * b.column_bytes + 128;
-        if !block.operands_under_way.contains(&(warp, b.addr, end)) {
-            block.operands_under_way.push((warp, b.addr, end));
+        block.products[lane].sets[index].values = values;
+        d.as_flattened_mut().fill(f32::from_bits(UNDER_WAY | id));
+        if lane % 32 == 0 {
+            let (begin, end) = b.hull();
+            block.operands_under_way.push(OperandUnderWay { warp: lane / 32, group, begin, end });
         }
     })
 }
 
 impl Block {
     /// The two rows of A of every lane of the warp that begins with thread `first`, from words 0 to 3 of its lanes; and checks
-    /// of B, whose address and bounds are in words 4 to 8.
+    /// of B, which words 4 to 10 describe.
     pub fn gather_rows(&mut self, first: usize, site: Site) {
         let fragments: [[u32; 4]; 32] =
             std::array::from_fn(|lane| std::array::from_fn(|i| self.lanes[first + lane].words[i]));
-        let [addr, begin, end, row_bytes, column_bytes]: [u32; 5] =
-            std::array::from_fn(|i| self.lanes[first].words[4 + i]);
+        let [begin, end, b @ ..]: [u32; 7] = std::array::from_fn(|i| self.lanes[first].words[4 + i]);
         let others =
-            (1..32).find(|lane| self.lanes[first + lane].words[4..9] != self.lanes[first].words[4..9]);
+            (1..32).find(|lane| self.lanes[first + lane].words[4..11] != self.lanes[first].words[4..11]);
         if let Some(lane) = others {
             self.current = first + lane;
             self.fail(
@@ -167,19 +280,16 @@ impl Block {
                 site,
             );
         }
-        for rows in 0..2 {
-            for column in 0..COLUMNS as u32 {
-                let at = addr + rows * row_bytes + column / 8 * column_bytes + column % 8 * 16;
-                self.shared_access(first, at, (begin, end), 16, Access::Read, site);
-                if self.options.races
-                    && let Some((byte, thread)) = self.shadow.unfenced(at as usize, 16)
-                {
-                    self.current = first;
-                    let what = format!(
-                        "product with shared byte {byte}, which thread {thread} has written without fence_writes behind it"
-                    );
-                    self.fail(Kind::Warpgroup, what, site);
-                }
+        for at in Operand::from_words(b).pieces() {
+            self.shared_access(first, at, (begin, end), 16, Access::Read, site);
+            if self.options.races
+                && let Some((byte, thread)) = self.shadow.unfenced(at as usize, 16, first..first + 32)
+            {
+                self.current = first;
+                let what = format!(
+                    "product with shared byte {byte}, which thread {thread} has written without fence_writes behind it"
+                );
+                self.fail(Kind::Warpgroup, what, site);
             }
         }
         for lane in 0..32 {
@@ -193,13 +303,13 @@ impl Block {
 
     /// The pairs of a column of B.
     fn column(&self, b: Operand, column: usize) -> [u32; 8] {
-        let at = b.addr as usize + column / 8 * b.column_bytes as usize + column % 8 * 16;
-        let shared = self.shared.as_ptr().cast::<u8>();
-        std::array::from_fn(|pair| {
-            let byte = at + pair / 4 * b.row_bytes as usize + pair % 4 * 4;
+        let shared = self.shared.as_ptr().cast::<u16>();
+        let value = |row: u32| {
+            let (piece, within) = b.piece(row, column as u32);
             // SAFETY: `gather_rows` has checked every byte of B.
-            unsafe { shared.add(byte).cast::<u32>().read() }
-        })
+            u32::from(unsafe { shared.add((piece / 2 + within) as usize).read() })
+        };
+        std::array::from_fn(|pair| value(2 * pair as u32) | value(2 * pair as u32 + 1) << 16)
     }
 
     /// Products are waited for, and all warps of a warpgroup have started the same.
@@ -208,10 +318,13 @@ impl Block {
             Err(Fault { kind: Kind::Warpgroup, message: format!("{}: {what}", self.describe(thread)) })
         };
         for (thread, products) in self.products.iter().enumerate() {
-            if !products.accumulators.is_empty() {
+            if !products.sets.is_empty() {
                 return fault(thread, "the block ends with products under way");
             }
             let first = thread / 128 * 128;
+            if products.registers != self.products[first].registers {
+                return fault(thread, "its registers are not those of the first warp of its warpgroup");
+            }
             if products.history != self.products[first].history {
                 return fault(thread, "its products are not those of the first warp of its warpgroup");
             }
@@ -219,11 +332,20 @@ impl Block {
                 return fault(thread, "a product in a warpgroup of fewer than four warps");
             }
         }
+        let registers: u32 = self.products.iter().map(|products| products.registers).sum();
+        let threads = self.products.len() as u32;
+        let launched = threads * (REGISTERS / threads / 8 * 8);
+        if registers > launched {
+            let message = format!("the threads of a block ask for {registers} registers, it has {launched}");
+            return Err(Fault { kind: Kind::Warpgroup, message });
+        }
         Ok(())
     }
 
     /// A product under way that reads any of these bytes of shared memory.
     pub fn is_read_by_product(&self, addr: u32, bytes: usize) -> bool {
-        self.operands_under_way.iter().any(|&(_, begin, end)| addr < end && addr + bytes as u32 > begin)
+        self.operands_under_way
+            .iter()
+            .any(|operand| addr < operand.end && addr + bytes as u32 > operand.begin)
     }
 }

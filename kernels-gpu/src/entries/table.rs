@@ -22,6 +22,7 @@ use {
     crate::ops::attend_decode::kernel::attend_decode,
     crate::ops::attend_prefill::kernel::attend_prefill,
     crate::ops::attend_stream::kernel::{attend_stream, attend_stream_merge},
+    crate::ops::attend_warpgroups::kernel::attend_warpgroups,
     crate::ops::score::kernel::score,
     crate::ops::score_stream::kernel::score_stream,
     crate::ops::{
@@ -286,6 +287,15 @@ entries! {
         128 rotations;
     };
     AttendPrefill: attend_prefill(AttendParams<T>) = attend_prefill::<
+        T,
+        { pieces(HEAD_DIM, 16) },
+        { pieces(HEAD_DIM, 8) },
+    >, for T {
+        64;
+        96;
+        128;
+    };
+    AttendWarpgroups: attend_warpgroups(AttendParams<T>) = attend_warpgroups::<
         T,
         { pieces(HEAD_DIM, 16) },
         { pieces(HEAD_DIM, 8) },

@@ -7,6 +7,7 @@ pub mod attend;
 pub mod attend_decode;
 pub mod attend_prefill;
 pub mod attend_stream;
+pub mod attend_warpgroups;
 pub mod compare;
 pub mod decide;
 pub mod forget;

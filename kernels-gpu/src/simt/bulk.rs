@@ -55,6 +55,18 @@ impl MBarrier {
         imp::mbarrier_arrive(self.word)
     }
 
+    /// Arrives once all copies that this thread has started with [`cp_async_16`](super::tensor::cp_async_16) have landed
+    /// (`cp.async.mbarrier.arrive.noinc.shared::cta.b64`): they are visible to those that wait. (Nothing is said of its stores.)
+    ///
+    /// # Safety
+    /// - As for [`arrive`](MBarrier::arrive).
+    /// - Some thread waits for this phase before the block ends.
+    #[inline(always)]
+    #[track_caller]
+    pub unsafe fn arrive_with_copies(self) {
+        imp::mbarrier_arrive_with_copies(self.word)
+    }
+
     /// Announces `bytes` bytes of copies for this phase, then arrives (`mbarrier.arrive.expect_tx.shared::cta.b64`).
     ///
     /// # Safety

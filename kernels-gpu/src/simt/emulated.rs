@@ -76,6 +76,13 @@ pub fn sync_named(id: u32, threads: u32) {
 
 #[inline(always)]
 #[track_caller]
+pub fn sync_named_count(id: u32, threads: u32, predicate: bool) -> u32 {
+    wait_if(barrier::arrive(id, Some(threads), Arrival::Count(predicate), Location::caller()));
+    warp::result::<1>()[0]
+}
+
+#[inline(always)]
+#[track_caller]
 pub fn arrive_named(id: u32, threads: u32) {
     wait_if(barrier::arrive(id, Some(threads), Arrival::Pass, Location::caller()))
 }
@@ -425,6 +432,14 @@ pub fn mbarrier_arrive_expecting(word: Shared<u64>, bytes: u32) {
     bulk::arrive(word.addr(), word.bounds(), bytes, Location::caller())
 }
 
+/// The copies land now: that nobody but those who wait knows of it is what clocks tell.
+#[inline(always)]
+#[track_caller]
+pub fn mbarrier_arrive_with_copies(word: Shared<u64>) {
+    copies::finish_all(Location::caller());
+    mbarrier_arrive(word)
+}
+
 #[inline(always)]
 #[track_caller]
 pub fn mbarrier_wait(word: Shared<u64>, parity: u32) {
@@ -503,39 +518,62 @@ pub fn warpgroup_commit() {
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_wait(d: &mut [[f32; 4]; 8]) {
-    warpgroup::wait(d, Location::caller())
+pub fn warpgroup_wait<const N: usize, const PENDING: u32>(d: &mut [[f32; 4]; N]) {
+    warpgroup::wait(d, PENDING, Location::caller())
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_registers<const REGISTERS: u32, const TAKES: bool>() {
+    warpgroup::set_registers(REGISTERS, Location::caller())
 }
 
 /// The lanes of a warp bring the rows of A together; each then multiplies its own two.
 #[inline(always)]
 #[track_caller]
-fn warpgroup_mma<T: Pod>(
-    d: &mut [[f32; 4]; 8],
+fn warpgroup_mma<T: Pod, const N: usize>(
+    d: &mut [[f32; 4]; N],
     a: [u32; 4],
     b: Columns<T>,
-    adds: bool,
+    (adds, by_rows): (bool, bool),
     unpack: impl Fn(u32) -> [f32; 2],
 ) {
     let (addr, (begin, end)) = (b.start.addr(), b.start.bounds());
-    warp::arguments([a[0], a[1], a[2], a[3], addr, begin, end, b.row_bytes, b.column_bytes]);
+    let operand = warpgroup::Operand {
+        addr,
+        row_bytes: b.row_bytes,
+        column_bytes: b.column_bytes,
+        fragments: N as u32,
+        is_by_rows: by_rows,
+        is_swizzled: b.is_swizzled,
+    };
+    let [b0, b1, b2, b3, b4] = operand.words();
+    warp::arguments([a[0], a[1], a[2], a[3], begin, end, b0, b1, b2, b3, b4]);
     wait_if(warp::arrive(Op::MmaOfWarpgroup, u32::MAX, Location::caller()));
-    let operand = warpgroup::Operand { addr, row_bytes: b.row_bytes, column_bytes: b.column_bytes };
     warpgroup::multiply(d, operand, adds, unpack, Location::caller())
 }
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
-    warpgroup_mma(d, a, b, ADDS, numeric::unpack_f16)
+pub fn warpgroup_mma_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: [u32; 4],
+    b: Columns<T>,
+) {
+    warpgroup_mma(d, a, b, (ADDS, BY_ROWS), numeric::unpack_f16)
 }
 
 #[inline(always)]
 #[track_caller]
-pub fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
-    warpgroup_mma(d, a, b, ADDS, super::math::unpack_bf16)
+pub fn warpgroup_mma_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: [u32; 4],
+    b: Columns<T>,
+) {
+    warpgroup_mma(d, a, b, (ADDS, BY_ROWS), super::math::unpack_bf16)
 }
 
 // Arithmetic.
 
+pub(super) use numeric::{add_times_zero_bf16, add_times_zero_f16};
 pub(super) use numeric::{ex2, fma, lg2, pack_bf16, pack_f16, rcp, sqrt, sqrt_f64, unpack_f16};

@@ -55,6 +55,19 @@ pub fn pack_bf16(lo: f32, hi: f32) -> u32 {
     imp::pack_bf16(lo, hi)
 }
 
+/// `sum + 0 * pair` of two f16 each, where `sum` is 0 at first: NaN where one of the values so far was infinite or NaN, 0 elsewhere
+/// (`fma.rn.f16x2`).
+#[inline(always)]
+pub fn add_times_zero_f16(sum: u32, pair: u32) -> u32 {
+    imp::add_times_zero_f16(sum, pair)
+}
+
+/// [`add_times_zero_f16`] of bf16 (`fma.rn.bf16x2`).
+#[inline(always)]
+pub fn add_times_zero_bf16(sum: u32, pair: u32) -> u32 {
+    imp::add_times_zero_bf16(sum, pair)
+}
+
 /// The two f16 of a word, low half first; exact (`cvt.f32.f16`).
 #[inline(always)]
 pub fn unpack_f16(pair: u32) -> [f32; 2] {

@@ -172,6 +172,16 @@ pub unsafe fn sync_named(id: u32, threads: u32) {
 }
 
 #[inline(always)]
+pub unsafe fn sync_named_count(id: u32, threads: u32, predicate: bool) -> u32 {
+    let count: u32;
+    asm!(
+        "{{.reg .pred p; setp.ne.u32 p, {3}, 0; bar.red.popc.u32 {0}, {1}, {2}, p;}}",
+        out(reg32) count, in(reg32) id, in(reg32) threads, in(reg32) predicate as u32, options(nostack)
+    );
+    count
+}
+
+#[inline(always)]
 pub unsafe fn arrive_named(id: u32, threads: u32) {
     asm!("bar.arrive {}, {};", in(reg32) id, in(reg32) threads, options(nostack))
 }
@@ -524,6 +534,13 @@ pub unsafe fn mbarrier_arrive_expecting(word: Shared<u64>, bytes: u32) {
     )
 }
 
+/// Of sm_80, too, but nothing there waits at such barriers.
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn mbarrier_arrive_with_copies(word: Shared<u64>) {
+    bulk!("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [{}];", in(reg32) word.addr(), options(nostack))
+}
+
 /// `try_wait` sleeps for a while by itself, so the loop need not.
 #[inline(always)]
 #[allow(unused_variables)]
@@ -623,67 +640,129 @@ macro_rules! warpgroup {
     }};
 }
 
-/// `$before`, the 32 accumulators, `$after`; further operands are `a` to `f`.
+/// `$before`, the accumulators of `$N` fragments, `$after`; further operands have names.
 macro_rules! with_accumulators {
-    ($d:ident, $before:expr, $after:expr, $($operands:tt)*) => {
-        warpgroup!(
+    (8, $d:expr, $before:expr, $after:expr, $($operands:tt)*) => {
+        with_accumulators!(
+            @[0 1 2 3 4 5 6 7]
             concat!(
                 $before,
                 "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
                 "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}",
                 $after
             ),
-            inout(reg32) $d[0][0], inout(reg32) $d[0][1], inout(reg32) $d[0][2], inout(reg32) $d[0][3],
-            inout(reg32) $d[1][0], inout(reg32) $d[1][1], inout(reg32) $d[1][2], inout(reg32) $d[1][3],
-            inout(reg32) $d[2][0], inout(reg32) $d[2][1], inout(reg32) $d[2][2], inout(reg32) $d[2][3],
-            inout(reg32) $d[3][0], inout(reg32) $d[3][1], inout(reg32) $d[3][2], inout(reg32) $d[3][3],
-            inout(reg32) $d[4][0], inout(reg32) $d[4][1], inout(reg32) $d[4][2], inout(reg32) $d[4][3],
-            inout(reg32) $d[5][0], inout(reg32) $d[5][1], inout(reg32) $d[5][2], inout(reg32) $d[5][3],
-            inout(reg32) $d[6][0], inout(reg32) $d[6][1], inout(reg32) $d[6][2], inout(reg32) $d[6][3],
-            inout(reg32) $d[7][0], inout(reg32) $d[7][1], inout(reg32) $d[7][2], inout(reg32) $d[7][3],
+            (*($d as *mut [[f32; 4]; N]).cast::<[[f32; 4]; 8]>()), $($operands)*
+        )
+    };
+    (12, $d:expr, $before:expr, $after:expr, $($operands:tt)*) => {
+        with_accumulators!(
+            @[0 1 2 3 4 5 6 7 8 9 10 11]
+            concat!(
+                $before,
+                "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+                "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}",
+                $after
+            ),
+            (*($d as *mut [[f32; 4]; N]).cast::<[[f32; 4]; 12]>()), $($operands)*
+        )
+    };
+    (16, $d:expr, $before:expr, $after:expr, $($operands:tt)*) => {
+        with_accumulators!(
+            @[0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15]
+            concat!(
+                $before,
+                "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+                "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
+                "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}",
+                $after
+            ),
+            (*($d as *mut [[f32; 4]; N]).cast::<[[f32; 4]; 16]>()), $($operands)*
+        )
+    };
+    (@[$($i:literal)*] $text:expr, $d:expr, $($operands:tt)*) => {
+        warpgroup!(
+            $text,
+            $(
+                inout(reg32) $d[$i][0],
+                inout(reg32) $d[$i][1],
+                inout(reg32) $d[$i][2],
+                inout(reg32) $d[$i][3],
+            )*
             $($operands)*
         )
     };
 }
 
-/// The descriptor of an operand in shared memory that is not swizzled: address and strides in units of 16 bytes.
+/// For any of the sizes that there are.
+macro_rules! with_any_accumulators {
+    ($d:ident, $before:expr, $after:expr, $($operands:tt)*) => {
+        match N {
+            8 => with_accumulators!(8, $d, $before, $after, $($operands)*),
+            12 => with_accumulators!(12, $d, $before, $after, $($operands)*),
+            16 => with_accumulators!(16, $d, $before, $after, $($operands)*),
+            _ => nvptx::trap(),
+        }
+    };
+}
+
+/// The descriptor of an operand in shared memory: address and strides in units of 16 bytes, and the swizzle.
 #[cfg(target_feature = "sm_90a")]
 #[inline(always)]
-fn descriptor<T: Pod>(b: Columns<T>) -> u64 {
+fn descriptor<T: Pod, const BY_ROWS: bool>(b: Columns<T>) -> u64 {
     let [start, rows, columns] =
         [b.start.addr(), b.row_bytes, b.column_bytes].map(|x| (x / 16) as u64 & 0x3fff);
-    start | rows << 16 | columns << 32
+    match (b.is_swizzled, BY_ROWS) {
+        (false, _) => start | rows << 16 | columns << 32,
+        (true, false) => start | columns << 32 | 1 << 62,
+        (true, true) => start | columns << 16 | rows << 32 | 1 << 62,
+    }
 }
 
 /// `$types` of D, A and B.
 macro_rules! warpgroup_mma {
-    ($types:literal, $d:ident, $a:ident, $b:ident, $adds:expr) => {
+    ($types:literal, $d:ident, $a:ident, $b:ident) => {
+        match N {
+            8 => warpgroup_mma!(@8, "m64n64k16", $types, $d, $a, $b),
+            12 => warpgroup_mma!(@12, "m64n96k16", $types, $d, $a, $b),
+            16 => warpgroup_mma!(@16, "m64n128k16", $types, $d, $a, $b),
+            _ => nvptx::trap(),
+        }
+    };
+    (@$N:tt, $shape:literal, $types:literal, $d:ident, $a:ident, $b:ident) => {
         with_accumulators!(
+            $N,
             $d,
             concat!(
-                "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.m64n64k16.", $types, " {{"
+                "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.", $shape, ".", $types,
+                " {{"
             ),
-            "}}, {{{a}, {b}, {c}, {d}}}, {e}, adds, 1, 1, 0;}}",
+            "}}, {{{a}, {b}, {c}, {d}}}, {e}, adds, 1, 1, {g};}}",
             a = in(reg32) $a[0], b = in(reg32) $a[1], c = in(reg32) $a[2], d = in(reg32) $a[3],
-            e = in(reg64) descriptor($b), f = const $adds as u32, options(nostack)
+            e = in(reg64) descriptor::<T, BY_ROWS>($b), f = const ADDS as u32, g = const BY_ROWS as u32, options(nostack)
         )
     };
 }
 
 #[inline(always)]
 #[allow(unused_variables)]
-pub unsafe fn warpgroup_mma_f16<T: Pod, const ADDS: bool>(d: &mut [[f32; 4]; 8], a: [u32; 4], b: Columns<T>) {
-    warpgroup_mma!("f32.f16.f16", d, a, b, ADDS)
+pub unsafe fn warpgroup_mma_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: [u32; 4],
+    b: Columns<T>,
+) {
+    warpgroup_mma!("f32.f16.f16", d, a, b)
 }
 
 #[inline(always)]
 #[allow(unused_variables)]
-pub unsafe fn warpgroup_mma_bf16<T: Pod, const ADDS: bool>(
-    d: &mut [[f32; 4]; 8],
+pub unsafe fn warpgroup_mma_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
     a: [u32; 4],
     b: Columns<T>,
 ) {
-    warpgroup_mma!("f32.bf16.bf16", d, a, b, ADDS)
+    warpgroup_mma!("f32.bf16.bf16", d, a, b)
 }
 
 #[inline(always)]
@@ -699,8 +778,19 @@ pub unsafe fn warpgroup_commit() {
 /// The accumulators are operands, so that nobody reads them before.
 #[inline(always)]
 #[allow(unused_variables)]
-pub unsafe fn warpgroup_wait(d: &mut [[f32; 4]; 8]) {
-    with_accumulators!(d, "wgmma.wait_group.sync.aligned 0; // ", "", options(nostack))
+pub unsafe fn warpgroup_wait<const N: usize, const PENDING: u32>(d: &mut [[f32; 4]; N]) {
+    with_any_accumulators!(
+        d, "wgmma.wait_group.sync.aligned {p}; // ", "", p = const PENDING, options(nostack)
+    )
+}
+
+#[inline(always)]
+pub unsafe fn warpgroup_registers<const REGISTERS: u32, const TAKES: bool>() {
+    if TAKES {
+        warpgroup!("setmaxnreg.inc.sync.aligned.u32 {};", const REGISTERS, options(nostack))
+    } else {
+        warpgroup!("setmaxnreg.dec.sync.aligned.u32 {};", const REGISTERS, options(nostack))
+    }
 }
 
 // Arithmetic.
@@ -774,6 +864,30 @@ pub fn pack_bf16(lo: f32, hi: f32) -> u32 {
         )
     };
     pair
+}
+
+#[inline(always)]
+pub fn add_times_zero_f16(sum: u32, pair: u32) -> u32 {
+    let result: u32;
+    unsafe {
+        asm!(
+            "fma.rn.f16x2 {}, {}, {}, {};",
+            out(reg32) result, in(reg32) pair, in(reg32) 0u32, in(reg32) sum, options(pure, nomem, nostack)
+        )
+    };
+    result
+}
+
+#[inline(always)]
+pub fn add_times_zero_bf16(sum: u32, pair: u32) -> u32 {
+    let result: u32;
+    unsafe {
+        asm!(
+            "fma.rn.bf16x2 {}, {}, {}, {};",
+            out(reg32) result, in(reg32) pair, in(reg32) 0u32, in(reg32) sum, options(pure, nomem, nostack)
+        )
+    };
+    result
 }
 
 #[inline(always)]

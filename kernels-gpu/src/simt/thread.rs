@@ -131,6 +131,18 @@ pub unsafe fn sync_named(id: u32, threads: u32) {
     imp::sync_named(id, threads)
 }
 
+/// [`sync_named`] of threads that all wait, and returns to them whether `predicate` was true for any (`bar.red.popc id, threads`).
+///
+/// *Convergence:* aligned; all lanes of each warp that takes part.
+///
+/// # Safety
+/// - As for [`sync_named`].
+#[inline(always)]
+#[track_caller]
+pub unsafe fn sync_named_or(id: u32, threads: u32, predicate: bool) -> bool {
+    imp::sync_named_count(id, threads, predicate) != 0
+}
+
 /// Arrives at barrier `id` without waiting (`bar.arrive id, threads`): what came before is visible to those that wait
 /// there with [`sync_named`].
 ///

@@ -127,8 +127,12 @@ impl GpuPlan {
                 PageStrides { page: head * params.num_kv_heads as u64, token: head_dim.into(), head };
             params.k_is_gathered = 1;
         }
+        let dims = match kernels.prefill.op {
+            Op::AttendWarpgroups => params.warpgroups_dims(gpu, head_dim),
+            _ => params.prefill_dims(head_dim),
+        };
         // SAFETY: as above.
-        unsafe { self.launch(kernels.prefill, params.prefill_dims(head_dim), &params) }
+        unsafe { self.launch(kernels.prefill, dims, &params) }
     }
 
     fn launch_top_k(&self, params: &TopKParams, votes_are_counted: bool) -> Result<()> {

@@ -1,6 +1,7 @@
 //! What the kernels of attention share.
 
 mod list;
+pub(crate) mod rows;
 pub(crate) mod splits;
 pub(crate) mod tile;
 

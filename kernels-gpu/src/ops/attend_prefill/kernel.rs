@@ -3,10 +3,11 @@
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::{Element, any_not_finite};
-use crate::common::fragment::{A, Accumulator, B, Lane, lane, over_columns};
-use crate::common::softmax::{LARGEST, Running, bounded, log_sum_exp};
+use crate::common::fragment::{A, Accumulator, B, Lane, lane};
+use crate::common::softmax::Running;
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
+use crate::ops::attend::kernel::rows::{QueryRows, bound, scale};
 use crate::simt::data::V2;
 use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
@@ -20,16 +21,11 @@ type Weights = [Accumulator; COLUMNS];
 
 /// What a block works on, and what is the warp's own.
 struct Work<'a, T> {
-    params: &'a AttendParams<T>,
-    list: List,
-    kv_head: u32,
-    /// First query row of the block, and of the warp.
+    rows: QueryRows<'a, T>,
+    /// First query row of the block.
     block_row: u32,
-    first_row: u32,
     /// Query rows of the KV head.
     num_rows: u32,
-    /// Ranks that the lane's rows `g` and `g + 8` see.
-    bounds: [u32; 2],
     /// Ranks that all rows of the warp see.
     least_bound: u32,
     /// Tiles that the block goes through.
@@ -57,7 +53,7 @@ pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params:
     let mut out = [Accumulator::ZERO; N];
     let mut softmax = Running::EMPTY;
     if work.num_tiles == 0 {
-        return write::<T, K, N>(&work, out, softmax);
+        return work.rows.write(&out, &softmax);
     }
     look_up(&work, layout, 0);
     load_queries::<T, K>(&work, layout);
@@ -73,7 +69,7 @@ pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params:
         look_up(&work, layout, tile + 2);
         attend_tile::<T, K, N>(&work, layout, tile, &queries, &mut softmax, &mut out);
     }
-    write::<T, K, N>(&work, out, softmax);
+    work.rows.write(&out, &softmax);
 }
 
 unsafe fn plan<T: Element>(
@@ -83,45 +79,39 @@ unsafe fn plan<T: Element>(
     num_rows: u32,
 ) -> Work<'_, T> {
     let first_row = block_row + 16 * warp::warp_id();
-    let g = lane().g;
-    let bound = |row: u32| list.first_bound + row.min(num_rows - 1) / params.group.max(1);
-    let last_bound = bound(block_row + QUERY_ROWS - 1);
-    // Where ranks are the places, those beyond the last bound are seen by none.
-    let len = if params.ranks.addr() != 0 { list.len } else { list.len.min(last_bound) };
+    let rows = QueryRows::new(params, list, thread::block_idx_y(), first_row, num_rows);
+    let last_bound = bound(params, &list, block_row + QUERY_ROWS - 1, num_rows);
     Work {
-        params,
-        list,
-        kv_head: thread::block_idx_y(),
         block_row,
-        first_row,
         num_rows,
-        bounds: [bound(first_row + g), bound(first_row + g + 8)],
-        least_bound: bound(first_row),
-        num_tiles: len.div_ceil(TILE),
+        least_bound: rows.least_bound(),
+        rows,
+        num_tiles: params.useful_places(&list, last_bound).div_ceil(TILE),
     }
 }
 
 /// Looks up where the keys and values of a tile lie. The first two warps look up keys, the next two values.
 unsafe fn look_up<T: Element>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
-    let (params, thread) = (work.params, thread::thread_idx_x());
+    let (params, list) = (work.rows.params, &work.rows.list);
+    let thread = thread::thread_idx_x();
     if tile >= work.num_tiles || thread >= 2 * TILE {
         return;
     }
     let place = thread % TILE;
-    let at = params.place(&work.list, tile * TILE + place);
+    let at = params.place(list, tile * TILE + place);
     let index = tile % 2 * TILE + place;
     if thread < TILE {
         let offset = if params.k_is_gathered != 0 {
-            let place = (tile * TILE + place).min(work.list.len - 1);
-            params.k_stride.offset(work.list.row, place, work.kv_head)
+            let place = (tile * TILE + place).min(list.len - 1);
+            params.k_stride.offset(list.row, place, work.rows.kv_head)
         } else {
-            let (page, within) = params.page(&work.list, at.token);
-            params.k_stride.offset(page, within, work.kv_head)
+            let (page, within) = params.page(list, at.token);
+            params.k_stride.offset(page, within, work.rows.kv_head)
         };
         layout.key_offsets.get().add(index).store(offset);
     } else {
-        let (page, within) = params.page(&work.list, at.token);
-        layout.value_offsets.get().add(index).store(params.v_stride.offset(page, within, work.kv_head));
+        let (page, within) = params.page(list, at.token);
+        layout.value_offsets.get().add(index).store(params.v_stride.offset(page, within, work.rows.kv_head));
         layout.ranks.get().add(tile % 4 * TILE + place).store(at.rank);
     }
 }
@@ -136,9 +126,9 @@ unsafe fn copy<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout, 
             let (place, piece) = (i / pieces, i % pieces * 8);
             let to = (base + place) * pitch + piece;
             let from = layout.key_offsets.get().add(base + place).load() + piece as u64;
-            cp_async_16(layout.keys.get().add(to), work.params.k_pages.add(from).cast::<u16>(), 16);
+            cp_async_16(layout.keys.get().add(to), work.rows.params.k_pages.add(from).cast::<u16>(), 16);
             let from = layout.value_offsets.get().add(base + place).load() + piece as u64;
-            cp_async_16(layout.values.get().add(to), work.params.v_pages.add(from).cast::<u16>(), 16);
+            cp_async_16(layout.values.get().add(to), work.rows.params.v_pages.add(from).cast::<u16>(), 16);
         }
     }
     cp_async_commit();
@@ -146,7 +136,8 @@ unsafe fn copy<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout, 
 
 /// Puts the block's query rows in shared memory, rotated; rows that there are not are zero.
 unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout) {
-    let (params, head_dim) = (work.params, (16 * K) as u32);
+    let (params, list, kv_head) = (work.rows.params, &work.rows.list, work.rows.kv_head);
+    let head_dim = (16 * K) as u32;
     let pairs = head_dim / 2;
     for i in strided(thread::thread_idx_x(), QUERY_ROWS * pairs, THREADS) {
         let (row, pair) = (i / pairs, i % pairs);
@@ -154,10 +145,10 @@ unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &
         let (x, y) = params.rope.elements(pair);
         let mut values = (0.0, 0.0);
         if work.block_row + row < work.num_rows {
-            let (_, t) = params.query_row(&work.list, work.kv_head, work.block_row + row);
-            let q = params.q_row(&work.list, work.kv_head, work.block_row + row);
+            let (_, t) = params.query_row(list, kv_head, work.block_row + row);
+            let q = params.q_row(list, kv_head, work.block_row + row);
             values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
-            values = params.rope.rotate(pair, (work.list.first_bound + t).saturating_sub(1), values);
+            values = params.rope.rotate(pair, (list.first_bound + t).saturating_sub(1), values);
         }
         to.add(x).store(T::from_f32(values.0 * params.rotated_scale));
         to.add(y).store(T::from_f32(values.1 * params.rotated_scale));
@@ -187,13 +178,13 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
     out: &mut [Accumulator; N],
 ) {
     let pitch = (16 * K) as u32 + PAD;
-    let (lane, first) = (warp::lane_id(), tile % 2 * TILE);
+    let (own, first) = (warp::lane_id(), tile % 2 * TILE);
     let ranks = layout.ranks.get().add(tile % 4 * TILE);
     // The ranks ascend, so the last tells whether all are seen.
     let masked = ranks.add(TILE - 1).load() >= work.least_bound;
 
     // Rows of two column tiles, upper and lower eight dimensions: lanes 0-7, 8-15 and 16-23, 24-31.
-    let keys = layout.keys.get().add((first + lane / 16 * 8 + lane % 8) * pitch + lane / 8 % 2 * 8);
+    let keys = layout.keys.get().add((first + own / 16 * 8 + own % 8) * pitch + own / 8 % 2 * 8);
     let mut weights = [Accumulator::ZERO; COLUMNS];
     for n in (0..COLUMNS).step_by(2) {
         for k in 0..K {
@@ -202,11 +193,13 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
             T::mma(&mut weights[n + 1], queries[k], B([b[2], b[3]]));
         }
     }
+    let of_fragment = |n: usize| ranks.add(8 * n as u32 + 2 * lane().t).cast::<V2<u32>>().load().0;
+    let scale_left = work.rows.scale_left(&mut weights);
     if masked {
-        weigh::<T, N, true>(work, ranks, &mut weights, softmax, out);
-    } else {
-        weigh::<T, N, false>(work, ranks, &mut weights, softmax, out);
+        work.rows.hide_ranks(&mut weights, of_fragment);
     }
+    let correction = work.rows.weigh(scale_left, &mut weights, softmax);
+    scale(out, correction);
 
     let of_tile = layout.values.get().add(first * pitch);
     if masked && any_value_not_finite::<T, K>(of_tile) {
@@ -214,7 +207,7 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
         return accumulate_seen::<T, K, N>(work, layout, ranks, of_tile, &weights, out);
     }
     // Rows are places: lanes 0-15 give 16 of them for the first eight dimensions, 16-31 for the next.
-    let values = layout.values.get().add((first + lane % 16) * pitch + lane / 16 * 8);
+    let values = layout.values.get().add((first + own % 16) * pitch + own / 16 * 8);
     for k in 0..COLUMNS / 2 {
         let [upper, lower] = [weights[2 * k].0, weights[2 * k + 1].0];
         let a = A([
@@ -274,89 +267,11 @@ unsafe fn accumulate_seen<T: Element, const K: usize, const N: usize>(
             for e in 0..2 {
                 let x = from.add((8 * n + e) as u32).load().to_f32();
                 for row in 0..2 {
-                    if rank < work.bounds[row] {
+                    if rank < work.rows.bounds[row] {
                         out[n].0[2 * row + e] += weight[row] * x;
                     }
                 }
             }
-        }
-    }
-}
-
-/// Turns products into weights, `exp(logit - max)`, with the softmax and the output so far brought up to date.
-unsafe fn weigh<T: Element, const N: usize, const MASKED: bool>(
-    work: &Work<'_, T>,
-    ranks: Shared<u32>,
-    weights: &mut Weights,
-    softmax: &mut Running,
-    out: &mut [Accumulator; N],
-) {
-    work.params.logits(weights);
-    let mut largest = softmax.max;
-    for n in 0..COLUMNS {
-        let ranks =
-            if MASKED { ranks.add(8 * n as u32 + 2 * lane().t).cast::<V2<u32>>().load().0 } else { [0; 2] };
-        for i in 0..4 {
-            let (row, weight) = (Accumulator::row_half(i), &mut weights[n].0[i]);
-            let seen = !MASKED || ranks[Accumulator::column_half(i)] < work.bounds[row];
-            *weight = if seen { *weight } else { f32::NEG_INFINITY };
-            largest[row] = largest[row].max(*weight);
-        }
-    }
-    let max = largest.map(|largest| over_columns(largest, f32::max).min(LARGEST));
-    if max[0].max(max[1]) == LARGEST {
-        for n in 0..COLUMNS {
-            weights[n].0 = weights[n].0.map(bounded);
-        }
-    }
-    for row in 0..2 {
-        let correction = softmax.raise(row, max[row]);
-        for n in 0..N {
-            out[n].0[2 * row] *= correction;
-            out[n].0[2 * row + 1] *= correction;
-        }
-    }
-    for n in 0..COLUMNS {
-        for i in 0..4 {
-            weights[n].0[i] = softmax.weigh(Accumulator::row_half(i), weights[n].0[i]);
-        }
-    }
-}
-
-/// Divides by the sums and writes the warp's rows.
-unsafe fn write<T: Element, const K: usize, const N: usize>(
-    work: &Work<'_, T>,
-    out: [Accumulator; N],
-    softmax: Running,
-) {
-    let (params, Lane { g, t }) = (work.params, lane());
-    for half in 0..2 {
-        let sum = over_columns(softmax.sum[half], |a, b| a + b);
-        let row = work.first_row + g + 8 * half as u32;
-        let exists = row < work.num_rows;
-        let (at, _) = params.query_row(&work.list, work.kv_head, row.min(work.num_rows - 1));
-        let inverse = 1.0 / sum;
-        for n in (0..N).step_by(2) {
-            // Adjacent lanes' pairs make four adjacent elements: even lanes write those of the first column tile.
-            let scaled = |x: f32| if sum == 0.0 { 0.0 } else { x * inverse };
-            let own = [
-                [scaled(out[n].0[2 * half]), scaled(out[n].0[2 * half + 1])],
-                [scaled(out[n + 1].0[2 * half]), scaled(out[n + 1].0[2 * half + 1])],
-            ];
-            let odd = t % 2 == 1;
-            let give = if odd { own[0] } else { own[1] };
-            let got = [warp::shuffle_xor(warp::FULL, give[0], 1), warp::shuffle_xor(warp::FULL, give[1], 1)];
-            let (quad, column) = if odd {
-                ([got[0], got[1], own[1][0], own[1][1]], 8 * (n as u32 + 1) + 2 * (t - 1))
-            } else {
-                ([own[0][0], own[0][1], got[0], got[1]], 8 * n as u32 + 2 * t)
-            };
-            if exists {
-                params.store_out(at * (16 * K) as u64 + column as u64, quad);
-            }
-        }
-        if exists && t == 0 {
-            params.store_lse(at, log_sum_exp(softmax.max[half], sum));
         }
     }
 }

@@ -283,11 +283,11 @@ unsafe fn multiply<T: Element, const C: usize, const WIDE: bool>(
             let start = queries.byte_add(rows * ROW_BYTES).cast::<T>();
             let is_first = low == 0 && step == 0;
             if WIDE {
-                let b = Columns { start, row_bytes: ROW_BYTES, column_bytes: CORE_BYTES };
+                let b = Columns { start, row_bytes: ROW_BYTES, column_bytes: CORE_BYTES, is_swizzled: false };
                 if is_first {
-                    T::mma_of_warpgroup::<false>(products, a, b);
+                    T::mma_of_warpgroup::<_, false, false>(products, a, b);
                 } else {
-                    T::mma_of_warpgroup::<true>(products, a, b);
+                    T::mma_of_warpgroup::<_, true, false>(products, a, b);
                 }
             } else {
                 let at = lane();
@@ -313,7 +313,7 @@ unsafe fn multiply<T: Element, const C: usize, const WIDE: bool>(
 #[inline(always)]
 unsafe fn finish<const WIDE: bool>(products: &mut Products) {
     if WIDE {
-        warpgroup::wait(products);
+        warpgroup::wait::<_, 0>(products);
     }
 }
 

@@ -143,6 +143,7 @@ impl<T> AttendParams<T> {
 
     /// Turns products into logits, base 2: scaled, with the soft cap. (One branch for all: with one for each, what is hardly ever
     /// executed lies between what always is, and is fetched with it.)
+    #[inline(always)]
     pub fn logits<const N: usize>(&self, products: &mut [Accumulator; N]) {
         for n in 0..N {
             for i in 0..4 {
@@ -159,6 +160,7 @@ impl<T> AttendParams<T> {
     }
 
     /// The soft cap `c tanh(x / c)` of a logit.
+    #[inline(always)]
     fn capped(&self, x: f32) -> f32 {
         let y = x / self.soft_cap_log2;
         let square = y * y;

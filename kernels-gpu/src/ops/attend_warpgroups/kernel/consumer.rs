@@ -1,0 +1,318 @@
+//! What multiplies.
+
+use super::*;
+use crate::common::block::strided;
+use crate::common::fragment::{A, Accumulator, Lane, lane};
+use crate::common::softmax::Running;
+use crate::ops::attend::kernel::rows::{QueryRows, scale};
+use crate::simt::tensor::ldmatrix_x4;
+use crate::simt::warp;
+use crate::simt::warpgroup::Columns;
+
+/// Fragments of a tile's logits, of eight places each.
+const FRAGMENTS: usize = (TILE / 8) as usize;
+/// Steps of 16 places.
+const STEPS: usize = (TILE / 16) as usize;
+
+/// The barrier of the warpgroup's threads.
+fn own_barrier() -> u32 {
+    1 + consumer_warp() / 4
+}
+
+/// Products, then logits, then weights of a tile.
+type Logits = [Accumulator; FRAGMENTS];
+/// Weights as operands.
+type Weights = [A; STEPS];
+
+/// The warp among those that multiply.
+fn consumer_warp() -> u32 {
+    own_warp() - WARPGROUP / 32
+}
+
+/// *Convergence:* the second and the third warpgroup.
+#[inline(always)]
+pub(super) unsafe fn consume<T: Element, const K: usize, const N: usize>(
+    params: &AttendParams<T>,
+    layout: &Layout,
+) {
+    let mut progress = Progress::NONE;
+    loop {
+        layout.item_ring.wait(progress.item());
+        let item = Item::load(Item::place(layout, progress.item()));
+        if item.num_rows == 0 {
+            break;
+        }
+        attend_item::<T, K, N>(params, layout, &item, progress);
+        layout.item_ring.release(progress.item());
+        progress = progress.next(&item);
+    }
+}
+
+fn rows_of<'a, T: Element>(params: &'a AttendParams<T>, item: &Item) -> QueryRows<'a, T> {
+    let first_row = item.first_row + 16 * consumer_warp();
+    QueryRows::new(params, item.list, item.kv_head, first_row, item.num_rows)
+}
+
+#[inline(always)]
+unsafe fn attend_item<T: Element, const K: usize, const N: usize>(
+    params: &AttendParams<T>,
+    layout: &Layout,
+    item: &Item,
+    progress: Progress,
+) {
+    let rows = rows_of(params, item).in_places();
+    let mut out = [Accumulator::ZERO; N];
+    let mut softmax = Running::EMPTY;
+    let queries = take_queries::<T, K>(params, layout, item, progress.queries());
+    if item.num_tiles == 0 {
+        return rows.write(&out, &softmax);
+    }
+    let mut logits = [Accumulator::ZERO; FRAGMENTS];
+    layout.key_ring.wait(progress.tile(0));
+    warpgroup::fence_writes();
+    warpgroup::fence();
+    multiply_keys::<T, K>(&mut logits, &queries, layout, progress.tile(0));
+    warpgroup::wait::<_, 0>(Accumulator::values(&mut logits));
+    layout.key_ring.release(progress.tile(0));
+    weigh(&rows, item.num_full == 0, 0, &mut logits, &mut softmax);
+    let mut weights = pack::<T>(&logits);
+    for tile in 1..item.num_tiles {
+        // All waits come first: between products they would end them one after the other.
+        let (stage, before) = (progress.tile(tile), progress.tile(tile - 1));
+        layout.key_ring.wait(stage);
+        let is_masked = tile > item.num_full;
+        let values = take_values::<T, N>(&rows, layout, before, is_masked, tile - 1, &weights, &mut out);
+        warpgroup::fence_writes();
+        warpgroup::fence();
+        multiply_keys::<T, K>(&mut logits, &queries, layout, stage);
+        multiply_values::<T, N>(&mut out, &weights, values);
+        warpgroup::wait::<_, 1>(Accumulator::values(&mut logits));
+        layout.key_ring.release(stage);
+        let correction = weigh(&rows, tile >= item.num_full, tile, &mut logits, &mut softmax);
+        warpgroup::wait::<_, 0>(Accumulator::values(&mut out));
+        layout.value_ring.release(before);
+        scale(&mut out, correction);
+        weights = pack::<T>(&logits);
+    }
+    let last = item.num_tiles - 1;
+    let is_masked = item.num_tiles > item.num_full;
+    let stage = progress.tile(last);
+    let values = take_values::<T, N>(&rows, layout, stage, is_masked, last, &weights, &mut out);
+    warpgroup::fence_writes();
+    warpgroup::fence();
+    multiply_values::<T, N>(&mut out, &weights, values);
+    warpgroup::wait::<_, 0>(Accumulator::values(&mut out));
+    layout.value_ring.release(stage);
+    // Read again, so that no registers hold it meanwhile.
+    rows_of(params, &Item::load(Item::place(layout, progress.item()))).write(&out, &softmax);
+}
+
+/// The warp's A fragments, rotated. A warpgroup rotates its own 64 rows.
+#[inline(always)]
+unsafe fn take_queries<T: Element, const K: usize>(
+    params: &AttendParams<T>,
+    layout: &Layout,
+    item: &Item,
+    stage: Stage,
+) -> [A; K] {
+    let pitch = (16 * K) as u32 + PAD;
+    layout.query_ring.wait(stage);
+    if params.rope.pairs > 0 || params.rotated_scale != 1.0 {
+        rotate_queries::<T, K>(params, layout, item);
+    }
+    let row = 16 * consumer_warp() + warp::lane_id() % 16;
+    let from = layout.queries.get().add(row * pitch + warp::lane_id() / 16 * 8);
+    let mut fragments = [A([0; 4]); K];
+    for k in 0..K {
+        fragments[k] = A(ldmatrix_x4(from.add(16 * k as u32)));
+    }
+    layout.query_ring.release(stage);
+    fragments
+}
+
+unsafe fn rotate_queries<T: Element, const K: usize>(params: &AttendParams<T>, layout: &Layout, item: &Item) {
+    let (pitch, pairs) = ((16 * K) as u32 + PAD, (8 * K) as u32);
+    let consumer = consumer_warp() / 4;
+    // Behind a shuffle, so that no registers hold from item to item what follows from it.
+    let own = warp::shuffle_xor(warp::FULL, thread::thread_idx_x() % WARPGROUP, 0);
+    for i in strided(own, WARPGROUP_ROWS * pairs, WARPGROUP) {
+        let (row, pair) = (WARPGROUP_ROWS * consumer + i / pairs, i % pairs);
+        let q = layout.queries.get().cast::<T>().add(row * pitch);
+        let (x, y) = params.rope.elements(pair);
+        if item.first_row + row < item.num_rows {
+            let (_, t) = params.query_row(&item.list, item.kv_head, item.first_row + row);
+            let values = (q.add(x).load().to_f32(), q.add(y).load().to_f32());
+            let position = (item.list.first_bound + t).saturating_sub(1);
+            let values = params.rope.rotate(pair, position, values);
+            q.add(x).store(T::from_f32(values.0 * params.rotated_scale));
+            q.add(y).store(T::from_f32(values.1 * params.rotated_scale));
+        }
+    }
+    thread::sync_named(own_barrier(), WARPGROUP);
+}
+
+/// Starts the products of the queries with a tile's keys.
+///
+/// *Convergence:* aligned; the warpgroup, behind a fence.
+#[inline(always)]
+unsafe fn multiply_keys<T: Element, const K: usize>(
+    logits: &mut Logits,
+    queries: &[A; K],
+    layout: &Layout,
+    stage: Stage,
+) {
+    let keys = layout.keys.get().byte_add(stage.index * Layout::stage_bytes((16 * K) as u32)).cast::<T>();
+    for k in 0..K {
+        let start = keys.byte_add(k as u32 / 4 * LINES_BYTES + k as u32 % 4 * 32);
+        // Dimensions are rows of B, places columns.
+        let b = Columns { start, row_bytes: 0, column_bytes: 8 * LINE_BYTES, is_swizzled: true };
+        let logits = Accumulator::values(logits);
+        if k == 0 {
+            T::mma_of_warpgroup::<_, false, false>(logits, queries[k], b);
+        } else {
+            T::mma_of_warpgroup::<_, true, false>(logits, queries[k], b);
+        }
+    }
+    warpgroup::commit();
+}
+
+/// Values as a product reads them: the first line, and bytes from 16 places to the next, from eight, and from 64 dimensions.
+#[derive(Clone, Copy)]
+struct Values<T> {
+    start: Shared<T>,
+    step_bytes: u32,
+    row_bytes: u32,
+    column_bytes: u32,
+}
+
+/// Starts adding a tile's weighted values to the output.
+///
+/// *Convergence:* aligned; the warpgroup, behind a fence.
+#[inline(always)]
+unsafe fn multiply_values<T: Element, const N: usize>(
+    out: &mut [Accumulator; N],
+    weights: &Weights,
+    values: Values<T>,
+) {
+    let Values { row_bytes, column_bytes, .. } = values;
+    for step in 0..STEPS {
+        let start = values.start.byte_add(step as u32 * values.step_bytes);
+        // Places are rows of B, dimensions columns.
+        let b = Columns { start, row_bytes, column_bytes, is_swizzled: true };
+        T::mma_of_warpgroup::<_, true, true>(Accumulator::values(out), weights[step], b);
+    }
+    warpgroup::commit();
+}
+
+/// Waits for a tile's values. Where some query must not multiply one of them, adds those that it sees, and returns zeros.
+///
+/// *Convergence:* the warpgroup.
+#[inline(always)]
+unsafe fn take_values<T: Element, const N: usize>(
+    rows: &QueryRows<'_, T>,
+    layout: &Layout,
+    stage: Stage,
+    is_masked: bool,
+    tile: u32,
+    weights: &Weights,
+    out: &mut [Accumulator; N],
+) -> Values<T> {
+    let stage_bytes = Layout::stage_bytes(8 * N as u32);
+    let start = layout.values.get().byte_add(stage.index * stage_bytes).cast::<T>();
+    layout.value_ring.wait(stage);
+    if is_masked {
+        let is_any_not = thread::sync_named_or(own_barrier(), WARPGROUP, any_not_finite_value::<T, N>(start));
+        if is_any_not {
+            add_seen(rows, tile, start, weights, out);
+            let start = layout.zeros.get().cast();
+            return Values { start, step_bytes: 0, row_bytes: 0, column_bytes: 0 };
+        }
+    }
+    Values { start, step_bytes: 16 * LINE_BYTES, row_bytes: 8 * LINE_BYTES, column_bytes: LINES_BYTES }
+}
+
+/// Whether one of the thread's values of a tile is infinite or NaN: a place's.
+unsafe fn any_not_finite_value<T: Element, const N: usize>(values: Shared<T>) -> bool {
+    let line = values.byte_add(thread::thread_idx_x() % WARPGROUP * LINE_BYTES).cast::<V4<u32>>();
+    let mut sums = [0; 4];
+    for piece in 0..N as u32 {
+        let at = line.byte_add(piece / 8 * LINES_BYTES);
+        let V4(words) = at.add((piece % 8) ^ (warp::lane_id() % 8)).load();
+        for i in 0..4 {
+            sums[i] = T::add_times_zero(sums[i], words[i]);
+        }
+    }
+    sums != [0; 4]
+}
+
+/// `out += weights * values`, one place at a time, of those that each row sees.
+unsafe fn add_seen<T: Element, const N: usize>(
+    rows: &QueryRows<'_, T>,
+    tile: u32,
+    values: Shared<T>,
+    weights: &Weights,
+    out: &mut [Accumulator; N],
+) {
+    let Lane { g, t } = lane();
+    for place in 0..TILE {
+        let (step, column) = (place / 16, place % 16);
+        let mut pairs = [0; 2];
+        for i in 0..STEPS {
+            // Of all words but one nothing is left. (A choice among them would be a look-up in an array, in memory.)
+            let [upper, lower] =
+                [column < 8, column >= 8].map(|half| u32::from(i as u32 == step && half).wrapping_neg());
+            let A(a) = weights[i];
+            pairs[0] |= a[0] & upper | a[2] & lower;
+            pairs[1] |= a[1] & upper | a[3] & lower;
+        }
+        let from = 4 * g + column % 8 / 2;
+        let weights = pairs.map(|pair| {
+            let [even, odd] = T::unpack(warp::shuffle_idx(warp::FULL, pair, from));
+            if column.is_multiple_of(2) { even } else { odd }
+        });
+        let line = values.byte_add(place * LINE_BYTES + 4 * t);
+        for n in 0..N {
+            let piece = (n % 8) as u32 ^ (place % 8);
+            let at = line.byte_add(n as u32 / 8 * LINES_BYTES + 16 * piece);
+            let value = T::unpack(at.cast::<u32>().load());
+            for i in 0..4 {
+                let row = Accumulator::row_half(i);
+                if TILE * tile + place < rows.bounds[row] {
+                    out[n].0[i] += weights[row] * value[Accumulator::column_half(i)];
+                }
+            }
+        }
+    }
+}
+
+/// Turns a tile's products into weights; returns what the output is to be scaled by.
+#[inline(always)]
+unsafe fn weigh<T: Element>(
+    rows: &QueryRows<'_, T>,
+    is_masked: bool,
+    tile: u32,
+    logits: &mut Logits,
+    softmax: &mut Running,
+) -> [f32; 2] {
+    let scale_left = rows.scale_left(logits);
+    if is_masked {
+        rows.hide_places(logits, TILE * tile);
+    }
+    rows.weigh(scale_left, logits, softmax)
+}
+
+/// Weights as A fragments of 16 places.
+#[inline(always)]
+fn pack<T: Element>(weights: &Logits) -> Weights {
+    let mut packed = [A([0; 4]); STEPS];
+    for step in 0..STEPS {
+        let [upper, lower] = [weights[2 * step].0, weights[2 * step + 1].0];
+        packed[step] = A([
+            T::pack(upper[0], upper[1]),
+            T::pack(upper[2], upper[3]),
+            T::pack(lower[0], lower[1]),
+            T::pack(lower[2], lower[3]),
+        ]);
+    }
+    packed
+}
