@@ -22,7 +22,8 @@ use crate::dtype::DType;
 use crate::error::{Error, Result};
 use crate::rope::RopePairing;
 
-/// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128.
+/// Query rows of a KV head up to which the decode kernel, 8 of them at a time, is faster than the prefill kernel, 128. (On Hopper that
+/// holds while SMs are idle.)
 pub(crate) const FEW_QUERY_ROWS: u32 = 64;
 
 /// A GPU with the kernels of one configuration.

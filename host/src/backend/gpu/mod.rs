@@ -17,6 +17,7 @@ use kernels_gpu::launch::Dims;
 use kernels_gpu::ops::append::AppendParams;
 use kernels_gpu::ops::append_pool::AppendPoolParams;
 use kernels_gpu::ops::attend::AttendParams;
+use kernels_gpu::ops::attend_decode::QUERY_ROWS;
 use kernels_gpu::ops::merge::MergeParams;
 use kernels_gpu::ops::pool::PoolParams;
 use kernels_gpu::ops::score::ScoreParams;
@@ -108,7 +109,10 @@ impl GpuPlan {
         let gathers = if rotates { self.gather_params(workspace, params, head_dim)? } else { None };
         // `attend_decode` finds values where it finds keys.
         let alike = params.k_stride == params.v_stride;
-        let few = params.max_block_len * params.group <= FEW_QUERY_ROWS;
+        let rows = params.max_block_len * params.group;
+        // A unit of 8 query rows takes the decode kernel about as long as 128 take the one for blocks, but a list is cut for idle SMs.
+        let fills = kernels.prefill.op == Op::AttendWarpgroups && params.decode_units() > gpu.num_sms;
+        let few = rows <= if fills { QUERY_ROWS } else { FEW_QUERY_ROWS };
         if alike && (few || (rotates && gathers.is_none())) {
             // SAFETY: as above.
             return unsafe { self.launch(kernels.decode, params.decode_dims(gpu, head_dim), &params) };
