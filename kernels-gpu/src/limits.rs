@@ -17,6 +17,9 @@ pub const MAX_COLUMNS: u32 = 16;
 /// Rows that a warpgroup multiplies at a time: `wgmma.m64nNk16`.
 pub const WARPGROUP_ROWS: u32 = 64;
 
+/// Threads of a warpgroup.
+pub const WARPGROUP: u32 = 128;
+
 /// Bytes of a core matrix, of which operands in shared memory are made: eight rows of 16 bytes.
 pub const CORE_BYTES: u32 = 128;
 

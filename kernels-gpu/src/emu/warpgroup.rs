@@ -16,6 +16,7 @@
 use super::access::Access;
 use super::block::{Block, with};
 use super::report::{Fault, Kind, Site};
+use crate::limits::WARPGROUP;
 
 /// B in shared memory: see [`Columns`](crate::simt::warpgroup::Columns).
 #[derive(Clone, Copy)]
@@ -321,14 +322,14 @@ impl Block {
             if !products.sets.is_empty() {
                 return fault(thread, "the block ends with products under way");
             }
-            let first = thread / 128 * 128;
+            let first = thread - thread % WARPGROUP as usize;
             if products.registers != self.products[first].registers {
                 return fault(thread, "its registers are not those of the first warp of its warpgroup");
             }
             if products.history != self.products[first].history {
                 return fault(thread, "its products are not those of the first warp of its warpgroup");
             }
-            if products.history.0 > 0 && first + 128 > self.products.len() {
+            if products.history.0 > 0 && first + WARPGROUP as usize > self.products.len() {
                 return fault(thread, "a product in a warpgroup of fewer than four warps");
             }
         }

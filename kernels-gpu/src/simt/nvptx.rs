@@ -866,29 +866,24 @@ pub fn pack_bf16(lo: f32, hi: f32) -> u32 {
     pair
 }
 
-#[inline(always)]
-pub fn add_times_zero_f16(sum: u32, pair: u32) -> u32 {
-    let result: u32;
-    unsafe {
-        asm!(
-            "fma.rn.f16x2 {}, {}, {}, {};",
-            out(reg32) result, in(reg32) pair, in(reg32) 0u32, in(reg32) sum, options(pure, nomem, nostack)
-        )
+macro_rules! add_times_zero {
+    ($name:ident, $instruction:literal) => {
+        #[inline(always)]
+        pub fn $name(sum: u32, pair: u32) -> u32 {
+            let result: u32;
+            unsafe {
+                asm!(
+                    concat!($instruction, " {}, {}, {}, {};"),
+                    out(reg32) result, in(reg32) pair, in(reg32) 0u32, in(reg32) sum,
+                    options(pure, nomem, nostack)
+                )
+            };
+            result
+        }
     };
-    result
 }
-
-#[inline(always)]
-pub fn add_times_zero_bf16(sum: u32, pair: u32) -> u32 {
-    let result: u32;
-    unsafe {
-        asm!(
-            "fma.rn.bf16x2 {}, {}, {}, {};",
-            out(reg32) result, in(reg32) pair, in(reg32) 0u32, in(reg32) sum, options(pure, nomem, nostack)
-        )
-    };
-    result
-}
+add_times_zero!(add_times_zero_f16, "fma.rn.f16x2");
+add_times_zero!(add_times_zero_bf16, "fma.rn.bf16x2");
 
 #[inline(always)]
 pub fn unpack_f16(pair: u32) -> [f32; 2] {

@@ -5,8 +5,8 @@ use crate::common::rope::RopeTables;
 use crate::simt::data::V2;
 use crate::simt::global::{GlobalMut, GlobalPtr};
 
-/// Parameters of [`attend_decode`](mod@crate::ops::attend_decode), [`attend_stream`](mod@crate::ops::attend_stream) and
-/// [`attend_prefill`](mod@crate::ops::attend_prefill).
+/// Parameters of [`attend_decode`](mod@crate::ops::attend_decode), [`attend_stream`](mod@crate::ops::attend_stream),
+/// [`attend_prefill`](mod@crate::ops::attend_prefill) and [`attend_warpgroups`](mod@crate::ops::attend_warpgroups).
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct AttendParams<T> {

@@ -108,7 +108,7 @@ unsafe fn rotate_queries<T: Element, const W: usize, const C: usize>(work: &Work
         let (_, t) = params.query_row(&work.list, work.kv_head, work.first_row + row);
         let q = params.q_row(&work.list, work.kv_head, work.first_row + row);
         let (x, y) = params.rope.elements(pair);
-        let position = (work.list.first_bound + t).saturating_sub(1);
+        let position = work.list.query_position(t);
         let values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
         let values = params.rope.rotate(pair, position, values);
         rotated.add(row * head_dim + x).store(values.0);

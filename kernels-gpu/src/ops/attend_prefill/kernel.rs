@@ -7,7 +7,7 @@ use crate::common::fragment::{A, Accumulator, B, Lane, lane};
 use crate::common::softmax::Running;
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
-use crate::ops::attend::kernel::rows::{QueryRows, bound, scale};
+use crate::ops::attend::kernel::rows::{QueryRows, as_operand, bound, query_fragments, scale};
 use crate::simt::data::V2;
 use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
@@ -60,7 +60,8 @@ pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params:
     thread::sync_threads();
     copy::<T, K>(&work, layout, 0);
     look_up(&work, layout, 1);
-    let queries = query_fragments::<K>(layout);
+    let pitch = (16 * K) as u32 + PAD;
+    let queries = query_fragments::<K>(layout.queries.get().add(16 * warp::warp_id() * pitch), pitch);
     for tile in 0..work.num_tiles {
         cp_async_wait::<0>();
         // Behind this the copies of all threads to this tile have arrived, and nobody works on the one before.
@@ -101,13 +102,8 @@ unsafe fn look_up<T: Element>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
     let at = params.place(list, tile * TILE + place);
     let index = tile % 2 * TILE + place;
     if thread < TILE {
-        let offset = if params.k_is_gathered != 0 {
-            let place = (tile * TILE + place).min(list.len - 1);
-            params.k_stride.offset(list.row, place, work.rows.kv_head)
-        } else {
-            let (page, within) = params.page(list, at.token);
-            params.k_stride.offset(page, within, work.rows.kv_head)
-        };
+        let page = || unsafe { params.page(list, at.token) };
+        let offset = params.key_offset(list, work.rows.kv_head, tile * TILE + place, page);
         layout.key_offsets.get().add(index).store(offset);
     } else {
         let (page, within) = params.page(list, at.token);
@@ -148,24 +144,11 @@ unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &
             let (_, t) = params.query_row(list, kv_head, work.block_row + row);
             let q = params.q_row(list, kv_head, work.block_row + row);
             values = (q.add(x as u64).load_constant().to_f32(), q.add(y as u64).load_constant().to_f32());
-            values = params.rope.rotate(pair, (list.first_bound + t).saturating_sub(1), values);
+            values = params.rope.rotate(pair, list.query_position(t), values);
         }
         to.add(x).store(T::from_f32(values.0 * params.rotated_scale));
         to.add(y).store(T::from_f32(values.1 * params.rotated_scale));
     }
-}
-
-/// The warp's A fragments.
-unsafe fn query_fragments<const K: usize>(layout: &Layout) -> [A; K] {
-    let pitch = (16 * K) as u32 + PAD;
-    let lane = warp::lane_id();
-    let row = 16 * warp::warp_id() + lane % 16;
-    let from = layout.queries.get().add(row * pitch + lane / 16 * 8);
-    let mut fragments = [A([0; 4]); K];
-    for k in 0..K {
-        fragments[k] = A(ldmatrix_x4(from.add(16 * k as u32)));
-    }
-    fragments
 }
 
 /// One tile: logits, weights, output.
@@ -209,13 +192,7 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
     // Rows are places: lanes 0-15 give 16 of them for the first eight dimensions, 16-31 for the next.
     let values = layout.values.get().add((first + own % 16) * pitch + own / 16 * 8);
     for k in 0..COLUMNS / 2 {
-        let [upper, lower] = [weights[2 * k].0, weights[2 * k + 1].0];
-        let a = A([
-            T::pack(upper[0], upper[1]),
-            T::pack(upper[2], upper[3]),
-            T::pack(lower[0], lower[1]),
-            T::pack(lower[2], lower[3]),
-        ]);
+        let a = as_operand::<T>([weights[2 * k], weights[2 * k + 1]]);
         for n in (0..N).step_by(2) {
             let b = ldmatrix_x4_trans(values.add(16 * k as u32 * pitch + 8 * n as u32));
             T::mma(&mut out[n], a, B([b[0], b[1]]));

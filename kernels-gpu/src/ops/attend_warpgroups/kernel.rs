@@ -7,7 +7,7 @@ use super::params::*;
 use crate::common::element::Element;
 use crate::common::layout::Tokens;
 use crate::common::ring::Stage;
-use crate::limits::WARPGROUP_ROWS;
+use crate::limits::{WARPGROUP, WARPGROUP_ROWS};
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
 use crate::ops::attend::kernel::rows::bound;
@@ -85,7 +85,6 @@ impl Progress {
 }
 
 /// 128 query rows of a KV head of a row.
-#[derive(Clone, Copy)]
 struct Item {
     list: List,
     kv_head: u32,
@@ -128,11 +127,6 @@ impl Item {
         for i in 0..ITEM_WORDS / 4 {
             to.add(i).store(V4([0; 4]));
         }
-    }
-
-    /// Items of a launch, those that are left out among them.
-    fn count<T: Element>(params: &AttendParams<T>) -> u32 {
-        params.query_blocks() * params.num_kv_heads * params.batch.num_rows
     }
 
     /// Where the item of a stage lies.

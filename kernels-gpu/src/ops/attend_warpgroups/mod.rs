@@ -8,8 +8,8 @@
 //!     out / sum, lse
 //! ```
 //! Departures from the loops:
-//! 1. *A warpgroup copies, two multiply.* Keys and values of a tile go through rings of two stages each, items and their queries
-//!    through rings of one stage, all of them item after item: those of the next item arrive while this one is worked on. Registers
+//! 1. *A warpgroup copies, two multiply.* Keys, values and items go through rings of two stages each, queries
+//!    through one of one stage, all of them item after item: those of the next item arrive while this one is worked on. Registers
 //!    go to the two that multiply ([`CONSUMER_REGISTERS`]).
 //! 2. *Order.* The products of the next tile's keys are started before those of this tile's values, so that the weights of
 //!    the next tile are computed while the latter run.

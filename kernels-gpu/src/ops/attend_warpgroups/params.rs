@@ -2,13 +2,11 @@
 
 use crate::common::ring::Ring;
 use crate::launch::{Dims, GpuInfo};
-use crate::limits::WARPGROUP_ROWS;
+use crate::limits::{WARPGROUP, WARPGROUP_ROWS};
 use crate::ops::attend::AttendParams;
 use crate::simt::data::V4;
 use crate::simt::shared::{Carve, Region};
 
-/// Threads of a warpgroup.
-pub(super) const WARPGROUP: u32 = 128;
 /// Warpgroups that multiply.
 pub(super) const CONSUMERS: u32 = 2;
 /// Threads of a block.
@@ -87,10 +85,20 @@ impl<T> AttendParams<T> {
         (self.max_block_len * self.group).div_ceil(QUERY_ROWS)
     }
 
-    /// A block for each item, as many as run at a time; the others come after them.
+    /// Items of a launch, those of rows with fewer query rows among them. More than the kernel can count are `u32::MAX`.
+    pub(super) const fn num_items(&self) -> u32 {
+        let of_row = self.query_blocks() as u64 * self.num_kv_heads as u64;
+        let items = of_row.saturating_mul(self.batch.num_rows as u64);
+        if items < u32::MAX as u64 { items as u32 } else { u32::MAX }
+    }
+
+    /// A block for each item, as many as run at a time; the others come after them. Too many items are refused as too large a grid.
     pub const fn warpgroups_dims(&self, gpu: &GpuInfo, head_dim: u32) -> Dims {
-        let items = self.query_blocks() as u64 * self.num_kv_heads as u64 * self.batch.num_rows as u64;
-        let blocks = if items < gpu.num_sms as u64 { items as u32 } else { gpu.num_sms };
+        let blocks = match self.num_items() {
+            u32::MAX => u32::MAX,
+            items if items < gpu.num_sms => items,
+            _ => gpu.num_sms,
+        };
         Dims {
             grid: [blocks, 1, 1],
             block: [THREADS, 1, 1],

@@ -12,7 +12,7 @@ use super::params::*;
 use crate::common::element::{Element, split_towards_zero};
 use crate::common::fragment::{A, Accumulator, B, Lane, lane};
 use crate::common::layout::{LOGIT_TILE, Tokens};
-use crate::limits::CORE_BYTES;
+use crate::limits::{CORE_BYTES, WARPGROUP};
 use crate::ops::pool::SCORE;
 use crate::simt::data::{V2, V4};
 use crate::simt::global::GlobalPtr;

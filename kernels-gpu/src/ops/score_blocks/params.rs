@@ -3,14 +3,12 @@
 use crate::common::layout::{BatchTables, LOGIT_TILE, PageStrides};
 use crate::launch::{Dims, GpuInfo};
 use crate::limits::{
-    CORE_BYTES, MAX_COLUMNS, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90, WARPGROUP_ROWS, columns,
+    CORE_BYTES, MAX_COLUMNS, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90, WARPGROUP, WARPGROUP_ROWS, columns,
 };
 use crate::simt::data::{V2, V4};
 use crate::simt::global::{GlobalMut, GlobalPtr};
 use crate::simt::shared::{Carve, Region};
 
-/// Threads of a warpgroup.
-pub(super) const WARPGROUP: u32 = 128;
 /// Threads of a block of [`fold`](super::kernel::fold).
 pub(super) const FOLD_THREADS: u32 = 128;
 /// Stages of keys of a warp: one is read while the others are in flight.

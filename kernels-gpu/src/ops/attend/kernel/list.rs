@@ -34,6 +34,13 @@ pub struct Place {
     pub rank: u32,
 }
 
+impl List {
+    /// The position at which query `t` of the row's block is rotated.
+    pub fn query_position(&self, t: u32) -> u32 {
+        (self.first_bound + t).saturating_sub(1)
+    }
+}
+
 impl<T> AttendParams<T> {
     /// The list of a row. Lengths that are wrong are brought into their bounds here, tokens in [`place`](Self::place), ranks where
     /// a key is rotated.
@@ -92,6 +99,21 @@ impl<T> AttendParams<T> {
         let (page, within) = self.batch.split_token(token);
         let entry = list.first_page as u64 + page as u64;
         (self.batch.kv_indices.add(entry).load(), within)
+    }
+
+    /// Where the key of place `place` lies in `k_pages`; its page and its token's index in it are asked for where it is not gathered.
+    pub fn key_offset(
+        &self,
+        list: &List,
+        kv_head: u32,
+        place: u32,
+        page: impl FnOnce() -> (u32, u32),
+    ) -> u64 {
+        if self.k_is_gathered != 0 {
+            return self.k_stride.offset(list.row, place.min(list.len - 1), kv_head);
+        }
+        let (page, within) = page();
+        self.k_stride.offset(page, within, kv_head)
     }
 
     /// Query heads.

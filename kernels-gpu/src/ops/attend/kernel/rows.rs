@@ -3,10 +3,12 @@
 
 use super::list::{List, NOWHERE};
 use crate::common::element::Element;
-use crate::common::fragment::{Accumulator, Lane, lane, over_columns};
+use crate::common::fragment::{A, Accumulator, Lane, lane, over_columns};
 use crate::common::softmax::{FAR, LARGEST, Running, bounded, log_sum_exp};
 use crate::ops::attend::AttendParams;
 use crate::simt::data::{V2, V4};
+use crate::simt::shared::Shared;
+use crate::simt::tensor::ldmatrix_x4;
 use crate::simt::warp;
 
 /// 16 query rows of a KV head, those of one warp.
@@ -180,6 +182,35 @@ impl<'a, T: Element> QueryRows<'a, T> {
             }
         }
     }
+}
+
+/// The A fragments of a warp's 16 query rows in shared memory, the first at `queries`, `pitch` elements from one to the next.
+///
+/// *Convergence:* aligned; all 32 lanes.
+///
+/// # Safety
+/// - All lanes of the warp call it; the rows have `16 K` elements, at multiples of 16 bytes.
+#[inline(always)]
+pub unsafe fn query_fragments<const K: usize>(queries: Shared<u16>, pitch: u32) -> [A; K] {
+    let lane = warp::lane_id();
+    let from = queries.add(lane % 16 * pitch + lane / 16 * 8);
+    let mut fragments = [A([0; 4]); K];
+    for k in 0..K {
+        fragments[k] = A(ldmatrix_x4(from.add(16 * k as u32)));
+    }
+    fragments
+}
+
+/// Weights of 16 places, two fragments, as an operand.
+#[inline(always)]
+pub fn as_operand<T: Element>([first, second]: [Accumulator; 2]) -> A {
+    let [first, second] = [first.0, second.0];
+    A([
+        T::pack(first[0], first[1]),
+        T::pack(first[2], first[3]),
+        T::pack(second[0], second[1]),
+        T::pack(second[2], second[3]),
+    ])
 }
 
 /// Multiplies both rows of an output by what [`QueryRows::weigh`] says.

@@ -4,8 +4,7 @@ use super::*;
 use crate::common::block::strided;
 use crate::common::fragment::{A, Accumulator, Lane, lane};
 use crate::common::softmax::Running;
-use crate::ops::attend::kernel::rows::{QueryRows, scale};
-use crate::simt::tensor::ldmatrix_x4;
+use crate::ops::attend::kernel::rows::{QueryRows, as_operand, query_fragments, scale};
 use crate::simt::warp;
 use crate::simt::warpgroup::Columns;
 
@@ -120,12 +119,7 @@ unsafe fn take_queries<T: Element, const K: usize>(
     if params.rope.pairs > 0 || params.rotated_scale != 1.0 {
         rotate_queries::<T, K>(params, layout, item);
     }
-    let row = 16 * consumer_warp() + warp::lane_id() % 16;
-    let from = layout.queries.get().add(row * pitch + warp::lane_id() / 16 * 8);
-    let mut fragments = [A([0; 4]); K];
-    for k in 0..K {
-        fragments[k] = A(ldmatrix_x4(from.add(16 * k as u32)));
-    }
+    let fragments = query_fragments(layout.queries.get().add(16 * consumer_warp() * pitch), pitch);
     layout.query_ring.release(stage);
     fragments
 }
@@ -142,8 +136,7 @@ unsafe fn rotate_queries<T: Element, const K: usize>(params: &AttendParams<T>, l
         if item.first_row + row < item.num_rows {
             let (_, t) = params.query_row(&item.list, item.kv_head, item.first_row + row);
             let values = (q.add(x).load().to_f32(), q.add(y).load().to_f32());
-            let position = (item.list.first_bound + t).saturating_sub(1);
-            let values = params.rope.rotate(pair, position, values);
+            let values = params.rope.rotate(pair, item.list.query_position(t), values);
             q.add(x).store(T::from_f32(values.0 * params.rotated_scale));
             q.add(y).store(T::from_f32(values.1 * params.rotated_scale));
         }
@@ -306,13 +299,7 @@ unsafe fn weigh<T: Element>(
 fn pack<T: Element>(weights: &Logits) -> Weights {
     let mut packed = [A([0; 4]); STEPS];
     for step in 0..STEPS {
-        let [upper, lower] = [weights[2 * step].0, weights[2 * step + 1].0];
-        packed[step] = A([
-            T::pack(upper[0], upper[1]),
-            T::pack(upper[2], upper[3]),
-            T::pack(lower[0], lower[1]),
-            T::pack(lower[2], lower[3]),
-        ]);
+        packed[step] = as_operand::<T>([weights[2 * step], weights[2 * step + 1]]);
     }
     packed
 }

@@ -59,7 +59,7 @@ unsafe fn send<T: Element>(params: &AttendParams<T>, layout: &Layout, mut index:
     let to = Item::place(layout, stage);
     layout.item_ring.claim(stage);
     loop {
-        let is_end = index >= Item::count(params);
+        let is_end = index >= params.num_items();
         let found = !is_end && Item::find(params, index, to);
         index += thread::grid_dim_x();
         if is_end && warp::lane_id() == 0 {
@@ -117,12 +117,8 @@ unsafe fn copy_keys<T: Element, const K: usize>(
     at: Looked,
     stage: Stage,
 ) {
-    let offset = if params.k_is_gathered != 0 {
-        let place = TILE * tile + WARP_PLACES * own_warp() + warp::lane_id();
-        params.k_stride.offset(item.list.row, place.min(item.list.len - 1), item.kv_head)
-    } else {
-        params.k_stride.offset(at.page, at.within, item.kv_head)
-    };
+    let place = TILE * tile + WARP_PLACES * own_warp() + warp::lane_id();
+    let offset = params.key_offset(&item.list, item.kv_head, place, || (at.page, at.within));
     layout.key_ring.claim(stage);
     let to = Pieces::of::<K>(layout.keys.get(), stage);
     copy_lines::<T, K>(params.k_pages.add(offset), |_| 16, |fourth, chunk| to.at(fourth, chunk));
