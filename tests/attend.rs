@@ -646,8 +646,10 @@ fn gpu_rotations_of_every_part(device: &Device) {
                     scaling: [RopeScaling::None, yarn][(i / 2 + i / 20) % 2],
                     ..Rope::default()
                 };
+                // `gather` takes four KV heads at a time.
+                let num_kv_heads = if i % 8 == 3 { 5 } else { 2 };
                 let config = SelectConfig {
-                    heads: HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim },
+                    heads: HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim },
                     dtype: [DType::F16, DType::Bf16][(i / 4 + j) % 2],
                     positions: Positions::Reassigned(rope),
                     top_k: [5, 400][i / 3 % 2],

@@ -10,7 +10,9 @@ use crate::simt::global::GlobalPtr;
 #[cfg(feature = "kernels")]
 mod rotate;
 #[cfg(feature = "kernels")]
-pub use rotate::*;
+mod units;
+#[cfg(feature = "kernels")]
+pub use {rotate::*, units::*};
 
 /// Positions that the fine table covers.
 pub const FINE: u32 = 256;

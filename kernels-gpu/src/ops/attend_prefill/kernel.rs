@@ -8,7 +8,7 @@ use crate::common::softmax::Running;
 use crate::ops::attend::AttendParams;
 use crate::ops::attend::kernel::List;
 use crate::ops::attend::kernel::rows::{QueryRows, as_operand, bound, query_fragments, scale};
-use crate::simt::data::V2;
+use crate::simt::data::{V2, V4};
 use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
 use crate::simt::{grid, thread, warp};
@@ -130,8 +130,37 @@ unsafe fn copy<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout, 
     cp_async_commit();
 }
 
-/// Puts the block's query rows in shared memory, rotated; rows that there are not are zero.
+/// Puts the block's query rows in shared memory, rotated, a unit of a row at a time; rows that there are not are zero.
 unsafe fn load_queries<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout) {
+    let (params, list, kv_head) = (work.rows.params, &work.rows.list, work.rows.kv_head);
+    let rope = &params.rope;
+    let has_units = rope.has_units();
+    if !has_units && (rope.pairs > 0 || params.rotated_scale != 1.0) {
+        return load_queries_by_elements::<T, K>(work, layout);
+    }
+    let (pitch, units) = ((16 * K) as u32 + PAD, K as u32);
+    for i in strided(thread::thread_idx_x(), QUERY_ROWS * units, THREADS) {
+        let (row, unit) = (i / units, i % units);
+        let [first, second] = rope.unit_pieces(unit);
+        let mut pieces = [[0; 4]; 2];
+        if work.block_row + row < work.num_rows {
+            let q = params.q_row(list, kv_head, work.block_row + row);
+            let piece = |element: u32| q.add(element as u64).cast::<V4<u32>>().load_constant().0;
+            pieces = [piece(first), piece(second)];
+            if has_units {
+                let (_, t) = params.query_row(list, kv_head, work.block_row + row);
+                let angles = rope.unit_entries(unit, list.query_position(t)).angles();
+                pieces = rope.turn_unit::<T>(unit, &angles, params.rotated_scale, pieces);
+            }
+        }
+        let to = layout.queries.get().add(row * pitch);
+        to.add(first).cast().store(V4(pieces[0]));
+        to.add(second).cast().store(V4(pieces[1]));
+    }
+}
+
+/// The same where pairs do not lie in pieces, element by element.
+unsafe fn load_queries_by_elements<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout) {
     let (params, list, kv_head) = (work.rows.params, &work.rows.list, work.rows.kv_head);
     let head_dim = (16 * K) as u32;
     let pairs = head_dim / 2;

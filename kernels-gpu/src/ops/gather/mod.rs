@@ -6,7 +6,9 @@
 //! ```
 //! Prefill reads each key once for every tile of queries; here it is looked up, rotated and rounded once.
 //!
-//! **Thread mapping.** A warp per place and KV head; a lane per pair of elements that RoPE may rotate together.
+//! **Thread mapping.** A thread per place, *unit* ([`rope`](crate::common::rope): two pieces of 16 bytes that are rotated together) and four
+//! KV heads: their keys are in flight together, and rotated by the same angles. Where pairs do not lie in pieces (half-split ones whose
+//! number is no multiple of 8, an odd number of neighbours), it loads its eight pairs element by element.
 //!
 //! **Bytes.** Keys once each way: `len * num_kv_heads * head_dim * 4`.
 

@@ -115,30 +115,94 @@ unsafe fn take_queries<T: Element, const K: usize>(
     stage: Stage,
 ) -> [A; K] {
     let pitch = (16 * K) as u32 + PAD;
-    layout.query_ring.wait(stage);
-    if params.rope.pairs > 0 || params.rotated_scale != 1.0 {
-        rotate_queries::<T, K>(params, layout, item);
+    if params.rope.has_units() {
+        rotate_queries::<T, K>(params, layout, item, stage);
+    } else {
+        layout.query_ring.wait(stage);
+        if params.rope.pairs > 0 || params.rotated_scale != 1.0 {
+            rotate_elements_of_queries::<T, K>(params, layout, item);
+        }
     }
     let fragments = query_fragments(layout.queries.get().add(16 * consumer_warp() * pitch), pitch);
     layout.query_ring.release(stage);
     fragments
 }
 
-unsafe fn rotate_queries<T: Element, const K: usize>(params: &AttendParams<T>, layout: &Layout, item: &Item) {
-    let (pitch, pairs) = ((16 * K) as u32 + PAD, (8 * K) as u32);
+/// Adjacent query rows that a thread rotates: they often are one token's, at one position.
+const ROTATED_ROWS: u32 = 4;
+
+/// Waits for the queries and rotates those of the warpgroup: a thread has a unit of four rows. The first angles are asked for before the
+/// wait.
+#[inline(always)]
+unsafe fn rotate_queries<T: Element, const K: usize>(
+    params: &AttendParams<T>,
+    layout: &Layout,
+    item: &Item,
+    stage: Stage,
+) {
+    let units = K as u32;
+    // Behind shuffles, so that no registers hold from item to item what follows from it, and the loop over rows is not unrolled.
+    let own = warp::shuffle_xor(warp::FULL, thread::thread_idx_x() % WARPGROUP, 0);
+    let num_rows = warp::shuffle_xor(warp::FULL, ROTATED_ROWS, 0);
+    let first_row = |i: u32| WARPGROUP_ROWS * (consumer_warp() / 4) + ROTATED_ROWS * (i / units);
+    let position = |row: u32| {
+        let row = (item.first_row + row).min(item.num_rows - 1);
+        item.list.query_position(row / params.group.max(1))
+    };
+    let mut at = position(first_row(own));
+    let mut entries = params.rope.unit_entries(own % units, at);
+    layout.query_ring.wait(stage);
+    for i in strided(own, WARPGROUP_ROWS / ROTATED_ROWS * units, WARPGROUP) {
+        let unit = i % units;
+        if i != own {
+            at = position(first_row(i));
+            entries = params.rope.unit_entries(unit, at);
+        }
+        let mut angles = entries.angles();
+        for row in first_row(i)..first_row(i) + num_rows {
+            if item.first_row + row >= item.num_rows {
+                break;
+            }
+            if position(row) != at {
+                at = position(row);
+                angles = params.rope.unit_entries(unit, at).angles();
+            }
+            let places = params.rope.unit_pieces(unit).map(|element| query_piece::<K>(layout, row, element));
+            let pieces = [places[0].load().0, places[1].load().0];
+            let turned = params.rope.turn_unit::<T>(unit, &angles, params.rotated_scale, pieces);
+            places[0].store(V4(turned[0]));
+            places[1].store(V4(turned[1]));
+        }
+    }
+    thread::sync_named(own_barrier(), WARPGROUP);
+}
+
+/// Where eight elements of a query row lie, from `element` on.
+fn query_piece<const K: usize>(layout: &Layout, row: u32, element: u32) -> Shared<V4<u32>> {
+    layout.queries.get().add(row * ((16 * K) as u32 + PAD) + element).cast()
+}
+
+/// The same where pairs do not lie in pieces, element by element.
+unsafe fn rotate_elements_of_queries<T: Element, const K: usize>(
+    params: &AttendParams<T>,
+    layout: &Layout,
+    item: &Item,
+) {
+    let pairs = (8 * K) as u32;
     let consumer = consumer_warp() / 4;
-    // Behind a shuffle, so that no registers hold from item to item what follows from it.
+    // As in `rotate_queries`.
     let own = warp::shuffle_xor(warp::FULL, thread::thread_idx_x() % WARPGROUP, 0);
     for i in strided(own, WARPGROUP_ROWS * pairs, WARPGROUP) {
         let (row, pair) = (WARPGROUP_ROWS * consumer + i / pairs, i % pairs);
-        let q = layout.queries.get().cast::<T>().add(row * pitch);
         let (x, y) = params.rope.elements(pair);
         if item.first_row + row < item.num_rows {
+            let [x, y] = [x, y]
+                .map(|element| query_piece::<K>(layout, row, element / 8 * 8).cast::<T>().add(element % 8));
             let (_, t) = params.query_row(&item.list, item.kv_head, item.first_row + row);
-            let values = (q.add(x).load().to_f32(), q.add(y).load().to_f32());
+            let values = (x.load().to_f32(), y.load().to_f32());
             let values = params.rope.rotate(pair, item.list.query_position(t), values);
-            q.add(x).store(T::from_f32(values.0 * params.rotated_scale));
-            q.add(y).store(T::from_f32(values.1 * params.rotated_scale));
+            x.store(T::from_f32(values.0 * params.rotated_scale));
+            y.store(T::from_f32(values.1 * params.rotated_scale));
         }
     }
     thread::sync_named(own_barrier(), WARPGROUP);
