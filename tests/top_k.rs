@@ -316,6 +316,29 @@ fn emulated_contenders_in_several_windows() {
     }
 }
 
+/// More votes than the blocks of a cluster have in flight: of every eight tokens the first four are counted, and tell where to look.
+/// They may tell too few, or too many.
+#[test]
+fn emulated_votes_of_which_a_part_is_counted() {
+    let device = Device::emulated();
+    let len = 40_000;
+    let config = SelectConfig { n_init: 3, n_local: 5, ..small_config() };
+    let is_counted = |j: usize| (config.n_init + j) / 4 % 2 == 0;
+    let large = |j: usize| 1.0 + f64::from(j as f32 / len as f32);
+    let small = |j: usize| f64::from((j * 7919 % len) as f32 / len as f32);
+    // 1500 large votes, all of them counted: 2048 are expected to be as large.
+    let too_few = (0..len).map(|j| if j < 3000 && is_counted(j) { large(j) } else { small(j) }).collect();
+    // None of 20 000 large votes is counted.
+    let too_many = (0..len).map(|j| if is_counted(j) { small(j) } else { large(j) }).collect();
+    let even = (0..len).map(small).collect();
+    for (name, votes) in [("too few", too_few), ("too many", too_many), ("even", even)] {
+        let case = Case::new(&config, vec![Row { votes, block: 2, action: RowAction::Score }]);
+        println!("{name}"); // shown where the test fails
+        case.check(&device, 2048);
+    }
+    check_adversarial(&device, len, &[1, 2048]);
+}
+
 fn gpu_ragged_rows(device: &Device) {
     let config = SelectConfig { top_k: 40, n_local: 3, ..small_config() };
     let mut rows: Vec<Row> = [41, 40, 39, 1, 255, 256, 257, 1025]

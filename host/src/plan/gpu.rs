@@ -288,6 +288,8 @@ pub(crate) struct Scratch {
     pub blocks_partial: u64,
     /// `[max_rows, num_qo_heads]` pairs of f32.
     pub blocks_sums: u64,
+    /// `[max_rows, num_kv_heads]` u32, zero between launches.
+    pub blocks_counters: u64,
     /// `[max_rows, BINS]` u32, zero between launches.
     histogram: u64,
     /// `[max_rows, 4]` u32.
@@ -331,6 +333,7 @@ impl Scratch {
         let blocks = u64::from(operations.score_blocks);
         let blocks_partial = words(&[2, blocks, num_entries(max_kv_tokens, max_rows, hq)]);
         let blocks_sums = words(&[2, blocks, max_rows, hq]);
+        let blocks_counters = words(&[blocks, max_rows, hkv]);
         let histogram = words(&[max_rows, u64::from(BINS)]);
         let radix_state = words(&[max_rows, 4]);
         let share_counts = words(&[max_shares(max_kv_tokens, max_rows)]);
@@ -352,6 +355,7 @@ impl Scratch {
             score_partial,
             blocks_partial,
             blocks_sums,
+            blocks_counters,
             histogram,
             radix_state,
             share_counts,
@@ -378,6 +382,7 @@ impl Scratch {
             score_partial: base + self.score_partial,
             blocks_partial: base + self.blocks_partial,
             blocks_sums: base + self.blocks_sums,
+            blocks_counters: base + self.blocks_counters,
             histogram: base + self.histogram,
             radix_state: base + self.radix_state,
             share_counts: base + self.share_counts,

@@ -12,6 +12,7 @@ use std::ops::Range;
 use half::f16;
 use kernels_gpu::common::layout::{BatchTables, PageStrides};
 use kernels_gpu::common::overlap::Overlap;
+use kernels_gpu::common::radix::{COUNTS, NO_COUNTS};
 use kernels_gpu::entries::{ElementType, Entry, Key, Op};
 use kernels_gpu::launch::Dims;
 use kernels_gpu::ops::append::AppendParams;
@@ -143,11 +144,14 @@ impl GpuPlan {
         let (gpu, kernels) = (self.driver.gpu(), self.vote_kernels()?);
         // SAFETY: `TokenSelect` has checked shapes and lengths.
         let launch = |kernel, dims| unsafe { self.launch(kernel, dims, params) };
+        if let Some(dims) = params.cluster_dims(gpu) {
+            let wanted = if votes_are_counted { COUNTS } else { NO_COUNTS };
+            let params = TopKParams { wanted, ..*params };
+            // SAFETY: as above.
+            return unsafe { self.launch(kernels.choose_in_cluster, dims, &params) };
+        }
         if !votes_are_counted {
             launch(kernels.count, params.count_dims(gpu))?;
-        }
-        if let Some(dims) = params.cluster_dims(gpu) {
-            return launch(kernels.choose_in_cluster, dims);
         }
         launch(kernels.refine, params.count_dims(gpu))?;
         launch(kernels.choose, params.choose_dims())
@@ -204,9 +208,7 @@ impl GpuPlan {
         unsafe {
             self.launch(kernels.stats, score.stats_dims(gpu), &score)?;
             self.launch(kernels.fold, score.fold_dims(), &score)?;
-            for (vote, dims) in score.votes(gpu) {
-                self.launch(kernels.vote, dims, &vote)?;
-            }
+            self.launch(kernels.vote, score.vote_dims(gpu), &score)?;
         }
         if !plan.votes_are_chosen_from() {
             self.smooth(plan, batch, workspace)?;

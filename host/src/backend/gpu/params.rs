@@ -207,6 +207,7 @@ impl GpuPlan {
             groups,
             partial: GlobalMut::from_addr(scratch.blocks_partial),
             sums: GlobalMut::from_addr(scratch.blocks_sums),
+            counters: GlobalMut::from_addr(scratch.blocks_counters),
             votes: own_mut(&workspace.votes)?,
             batch: self.tables(batch)?,
             stride: page_strides(kv.k_strides),
@@ -218,8 +219,6 @@ impl GpuPlan {
             scale_log2: config.score_scale() * std::f32::consts::LOG2_E / rotated_scale,
             rotated_scale,
             head_dim: config.heads.head_dim as u32,
-            first_kv_head: 0,
-            launch_kv_heads: config.heads.num_kv_heads as u32,
         })
     }
 

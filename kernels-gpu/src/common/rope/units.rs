@@ -70,32 +70,51 @@ impl RopeTables {
         unit: u32,
         angles: &UnitAngles,
         scale: f32,
-        [first, second]: Pieces,
+        pieces: Pieces,
     ) -> Pieces {
-        let (mut turned_first, mut turned_second) = ([0; 4], [0; 4]);
-        let turn = |pair: u32, angle: Angle, x: f32, y: f32| {
-            let (x, y) = if pair < self.pairs { angle.turn((x, y)) } else { (x, y) };
-            [x * scale, y * scale]
-        };
-        if self.pairing == HALF_SPLIT {
+        let mut packed = [[0; 4]; 2];
+        let turned = self.turned_values::<T>(unit, angles, pieces);
+        for piece in 0..2 {
             for word in 0..4 {
-                let ([x0, x1], [y0, y1]) = (T::unpack(first[word]), T::unpack(second[word]));
-                let pair = 8 * unit + 2 * word as u32;
-                let [x0, y0] = turn(pair, angles.0[word][0], x0, y0);
-                let [x1, y1] = turn(pair + 1, angles.0[word][1], x1, y1);
-                turned_first[word] = T::pack(x0, x1);
-                turned_second[word] = T::pack(y0, y1);
-            }
-        } else {
-            for word in 0..4 {
-                let pair = 8 * unit + word as u32;
-                let ([x, y], [z, w]) = (T::unpack(first[word]), T::unpack(second[word]));
-                let [x, y] = turn(pair, angles.0[word / 2][word % 2], x, y);
-                let [z, w] = turn(pair + 4, angles.0[2 + word / 2][word % 2], z, w);
-                turned_first[word] = T::pack(x, y);
-                turned_second[word] = T::pack(z, w);
+                let [x, y] = [turned[piece][2 * word], turned[piece][2 * word + 1]];
+                packed[piece][word] = T::pack(x * scale, y * scale);
             }
         }
-        [turned_first, turned_second]
+        packed
     }
+
+    /// The elements of a unit, rotated.
+    #[inline(always)]
+    pub fn turned_values<T: Element>(&self, unit: u32, angles: &UnitAngles, pieces: Pieces) -> [[f32; 8]; 2] {
+        let [mut first, mut second] = values::<T>(pieces);
+        let turn = |pair: u32, angle: Angle, x: f32, y: f32| {
+            if pair < self.pairs { angle.turn((x, y)) } else { (x, y) }
+        };
+        if self.pairing == HALF_SPLIT {
+            for i in 0..8 {
+                let angle = angles.0[i / 2][i % 2];
+                (first[i], second[i]) = turn(8 * unit + i as u32, angle, first[i], second[i]);
+            }
+        } else {
+            for i in 0..4 {
+                let (pair, [near, far]) =
+                    (8 * unit + i as u32, [i / 2, 2 + i / 2].map(|j| angles.0[j][i % 2]));
+                (first[2 * i], first[2 * i + 1]) = turn(pair, near, first[2 * i], first[2 * i + 1]);
+                (second[2 * i], second[2 * i + 1]) = turn(pair + 4, far, second[2 * i], second[2 * i + 1]);
+            }
+        }
+        [first, second]
+    }
+}
+
+/// The elements of a unit.
+#[inline(always)]
+pub fn values<T: Element>(pieces: Pieces) -> [[f32; 8]; 2] {
+    let mut values = [[0.0; 8]; 2];
+    for piece in 0..2 {
+        for word in 0..4 {
+            [values[piece][2 * word], values[piece][2 * word + 1]] = T::unpack(pieces[piece][word]);
+        }
+    }
+    values
 }

@@ -6,7 +6,10 @@ pub(crate) use self::reuse::Cached;
 use super::params::*;
 use crate::common::block::strided;
 use crate::common::element::Element;
-use crate::common::layout::Row;
+use crate::common::layout::{Row, Tokens};
+use crate::common::rope::{self, UNIT};
+use crate::common::words::load_row;
+use crate::simt::data::V4;
 use crate::simt::shared::Shared;
 use crate::simt::{grid, math, thread, warp};
 
@@ -53,59 +56,111 @@ pub(crate) unsafe fn load_cached<T: Element>(params: &PoolParams<T>, entry: u32)
 }
 
 /// Queries whose elements a thread has in flight.
-const BATCH: u32 = 8;
+const BATCH: usize = 8;
 
 /// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
 unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, sums: Shared<f32>) {
     let queries = params.batch.queries(row);
-    let pairs = params.head_dim / 2;
-    core::hint::assert_unchecked(pairs != 0);
-    let turns = THREADS / pairs;
-    let (pair, turn) = (thread::thread_idx_x() % pairs, thread::thread_idx_x() / pairs);
-    let (i, j) = params.rope.elements(pair);
-    let (mut sum_x, mut sum_y) = (0.0, 0.0);
-    if turn < turns {
-        for first in strided(turn, queries.len(), turns * BATCH) {
-            let mut loaded = [(T::from_f32(0.0), T::from_f32(0.0)); BATCH as usize];
-            for b in 0..BATCH {
-                let t = (first + b * turns).min(queries.len() - 1);
-                let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
-                let of_pair = (at.add(i as u64), at.add(j as u64));
-                loaded[b as usize] = (of_pair.0.load_constant_once(), of_pair.1.load_constant_once());
-            }
-            for b in 0..BATCH {
-                let t = first + b * turns;
-                if t < queries.len() {
-                    let (x, y) = loaded[b as usize];
-                    let (x, y) = params.rope.rotate(pair, params.n_local + t, (x.to_f32(), y.to_f32()));
-                    sum_x += x;
-                    sum_y += y;
+    let units = params.head_dim / UNIT;
+    let in_units = params.rope.pairs == 0 || params.rope.has_units();
+    let turns = if in_units && units * UNIT == params.head_dim {
+        sum_of_units(params, head, queries, units.max(1), sums)
+    } else {
+        sum_of_pairs(params, head, queries, sums)
+    };
+    thread::sync_threads();
+    let (element, mut sum) = (thread::thread_idx_x(), 0.0);
+    if element < params.head_dim {
+        for turn in 0..turns {
+            sum += sums.add(turn * params.head_dim + element).load();
+        }
+    }
+    thread::sync_threads();
+    if element < params.head_dim {
+        let mean = sum / queries.len().max(1) as f32;
+        sums.add(element).store(mean);
+        let out = (row as u64 * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64;
+        params.queries.add(out + element as u64).store(mean);
+    }
+}
+
+/// Sums of every `turns`-th query, for each of the turns: `sums[turn, element]`. Threads take a [unit](crate::common::rope) of a query each;
+/// returns `turns`.
+unsafe fn sum_of_units<T: Element>(
+    params: &PoolParams<T>,
+    head: u32,
+    queries: Tokens,
+    units: u32,
+    sums: Shared<f32>,
+) -> u32 {
+    let turns = THREADS / units;
+    let (unit, turn) = (thread::thread_idx_x() % units, thread::thread_idx_x() / units);
+    if turn >= turns {
+        return turns;
+    }
+    let rope = &params.rope;
+    let elements = rope.unit_pieces(unit);
+    let mut sum = [[0.0; 8]; 2];
+    for first in strided(turn, queries.len(), turns * BATCH as u32) {
+        let mut pieces = [[[0; 4]; 2]; BATCH];
+        for b in 0..BATCH {
+            let t = (first + b as u32 * turns).min(queries.len() - 1);
+            let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
+            pieces[b] = elements.map(|element| load_row(at.add(element as u64)));
+        }
+        for b in 0..BATCH {
+            let t = first + b as u32 * turns;
+            if t < queries.len() {
+                let values = if rope.pairs == 0 {
+                    rope::values::<T>(pieces[b])
+                } else {
+                    let angles = rope.unit_entries(unit, params.n_local + t).angles();
+                    rope.turned_values::<T>(unit, &angles, pieces[b])
+                };
+                for piece in 0..2 {
+                    for i in 0..8 {
+                        sum[piece][i] += values[piece][i];
+                    }
                 }
             }
         }
     }
-    let scratch = sums.add(2 * thread::thread_idx_x());
-    scratch.store(sum_x);
-    scratch.add(1).store(sum_y);
-    thread::sync_threads();
-    let (mut x, mut y) = (0.0, 0.0);
-    if turn == 0 {
-        for other in 0..turns {
-            let scratch = sums.add(2 * (other * pairs + pair));
-            x += scratch.load();
-            y += scratch.add(1).load();
-        }
+    for piece in 0..2 {
+        let to = sums.add(turn * params.head_dim + elements[piece]).cast::<V4<f32>>();
+        let [x, y, z, w, rest @ ..] = sum[piece];
+        to.store(V4([x, y, z, w]));
+        to.add(1).store(V4(rest));
     }
-    thread::sync_threads();
-    if turn == 0 {
-        let count = queries.len().max(1) as f32;
-        let (x, y) = (x / count, y / count);
-        sums.add(i).store(x);
-        sums.add(j).store(y);
-        let out = (row as u64 * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64;
-        params.queries.add(out + i as u64).store(x);
-        params.queries.add(out + j as u64).store(y);
+    turns
+}
+
+/// As [`sum_of_units`], a pair of elements that RoPE may rotate together a thread.
+unsafe fn sum_of_pairs<T: Element>(
+    params: &PoolParams<T>,
+    head: u32,
+    queries: Tokens,
+    sums: Shared<f32>,
+) -> u32 {
+    let pairs = params.head_dim / 2;
+    core::hint::assert_unchecked(pairs != 0);
+    let turns = THREADS / pairs;
+    let (pair, turn) = (thread::thread_idx_x() % pairs, thread::thread_idx_x() / pairs);
+    if turn >= turns {
+        return turns;
     }
+    let (i, j) = params.rope.elements(pair);
+    let (mut sum_x, mut sum_y) = (0.0, 0.0);
+    for t in strided(turn, queries.len(), turns) {
+        let at = params.q.add(params.q_stride.offset(queries.begin + t, head));
+        let x = at.add(i as u64).load_constant_once().to_f32();
+        let y = at.add(j as u64).load_constant_once().to_f32();
+        let (x, y) = params.rope.rotate(pair, params.n_local + t, (x, y));
+        sum_x += x;
+        sum_y += y;
+    }
+    sums.add(turn * params.head_dim + i).store(sum_x);
+    sums.add(turn * params.head_dim + j).store(sum_y);
+    turns
 }
 
 /// Sums over the head of mean times cached, mean squared and cached squared; valid in thread 0.

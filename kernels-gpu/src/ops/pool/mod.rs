@@ -8,8 +8,8 @@
 //!     similarity = sum of partial[r, ..].0 / sqrt(sum of .1 * sum of .2)      heads in order; -1 if none is usable
 //!     action[r]  = Skip, Complete, Reuse or Score                             (docs/definitions.md)
 //! ```
-//! **Thread mapping.** A block per row and query head; several threads per pair of elements (that RoPE may rotate together),
-//! which take the row's query tokens in turn. Their sums are added in a fixed order, so the result does not depend on the
+//! **Thread mapping.** A block per row and query head; several threads per [unit](crate::common::rope) of 16 elements (or, where pairs do not lie
+//! in units, per pair of elements), which take the row's query tokens in turn. Their sums are added in a fixed order, so the result does not depend on the
 //! launch. Where the squares leave the range of f32, one warp makes the sums anew, of scaled vectors.
 //!
 //! **Overlap.** In a step, [`append`](mod@crate::ops::append) comes before, and neither depends on the other: both run at the

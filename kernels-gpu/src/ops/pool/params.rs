@@ -76,14 +76,14 @@ const _: () = assert!(size_of::<PoolParams<u16>>() == 208);
 
 /// Shared memory of a block. A host without a machine needs the byte count alone.
 pub(super) struct Layout {
-    /// Sums of the threads; then the mean; then sums of the warps.
+    /// Sums of the turns; then the mean; then sums of the warps.
     pub(super) sums: Region<f32>,
     pub(super) bytes: u32,
 }
 
 pub(super) const LAYOUT: Layout = {
     let mut carve = Carve::new();
-    Layout { sums: carve.array(2 * THREADS, 16), bytes: carve.bytes() }
+    Layout { sums: carve.array(16 * THREADS, 16), bytes: carve.bytes() }
 };
 
 impl<T> PoolParams<T> {

@@ -9,6 +9,7 @@ pub use self::stats::stats;
 pub use self::vote::vote;
 
 use super::params::*;
+use crate::common::block::strided;
 use crate::common::element::{Element, split_towards_zero};
 use crate::common::fragment::{A, Accumulator, B, Lane, lane};
 use crate::common::layout::{LOGIT_TILE, Tokens};
@@ -24,6 +25,9 @@ const _: () = assert!(TILE == 4 * LOGIT_TILE);
 
 /// A lane's words of the keys of its two tokens of a warp's 16: 16 bytes of each from each chunk of 32 dimensions.
 type Keys<const C: usize> = [[[u32; 4]; C]; 2];
+
+/// Whether each of the lane's two tokens is a candidate of its blocks, of which there are `SLOTS / G`.
+type Seen = [[bool; 2]; SLOTS];
 
 /// Products of a tile: [`Accumulator`]s of eight columns each.
 type Products = [[f32; 4]; SLOTS / 2];
@@ -95,6 +99,20 @@ impl<'a, T: Element> Group<'a, T> {
         TILE * tile >= self.common.begin && TILE * (tile + 1) <= self.common.end
     }
 
+    /// Which of the lane's tokens of a tile are candidates of its blocks.
+    #[inline(always)]
+    unsafe fn seen<const G: usize>(&self, tile: u32) -> Seen {
+        let mut seen = [[false; 2]; SLOTS];
+        for q in 0..SLOTS / G {
+            let range = self.range(block_of::<G>(lane(), q * G));
+            for half in 0..2 {
+                let token = Self::token(tile, half as u32);
+                seen[q][half] = token >= range.begin && token < range.end;
+            }
+        }
+        seen
+    }
+
     /// The lane's token of a tile, of its warp's upper or lower eight.
     fn token(tile: u32, half: u32) -> u32 {
         TILE * tile + LOGIT_TILE * (warp::warp_id() % ENTRIES) + 8 * half + lane().g
@@ -122,6 +140,23 @@ impl<'a, T: Element> Group<'a, T> {
         self.params.k_pages.add(self.params.stride.offset(page, token, kv_head)).cast()
     }
 
+    /// Four dimensions of the scoring query of a column of a KV head, from `first` on; 0 where the column has no query.
+    #[inline(always)]
+    unsafe fn load_four<const C: usize, const G: usize>(&self, four: &Four<C>, first: u32) -> [f32; 4] {
+        let (params, dims) = (self.params, 32 * C as u64);
+        let slot = four.column / 8 * 2 + four.column % 2;
+        let (block, member) = (four.column % 8 / 2 + 4 * (slot / G as u32), slot % G as u32);
+        let range = self.range(block);
+        if member >= params.group || range.begin >= range.end {
+            return [0.0; 4];
+        }
+        let head = (first + four.head) * params.group + member;
+        let row = (self.first_row + block) as u64 * (params.num_kv_heads * params.group) as u64;
+        let at = params.queries.add((row + head as u64) * dims + 4 * four.number as u64);
+        let four = at.cast::<V4<f32>>().load().0;
+        if T::IS_NARROW { four.map(|x| x * params.rotated_scale) } else { four }
+    }
+
     /// Splits the queries of `num_heads` KV heads from `first` on, and puts them where products read them.
     ///
     /// *Convergence:* every thread of the block; a barrier must follow.
@@ -131,41 +166,30 @@ impl<'a, T: Element> Group<'a, T> {
         first: u32,
         num_heads: u32,
     ) {
-        let params = self.params;
-        let dims = 32 * C as u32;
-        // A piece is a column's eight values of a core matrix, of high halves and of low ones.
-        let mut piece = thread::thread_idx_x();
-        while piece < num_heads * (dims / 8) * COLUMNS {
-            let (column, rest) = (piece % COLUMNS, piece / COLUMNS);
-            let (rows, head) = (rest % (dims / 8), rest / (dims / 8));
-            let slot = column / 8 * 2 + column % 2;
-            let (block, member) = (column % 8 / 2 + 4 * (slot / G as u32), slot % G as u32);
-            let range = self.range(block);
-            let mut x = [0.0; 8];
-            if member < params.group && range.begin < range.end {
-                let head = (first + head) * params.group + member;
-                let row = (self.first_row + block) as u64 * (params.num_kv_heads * params.group) as u64;
-                let at = params.queries.add((row + head as u64) * dims as u64);
-                for i in 0..8 {
-                    x[i] = at.add(dimension(8 * rows + i as u32) as u64).load();
-                }
-                if T::IS_NARROW {
-                    x = x.map(|x| x * params.rotated_scale);
+        /// Fours of dimensions that a thread has in flight.
+        const BATCH: usize = 8;
+
+        let (step, end) = (thread::block_dim_x(), num_heads * COLUMNS * 8 * C as u32);
+        for item in strided(thread::thread_idx_x(), end, step * BATCH as u32) {
+            let mut fours = [[0.0; 4]; BATCH];
+            for i in 0..BATCH {
+                let four = Four::<C>::new(item + i as u32 * step);
+                if item + (i as u32) * step < end {
+                    fours[i] = self.load_four::<C, G>(&four, first);
                 }
             }
-            let mut halves = [[0; 4]; 2];
-            for i in 0..8 {
-                let split = split_towards_zero::<T>(x[i]);
-                for half in 0..2 {
-                    halves[half][i / 2] |= (split[half] as u32) << (16 * (i % 2));
+            for i in 0..BATCH {
+                let four = Four::<C>::new(item + i as u32 * step);
+                if item + (i as u32) * step < end {
+                    for pair in 0..2 {
+                        let [x, y] =
+                            [fours[i][2 * pair], fours[i][2 * pair + 1]].map(split_towards_zero::<T>);
+                        let high = to.byte_add(four.place(pair as u32)).cast::<u32>();
+                        high.store(x[0] as u32 | (y[0] as u32) << 16);
+                        high.byte_add(4 * C as u32 * ROW_BYTES).store(x[1] as u32 | (y[1] as u32) << 16);
+                    }
                 }
             }
-            let at =
-                head * bytes_of_head(dims) + rows * ROW_BYTES + column / 8 * CORE_BYTES + column % 8 * 16;
-            let high = to.byte_add(at).cast::<V4<u32>>();
-            high.store(V4(halves[0]));
-            high.byte_add(dims / 8 * ROW_BYTES).store(V4(halves[1]));
-            piece += thread::block_dim_x();
         }
         if warpgroup::available() {
             warpgroup::fence_writes();
@@ -254,11 +278,32 @@ impl<const C: usize> Stages<C> {
     }
 }
 
-/// The dimension that row `row` of the product holds: lane `t` has dimensions `8 t ..` of a chunk of 32 in its four words of two
-/// A fragments.
-fn dimension(row: u32) -> u32 {
-    let (step, row) = (row / 16, row % 16);
-    32 * (step / 2) + 8 * (row % 8 / 2) + 4 * (step % 2) + 2 * (row / 8) + row % 2
+/// Four adjacent dimensions of a column, `4 number ..`: two pairs, each a word of the product's B.
+///
+/// Lane `t` has dimensions `8 t ..` of a chunk of 32 in its four words of two A fragments. So dimension `8 a + 4 b + 2 c + e` of a
+/// chunk is row `8 c + 2 a + e` of the chunk's step `b`.
+struct Four<const C: usize> {
+    number: u32,
+    column: u32,
+    /// From the first head.
+    head: u32,
+}
+
+impl<const C: usize> Four<C> {
+    /// Adjacent ones of eight are adjacent in memory.
+    fn new(item: u32) -> Self {
+        let (within, rest) = (item % 8, item / 8);
+        let (column, rest) = (rest % COLUMNS, rest / COLUMNS);
+        Four { number: rest % C as u32 * 8 + within, column, head: rest / C as u32 }
+    }
+
+    /// Where the high halves of pair `c` go, in bytes.
+    fn place(&self, c: u32) -> u32 {
+        let (chunk, a, b) = (self.number / 8, self.number % 8 / 2, self.number % 2);
+        let of_head = self.head * bytes_of_head(32 * C as u32);
+        let of_column = self.column / 8 * CORE_BYTES + self.column % 8 * 16;
+        of_head + (4 * chunk + 2 * b + c) * ROW_BYTES + of_column + 4 * a
+    }
 }
 
 /// Starts the products of a tile's keys with a KV head's queries, high and low halves added up; [`finish`] must follow. `WIDE`: the

@@ -46,7 +46,7 @@ pub(super) const COLUMNS: u32 = 4 * SLOTS as u32;
 /// Columns of a lane.
 pub(super) const SLOTS: usize = 16;
 /// Tokens of a chunk, the unit of statistics: few enough that 32 k tokens are work for every SM.
-pub const CHUNK: u32 = 2048;
+pub const CHUNK: u32 = 1024;
 /// Entries of statistics of a chunk: one for each warp of a warpgroup.
 pub(super) const ENTRIES: u32 = 4;
 
@@ -67,6 +67,8 @@ pub struct ScoreBlocksParams<T> {
     pub partial: GlobalMut<V2<f32>>,
     /// \[num_rows, num_qo_heads\] pairs of f32, workspace: reference and inverse sum.
     pub sums: GlobalMut<V2<f32>>,
+    /// \[num_groups, num_kv_heads\] u32, zero before and after: chunks that have been asked for.
+    pub counters: GlobalMut<u32>,
     /// \[max_tokens\] f32, written for candidates.
     pub votes: GlobalMut<f32>,
     /// Rows and page tables.
@@ -89,10 +91,6 @@ pub struct ScoreBlocksParams<T> {
     pub rotated_scale: f32,
     /// Elements of a head.
     pub head_dim: u32,
-    /// First KV head of a launch of [`vote`](super::kernel::vote); the votes of those before are there already.
-    pub first_kv_head: u32,
-    /// KV heads of that launch.
-    pub launch_kv_heads: u32,
 }
 
 const _: () = assert!(size_of::<ScoreBlocksParams<u16>>() == 176);
@@ -131,6 +129,8 @@ pub(super) struct Layout {
     pub(super) stages: Region<V4<u32>>,
     /// Candidates of each block.
     pub(super) ranges: Region<V2<u32>>,
+    /// \[warpgroups, 2\]: numbers of chunks, in [`stats`](super::kernel::stats).
+    pub(super) tickets: Region<u32>,
     pub(super) bytes: u32,
 }
 
@@ -155,13 +155,15 @@ impl Layout {
             references: carve.array(references, 16),
             stages: carve.array(threads / 32 * STAGES * LOGIT_TILE * head_dim / 8, 128),
             ranges: carve.array(4 * SLOTS as u32, 16),
+            tickets: carve.array(2 * threads / WARPGROUP, 16),
             bytes: carve.bytes(),
         }
     }
 }
 
-/// KV heads of a launch of [`vote`](super::kernel::vote) at most: as many as there is shared memory for, up to 8. `wide`: on Hopper.
-pub(super) const fn heads_of_launch(head_dim: u32, wide: bool) -> u32 {
+/// KV heads at most whose queries [`vote`](super::kernel::vote) has in shared memory at a time: as many as there is room for, up to 8.
+/// `wide`: on Hopper.
+pub(super) const fn most_heads(head_dim: u32, wide: bool) -> u32 {
     let room = if wide { SHARED_BYTES_SM_90 } else { SHARED_BYTES_SM_86 };
     let mut heads = 8;
     while heads > 1 && Layout::vote(head_dim, heads, wide).bytes > room {
@@ -172,7 +174,7 @@ pub(super) const fn heads_of_launch(head_dim: u32, wide: bool) -> u32 {
 
 /// Shared memory of a block at most, of all launches.
 pub fn shared_bytes(head_dim: u32, wide: bool) -> u32 {
-    let vote = Layout::vote(head_dim, heads_of_launch(head_dim, wide), wide).bytes;
+    let vote = Layout::vote(head_dim, most_heads(head_dim, wide), wide).bytes;
     vote.max(Layout::stats(head_dim, wide).bytes)
 }
 
@@ -203,23 +205,17 @@ impl<T> ScoreBlocksParams<T> {
         }
     }
 
-    /// The launches of [`vote`](super::kernel::vote), one after the other: their parameters and dimensions.
-    pub fn votes(self, gpu: &GpuInfo) -> impl Iterator<Item = (Self, Dims)> {
-        let most = heads_of_launch(self.head_dim, gpu.bulk_copies);
-        // Shares that differ by one head at most.
-        let heads = self.num_kv_heads.div_ceil(self.num_kv_heads.div_ceil(most).max(1)).max(1);
+    /// The launch of [`vote`](super::kernel::vote): blocks that fill the device.
+    pub const fn vote_dims(&self, gpu: &GpuInfo) -> Dims {
+        let wide = gpu.bulk_copies;
         // Of small blocks, as many as may have room.
-        let resident = if gpu.bulk_copies { gpu.num_sms } else { 2 * gpu.num_sms };
-        let blocks = (resident / self.num_groups.max(1)).max(1);
-        let dims = Dims {
-            grid: [blocks, self.num_groups, 1],
-            block: [vote_threads(self.head_dim, gpu.bulk_copies), 1, 1],
-            shared_bytes: Layout::vote(self.head_dim, most, gpu.bulk_copies).bytes,
+        let resident = if wide { gpu.num_sms } else { 2 * gpu.num_sms };
+        let blocks = resident / self.num_groups;
+        Dims {
+            grid: [if blocks == 0 { 1 } else { blocks }, self.num_groups, 1],
+            block: [vote_threads(self.head_dim, wide), 1, 1],
+            shared_bytes: Layout::vote(self.head_dim, most_heads(self.head_dim, wide), wide).bytes,
             cluster: 1,
-        };
-        (0..self.num_kv_heads).step_by(heads as usize).map(move |first_kv_head| {
-            let launch_kv_heads = heads.min(self.num_kv_heads - first_kv_head);
-            (ScoreBlocksParams { first_kv_head, launch_kv_heads, ..self }, dims)
-        })
+        }
     }
 }

@@ -14,6 +14,13 @@ pub(super) const FULL: u32 = 1 << 16;
 /// Keys that are brought together at most. A bin has some hundreds, as a rule, of a million.
 pub(super) const FEW: u32 = 2048;
 
+/// Contenders that a block keeps at most, so that it reads the votes no second time.
+pub(super) const KEPT: u32 = 8192;
+/// Loads of four votes that a thread has in flight.
+pub(super) const BATCH: u32 = 8;
+/// Votes of a block in flight.
+pub(super) const BLOCK_VOTES: u32 = 4 * BATCH * THREADS;
+
 /// Shared memory of a block.
 pub(super) struct Layout {
     /// Marks of the keys above the range, and of those in it.
@@ -24,7 +31,10 @@ pub(super) struct Layout {
     pub(super) own: Region<u32>,
     pub(super) tokens: Region<u32>,
     pub(super) all: Region<u32>,
-    /// How many are the block's own; its tokens above the range and in it.
+    /// Contenders: keys from some bound on, and their tokens.
+    pub(super) kept_keys: Region<u32>,
+    pub(super) kept_tokens: Region<u32>,
+    /// How many are the block's own; its tokens above the range and in it; its keys from some bound on.
     pub(super) counts: Region<u32>,
     pub(super) warps: Region<u32>,
     /// What one thread has found for all.
@@ -41,7 +51,9 @@ pub(super) const LAYOUT: Layout = {
         own: carve.array(FEW, 16),
         tokens: carve.array(FEW, 16),
         all: carve.array(FEW, 16),
-        counts: carve.array(3, 16),
+        kept_keys: carve.array(KEPT, 16),
+        kept_tokens: carve.array(KEPT, 16),
+        counts: carve.array(4, 16),
         warps: carve.array(THREADS / 32, 16),
         found: carve.array(3, 16),
         bytes: carve.bytes(),

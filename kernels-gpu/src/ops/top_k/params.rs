@@ -40,7 +40,7 @@ pub struct TopKParams {
     pub counts: GlobalMut<u32>,
     /// \[max_tokens\] pairs of u32, workspace: key and token of each share's contenders, ascending.
     pub contenders: GlobalMut<V2<u32>>,
-    /// Workspace: [`vote`](mod@crate::ops::vote) or [`count`](super::kernel::count) has counted the votes.
+    /// Workspace: counts of the votes, as `wanted` says.
     pub radix: RadixTables,
     /// Rows.
     pub batch: BatchTables,
@@ -56,7 +56,8 @@ pub struct TopKParams {
     pub query_len: u32,
     /// Slots of all rows' pages: no row has more tokens.
     pub max_tokens: u32,
-    /// How far [`count`](super::kernel::count) goes: [`COUNTS`](radix::COUNTS) or [`BIN`](radix::BIN).
+    /// How far votes are counted, or by [`count`](super::kernel::count): [`BIN`](radix::BIN). Of a cluster: [`COUNTS`](radix::COUNTS) or
+    /// [`NO_COUNTS`](radix::NO_COUNTS).
     pub wanted: u32,
     /// 0.
     pub reserved: u32,

@@ -30,6 +30,8 @@ impl Entries {
 /// Shared memory: the sums of the warps.
 const SUMS: Region<V2<f32>> = Carve::new().array(FOLD_THREADS / warp::SIZE, 16);
 
+/// Sets the counters of [`stats`](super::stats()) back to 0, too: there are no more groups than rows.
+///
 /// Thread `i` takes entries `i`, `i + 128`, ..., counted from token 0; then lanes, then warps.
 ///
 /// # Safety
@@ -40,6 +42,9 @@ pub unsafe fn fold<T: Element>(params: ScoreBlocksParams<T>) {
     let candidates = params.batch.candidates(row, params.n_init, params.n_local);
     grid::wait_for_previous();
     grid::launch_dependents();
+    if row < params.num_groups && head < params.num_kv_heads && thread::thread_idx_x() == 0 {
+        params.counters.add((row * params.num_kv_heads + head) as u64).store(0);
+    }
     if params.actions.add(row as u64).load() != SCORE || candidates.end <= candidates.begin {
         return;
     }

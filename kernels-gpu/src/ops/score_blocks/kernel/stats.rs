@@ -3,6 +3,7 @@
 use super::fold::Entries;
 use super::*;
 use crate::common::fragment::over_rows;
+use crate::simt::global::GlobalMut;
 use crate::simt::{grid, math};
 
 /// See the module. `C` chunks of 32 dimensions, `G` heads of a group.
@@ -41,74 +42,141 @@ unsafe fn stats_as<T: Element, const C: usize, const G: usize, const WIDE: bool>
         return;
     }
     let stages = Stages::<C>::new(layout.stages.get());
-    let mut tiles = Tiles::new(&group);
-    let mut ahead = tiles;
-    for stage in 0..STAGES {
-        stages.start(&group, stage, ahead.tile, kv_head, group.load_page(ahead.tile));
-        ahead = ahead.next();
+    let counter = params.counters.add((thread::block_idx_z() * params.num_kv_heads + kv_head) as u64);
+    let warpgroups = const { stats_threads(32 * C as u32, WIDE) / WARPGROUP };
+    let mut ahead = Chunks::new(&group, counter, layout.tickets.get(), warpgroups);
+    // Tiles whose keys are in flight, and their pages: all are asked for at once.
+    let mut tiles = [0; STAGES as usize];
+    let mut pages = [0; STAGES as usize];
+    for stage in 0..STAGES as usize {
+        tiles[stage] = ahead.take_tile();
+        pages[stage] = group.load_page(tiles[stage]);
     }
-    let mut page = group.load_page(ahead.tile);
+    let mut next = ahead.take_tile();
+    let mut page = group.load_page(next);
+    for stage in 0..STAGES {
+        stages.start(&group, stage, tiles[stage as usize], kv_head, pages[stage as usize]);
+    }
     let queries = layout.queries.get();
     group.put_queries::<C, G>(queries, kv_head, 1);
     thread::sync_threads();
     let mut state = State::new(layout.references.get(), const { stats_threads(32 * C as u32, WIDE) });
     let mut products = [[0.0; 4]; SLOTS / 2];
     let mut stage = 0;
-    while !tiles.is_over() {
+    while tiles[0] < ahead.last_tile {
         let keys = stages.take(stage);
-        stages.start(&group, stage, ahead.tile, kv_head, page);
+        stages.start(&group, stage, next, kv_head, page);
         multiply::<T, C, WIDE>(&mut products, &keys, queries);
-        ahead = ahead.next();
-        page = group.load_page(ahead.tile);
+        let tile = tiles[0];
+        tiles = [tiles[1], next];
+        next = ahead.take_tile();
+        page = group.load_page(next);
         finish::<WIDE>(&mut products);
-        state.count::<T, G>(&group, &products, &tiles, kv_head);
-        tiles = tiles.next();
+        state.count::<T, G>(&group, &products, tile, ahead.ends_chunk(tile), kv_head);
         stage = (stage + 1) % STAGES;
     }
     tensor::cp_async_wait::<0>();
 }
 
-/// A place among the tiles of a warpgroup: its chunks, one after the other.
-#[derive(Clone, Copy)]
-struct Tiles {
-    tile: u32,
-    /// From the last tile of a chunk to the first of the warpgroup's next chunk.
-    step: u32,
-    /// One past the last tile of all.
-    last: u32,
-}
-
 /// Tiles of a chunk.
 const TILES: u32 = CHUNK / TILE;
 
-impl Tiles {
-    fn new<T: Element>(group: &Group<'_, T>) -> Tiles {
-        let of_block = thread::block_dim_x() / WARPGROUP;
-        let place = thread::block_idx_x() * of_block + thread::thread_idx_x() / WARPGROUP;
-        let first = group.all.begin / TILE;
-        let tile = if place == 0 { first } else { (first / TILES + place) * TILES };
-        let step = thread::grid_dim_x() * of_block * TILES - (TILES - 1);
-        Tiles { tile, step, last: group.all.end.div_ceil(TILE) }
+/// Chunks that a warpgroup takes from those of its group of blocks and KV head, one after the other. A block whose SM is slower
+/// takes fewer. Which warpgroup counts a chunk makes no difference to what is counted.
+///
+/// Number `i` is taken by warpgroup `i` of those that share the chunks; further numbers come from a counter, a chunk ahead of time. The last
+/// chunk is number 0: its tiles, of which some blocks see only a part, take longest.
+struct Chunks {
+    counter: GlobalMut<u32>,
+    /// The warpgroup's.
+    barrier: u32,
+    /// Two words of the warpgroup: the number that it takes next, and the one before.
+    tickets: Shared<u32>,
+    /// Which of the two.
+    turn: u32,
+    /// In the warpgroup's first thread: the number that it takes next.
+    ticket: u32,
+    /// Warpgroups that share the chunks.
+    num_places: u32,
+    first_chunk: u32,
+    num_chunks: u32,
+    /// The first tile, and one past the last.
+    first_tile: u32,
+    last_tile: u32,
+    /// The tile that is taken next, and one past the last of its chunk.
+    tile: u32,
+    end: u32,
+}
+
+impl Chunks {
+    unsafe fn new<T: Element>(
+        group: &Group<'_, T>,
+        counter: GlobalMut<u32>,
+        tickets: Shared<u32>,
+        of_block: u32,
+    ) -> Chunks {
+        // The same in all lanes, and known to be; so is the number of a barrier, where there is one warpgroup.
+        let own = warp::shuffle_idx(warp::FULL, thread::thread_idx_x() / WARPGROUP, 0) % of_block;
+        let (first_chunk, end) = (group.all.begin / CHUNK, group.all.end.div_ceil(CHUNK));
+        let mut chunks = Chunks {
+            counter,
+            barrier: 1 + own,
+            tickets: tickets.add(2 * own),
+            turn: 0,
+            ticket: 0,
+            num_places: thread::grid_dim_x() * of_block,
+            first_chunk,
+            num_chunks: end - first_chunk,
+            first_tile: group.all.begin / TILE,
+            last_tile: group.all.end.div_ceil(TILE),
+            tile: 0,
+            end: 0,
+        };
+        chunks.begin(thread::block_idx_x() * of_block + own);
+        chunks.ask();
+        chunks
     }
 
-    /// Whether it is beyond the last tile.
-    fn is_over(&self) -> bool {
-        self.tile >= self.last
+    /// Goes to the first tile of chunk number `ticket`, or beyond the last tile.
+    fn begin(&mut self, ticket: u32) {
+        (self.tile, self.end) = (self.last_tile, u32::MAX);
+        if ticket < self.num_chunks {
+            let chunk = self.first_chunk + self.num_chunks - 1 - ticket;
+            self.tile = (chunk * TILES).max(self.first_tile);
+            self.end = ((chunk + 1) * TILES).min(self.last_tile);
+        }
     }
 
-    /// Whether no tile of its chunk comes before it.
-    fn begins_chunk(&self) -> bool {
-        self.tile.is_multiple_of(TILES)
+    /// Asks for the number that is taken next.
+    unsafe fn ask(&mut self) {
+        if thread::thread_idx_x() % WARPGROUP == 0 {
+            self.ticket = self.num_places + self.counter.atomic_add(1);
+        }
     }
 
-    fn next(&self) -> Tiles {
-        let is_last = (self.tile + 1).is_multiple_of(TILES);
-        Tiles { tile: self.tile + if is_last { self.step } else { 1 }, ..*self }
+    /// The next tile; from some call on always one beyond the last.
+    ///
+    /// *Convergence:* aligned; the warpgroup.
+    #[inline(always)]
+    unsafe fn take_tile(&mut self) -> u32 {
+        let tile = self.tile;
+        self.tile += u32::from(tile < self.last_tile);
+        if self.tile == self.end {
+            let at = self.tickets.add(self.turn);
+            if thread::thread_idx_x() % WARPGROUP == 0 {
+                at.store(self.ticket);
+            }
+            thread::sync_named(self.barrier, WARPGROUP);
+            self.begin(at.load());
+            self.turn ^= 1;
+            self.ask();
+        }
+        tile
     }
 
-    /// Whether it is the last of its chunk.
-    fn ends_chunk(&self) -> bool {
-        (self.tile + 1).is_multiple_of(TILES) || self.tile + 1 == self.last
+    /// Whether a tile is the last of its chunk.
+    fn ends_chunk(&self, tile: u32) -> bool {
+        (tile + 1).is_multiple_of(TILES) || tile + 1 == self.last_tile
     }
 }
 
@@ -209,31 +277,45 @@ impl State {
         &mut self,
         group: &Group<'_, T>,
         products: &Products,
-        tiles: &Tiles,
+        tile: u32,
+        ends_chunk: bool,
         kv_head: u32,
     ) {
-        let is_full = group.is_full(tiles.tile);
-        if is_full && tiles.begins_chunk() {
-            self.refer_to::<T>(group, products);
+        let scale = group.params.scale_log2;
+        if group.is_full(tile) {
+            self.count_tile::<G>(scale, products, tile, &[[true; 2]; SLOTS]);
+        } else {
+            self.count_tile::<G>(scale, products, tile, &group.seen::<G>(tile));
         }
-        self.count_half::<T, G, 0>(group, products, tiles.tile, is_full);
-        self.count_half::<T, G, HALF>(group, products, tiles.tile, is_full);
-        if tiles.ends_chunk() {
-            self.write::<T, G>(group, tiles.tile, kv_head);
+        if ends_chunk {
+            self.write::<T, G>(group, tile, kv_head);
             self.clear();
         }
     }
 
+    #[inline(always)]
+    unsafe fn count_tile<const G: usize>(&mut self, scale: f32, products: &Products, tile: u32, seen: &Seen) {
+        if tile.is_multiple_of(TILES) {
+            self.refer_to::<G>(scale, products, seen);
+        }
+        self.count_half::<G, 0>(scale, products, seen);
+        self.count_half::<G, HALF>(scale, products, seen);
+    }
+
+    /// Notes whether a reference is far. (Beside -inf the fast way finds no number, and is left.)
+    fn look_at(&mut self, reference: f32) {
+        self.is_far |= Sum::is_far(reference) && reference != f32::NEG_INFINITY;
+    }
+
     /// The larger logits of the first two tokens become the references, as far as they are finite.
     #[inline(always)]
-    unsafe fn refer_to<T: Element>(&mut self, group: &Group<'_, T>, products: &Products) {
+    unsafe fn refer_to<const G: usize>(&mut self, scale: f32, products: &Products, seen: &Seen) {
         for quad in 0..SLOTS / 4 {
             let mut references = [0.0; 4];
             for i in 0..4 {
-                let logits =
-                    [0, 1].map(|half| product(products, 4 * quad + i, half) * group.params.scale_log2);
-                references[i] = -Sum::first_reference(logits);
-                self.is_far |= Sum::is_far(references[i]);
+                let reference = Sum::first_reference(logits::<G>(scale, products, 4 * quad + i, seen));
+                self.look_at(reference);
+                references[i] = -reference;
             }
             self.references.add(quad as u32 * self.stride).store(V4(references));
         }
@@ -241,26 +323,22 @@ impl State {
 
     /// Counts the products of the slots from `FIRST` on.
     #[inline(always)]
-    unsafe fn count_half<T: Element, const G: usize, const FIRST: usize>(
+    unsafe fn count_half<const G: usize, const FIRST: usize>(
         &mut self,
-        group: &Group<'_, T>,
+        scale: f32,
         products: &Products,
-        tile: u32,
-        is_full: bool,
+        seen: &Seen,
     ) {
-        let scale = group.params.scale_log2;
         let at = self.references.add((FIRST / 4) as u32 * self.stride);
         let mut references = [at.load().0, at.add(self.stride).load().0];
         let (mut sums, mut all) = ([0.0; HALF], 0.0);
         for i in 0..HALF {
-            let minus = references[i / 4][i % 4];
-            let upper = math::ex2(math::fma(product(products, FIRST + i, 0), scale, minus));
-            let lower = math::ex2(math::fma(product(products, FIRST + i, 1), scale, minus));
-            sums[i] = self.sums[FIRST + i] + (upper + lower);
+            let terms = terms::<G>(scale, products, FIRST + i, seen, references[i / 4][i % 4]);
+            sums[i] = self.sums[FIRST + i] + (terms[0] + terms[1]);
             all += sums[i];
         }
         // None of them is negative: each is as small as all together.
-        if is_full && all < LARGE && !self.is_far {
+        if all < LARGE && !self.is_far {
             for i in 0..HALF {
                 self.sums[FIRST + i] = sums[i];
             }
@@ -269,9 +347,9 @@ impl State {
         for i in 0..HALF {
             let (slot, reference) = (FIRST + i, -references[i / 4][i % 4]);
             let mut sum = Sum { reference, sum: self.sums[slot] };
-            count_any::<T, G>(group, &mut sum, products, slot, sums[i], tile);
+            count_any::<G>(scale, &mut sum, products, slot, sums[i], seen);
+            self.look_at(sum.reference);
             (references[i / 4][i % 4], self.sums[slot]) = (-sum.reference, sum.sum);
-            self.is_far |= Sum::is_far(sum.reference);
         }
         at.store(V4(references[0]));
         at.add(self.stride).store(V4(references[1]));
@@ -296,43 +374,47 @@ impl State {
     }
 }
 
-/// The slow way: tokens that are no candidates, references that are too small, logits that are no numbers. `sum` is that of the
-/// fast way, which stands where it is right: what a slot counts must not depend on others.
+/// A slot's logits, base 2: NaN for tokens that are no candidates of its block.
 #[inline(always)]
-unsafe fn count_any<T: Element, const G: usize>(
-    group: &Group<'_, T>,
+fn logits<const G: usize>(scale: f32, products: &Products, slot: usize, seen: &Seen) -> [f32; 2] {
+    [0, 1].map(|half| if seen[slot / G][half] { product(products, slot, half) * scale } else { f32::NAN })
+}
+
+/// What a slot's tokens add to its sum, with its reference, negated: 0 for tokens that are no candidates of its block.
+#[inline(always)]
+fn terms<const G: usize>(scale: f32, products: &Products, slot: usize, seen: &Seen, minus: f32) -> [f32; 2] {
+    [0, 1].map(|half| {
+        let term = math::ex2(math::fma(product(products, slot, half), scale, minus));
+        if seen[slot / G][half] { term } else { 0.0 }
+    })
+}
+
+/// The slow way: references that are too small or far, logits that are no numbers. `sum` is that of the fast way, which stands where it
+/// is right: what a slot counts must not depend on others.
+#[inline(always)]
+fn count_any<const G: usize>(
+    scale: f32,
     state: &mut Sum,
     products: &Products,
     slot: usize,
     sum: f32,
-    tile: u32,
+    seen: &Seen,
 ) {
-    let range = group.range(block_of::<G>(lane(), slot));
-    let is_in = [0, 1].map(|half| {
-        let token = Group::<T>::token(tile, half);
-        token >= range.begin && token < range.end
-    });
-    let scale = group.params.scale_log2;
-    let products = [0, 1].map(|half| product(products, slot, half));
-    if is_in[0] && is_in[1] {
-        if sum < LARGE && !Sum::is_far(state.reference) {
-            state.sum = sum;
-            return;
-        }
-        if state.reference == f32::NEG_INFINITY && state.sum == 0.0 {
-            // As `refer_to` and the fast way would.
-            let reference = Sum::first_reference(products.map(|x| x * scale));
-            let terms = products.map(|x| math::ex2(math::fma(x, scale, -reference)));
-            if !Sum::is_far(reference) && terms[0] + terms[1] < LARGE {
-                *state = Sum { reference, sum: terms[0] + terms[1] };
-                return;
-            }
-        }
+    if seen[slot / G] == [false; 2] {
+        return;
     }
-    let mut logits = [f32::NAN; 2];
-    for half in 0..2 {
-        if is_in[half] {
-            logits[half] = products[half] * scale;
+    if sum < LARGE && !Sum::is_far(state.reference) {
+        state.sum = sum;
+        return;
+    }
+    let logits = logits::<G>(scale, products, slot, seen);
+    if state.reference == f32::NEG_INFINITY && state.sum == 0.0 {
+        // As `refer_to` and the fast way would.
+        let reference = Sum::first_reference(logits);
+        let terms = terms::<G>(scale, products, slot, seen, -reference);
+        if !Sum::is_far(reference) && terms[0] + terms[1] < LARGE {
+            *state = Sum { reference, sum: terms[0] + terms[1] };
+            return;
         }
     }
     state.push(logits);

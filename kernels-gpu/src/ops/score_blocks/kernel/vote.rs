@@ -7,7 +7,7 @@ use crate::simt::{grid, math};
 /// See the module. `C` chunks of 32 dimensions, `G` heads of a group.
 ///
 /// # Safety
-/// - As for [`stats`](super::stats()), behind [`fold`](super::fold()); launched with [`ScoreBlocksParams::votes`].
+/// - As for [`stats`](super::stats()), behind [`fold`](super::fold()); launched with [`ScoreBlocksParams::vote_dims`].
 #[inline(always)]
 pub unsafe fn vote<T: Element, const C: usize, const G: usize>(params: ScoreBlocksParams<T>) {
     if warpgroup::available() { vote_as::<T, C, G, true>(params) } else { vote_as::<T, C, G, false>(params) }
@@ -24,83 +24,120 @@ unsafe fn vote_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
         (true, true) => thread::launch_bounds::<{ vote_threads(256, true) }, 1>(),
         (true, false) => thread::launch_bounds::<{ vote_threads(256, false) }, 1>(),
     }
-    let layout = const { &Layout::vote(32 * C as u32, heads_of_launch(32 * C as u32, WIDE), WIDE) };
-    grid::wait_for_previous();
-    grid::launch_dependents();
+    let most = const { most_heads(32 * C as u32, WIDE) };
+    let layout = const { &Layout::vote(32 * C as u32, most_heads(32 * C as u32, WIDE), WIDE) };
+    // Of the launch before, `fold`, only the sums are read; all before it have ended.
     let blocks = 4 * (SLOTS / G) as u32;
     let group = Group::new(&params, thread::block_idx_y(), blocks, layout.ranges.get());
     if group.is_idle() {
+        grid::wait_for_previous();
         return;
     }
-    let (first_head, num_heads) = (params.first_kv_head, params.launch_kv_heads);
     let stages = Stages::<C>::new(layout.stages.get());
-    let mut place = Place::new(&group);
+    let order = Order::new(&group, most);
+    let mut place = order.first();
     let mut ahead = place;
-    for stage in 0..STAGES {
-        let page = group.load_page(ahead.tile);
-        stages.start(&group, stage, ahead.tile, first_head + ahead.head, page);
-        ahead = ahead.next(num_heads);
-    }
     let mut page = group.load_page(ahead.tile);
+    for stage in 0..STAGES {
+        stages.start(&group, stage, ahead.tile, order.head_of(ahead), page);
+        let before = ahead.tile;
+        ahead = order.next(ahead);
+        if ahead.tile != before {
+            page = group.load_page(ahead.tile);
+        }
+    }
     let queries = layout.queries.get();
-    group.put_queries::<C, G>(queries, first_head, num_heads);
-    let is_plain = Sums::put::<T, G>(&group, layout, num_heads);
-    let is_plain = !thread::sync_threads_or(!is_plain);
-    let sums = Sums { minus: layout.minus.get(), inverses: layout.inverses.get(), is_plain };
     let of_head = bytes_of_head(32 * C as u32);
     let mut votes = [[0.0; 2]; SLOTS];
     let mut products = [[0.0; 4]; SLOTS / 2];
     let mut stage = 0;
-    while !place.is_over() {
-        let keys = stages.take(stage);
-        // The same in all lanes, and known to be: addresses of operands are for the whole warp.
-        let head = warp::shuffle_idx(warp::FULL, place.head, 0);
-        stages.start(&group, stage, ahead.tile, first_head + ahead.head, page);
-        multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(head * of_head));
-        ahead = ahead.next(num_heads);
-        page = if ahead.head == 0 { group.load_page(ahead.tile) } else { page };
-        finish::<WIDE>(&mut products);
-        sums.add::<T, G>(&group, &mut votes, &products, &place);
-        if place.head + 1 == num_heads {
-            write::<T, G>(&group, &mut votes, place.tile);
+    for first_head in (0..params.num_kv_heads).step_by(order.heads_at_a_time as usize) {
+        // Everyone is done with the queries and sums of the heads before.
+        thread::sync_threads();
+        let num_heads = order.heads_at_a_time.min(params.num_kv_heads - first_head);
+        group.put_queries::<C, G>(queries, first_head, num_heads);
+        if first_head == 0 {
+            grid::wait_for_previous();
+            grid::launch_dependents();
         }
-        place = place.next(num_heads);
-        stage = (stage + 1) % STAGES;
+        let is_plain = Sums::put::<T, G>(&group, layout, first_head, num_heads);
+        let is_plain = !thread::sync_threads_or(!is_plain);
+        let sums = Sums { minus: layout.minus.get(), inverses: layout.inverses.get(), is_plain };
+        while place.head < first_head + num_heads {
+            let keys = stages.take(stage);
+            // The same in all lanes, and known to be: addresses of operands are for the whole warp.
+            let head = warp::shuffle_idx(warp::FULL, place.head - first_head, 0);
+            stages.start(&group, stage, ahead.tile, order.head_of(ahead), page);
+            multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(head * of_head));
+            let before = ahead.tile;
+            ahead = order.next(ahead);
+            page = if ahead.tile != before { group.load_page(ahead.tile) } else { page };
+            finish::<WIDE>(&mut products);
+            sums.add::<T, G>(&group, &mut votes, &products, head);
+            if head + 1 == num_heads {
+                write::<T, G>(&group, &mut votes, place.tile, first_head == 0);
+            }
+            place = order.next(place);
+            stage = (stage + 1) % STAGES;
+        }
     }
     tensor::cp_async_wait::<0>();
 }
 
-/// A place among the tiles of a warpgroup, and the heads of each.
+/// A tile and KV head, and the first head of those whose queries are there at that time.
 #[derive(Clone, Copy)]
 struct Place {
     tile: u32,
-    /// From the launch's first.
     head: u32,
-    step: u32,
-    last: u32,
+    first_head: u32,
 }
 
-impl Place {
-    fn new<T: Element>(group: &Group<'_, T>) -> Place {
+/// The order of a warpgroup's places: of as many heads as there is room for at a time, all its tiles, one after the other.
+struct Order {
+    first_tile: u32,
+    /// From one of the warpgroup's tiles to the next.
+    step: u32,
+    /// One past the last tile.
+    last_tile: u32,
+    num_kv_heads: u32,
+    heads_at_a_time: u32,
+}
+
+impl Order {
+    fn new<T: Element>(group: &Group<'_, T>, most_heads: u32) -> Order {
         let of_block = thread::block_dim_x() / WARPGROUP;
         let warpgroup = thread::block_idx_x() * of_block + thread::thread_idx_x() / WARPGROUP;
-        Place {
-            tile: group.all.begin / TILE + warpgroup,
-            head: 0,
+        let num_kv_heads = group.params.num_kv_heads;
+        Order {
+            first_tile: group.all.begin / TILE + warpgroup,
             step: thread::grid_dim_x() * of_block,
-            last: group.all.end.div_ceil(TILE),
+            last_tile: group.all.end.div_ceil(TILE),
+            num_kv_heads,
+            // Shares that differ by one at most.
+            heads_at_a_time: num_kv_heads.div_ceil(num_kv_heads.div_ceil(most_heads).max(1)).max(1),
         }
     }
 
-    fn is_over(&self) -> bool {
-        self.tile >= self.last
+    /// The first place; one of no head where the warpgroup has no tile.
+    fn first(&self) -> Place {
+        let head = if self.first_tile < self.last_tile { 0 } else { self.num_kv_heads };
+        Place { tile: self.first_tile, head, first_head: head }
     }
 
-    fn next(&self, num_heads: u32) -> Place {
-        if self.head + 1 < num_heads {
-            Place { head: self.head + 1, ..*self }
+    /// The head of a place, of which there is one.
+    fn head_of(&self, place: Place) -> u32 {
+        place.head.min(self.num_kv_heads - 1)
+    }
+
+    /// The next place; behind the last one come places of no head.
+    fn next(&self, place: Place) -> Place {
+        let end = (place.first_head + self.heads_at_a_time).min(self.num_kv_heads);
+        if place.head + 1 < end {
+            Place { head: place.head + 1, ..place }
+        } else if place.tile + self.step < self.last_tile {
+            Place { tile: place.tile + self.step, head: place.first_head, ..place }
         } else {
-            Place { head: 0, tile: self.tile + self.step, ..*self }
+            Place { tile: self.first_tile, head: end, first_head: end }
         }
     }
 }
@@ -115,7 +152,12 @@ struct Sums {
 
 impl Sums {
     /// Puts those of a group in shared memory; whether the thread's are all plain.
-    unsafe fn put<T: Element, const G: usize>(group: &Group<'_, T>, layout: &Layout, num_heads: u32) -> bool {
+    unsafe fn put<T: Element, const G: usize>(
+        group: &Group<'_, T>,
+        layout: &Layout,
+        first_head: u32,
+        num_heads: u32,
+    ) -> bool {
         let params = group.params;
         let mut is_plain = true;
         let mut entry = thread::thread_idx_x();
@@ -128,7 +170,7 @@ impl Sums {
             let (mut reference, mut inverse) = (0.0, 0.0);
             if member < params.group && range.begin < range.end {
                 let heads = (params.num_kv_heads * params.group) as u64;
-                let head = (params.first_kv_head + head) * params.group + member;
+                let head = (first_head + head) * params.group + member;
                 let place = (group.first_row + block) as u64 * heads + head as u64;
                 [reference, inverse] = params.sums.add(place).load().0;
                 is_plain &= !Sum::is_far(reference);
@@ -147,10 +189,10 @@ impl Sums {
         group: &Group<'_, T>,
         votes: &mut [[f32; 2]; SLOTS],
         products: &Products,
-        place: &Place,
+        head: u32,
     ) {
         let scale = group.params.scale_log2;
-        let first = (place.head * 4 + lane().t) * SLOTS as u32;
+        let first = (head * 4 + lane().t) * SLOTS as u32;
         let quads = [self.minus, self.inverses].map(|of_lane| of_lane.add(first).cast::<V4<f32>>());
         for q in 0..SLOTS / G {
             let mut sums = votes[q];
@@ -199,8 +241,13 @@ impl Sums {
     }
 }
 
-/// Writes the votes of a tile, those of earlier heads added, and sets them back to 0.
-unsafe fn write<T: Element, const G: usize>(group: &Group<'_, T>, votes: &mut [[f32; 2]; SLOTS], tile: u32) {
+/// Writes the votes of a tile, or adds them to those of earlier heads, and sets them back to 0.
+unsafe fn write<T: Element, const G: usize>(
+    group: &Group<'_, T>,
+    votes: &mut [[f32; 2]; SLOTS],
+    tile: u32,
+    is_first: bool,
+) {
     let (params, at) = (group.params, lane());
     for q in 0..SLOTS / G {
         let block = at.t + 4 * q as u32;
@@ -211,7 +258,7 @@ unsafe fn write<T: Element, const G: usize>(group: &Group<'_, T>, votes: &mut [[
                 let token = Group::<T>::token(tile, half as u32);
                 if token >= range.begin && token < range.end {
                     let place = of_row.add(token as u64);
-                    if params.first_kv_head == 0 {
+                    if is_first {
                         place.store(votes[q][half]);
                     } else {
                         place.reduce_add(votes[q][half]);

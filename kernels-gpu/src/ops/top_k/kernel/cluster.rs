@@ -1,21 +1,24 @@
 //! Choosing by a cluster of blocks, all of which see what the others have in shared memory.
 //!
 //! Each block has a share of the candidates, and two masks with a bit for each of them: which lie above a range of keys, and
-//! which in it. The range is the bin of the threshold at first; it is cut into bins, and narrowed to one, until few keys
+//! which in it. The range is cut into bins, and narrowed to the one of the threshold, until few keys
 //! lie in it or only one value. Few keys are brought together in every block, which ranks its own among them; then the
 //! first mask says who is chosen, and the number of marks before a token's own is its index in the list.
+//!
+//! Votes are read once or twice. Where they have been counted, the range is the bin of the threshold at first. Else a part of them, spread
+//! evenly, is counted, and the range begins where somewhat more than enough keys are to be expected. Keys from there on are kept in
+//! shared memory, unless they are too many; if they turn out to be too few, or too many, all are counted: the choice is exact whatever the
+//! sample says.
 
 use super::lists::{self, Row};
 use crate::common::block::{Gathered, bin_from_top, search_from_top, strided, sums_before};
-use crate::common::radix::{self, BINS, Keys};
+use crate::common::radix::{self, BINS, COUNTS, Keys};
 use crate::ops::top_k::TopKParams;
 use crate::ops::top_k::cluster::*;
 use crate::simt::data::V4;
 use crate::simt::global::GlobalPtr;
+use crate::simt::shared::Shared;
 use crate::simt::{cluster, grid, thread, warp};
-
-/// Loads of four votes that a thread has in flight.
-const BATCH: usize = 4;
 
 /// The block's share of a row's candidates.
 struct Share<'a> {
@@ -25,12 +28,16 @@ struct Share<'a> {
     /// First token, a multiple of 32, and one past the last. Those before the candidates are none.
     begin: u32,
     end: u32,
+    /// Tokens of a share, but for the last ones.
+    len: u32,
     /// The thread's first votes.
     first_votes: Votes,
+    /// How many contenders are kept: all keys from a bound on. None are, if that is `None`.
+    kept: Option<u32>,
 }
 
 /// Votes that a thread has in flight: four from each of [`BATCH`] tokens on, NaN where there are none.
-type Votes = [[f32; 4]; BATCH];
+type Votes = [[f32; 4]; BATCH as usize];
 /// From one of these tokens to the next.
 const STEP: u32 = 4 * THREADS;
 
@@ -47,7 +54,7 @@ struct Range {
 /// Writes the lists.
 ///
 /// # Safety
-/// - The buffers and tables are as [`TopKParams`] says; the votes have been counted.
+/// - The buffers and tables are as [`TopKParams`] says; if `wanted` is [`COUNTS`], the votes have been counted.
 /// - Launched with [`TopKParams::cluster_dims`].
 pub unsafe fn choose_in_cluster(params: TopKParams) {
     thread::launch_bounds::<THREADS, 1>();
@@ -57,27 +64,113 @@ pub unsafe fn choose_in_cluster(params: TopKParams) {
     clear_marks(&share);
     grid::wait_for_previous();
     grid::launch_dependents();
+    let is_counted = params.wanted == COUNTS;
     let mut counts = [0; OWN_BINS];
     if row.is_scored() {
-        counts = load_counts(&params);
-        share.first_votes = share.load(share.first_of_thread());
+        if is_counted {
+            counts = load_counts(&params);
+        }
+        share.first_votes = share.load(share.first_of_thread(), STEP);
     }
     row.write_rest(&prefetched);
     if row.is_scored() {
-        choose(&share, counts);
+        let range = if is_counted { counted_range(&mut share, counts) } else { sampled_range(&mut share) };
+        choose(&mut share, range);
     }
 }
 
-unsafe fn choose(share: &Share<'_>, counts: [u32; OWN_BINS]) {
+/// The bin of the threshold, of votes that have been counted.
+unsafe fn counted_range(share: &mut Share<'_>, counts: [u32; OWN_BINS]) -> Range {
     let (bin, rank, many) = find(counts, share.row.chosen);
-    let mut range = Range { keys: Keys::of_bin(bin), rank, many };
-    mark(share, &range);
+    let range = Range { keys: Keys::of_bin(bin), rank, many };
+    if many > FEW {
+        share.keep(range.keys.smallest);
+    }
+    range
+}
+
+/// The bin of the threshold, or a range that begins below the threshold and has no end.
+unsafe fn sampled_range(share: &mut Share<'_>) -> Range {
+    let stride = share.len.div_ceil(BLOCK_VOTES).max(1);
+    let chosen = share.row.chosen;
+    let counts = count_every(share, stride);
+    if stride == 1 {
+        let (bin, rank, many) = find(counts, chosen);
+        return Range { keys: Keys::of_bin(bin), rank, many };
+    }
+    let all = Range { keys: Keys { smallest: 0, largest: u32::MAX }, rank: chosen, many: u32::MAX };
+    // A quarter more than enough, and what a sample of few may be off by.
+    let expected = chosen / stride;
+    let found = LAYOUT.found.get();
+    if thread::thread_idx_x() < 3 {
+        found.add(thread::thread_idx_x()).store(0);
+    }
+    let (bin, _, sampled) = find(counts, expected + expected / 4 + 32);
+    if sampled == 0 {
+        return all; // the sample has not so many
+    }
+    let keys = Keys { smallest: Keys::of_bin(bin).smallest, ..all.keys };
+    let own = share.keep(keys.smallest);
+    let count = LAYOUT.counts.get().add(3);
+    if thread::thread_idx_x() == 0 {
+        count.store(own);
+    }
+    cluster::sync();
+    let num_blocks = cluster::num_blocks();
+    let many = Gathered::load(count, num_blocks).before(num_blocks);
+    if many < chosen {
+        share.kept = None;
+        return all;
+    }
+    Range { keys, many, ..all }
+}
+
+/// Counts of the thread's bins, over the cluster, of four votes in `4 * stride`.
+unsafe fn count_every(share: &Share<'_>, stride: u32) -> [u32; OWN_BINS] {
+    let histogram = LAYOUT.histogram.get();
+    clear(histogram);
+    let (first, step) = (share.begin + 4 * stride * thread::thread_idx_x(), stride * STEP);
+    let votes = if stride == 1 { share.first_votes } else { share.load(first, step) };
+    for b in 0..BATCH {
+        for i in 0..4 {
+            if share.is_candidate(first + b * step + i) {
+                histogram.add(radix::bin(radix::key(votes[b as usize][i as usize]))).atomic_add(1);
+            }
+        }
+    }
+    counts_of_cluster()
+}
+
+/// Sets a histogram back to 0, before the block meets.
+unsafe fn clear(histogram: Shared<u32>) {
+    for bin in strided(thread::thread_idx_x(), BINS, THREADS) {
+        histogram.add(bin).store(0);
+    }
+    thread::sync_threads();
+}
+
+/// Sums of the blocks' histograms in the thread's bins.
+unsafe fn counts_of_cluster() -> [u32; OWN_BINS] {
+    let histogram = LAYOUT.histogram.get();
+    cluster::sync();
+    let mut counts = [0; OWN_BINS];
+    for block in 0..cluster::num_blocks() {
+        for i in 0..OWN_BINS {
+            counts[i] += histogram.add(bin_from_top::<OWN_BINS>(BINS, i)).of_block(block).load();
+        }
+    }
+    cluster::sync();
+    counts
+}
+
+unsafe fn choose(share: &mut Share<'_>, mut range: Range) {
     while range.keys.smallest < range.keys.largest && range.many > FEW {
         range = narrow(share, &range);
-        clear_marks(share);
-        thread::sync_threads();
-        mark(share, &range);
+        if share.kept.is_none() && range.many > FEW {
+            share.keep(range.keys.smallest);
+        }
     }
+    mark(share, &range);
     if range.keys.smallest < range.keys.largest {
         rank_few(share, &range);
         write_chosen(share, 0);
@@ -94,7 +187,7 @@ impl<'a> Share<'a> {
         let begin = first + (cluster::block_rank() * len).min(all.div_ceil(32) * 32);
         let votes = row.params.votes.add(row.params.batch.token_base(row.row));
         let end = (begin + len).min(row.candidates.end);
-        Share { row, votes, begin, end, first_votes: [[f32::NAN; 4]; BATCH] }
+        Share { row, votes, begin, end, len, first_votes: [[f32::NAN; 4]; BATCH as usize], kept: None }
     }
 
     /// The first token that the thread looks at.
@@ -102,12 +195,12 @@ impl<'a> Share<'a> {
         self.begin + 4 * thread::thread_idx_x()
     }
 
-    /// Votes of the thread from token `first` on.
-    unsafe fn load(&self, first: u32) -> Votes {
+    /// Four votes from token `first` on, from `first + step` on, and so on.
+    unsafe fn load(&self, first: u32, step: u32) -> Votes {
         let aligned = self.votes.addr().is_multiple_of(16);
-        let mut votes = [[f32::NAN; 4]; BATCH];
-        for b in 0..BATCH {
-            let token = first + b as u32 * STEP;
+        let mut votes = [[f32::NAN; 4]; BATCH as usize];
+        for b in 0..BATCH as usize {
+            let token = first + b as u32 * step;
             let whole = token >= self.row.candidates.begin && token + 3 < self.end;
             if whole && aligned {
                 votes[b] = self.votes.add(token as u64).cast::<V4<f32>>().load().0;
@@ -127,17 +220,53 @@ impl<'a> Share<'a> {
         self.end.saturating_sub(self.begin).div_ceil(32)
     }
 
+    /// Keeps all keys from `smallest` on, if there is room, and says how many they are.
+    ///
+    /// *Convergence:* aligned; every thread of the block.
+    unsafe fn keep(&mut self, smallest: u32) -> u32 {
+        let (keys, tokens) = (LAYOUT.kept_keys.get(), LAYOUT.kept_tokens.get());
+        let count = LAYOUT.counts.get();
+        self.each_vote(smallest, |token, key| {
+            let i = count.atomic_add(1);
+            if i < KEPT {
+                keys.add(i).store(key);
+                tokens.add(i).store(token);
+            }
+        });
+        thread::sync_threads();
+        let own = count.load();
+        thread::sync_threads();
+        if thread::thread_idx_x() == 0 {
+            count.store(0);
+        }
+        thread::sync_threads();
+        self.kept = (own <= KEPT).then_some(own);
+        own
+    }
+
     /// Calls `f` with each candidate of the share that is this thread's, and its key, if the key is no less than
-    /// `smallest`.
+    /// `smallest`; no less than that of [`keep`](Self::keep).
     #[inline(always)]
     unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
+        let Some(kept) = self.kept else { return self.each_vote(smallest, f) };
+        for i in strided(thread::thread_idx_x(), kept, THREADS) {
+            let key = LAYOUT.kept_keys.get().add(i).load();
+            if key >= smallest {
+                f(LAYOUT.kept_tokens.get().add(i).load(), key);
+            }
+        }
+    }
+
+    /// As [`each`](Self::each), of the votes themselves.
+    #[inline(always)]
+    unsafe fn each_vote(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
         let (least, all) = (radix::least_vote(smallest), smallest == 0);
         let mut votes = self.first_votes;
         let mut first = self.first_of_thread();
         while first < self.end {
             // What is not there is NaN, which has the smallest key. Few keys are large enough, and are loaded again.
             let mut found = 0u32;
-            for b in 0..BATCH {
+            for b in 0..BATCH as usize {
                 for i in 0..4 {
                     found |= ((all | (votes[b][i] >= least)) as u32) << (4 * b + i);
                 }
@@ -151,9 +280,9 @@ impl<'a> Share<'a> {
                 }
                 found &= found - 1;
             }
-            first += BATCH as u32 * STEP;
+            first += BATCH * STEP;
             if first < self.end {
-                votes = self.load(first);
+                votes = self.load(first, STEP);
             }
         }
     }
@@ -231,23 +360,13 @@ unsafe fn mark(share: &Share<'_>, range: &Range) {
 /// The bin of the range that the threshold lies in. Its keys are counted by all blocks.
 unsafe fn narrow(share: &Share<'_>, range: &Range) -> Range {
     let (histogram, keys) = (LAYOUT.histogram.get(), range.keys);
-    for bin in strided(thread::thread_idx_x(), BINS, THREADS) {
-        histogram.add(bin).store(0);
-    }
-    thread::sync_threads();
+    clear(histogram);
     share.each(keys.smallest, |_, key| {
         if key <= keys.largest {
             histogram.add(keys.bin_of(key)).atomic_add(1);
         }
     });
-    cluster::sync();
-    let mut counts = [0; OWN_BINS];
-    for block in 0..cluster::num_blocks() {
-        for i in 0..OWN_BINS {
-            counts[i] += histogram.add(bin_from_top::<OWN_BINS>(BINS, i)).of_block(block).load();
-        }
-    }
-    cluster::sync();
+    let counts = counts_of_cluster();
     let (bin, rank, many) = find(counts, range.rank);
     Range { keys: keys.narrowed(bin), rank, many }
 }
