@@ -684,7 +684,33 @@ fn what_cannot_be_cut_is_refused() {
     assert_eq!(error, Err(Error::Limit { what: "max_kv_tokens", limit: 15, got: 16 }));
 }
 
-/// Some tokens of a tensor, dense or strided.
+/// Queries that lie head by head, of which each piece takes some tokens.
+#[test]
+fn queries_with_heads_outermost() {
+    let (config, tokens) = (small_config(), 10); // 4 query heads, 2 KV heads of 16
+    let data: Vec<f32> = (0..tokens * 4 * 16).map(|i| (i * 37 % 101) as f32 / 50.0 - 1.0).collect();
+    let head_by_head: Vec<f32> = (0..4)
+        .flat_map(|head| data.chunks(4 * 16).flat_map(move |token| &token[head * 16..][..16]).copied())
+        .collect();
+    let kv: Vec<f32> = data[..tokens * 2 * 16].iter().rev().copied().collect();
+    let limits = Limits { max_rows: 1, max_block_len: 3, max_kv_tokens: 16 };
+    let out = |q: TensorView<'_>| {
+        let mut cache = PagedKvCache::new(&Device::cpu(), &config, &PAGES).unwrap();
+        let id = cache.create().unwrap();
+        let mut ts = plan(&Device::cpu(), &config, limits, Operations::PREFILL);
+        let pieces = cache.extend_in_pieces(&limits, &[(id, tokens)], 3).unwrap();
+        assert_eq!(pieces.len(), 4);
+        let mut out = vec![0.0f32; data.len()];
+        let input = StepInput { q, ..ts.input(pieces.whole(), &data, &kv, &kv).unwrap() };
+        let output = ts.output(pieces.whole(), &mut out, None).unwrap();
+        ts.prefill(cache.layer_mut(0).unwrap(), &pieces, input, output, go_on).unwrap();
+        out
+    };
+    let strided = TensorView::strided(&head_by_head, [tokens, 4, 16], [16, tokens * 16]).unwrap();
+    assert_eq!(out(strided), out(TensorView::new(&data, [tokens, 4, 16]).unwrap()));
+}
+
+/// Some tokens of a dense tensor.
 #[test]
 fn tokens_of_a_tensor() {
     let data: Vec<f32> = (0..60).map(|i| i as f32).collect();
