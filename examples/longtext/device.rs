@@ -35,7 +35,7 @@ pub fn open(model: &Model, text: &[u8], options: &Options) -> Result<Device> {
 fn probe(model: &Model, device: &Device, text: &[u8], options: &Options) -> Result<()> {
     let block = options.block.min(text.len());
     let mut session = Session::new(model, device, Attention::Selected, block + 1, options)?;
-    session.prefill(&text[..block])?;
+    session.prefill(&text[..block], &mut |_| ())?;
     session.decode(text[0])?;
     Ok(())
 }

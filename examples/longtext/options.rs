@@ -20,7 +20,7 @@ pub struct Options {
     /// How many bytes of the text to read, at least 2
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub tokens: usize,
-    /// Tokens of a prefill step
+    /// Tokens of a block, which share one list of selected tokens
     #[arg(long, value_name = "N", default_value_t = 128)]
     pub block: usize,
     /// The first tokens, always selected

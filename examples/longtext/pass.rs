@@ -59,6 +59,9 @@ impl Pass {
     }
 }
 
+/// Bytes that all layers read together, in blocks: matrix products of many rows are faster.
+const PART: usize = 2048;
+
 /// Reads `text`: blocks, then the last `options.decode` bytes one at a time, then what the model adds.
 pub fn read(
     model: &Model,
@@ -73,9 +76,10 @@ pub fn read(
 
     let start = Instant::now();
     let split = text.len() - options.decode;
-    for block in text[..split].chunks(options.block) {
-        reader.score(session.prefill(block)?, model.config.vocab_size, block.len())?;
-        bar.inc(block.len() as u64);
+    for part in text[..split].chunks(PART.max(options.block) / options.block * options.block) {
+        let before = bar.position();
+        let logits = session.prefill(part, &mut |done| bar.set_position(before + done as u64))?;
+        reader.score(logits, model.config.vocab_size, part.len())?;
     }
     let prefill = Speed { tokens: split, seconds: start.elapsed().as_secs_f64() };
 

@@ -1,11 +1,14 @@
 //! A model reading one sequence: the forward pass, with the cache and the attention of this crate on a device, and all
 //! else on the processor.
 
+use std::ops::ControlFlow;
+
 use half::slice::HalfFloatSliceExt;
 use half::{bf16, f16};
 use tokenselect::{
-    Batch, CacheConfig, DType, Device, Limits, PagedKvCache, Positions, SelectConfig, SelectionCacheConfig,
-    SelectionStats, SequenceId, StepInput, StepOutput, Tensor, TensorView, TensorViewMut, TokenSelect,
+    Batch, CacheConfig, DType, Device, Limits, PagedKvCache, Pieces, Positions, PrefillConfig, SelectConfig,
+    SelectionCacheConfig, SelectionStats, SequenceId, StepInput, StepOutput, Tensor, TensorView,
+    TensorViewMut, TokenSelect,
 };
 
 use crate::config::ModelConfig;
@@ -26,7 +29,7 @@ pub enum Attention {
     Dense,
 }
 
-/// A sequence that grows by blocks.
+/// A sequence that grows by parts of a text, read in blocks, and by single tokens.
 pub struct Session<'a> {
     model: &'a Model,
     attention: Attention,
@@ -34,6 +37,7 @@ pub struct Session<'a> {
     sequence: SequenceId,
     /// For blocks: selects anew for every block.
     prefill: TokenSelect,
+    block_len: usize,
     /// For single tokens: goes through the Selection Cache.
     decode: TokenSelect,
     /// Selections made for blocks, which the Selection Cache does not see.
@@ -42,7 +46,7 @@ pub struct Session<'a> {
     operands: Operands,
 }
 
-/// Activations of a block, all `[tokens, ...]` and as large as the last block.
+/// Activations of some tokens, all `[tokens, ...]` and as large as what was read last.
 #[derive(Default)]
 struct Buffers {
     /// Residual stream, `hidden_size` wide.
@@ -63,8 +67,7 @@ struct Buffers {
     logits: Vec<f32>,
 }
 
-/// What attention to a block reads and writes, where the device works. Made for a length of block, and kept while that
-/// stays.
+/// What attention reads and writes, where the device works. Made for a number of tokens, and kept while that stays.
 struct Operands {
     tokens: usize,
     /// `[tokens, num_qo_heads, head_dim]`, the type of the cache.
@@ -107,11 +110,11 @@ impl<'a> Session<'a> {
         };
         let mut cache = PagedKvCache::new(device, &config, &cache_config)?;
         let sequence = cache.create()?;
-        let limits =
-            |max_block_len| Limits { max_rows: 1, max_block_len, max_kv_tokens: num_pages * PAGE_SIZE };
-        let uncached = SelectConfig { selection_cache: None, ..config.clone() };
-        let prefill = TokenSelect::new(device, uncached, limits(options.block.min(capacity)))?;
-        let decode = TokenSelect::new(device, config, limits(1))?;
+        let block_len = options.block.min(capacity);
+        let reading = PrefillConfig { block_len, max_kv_len: capacity, ..PrefillConfig::default() };
+        let prefill = TokenSelect::for_prefill(device, config.clone(), &reading)?;
+        let limits = Limits { max_rows: 1, max_block_len: 1, max_kv_tokens: num_pages * PAGE_SIZE };
+        let decode = TokenSelect::new(device, config, limits)?;
         let operands = Operands::new(device, &model.config, 0)?;
         Ok(Session {
             model,
@@ -119,6 +122,7 @@ impl<'a> Session<'a> {
             cache,
             sequence,
             prefill,
+            block_len,
             decode,
             scored_blocks: 0,
             buffers: Buffers::default(),
@@ -126,17 +130,21 @@ impl<'a> Session<'a> {
         })
     }
 
-    /// Reads a block and returns the predictions after each of its bytes: logits, `[block.len(), vocab_size]`.
-    pub fn prefill(&mut self, block: &[u8]) -> Result<&[f32]> {
-        self.forward(block, Phase::Prefill)
+    /// Reads a part of the text in blocks and returns the predictions after each of its bytes: logits, `[text.len(), vocab_size]`.
+    /// `progress` is told how many bytes' worth of it is done.
+    pub fn prefill(&mut self, text: &[u8], progress: &mut dyn FnMut(usize)) -> Result<&[f32]> {
+        let limits = self.prefill.plan().limits();
+        let pieces = self.cache.extend_in_pieces(limits, &[(self.sequence, text.len())], self.block_len)?;
+        self.forward(text, &Work::Prefill(pieces), progress)
     }
 
     /// Reads one byte, through the Selection Cache, and returns the prediction after it: `[vocab_size]`.
     pub fn decode(&mut self, byte: u8) -> Result<&[f32]> {
-        self.forward(&[byte], Phase::Decode)
+        let batch = self.cache.extend(&[(self.sequence, 1)])?;
+        self.forward(&[byte], &Work::Decode(batch), &mut |_| ())
     }
 
-    /// The predictions that the last block returned.
+    /// The predictions that were returned last.
     pub fn logits(&self) -> &[f32] {
         &self.buffers.logits
     }
@@ -147,16 +155,16 @@ impl<'a> Session<'a> {
         Ok(SelectionStats { scored: cached.scored + self.scored_blocks, ..cached })
     }
 
-    fn forward(&mut self, block: &[u8], phase: Phase) -> Result<&[f32]> {
+    fn forward(&mut self, text: &[u8], work: &Work, progress: &mut dyn FnMut(usize)) -> Result<&[f32]> {
         let model = self.model;
         let epsilon = model.config.norm_epsilon;
-        let batch = self.cache.extend(&[(self.sequence, block.len())])?;
-        self.buffers.resize(model, block.len());
-        model.embed(block, &mut self.buffers.x);
+        self.buffers.resize(model, text.len());
+        model.embed(text, &mut self.buffers.x);
         for (index, layer) in model.layers.iter().enumerate() {
             let b = &mut self.buffers;
             rms_norm(&b.x, &layer.attention_norm, epsilon, &mut b.normed);
-            self.attend(&batch, index, layer, phase)?;
+            let done_before = index * text.len();
+            self.attend(work, index, layer, &mut |done| progress((done_before + done) / model.layers.len()))?;
             let b = &mut self.buffers;
             layer.o.add(&b.q, &mut b.x);
             rms_norm(&b.x, &layer.mlp_norm, epsilon, &mut b.normed);
@@ -171,14 +179,21 @@ impl<'a> Session<'a> {
         Ok(&b.logits)
     }
 
-    /// Queries, keys and values of the normed stream, then attention; its output replaces the queries.
-    fn attend(&mut self, batch: &Batch, index: usize, layer: &Layer, phase: Phase) -> Result<()> {
+    /// Queries, keys and values of the normed stream, then attention; its output replaces the queries. `progress` is told how many
+    /// tokens are done.
+    fn attend(
+        &mut self,
+        work: &Work,
+        index: usize,
+        layer: &Layer,
+        progress: &mut dyn FnMut(usize),
+    ) -> Result<()> {
         let b = &mut self.buffers;
         layer.q.apply(&b.normed, &mut b.q);
         layer.k.apply(&b.normed, &mut b.k);
         layer.v.apply(&b.normed, &mut b.v);
 
-        let tokens = batch.num_query_tokens();
+        let tokens = work.num_tokens();
         if self.operands.tokens != tokens {
             self.operands = Operands::new(self.decode.device(), &self.model.config, tokens)?;
         }
@@ -188,22 +203,48 @@ impl<'a> Session<'a> {
         copy_rounded(&b.v, v)?;
         let input = StepInput { q: q.view(), k: k.view(), v: v.view() };
         let output = StepOutput { out: out.view_mut(), lse: None };
-        let select = match phase {
-            Phase::Prefill => &mut self.prefill,
-            Phase::Decode => &mut self.decode,
-        };
-        match self.attention {
-            Attention::Selected => {
-                let candidates = batch.row(0)?.candidates(select.config()).len();
-                let uncached = select.config().selection_cache.is_none();
-                self.scored_blocks += u64::from(uncached && candidates > select.config().top_k);
-                select.step(&mut self.cache, index, batch, input, output)?;
+        let cache = &mut self.cache;
+        match (work, self.attention) {
+            (Work::Decode(batch), Attention::Selected) => {
+                self.decode.step(cache, index, batch, input, output)?;
             }
-            Attention::Dense => select.step_dense(&mut self.cache, index, batch, input, output)?,
+            (Work::Decode(batch), Attention::Dense) => {
+                self.decode.step_dense(cache, index, batch, input, output)?;
+            }
+            (Work::Prefill(pieces), Attention::Selected) => {
+                self.scored_blocks += scored_blocks(pieces, self.prefill.config())?;
+                self.prefill.prefill(cache.layer_mut(index)?, pieces, input, output, |at| {
+                    progress(at.done);
+                    ControlFlow::Continue(())
+                })?;
+            }
+            (Work::Prefill(pieces), Attention::Dense) => {
+                let StepOutput { mut out, .. } = output;
+                for piece in 0..pieces.len() {
+                    let tokens = pieces.tokens(piece)?;
+                    let [q, k, v] = [input.q, input.k, input.v].map(|tensor| tensor.tokens(tokens.clone()));
+                    let input = StepInput { q: q?, k: k?, v: v? };
+                    let output = StepOutput { out: out.reborrow().tokens(tokens.clone())?, lse: None };
+                    self.prefill.step_dense(cache, index, &*pieces.batch(piece)?, input, output)?;
+                    progress(tokens.end);
+                }
+            }
         }
         TensorViewMut::new(&mut b.q, out.shape())?.copy_from(out.view())?;
         Ok(())
     }
+}
+
+/// Blocks that select among more tokens than they may choose.
+fn scored_blocks(pieces: &Pieces, config: &SelectConfig) -> Result<u64> {
+    let mut scored = 0;
+    for piece in 0..pieces.len() {
+        let batch = pieces.batch(piece)?;
+        for row in 0..batch.num_rows() {
+            scored += u64::from(batch.row(row)?.candidates(config).len() > config.top_k);
+        }
+    }
+    Ok(scored)
 }
 
 impl Operands {
@@ -220,11 +261,21 @@ impl Operands {
     }
 }
 
-/// Which of the two selectors a block goes through.
-#[derive(Debug, Clone, Copy)]
-enum Phase {
-    Prefill,
-    Decode,
+/// Tokens to read, and the selector that they go through.
+enum Work {
+    /// A part of the text, in blocks.
+    Prefill(Pieces),
+    /// One token.
+    Decode(Batch),
+}
+
+impl Work {
+    fn num_tokens(&self) -> usize {
+        match self {
+            Work::Prefill(pieces) => pieces.whole().num_query_tokens(),
+            Work::Decode(batch) => batch.num_query_tokens(),
+        }
+    }
 }
 
 impl Buffers {

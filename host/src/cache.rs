@@ -10,6 +10,7 @@ use crate::error::{Error, Result};
 use crate::kv::{KvLayout, KvShape, KvView, KvViewMut};
 use crate::ledger::{Ledger, OwnedLayer, Owner};
 use crate::pages::PageAllocator;
+use crate::pieces::Pieces;
 use crate::plan::Limits;
 use crate::selection_cache::{MAX_LAYERS, SelectionCache, SelectionCacheLayer, SelectionStats};
 use crate::sequence::SequenceId;
@@ -312,6 +313,31 @@ impl PagedKvCache {
         }
         self.check_growth(limits, growth, block_len)?;
         self.extend(growth)?.in_blocks(block_len)
+    }
+
+    /// Makes room for whole prompts: [`extend`](Self::extend) by any number of new tokens of each sequence, cut into blocks of
+    /// `block_len` tokens and these into pieces within `limits`, for [`TokenSelect::prefill`](crate::TokenSelect::prefill) of each layer.
+    ///
+    /// # Errors
+    /// [`Error::Limit`] where a block alone is beyond `limits`, [`Error::Argument`] for blocks of no tokens, and those of `extend`; then
+    /// nothing grew.
+    pub fn extend_in_pieces(
+        &mut self,
+        limits: &Limits,
+        growth: &[(SequenceId, usize)],
+        block_len: usize,
+    ) -> Result<Pieces> {
+        if block_len == 0 {
+            return Err(Error::argument("block_len", "at least 1", block_len));
+        }
+        for &(id, tokens) in growth.iter().filter(|&&(_, tokens)| tokens > 0) {
+            let len = self.pages.len(id)?.saturating_add(tokens);
+            if len <= MAX_SEQUENCE_LEN {
+                // The last block has the most tokens before it; a longer sequence is the allocator's to refuse.
+                limits.check(1, tokens.min(block_len), len.next_multiple_of(self.shape.page_size))?;
+            }
+        }
+        self.extend(growth)?.in_pieces(limits, block_len)
     }
 
     /// Checks what a batch of rows that are cut into blocks of `block_len` tokens would be.

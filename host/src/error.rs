@@ -8,7 +8,8 @@ pub type Result<T, E = Error> = std::result::Result<T, E>;
 
 /// Every error of this crate. Each names the argument, the rule it broke and the numbers involved.
 ///
-/// A call that returns an error has changed nothing.
+/// A call that returns an error has changed nothing, except for [`TokenSelect::prefill`](crate::TokenSelect::prefill) where the device
+/// fails behind its first piece.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[non_exhaustive]
 pub enum Error {

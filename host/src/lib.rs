@@ -6,6 +6,7 @@
 //!
 //! # What to use
 //! - [`TokenSelect`] runs steps: [`step`](TokenSelect::step) for all of it, or one operation at a time.
+//! - [`TokenSelect::prefill`] reads prompts of any length, cut into [`Pieces`].
 //! - [`PagedKvCache`] owns keys and values; [`KvView`], [`KvViewMut`] and [`Batch::new`] serve the cache of another engine
 //!   ([example](KvViewMut#example)).
 //! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be (one sequence, unless it says more), [`Device`] where
@@ -69,6 +70,8 @@ mod kv;
 mod selection_cache;
 
 mod plan;
+
+mod pieces;
 mod workspace;
 
 mod backend;
@@ -91,12 +94,13 @@ pub use half;
 pub use kernels_gpu::launch::Dims;
 pub use kv::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
 pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};
+pub use pieces::Pieces;
 pub use plan::{Limits, Operations, Plan};
 pub use rope::{Rope, RopePairing, RopeScaling, RopeTable};
 pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
 pub use sequence::{SequenceChange, SequenceId};
 pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
-pub use token_select::{Over, StepInput, StepOutput, TokenSelect};
+pub use token_select::{Over, PrefillConfig, PrefillProgress, StepInput, StepOutput, TokenSelect};
 pub use workspace::{Buffer, RowAction, Workspace};
 
 /// The examples of the README are compiled and run. (One of them is for GPUs.)

@@ -396,6 +396,25 @@ impl<'a> TensorView<'a> {
         Ok(TensorView { shape: [tokens, count, dim].into(), data, strides: Some([all_dim, dim]) })
     }
 
+    /// Some tokens of a tensor whose first dimension is tokens, strided or not: the queries, keys or values of a piece of a prompt.
+    ///
+    /// # Errors
+    /// [`Error::Argument`] where the tensor has no dimensions, or the range ends before it begins; [`Error::Index`] where it has no such
+    /// tokens.
+    pub fn tokens(&self, tokens: Range<usize>) -> Result<TensorView<'a>> {
+        let shape = some_tokens(self.shape, &tokens)?;
+        let [count, heads, dim, _] = shape.dims;
+        let (first, elements) = match self.strides {
+            _ if shape.checked_len().unwrap_or(0) == 0 => (0, 0),
+            None => (tokens.start * token_len(shape), count * token_len(shape)),
+            Some(strides) => {
+                let elements = reach([count, heads, dim], strides).unwrap_or(0); // no more than of the whole tensor
+                (tokens.start * strides[0], elements)
+            }
+        };
+        Ok(TensorView { shape, data: self.data_part(first, elements), strides: self.strides })
+    }
+
     /// A strided tensor `[tokens, heads, dim]` in a slice: distances in elements from a token to the next and from a head to the
     /// next of its token; the elements of a head are adjacent. As for [`heads`](Self::heads).
     ///
@@ -712,6 +731,24 @@ impl<'a> TensorViewMut<'a> {
         Ok(())
     }
 
+    /// Some tokens of a tensor whose first dimension is tokens: the outputs of a piece of a prompt.
+    ///
+    /// # Errors
+    /// As [`TensorView::tokens`].
+    pub fn tokens(self, tokens: Range<usize>) -> Result<TensorViewMut<'a>> {
+        let shape = some_tokens(self.shape, &tokens)?;
+        let is_empty = shape.checked_len().unwrap_or(0) == 0;
+        let (begin, end) =
+            if is_empty { (0, 0) } else { (tokens.start * token_len(shape), tokens.end * token_len(shape)) };
+        let data = match self.data {
+            BorrowedMut::Host(host) => BorrowedMut::Host(host.part(begin, end)),
+            BorrowedMut::Device(slice, dtype) => {
+                BorrowedMut::Device(slice.part(begin * dtype.size(), end * dtype.size()), dtype)
+            }
+        };
+        Ok(TensorViewMut { shape, data })
+    }
+
     /// Entry `index` of the outermost dimension; the caller has checked that there is one.
     pub(crate) fn outer(self, index: usize) -> TensorViewMut<'a> {
         let inner = &self.shape.dims()[1..];
@@ -755,6 +792,27 @@ impl fmt::Debug for TensorViewMut<'_> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "TensorViewMut({} {})", self.dtype(), self.shape)
     }
+}
+
+/// The shape of some tokens of a tensor whose first dimension is tokens.
+fn some_tokens(shape: Shape, tokens: &Range<usize>) -> Result<Shape> {
+    let Some(&limit) = shape.dims().first() else {
+        return Err(Error::argument("tensor", "one whose first dimension is tokens", shape));
+    };
+    if tokens.start > tokens.end {
+        let (rule, got) = ("a range that ends where it begins or later", format!("{tokens:?}"));
+        return Err(Error::argument("tokens", rule, got));
+    }
+    if tokens.end > limit {
+        return Err(Error::Index { what: "last token", limit, got: tokens.end - 1 });
+    }
+    let [_, b, c, d] = shape.dims;
+    Ok(Shape { dims: [tokens.len(), b, c, d], ..shape })
+}
+
+/// Elements of one token of a tensor that has elements.
+fn token_len(shape: Shape) -> usize {
+    shape.dims()[1..].iter().product()
 }
 
 /// The number of bytes, where they fit the address space.

@@ -1,8 +1,10 @@
 //! The steps that a life is made of: sequences grow, every layer appends, selects and attends, and all of it is compared with
 //! the definitions.
 
+use std::ops::ControlFlow;
+
 use tokenselect::{
-    Batch, Buffer, DType, Error, LayerMut, Over, RowAction, SelectionStats, SequenceId, StepInput,
+    Batch, Buffer, DType, Error, LayerMut, Over, Pieces, RowAction, SelectionStats, SequenceId, StepInput,
     StepOutput, Tensor,
 };
 
@@ -31,6 +33,8 @@ enum Way {
     Uncached,
     Dense,
     AppendOnly,
+    /// In short blocks, several of which are a piece.
+    Prefill,
 }
 
 impl Life {
@@ -73,15 +77,25 @@ impl Life {
             Way::Uncached,
             Way::Dense,
             Way::AppendOnly,
+            Way::Prefill,
         ];
         let way = ways[self.random.below(ways.len())];
+        let block_len = 1 + self.random.below(6);
+        let pieces = batch.in_pieces(self.ts.plan().limits(), block_len).unwrap();
         for layer in 0..NUM_LAYERS {
-            self.work_on(layer, &batch, &growth, way);
+            self.work_on(layer, &batch, &pieces, &growth, way);
         }
         self.held = Some(Held { batch, ids, fresh: true });
     }
 
-    fn work_on(&mut self, layer: usize, batch: &Batch, growth: &[(SequenceId, usize)], way: Way) {
+    fn work_on(
+        &mut self,
+        layer: usize,
+        batch: &Batch,
+        pieces: &Pieces,
+        growth: &[(SequenceId, usize)],
+        way: Way,
+    ) {
         let config = self.model.config.clone();
         let (heads, width) = (config.heads, self.model.width());
         let (mut q, mut k, mut v) = (Vec::new(), Vec::new(), Vec::new());
@@ -107,19 +121,25 @@ impl Life {
             padded(&mut v, heads.num_kv_heads),
         ];
         let (mut out, mut lse) = self.outputs(tokens);
-        self.run(layer, batch, way, [&q, &k, &v], (&mut out, &mut lse));
+        self.run(layer, (batch, pieces), way, [&q, &k, &v], (&mut out, &mut lse));
         if way == Way::AppendOnly {
             return;
         }
-        if way == Way::Dense {
-            // What adds more than one token without selecting drops what is cached.
-            for &(id, _) in growth.iter().filter(|&&(_, t)| t > 1) {
-                let place = self.model.place(id);
-                self.model.sequences[place].layers[layer].cached = None;
-            }
+        // What adds more than one token without selecting drops what is cached, and so do blocks of any length.
+        let kept = match way {
+            Way::Dense => 1,
+            Way::Prefill => 0,
+            _ => usize::MAX,
+        };
+        for &(id, _) in growth.iter().filter(|&&(_, t)| t > kept) {
+            let place = self.model.place(id);
+            self.model.sequences[place].layers[layer].cached = None;
+        }
+        let (out, lse) = (values(&out), values(&lse));
+        if way == Way::Prefill {
+            return self.check_prefill(layer, pieces, growth, (&q, &unpadded), (&out, &lse));
         }
         let selected = (way != Way::Dense).then(|| self.check_selections(layer, growth, way, &unpadded));
-        let (out, lse) = (values(&out), values(&lse));
         let (qo_width, hq) = (heads.num_qo_heads * heads.head_dim, heads.num_qo_heads);
         let naive_config = naive_config(&config);
         let mut token = 0;
@@ -142,10 +162,57 @@ impl Life {
         assert!(lse[token * hq..].iter().all(|&x| x == f64::NEG_INFINITY), "{way:?}: padding sees nothing");
     }
 
+    /// Compares each block with the definitions: a row that ends with its own last token.
+    fn check_prefill(
+        &mut self,
+        layer: usize,
+        pieces: &Pieces,
+        growth: &[(SequenceId, usize)],
+        (q, queries): (&Tensor, &[f64]),
+        (out, lse): (&[f64], &[f64]),
+    ) {
+        let config = naive_config(&self.model.config);
+        let (width, qo_width, hq) = (self.model.width(), config.hq * config.d, config.hq);
+        let mut lists = Vec::new();
+        for piece in 0..pieces.len() {
+            // The workspace has the last piece's alone; selected again, they are the same.
+            let (batch, tokens) = (pieces.batch(piece).unwrap(), pieces.tokens(piece).unwrap());
+            let q = q.view().tokens(tokens).unwrap();
+            self.ts.select(&batch, self.cache.layer(layer).unwrap(), q, None).unwrap();
+            lists.extend(selected_lists(&self.ts, batch.num_rows()));
+        }
+        let (mut lists, mut token) = (lists.into_iter(), 0);
+        for (r, &(id, t)) in growth.iter().enumerate() {
+            let of = &self.model.sequences[self.model.place(id)].layers[layer];
+            let before = of.k.len() / width - t;
+            for begin in (0..t).step_by(pieces.block_len()) {
+                let end = t.min(begin + pieces.block_len());
+                let (n, t) = (before + end, end - begin);
+                let what = format!("Prefill, layer {layer}, row {r}, block of {t} that ends at {n}");
+                let q = queries[token * qo_width..][..t * qo_width].to_vec();
+                let (k, v) = (of.k[..n * width].to_vec(), of.v[..n * width].to_vec());
+                let row = Row { n, t, q, k, v };
+                let list = lists.next().expect("a list for each block");
+                assert_selected(&what, &config, &row, &list);
+                let ranked = naive::ranked(&list);
+                let (want, want_lse) = naive::attend(&config, &row.q, &row.k, &row.v, &ranked, list.len());
+                let exact = attention_tolerance(DType::F32, &config, &row.q, &row.k, list.len());
+                let on_gpu = !self.ts.device().is_cpu();
+                let allowed = if on_gpu { exact.max(gpu_tolerance(self.model.config.dtype)) } else { exact };
+                assert_close(&what, &out[token * qo_width..][..t * qo_width], &want, config.d, allowed);
+                assert_lse(&what, &lse[token * hq..][..t * hq], &want_lse, allowed);
+                token += t;
+            }
+        }
+        assert!(lists.all(|list| list.is_empty()), "blocks of padding select nothing");
+        assert!(out[token * qo_width..].iter().all(|&x| x == 0.0), "padding attends to nothing");
+        assert!(lse[token * hq..].iter().all(|&x| x == f64::NEG_INFINITY), "padding sees nothing");
+    }
+
     fn run(
         &mut self,
         layer: usize,
-        batch: &Batch,
+        (batch, pieces): (&Batch, &Pieces),
         way: Way,
         [q, k, v]: [&Tensor; 3],
         (out, lse): (&mut Tensor, &mut Tensor),
@@ -156,6 +223,11 @@ impl Life {
         match way {
             Way::Step => return ts.step(cache, layer, batch, input, output).unwrap(),
             Way::Dense => return ts.step_dense(cache, layer, batch, input, output).unwrap(),
+            Way::Prefill => {
+                let layer = cache.layer_mut(layer).unwrap();
+                ts.prefill(layer, pieces, input, output, |_| ControlFlow::Continue(())).unwrap();
+                return;
+            }
             Way::AppendSelect => {
                 let LayerMut { kv, selections } = cache.layer_mut(layer).unwrap();
                 ts.append_select(batch, LayerMut { kv, selections }, input).unwrap();

@@ -24,7 +24,8 @@
 
 /// What a function answers. 0 is success; anything else comes with a text, `ts_last_error_message`.
 ///
-/// A call that fails has changed nothing, except for `TS_STATUS_PANIC`.
+/// A call that fails has changed nothing, except for `TS_STATUS_PANIC`, and for `ts_prefill` and `ts_prefill_kv` where the
+/// device fails behind their first piece.
 enum ts_status
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t
@@ -333,6 +334,13 @@ typedef struct ts_device ts_device;
 
 /// Work recorded by `ts_capture`: a CUDA graph. One thread at a time.
 typedef struct ts_graph ts_graph;
+
+/// A batch of prompts, of any number of tokens each, as pieces that one step of a context has room for. Made once for all
+/// layers. Prompts are read one after the other: pieces are parts of the query tokens, in their order.
+///
+/// Never changes. Tables of the first pieces, up to 64 MiB, are kept here and on the device; those of others are made
+/// whenever a layer comes to them.
+typedef struct ts_pieces ts_pieces;
 
 /// Cached selections of every layer and sequence, for an engine with a cache of its own, which calls
 /// `ts_selection_cache_clear`, `_fork` and `_truncate` whenever it does the same to a sequence; or those of a
@@ -667,6 +675,39 @@ typedef struct ts_selection_stats {
 
 /// Names a sequence of one cache. A name is never used twice.
 typedef uint64_t ts_sequence;
+
+/// How prompts are read, and the memory for it. Filled by `ts_prefill_config_default`.
+typedef struct ts_prefill_config {
+  /// `sizeof(ts_prefill_config)`.
+  size_t struct_size;
+  /// Tokens of a block. A dial, from about 4 to 512: short blocks are nearer to dense attention and cost more passes over
+  /// the keys; long blocks pool many queries into one and are fastest. Default 512, the paper's.
+  size_t block_len;
+  /// The most tokens that a sequence has when its prompt has been read. Default 131072.
+  size_t max_kv_len;
+  /// The most tokens of a piece, which is the work of one step and of one call of a `ts_progress`; at least a block.
+  /// Default 8192.
+  size_t max_piece_len;
+  /// The most bytes of the workspace; where they have no room for a piece of `max_piece_len`, pieces are shorter. Default
+  /// 1 GiB.
+  size_t max_workspace_bytes;
+} ts_prefill_config;
+
+/// Sizes of pieces.
+typedef struct ts_pieces_info {
+  /// Pieces.
+  size_t num_pieces;
+  /// Blocks of all pieces.
+  size_t num_blocks;
+  /// Query tokens of all pieces: the leading dimension of `q`, `k`, `v` and `out`.
+  size_t num_query_tokens;
+  /// Tokens of a block; the last one of a prompt may have fewer.
+  size_t block_len;
+} ts_pieces_info;
+
+/// Is told after each piece of a layer how many query tokens are done, and of how many; on a GPU, when the work is in the
+/// stream. `user_data` is what was given with it. Answers 0 to go on, anything else to stop. Must not unwind.
+typedef int32_t (*ts_progress)(void *user_data, size_t done, size_t total);
 
 /// Work to record: calls of this library on the device that is captured. `user_data` is what `ts_capture` was given.
 /// Answers 0 if all went well. Must not unwind.
@@ -1574,6 +1615,119 @@ ts_status ts_step_dense(struct ts_context *context,
                         const struct ts_batch *batch,
                         const struct ts_step_input *input,
                         const struct ts_output *output);
+
+/// Fills a configuration with defaults: blocks of 512, sequences of up to 131072 tokens, pieces of 8192, a workspace of
+/// 1 GiB. `struct_size` is `sizeof(ts_prefill_config)`.
+///
+/// Promised by the caller:
+/// - `prefill` is null or has room for `struct_size` bytes, written.
+ts_status ts_prefill_config_default(struct ts_prefill_config *prefill,
+                                    size_t struct_size);
+
+/// A context that reads prompts, with a workspace of no more than `max_workspace_bytes`: its limits are as many blocks a
+/// step as that and the piece have room for. It selects for blocks alone; decoding has a context of its own, over the same
+/// cache.
+///
+/// Errors: `TS_STATUS_CONFIG` where a field breaks its rule, and where the workspace has no room for one block, with the
+/// bytes that it needs; those of `ts_context_create`.
+///
+/// Promised by the caller:
+/// - `device` is null or a handle; `config` and `prefill` are null or hold as many bytes as their `struct_size`.
+/// - `context` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_context_create_prefill(const struct ts_device *device,
+                                    const struct ts_config *config,
+                                    const struct ts_prefill_config *prefill,
+                                    struct ts_context **context);
+
+/// Makes room for whole prompts: `ts_cache_extend` by any number of new tokens of each sequence, cut into blocks of
+/// `block_len` tokens, and these into pieces within the limits of `context`. A context of `ts_context_create_prefill` takes
+/// blocks of any length up to its own.
+///
+/// Errors: `TS_STATUS_LIMIT` where a block alone is beyond the limits, `TS_STATUS_CONFIG` for blocks of no tokens, and those
+/// of `ts_cache_extend`. Then nothing grew.
+///
+/// Promised by the caller:
+/// - `cache` and `context` are null or handles; nothing else uses `cache` meanwhile.
+/// - `sequences` and `num_tokens` are null or hold `num_rows` entries.
+/// - `pieces` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_cache_extend_in_pieces(struct ts_cache *cache,
+                                    const struct ts_context *context,
+                                    const ts_sequence *sequences,
+                                    const size_t *num_tokens,
+                                    size_t num_rows,
+                                    size_t block_len,
+                                    struct ts_pieces **pieces);
+
+/// The pieces of another engine's prompts. The batch has all tokens of each prompt in one row; the rest is as for
+/// `ts_cache_extend_in_pieces`.
+///
+/// Errors: `TS_STATUS_LIMIT` where a block alone is beyond the limits of `context`, `TS_STATUS_CONFIG` for blocks of no
+/// tokens, `TS_STATUS_MISSING` where the rows are parts of sequences, blocks already, or the device's alone.
+///
+/// Promised by the caller:
+/// - `batch` and `context` are null or handles.
+/// - `pieces` is null or has room for a pointer, written: the new handle, null on an error.
+ts_status ts_batch_in_pieces(const struct ts_batch *batch,
+                             const struct ts_context *context,
+                             size_t block_len,
+                             struct ts_pieces **pieces);
+
+/// Sizes of pieces.
+///
+/// Promised by the caller:
+/// - `pieces` is null or a handle; `info` is null or has room for the structure, written.
+ts_status ts_pieces_get_info(const struct ts_pieces *pieces, struct ts_pieces_info *info);
+
+/// Gives pieces back. Null is nothing. On a GPU, their tables are freed after the device's earlier work.
+///
+/// Promised by the caller:
+/// - `pieces` is null or a handle, used for the last time.
+ts_status ts_pieces_destroy(struct ts_pieces *pieces);
+
+/// Reads prompts in one layer of an owned cache: for each piece in turn, appends its keys and values, selects for its blocks,
+/// attends, and calls `progress`, which may be null. The result is that of a `ts_step` for each piece, bit by bit: a block
+/// selects from the tokens before it with its own windows.
+///
+/// `pieces` come from `ts_cache_extend_in_pieces`; `input` and `output` have the query tokens of all of them. Cached
+/// selections of the sequences that grow are dropped. Where `progress` stops, this answers `TS_STATUS_OK`.
+///
+/// Errors: those of `ts_step`, and `TS_STATUS_MISSING` while work is captured. All of these are found before the first piece,
+/// and then nothing was written. After a stop, or an error of the device (`TS_STATUS_DRIVER`, `TS_STATUS_LAUNCH`), the layer
+/// and the outputs have the pieces before it (`ts_cache_written_len`). The same call may be made again, and begins anew; or
+/// `ts_cache_sequence_truncate` takes the sequences back to what all layers have.
+///
+/// Promised by the caller:
+/// - Handles are null or handles of one device; nothing else uses `context` and `cache` meanwhile, `progress` neither.
+/// - `input` and `output` are as for `ts_step`.
+/// - `progress` is null or may be called with `user_data` and does not unwind.
+ts_status ts_prefill(struct ts_context *context,
+                     struct ts_cache *cache,
+                     size_t layer,
+                     const struct ts_pieces *pieces,
+                     const struct ts_step_input *input,
+                     const struct ts_output *output,
+                     ts_progress progress,
+                     void *user_data);
+
+/// As `ts_prefill`, over another engine's memory: `pieces` come from `ts_batch_in_pieces`. What `selection_cache`, which may
+/// be null, holds in `layer` for the sequences that grow is dropped.
+///
+/// Errors: those of `ts_append_select` and `ts_attend`, and `TS_STATUS_MISSING` while work is captured; found before the
+/// first piece, as in `ts_prefill`.
+///
+/// Promised by the caller:
+/// - As for `ts_append_select` and `ts_attend`; nothing else uses `context`, `selection_cache` and the pages of the pieces
+///   meanwhile, `progress` neither.
+/// - `progress` is null or may be called with `user_data` and does not unwind.
+ts_status ts_prefill_kv(struct ts_context *context,
+                        const struct ts_pieces *pieces,
+                        const struct ts_kv_view *kv,
+                        const struct ts_step_input *input,
+                        const struct ts_output *output,
+                        struct ts_selection_cache *selection_cache,
+                        size_t layer,
+                        ts_progress progress,
+                        void *user_data);
 
 /// Calls `work` and records what it puts on the device, instead of doing it: launching that costs the processor one
 /// call for the whole of it.

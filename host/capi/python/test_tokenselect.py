@@ -258,6 +258,10 @@ class Steps(unittest.TestCase):
                 ctx.append(rows, (cache, 0), of(v), of(k))
                 ctx.attend_dense(rows, cache.layer(0), of(q), StandIn(out, "float32"))
                 made.append(out.copy())
+            reader = ts.Context.for_prefill(self.device, cfg, block_len=6, max_kv_len=16)
+            pieces = cache.extend_in_pieces(reader, [(cache.create(), 16)], 6)
+            reader.prefill(cache, 0, pieces, of(q), of(k), of(v), StandIn(out, "float32"))
+            made.append(out.copy())
             return made
 
         for want, got in zip(run(lambda array: array), run(Fleeting), strict=True):
@@ -482,6 +486,55 @@ class Steps(unittest.TestCase):
         cache.layer_mut(0)
         self.assertEqual([cache.written_len(layer, sequence) for layer in (0, 1)], [24, 16])
 
+    def test_prefill(self):
+        """Prompts piece by piece, against the definitions; a function that stops, or raises."""
+        for fields in [{}, dict(positions="reassigned", rope=dict(theta=THETA))]:
+            cfg = config(**fields)
+            cache = ts.Cache(self.device, cfg, num_layers=2, num_pages=32, page_size=PAGE)
+            ctx = ts.Context.for_prefill(self.device, cfg, block_len=6, max_kv_len=40, max_piece_len=24)
+            first, second = cache.create(), cache.create()
+            pieces = cache.extend_in_pieces(ctx, [(first, 37), (second, 20)], 6)
+            self.assertEqual((pieces.num_pieces, pieces.num_blocks, pieces.block_len), (3, 11, 6))
+            q, k, v = (self.draw(57, heads, D) for heads in (HQ, HKV, HKV))
+            told = []
+            out, lse = ctx.prefill(cache, 0, pieces, q, k, v, lse=True, progress=lambda *at: told.append(at))
+            self.assertEqual(told, [(24, 57), (43, 57), (57, 57)])
+            for begin, end in ((0, 37), (37, 57)):
+                for block in range(begin, end, 6):
+                    of_block, seen = slice(block, min(block + 6, end)), slice(begin, min(block + 6, end))
+                    queries = q[of_block].astype(np.float64)
+                    _, tokens = select(cfg, queries, k[seen].astype(np.float64))
+                    want_out, want_lse = attend(cfg, queries, k[seen], v[seen], tokens)
+                    np.testing.assert_allclose(out[of_block], want_out, atol=1e-5)
+                    np.testing.assert_allclose(lse[of_block], want_lse, atol=1e-5)
+
+            given = np.full_like(q, 7)
+            stopped = ctx.prefill(cache, 1, pieces, q, k, v, out=given, progress=lambda done, _: done < 43)
+            self.assertIs(stopped, given)
+            np.testing.assert_array_equal(given[:43], out[:43])
+            np.testing.assert_array_equal(given[43:], 7)
+            self.assertEqual([cache.written_len(1, sequence) for sequence in (first, second)], [37, 6])
+            with self.assertRaises(ZeroDivisionError):
+                ctx.prefill(cache, 1, pieces, q, k, v, progress=lambda done, total: done / 0)
+            np.testing.assert_array_equal(ctx.prefill(cache, 1, pieces, q, k, v), out)
+
+            pools = [np.full((16, PAGE, HKV, D), np.nan, np.float32) for _ in "kv"]
+            batch = ts.Batch(PAGE, [0, 37, 57], [0, 10, 15], range(15), [1, 4], sequence_indices=[0, 1])
+            own = batch.in_pieces(ctx, 6)
+            np.testing.assert_array_equal(ctx.prefill_kv(own, ts.KvView(*pools), q, k, v), out)
+
+        with self.assertRaisesRegex(ValueError, r"`q` must have shape \(57, 4, 16\), got \(56, 4, 16\)"):
+            ctx.prefill(cache, 0, pieces, q[1:], k, v)
+        with self.assertRaisesRegex(ts.Error, "`max_workspace_bytes` must be at least .*, got 1000"):
+            ts.Context.for_prefill(self.device, cfg, max_workspace_bytes=1000)
+        with self.assertRaisesRegex(TypeError, "no field `block` in ts_prefill_config"):
+            ts.Context.for_prefill(self.device, cfg, block=6)
+        with self.assertRaisesRegex(ts.Error, "`max_block_len` is limited to 6, the batch needs 7"):
+            cache.extend_in_pieces(ctx, [(first, 8)], 7)
+        with self.assertRaisesRegex(ts.Error, "out of pages") as caught:
+            cache.extend_in_pieces(ctx, [(second, 1), (cache.create(), 40), (cache.create(), 40)], 6)
+        self.assertEqual((caught.exception.status, cache.len(second)), ("TS_STATUS_OUT_OF_PAGES", 20))
+
     def test_errors(self):
         cfg = config()
         ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
@@ -613,6 +666,23 @@ class Emulated(unittest.TestCase):
             results.append(made)
         for dense, fused in zip(*results, strict=True):
             np.testing.assert_array_equal(dense, fused)
+
+    def test_prefill(self):
+        """Two prompts of odd lengths on the device, as the processor reads them."""
+        device, cfg = self.emulated(), config(dtype="bf16", head_dim=64, n_init=2, n_local=3, top_k=5)
+        results = []
+        for on in (ts.Device.cpu(), device):
+            random = np.random.default_rng(8)
+            copy = on.to_device if on is device else lambda array: array
+            q, k, v = (copy(to_bf16(random.standard_normal((26, heads, 64)))) for heads in (HQ, HKV, HKV))
+            ctx = ts.Context.for_prefill(on, cfg, block_len=5, max_kv_len=20, max_piece_len=10)
+            kv = ts.KvView(*(copy(to_bf16(np.zeros((8, PAGE, HKV, 64)))) for _ in "kv"))
+            pieces = ts.Batch(PAGE, [0, 13, 26], [0, 4, 8], range(8), [1, 1]).in_pieces(ctx, 5)
+            out, lse = copy(np.zeros((26, HQ, 64), np.float32)), copy(np.zeros((26, HQ), np.float32))
+            ctx.prefill_kv(pieces, kv, q, k, v, out=out, lse=lse)
+            results.append([np.asarray(x) if on.kind == "cpu" else x.numpy() for x in (out, lse)])
+        for want, got in zip(*results, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-2)
 
     def test_select_and_capture(self):
         device = self.emulated()

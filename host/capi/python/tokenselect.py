@@ -18,7 +18,7 @@ but that of the last dimension, which is 1.
 Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. A tensor that is passed
 lives until the call returns, and must live until the device has done the work; tensors of PyTorch's caching allocator
 do, if both use one stream. Objects may be dropped in any order. One object is used by one thread at a time; a failed
-call raises `Error` and has changed nothing.
+call raises `Error` and has changed nothing (but see `prefill`).
 """
 
 import ctypes
@@ -29,7 +29,7 @@ from tokenselect_tensors import LIBRARY as _lib
 from tokenselect_tensors import TYPESTR, Memory, View, int32, like
 
 __all__ = ["Batch", "BatchSlot", "Buffer", "Cache", "Config", "Context", "Device", "Error", "Graph", "KvView"]
-__all__ += ["SelectionCache", "version"]
+__all__ += ["Pieces", "SelectionCache", "version"]
 
 version = _lib.version
 
@@ -316,6 +316,21 @@ class Batch(_Handle):
         prompt. Shorter blocks find more of what single queries look for, and cost more."""
         return Batch._of(_lib.made("batch_in_blocks", self, block_len))
 
+    def in_pieces(self, context, block_len):
+        """Another engine's prompts, each with all its tokens in one row, as pieces for `prefill` of `context`."""
+        return Pieces(_lib.made("batch_in_pieces", self, context, block_len))
+
+
+class Pieces(_Handle):
+    """Prompts cut into pieces that one step of a context has room for, for all layers: `num_pieces`, `num_blocks`,
+    `num_query_tokens`, `block_len`."""
+
+    def __init__(self, handle):
+        super().__init__(handle, _lib.pieces_destroy)
+        info = _lib.made("pieces_get_info", handle, kind=abi.PiecesInfo)
+        self.num_pieces, self.num_blocks, self.block_len = info.num_pieces, info.num_blocks, info.block_len
+        self.num_query_tokens = info.num_query_tokens
+
 
 class BatchSlot(_Handle):
     """A fixed place for the tables of batches with the rows and blocks of `like`, for captured work."""
@@ -417,10 +432,19 @@ class Cache(_Handle):
 
     def extend(self, growth):
         """Makes room for new tokens, `[(sequence, num_tokens)]`; answers the batch of these rows, for all layers."""
+        return Batch._of(_lib.made("cache_extend", self, *self._growth(growth)))
+
+    def extend_in_pieces(self, context, growth, block_len):
+        """Makes room for whole prompts, `[(sequence, num_tokens)]` of any length, cut into blocks of `block_len` tokens and these
+        into pieces within the limits of `context`; answers the pieces, for `prefill` of all layers."""
+        return Pieces(_lib.made("cache_extend_in_pieces", self, context, *self._growth(growth), block_len))
+
+    @staticmethod
+    def _growth(growth):
         rows = len(growth)
         sequences = (ctypes.c_uint64 * rows)(*(sequence for sequence, _ in growth))
         num_tokens = (ctypes.c_size_t * rows)(*(tokens for _, tokens in growth))
-        return Batch._of(_lib.made("cache_extend", self, sequences, num_tokens, rows))
+        return sequences, num_tokens, rows
 
     def written_len(self, layer, sequence):
         """Leading tokens of a sequence whose keys and values a layer has: less than `len` until the layer's step."""
@@ -476,6 +500,20 @@ class Context(_Handle):
         super().__init__(None, _lib.context_destroy)
         self.device, self.config = device, config
         self.handle = _lib.made("context_create", device, config.raw, _limits(limits))
+
+    @classmethod
+    def for_prefill(cls, device, config, **prefill):
+        """One that reads prompts: `block_len`, `max_kv_len`, `max_piece_len` and `max_workspace_bytes` as in `ts_prefill_config`.
+        Short blocks are nearer to dense attention and cost more passes over the keys; long blocks pool many queries into one
+        and are fastest. It selects for blocks alone: decoding has a context of its own."""
+        raw = abi.PrefillConfig()
+        _lib.prefill_config_default(raw, ctypes.sizeof(raw))
+        _set(raw, prefill)
+        context = cls.__new__(cls)
+        _Handle.__init__(context, None, _lib.context_destroy)
+        context.device, context.config = device, config
+        context.handle = _lib.made("context_create_prefill", device, config.raw, raw)
+        return context
 
     def append(self, batch, kv, k, v):
         """Writes `k` and `v`, `[num_query_tokens, num_kv_heads, head_dim]`, into the pages of the batch; `kv` may be a
@@ -564,6 +602,18 @@ class Context(_Handle):
         """As `step`, attending to all tokens."""
         return self._step("step_dense", cache, layer, batch, (q, k, v), out, lse)
 
+    def prefill(self, cache, layer, pieces, q, k, v, out=None, lse=None, progress=None):
+        """Reads prompts in one layer of an owned cache, piece by piece. `pieces` come from `Cache.extend_in_pieces`; `q`, `k` and `v`
+        have the query tokens of all of them. `progress(done, total)` is called after each piece; where it answers False or raises,
+        reading stops. The layer and the outputs then have what was read, as where the device fails. See `ts_prefill`. Answers as
+        `attend`."""
+        return self._prefill("prefill", (cache, layer, pieces), (), pieces, (q, k, v), out, lse, progress)
+
+    def prefill_kv(self, pieces, kv, q, k, v, selection_cache=None, layer=0, out=None, lse=None, progress=None):
+        """As `prefill`, over another engine's memory: `pieces` come from `Batch.in_pieces`."""
+        first, last = (pieces, self._kv(kv)), (selection_cache, layer)
+        return self._prefill("prefill_kv", first, last, pieces, (q, k, v), out, lse, progress)
+
     def workspace(self, name):
         """A buffer between operations, by name: `queries`, `similarities`, `actions`, `logits`, `stats`, `votes`,
         `pooled_votes`, `top_k`, `selected`, `selected_len`, `products`. The same memory; `.torch()`, `.numpy()` for
@@ -631,4 +681,22 @@ class Context(_Handle):
         given = self._input(batch, **dict(zip("qkv", tensors)))
         output, answer = self._output(batch.num_query_tokens, tensors[0], out, lse)
         getattr(_lib, name)(self, cache, layer, batch, given, output)
+        return answer
+
+    def _prefill(self, name, first, last, pieces, tensors, out, lse, progress):
+        raised = []
+
+        def call(_, done, total):
+            try:
+                return int(progress(done, total) is False)
+            except BaseException as error:  # noqa: BLE001: raised again below
+                raised.append(error)
+                return 1
+
+        given = self._input(pieces, **dict(zip("qkv", tensors)))
+        output, answer = self._output(pieces.num_query_tokens, tensors[0], out, lse)
+        told = abi.PROGRESS() if progress is None else abi.PROGRESS(call)
+        getattr(_lib, name)(self, *first, given, output, *last, told, None)
+        if raised:
+            raise raised[0]
         return answer

@@ -115,15 +115,24 @@ StepInput = _structure(
     struct_size=c_size_t, q=c_void_p, k=c_void_p, v=c_void_p, q_stride_token=c_size_t, q_stride_head=c_size_t,
     k_stride_token=c_size_t, k_stride_head=c_size_t, v_stride_token=c_size_t, v_stride_head=c_size_t,
 )  # fmt: skip
+PrefillConfig = _structure(
+    "ts_prefill_config",
+    struct_size=c_size_t, block_len=c_size_t, max_kv_len=c_size_t, max_piece_len=c_size_t,
+    max_workspace_bytes=c_size_t,
+)  # fmt: skip
+PiecesInfo = _structure(
+    "ts_pieces_info", num_pieces=c_size_t, num_blocks=c_size_t, num_query_tokens=c_size_t, block_len=c_size_t
+)
 SelectionStats = _structure("ts_selection_stats", reused=c_uint64, scored=c_uint64, complete=c_uint64)
 Tensor = _structure("ts_tensor", data=c_void_p, dtype=c_int32, rank=c_uint32, shape=c_size_t * 4)
 
 STRUCTURES = [
     Rope, Config, Limits, CacheConfig, KvView, BatchTables, DeviceTables, BatchInfo, BatchRow, Output, Selection,
-    Parts, StepInput, SelectionStats, Tensor,
+    Parts, StepInput, PrefillConfig, PiecesInfo, SelectionStats, Tensor,
 ]  # fmt: skip
 
 WORK = ctypes.CFUNCTYPE(c_int32, c_void_p)
+PROGRESS = ctypes.CFUNCTYPE(c_int32, c_void_p, c_size_t, c_size_t)
 
 _P = c_void_p  # a handle or address
 _OUT = POINTER(c_void_p)  # where a new handle is written
@@ -194,10 +203,19 @@ FUNCTIONS = {
     "ts_cache_append": [_P, _P, c_size_t, _P, POINTER(StepInput)],
     "ts_step": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
     "ts_step_dense": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
+    "ts_prefill_config_default": [POINTER(PrefillConfig), c_size_t],
+    "ts_context_create_prefill": [_P, POINTER(Config), POINTER(PrefillConfig), _OUT],
+    "ts_cache_extend_in_pieces": [_P, _P, POINTER(c_uint64), POINTER(c_size_t), c_size_t, c_size_t, _OUT],
+    "ts_batch_in_pieces": [_P, _P, c_size_t, _OUT],
+    "ts_pieces_get_info": [_P, POINTER(PiecesInfo)],
+    "ts_prefill": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output), PROGRESS, _P],
+    "ts_prefill_kv": [
+        _P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output), _P, c_size_t, PROGRESS, _P
+    ],
     "ts_capture": [_P, WORK, _P, _OUT],
     "ts_graph_launch": [_P],
 }
-_HANDLES = ["device", "buffer", "context", "batch", "batch_slot", "selection_cache", "cache", "graph"]
+_HANDLES = ["device", "buffer", "context", "batch", "batch_slot", "selection_cache", "cache", "pieces", "graph"]
 FUNCTIONS.update({f"ts_{handle}_destroy": [_P] for handle in _HANDLES})
 
 

@@ -2,7 +2,7 @@
 
 use std::ffi::c_void;
 
-use tokenselect::{PagedKvCache, SequenceId, StepInput};
+use tokenselect::{Batch, PagedKvCache, SequenceId, StepInput};
 
 use crate::batch::ts_batch;
 use crate::config::{read_cache_config, read_config, ts_cache_config, ts_config};
@@ -288,6 +288,22 @@ fn expect_apart_from_pages(cache: &ts_cache, layer: usize, given: &[Argument]) -
     view.arguments(cache.cache.dtype())?.iter().try_for_each(|pages| pages.expect_apart(given))
 }
 
+/// The tensors of a step of a layer, none of which is part of an output or of the layer.
+pub(crate) fn given_apart(
+    context: &ts_context,
+    cache: &ts_cache,
+    layer: usize,
+    batch: &Batch,
+    (input, output): (&ts_step_input, &ts_output),
+) -> Result<(Queries, NewKv, Output)> {
+    let (queries, new) = (Queries::of(context, batch, input), NewKv::of(context, batch, input));
+    let output = Output::of(context, batch.num_query_tokens(), output)?;
+    output.expect_apart(&[queries.0, new.k, new.v])?;
+    let outputs = output.arguments();
+    expect_apart_from_pages(cache, layer, &[&outputs[..], &[queries.0, new.k, new.v]].concat())?;
+    Ok((queries, new, output))
+}
+
 /// Address of the first element, wherever it lies.
 fn address(tensor: tokenselect::TensorView<'_>) -> Result<*mut c_void> {
     use tokenselect::DType;
@@ -449,11 +465,7 @@ unsafe fn step(
             sized::read(output)?,
         )
     };
-    let (queries, new) = (Queries::of(context, batch, &input), NewKv::of(context, batch, &input));
-    let output = Output::of(context, batch.num_query_tokens(), &output)?;
-    output.expect_apart(&[queries.0, new.k, new.v])?;
-    let outputs = output.arguments();
-    expect_apart_from_pages(cache, layer, &[&outputs[..], &[queries.0, new.k, new.v]].concat())?;
+    let (queries, new, output) = given_apart(context, cache, layer, batch, (&input, &output))?;
     let device = context.device.clone();
     // SAFETY: as above, and outputs are apart from inputs.
     let (q, (k, v), output) = unsafe { (queries.view(&device)?, new.views(&device)?, output.view(&device)?) };

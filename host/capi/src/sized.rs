@@ -36,6 +36,7 @@ sized! {
     "config": ts_config;
     "limits": ts_limits up_to operations;
     "cache_config": ts_cache_config;
+    "prefill": ts_prefill_config;
     "kv": ts_kv_view;
     "tables": ts_batch_tables;
     "tables": ts_device_tables;

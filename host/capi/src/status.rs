@@ -9,7 +9,8 @@ use tokenselect::Error;
 
 /// What a function answers. 0 is success; anything else comes with a text, `ts_last_error_message`.
 ///
-/// A call that fails has changed nothing, except for `TS_STATUS_PANIC`.
+/// A call that fails has changed nothing, except for `TS_STATUS_PANIC`, and for `ts_prefill` and `ts_prefill_kv` where the
+/// device fails behind their first piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(i32)]
 pub enum ts_status {

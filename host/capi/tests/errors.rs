@@ -234,6 +234,7 @@ fn sizes_of_structures() {
         check("config", |it| ts_config_validate(it));
         check("limits", |it| ts_workspace_bytes(device, &config, it, &mut bytes));
         check("cache_config", |it| ts_cache_create(device, &config, it, &mut cache));
+        check("prefill", |it| ts_context_create_prefill(device, &config, it, &mut null_mut()));
         check("tables", |it| ts_batch_create(it, &mut handle));
         check("kv", |it| ts_score(context, batch, it));
         check("kv", |it| ts_append(context, batch, it, &input));
@@ -254,6 +255,13 @@ fn sizes_of_structures() {
         check("parts", |it| ts_merge(context, it, &output));
         check("input", |it| ts_step(context, owned, 0, batch, it, &output));
         check("output", |it| ts_step_dense(context, owned, 0, batch, &input, it));
+        let pieces = made(|to| ts_batch_in_pieces(batch, context, 4, to));
+        check("input", |it| ts_prefill(context, owned, 0, pieces, it, &output, None, null_mut()));
+        check("output", |it| ts_prefill(context, owned, 0, pieces, &input, it, None, null_mut()));
+        check("kv", |it| {
+            ts_prefill_kv(context, pieces, it, &input, &output, null_mut(), 0, None, null_mut())
+        });
+        ok(ts_pieces_destroy(pieces));
         let mut view: ts_kv_view = sized();
         let text = "`kv.struct_size` must be 104, or more with zeros after it, got 103";
         fails(ts_cache_layer(owned, 0, &mut view, 103), StructSize, text);

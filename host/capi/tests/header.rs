@@ -35,6 +35,7 @@ fn sources(root: &Path) -> Vec<std::path::PathBuf> {
         "ops",
         "selection_cache",
         "cache",
+        "prefill",
         "graph",
     ];
     let path = |module: &&str| root.join("src").join(module).with_extension("rs");

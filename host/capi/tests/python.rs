@@ -48,6 +48,8 @@ fn python(arguments: &[&str]) -> std::io::Result<std::process::Output> {
         ("ts_step_input", size_of::<ts_step_input>()),
         ("ts_selection_stats", size_of::<ts_selection_stats>()),
         ("ts_tensor", size_of::<ts_tensor>()),
+        ("ts_prefill_config", size_of::<ts_prefill_config>()),
+        ("ts_pieces_info", size_of::<ts_pieces_info>()),
     ];
     let sizes: Vec<String> = sizes.iter().map(|(name, size)| format!("{name}={size}")).collect();
     let packages = Path::new(env!("CARGO_TARGET_TMPDIR")).join("../python");

@@ -1,5 +1,6 @@
 //! Rows that are cut into blocks, which read the keys of their sequence together.
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use kernels_gpu::limits::COLUMNS;
@@ -63,14 +64,7 @@ impl Batch {
     /// [`Error::Argument`] for blocks of no tokens, [`Error::Limit`] for more than 2^24 blocks or 2^31 pages of all blocks,
     /// [`Error::OutOfMemory`], [`Error::Missing`] where the rows are parts of sequences, blocks already, or known to a device alone.
     pub fn in_blocks(&self, block_len: usize) -> Result<Batch> {
-        self.expect_on_host("in_blocks")?;
-        self.expect_whole("in_blocks")?;
-        if self.is_partial() {
-            return Err(Error::Missing { op: "in_blocks", needs: "rows that are whole sequences" });
-        }
-        if block_len == 0 {
-            return Err(Error::argument("block_len", "at least 1", block_len));
-        }
+        self.expect_uncut("in_blocks", block_len)?;
         let blocks_of = |row: usize| self.block_len(row).div_ceil(block_len).max(1);
         let num_blocks = (0..self.num_rows()).map(blocks_of).sum();
         if num_blocks > MAX_ROWS {
@@ -115,6 +109,32 @@ impl Batch {
         Ok(batch)
     }
 
+    /// Some query tokens of the batch, which has them: its rows up to the last of these, without those that have none of them.
+    pub(crate) fn part(&self, tokens: Range<usize>) -> Result<Batch> {
+        let first = self.qo_indptr.partition_point(|&at| at as usize <= tokens.start).saturating_sub(1);
+        let rows =
+            first..self.qo_indptr.partition_point(|&at| (at as usize) < tokens.end).min(self.num_rows());
+        let rows: Vec<usize> = rows.filter(|&row| self.block_len(row) > 0).collect();
+        let (mut qo_indptr, mut tables) = (vec![0], PageTables { indptr: vec![0], ..PageTables::default() });
+        for &row in &rows {
+            let queries = self.query_range(row);
+            let end = queries.end.min(tokens.end);
+            let kv_len = self.kv_len(row).saturating_sub(queries.end - end);
+            let pages = kv_len.div_ceil(self.page_size);
+            qo_indptr.push((end - tokens.start) as u32);
+            tables.indices.extend_from_slice(&self.pages(row)[..pages]);
+            tables.indptr.push(tables.indices.len() as u32);
+            tables.last_page_len.push((kv_len - pages.saturating_sub(1) * self.page_size) as u32);
+        }
+        let mut part = Batch::new(self.page_size, qo_indptr, tables)?;
+        part.allocator = self.allocator;
+        // Rows of padding, which have no owners, are the last ones.
+        part.owners = rows.iter().filter_map(|&row| self.owners.get(row).copied()).collect();
+        part.sequence_indices =
+            self.sequence_indices.as_ref().map(|all| rows.iter().map(|&row| all[row]).collect());
+        Ok(part)
+    }
+
     /// Whether the rows are blocks, made by [`in_blocks`](Self::in_blocks).
     pub fn is_in_blocks(&self) -> bool {
         self.cut.is_some()
@@ -125,6 +145,19 @@ impl Batch {
         let whole = self.cut.as_ref().map_or(self, |cut| &cut.whole);
         let grows = |&row: &usize| self.is_in_blocks() || whole.block_len(row) > 1;
         (0..whole.num_rows()).filter(grows).filter_map(|row| whole.sequence_index(row))
+    }
+
+    /// Checks that the rows can be cut into blocks.
+    pub(crate) fn expect_uncut(&self, op: &'static str, block_len: usize) -> Result<()> {
+        self.expect_on_host(op)?;
+        self.expect_whole(op)?;
+        if self.is_partial() {
+            return Err(Error::Missing { op, needs: "rows that are whole sequences" });
+        }
+        if block_len == 0 {
+            return Err(Error::argument("block_len", "at least 1", block_len));
+        }
+        Ok(())
     }
 
     /// Checks that the rows are no blocks.

@@ -17,6 +17,7 @@ use crate::error::{Error, Result};
 ///
 /// Of a batch in blocks ([`Batch::in_blocks`]) every block is a row, with all tokens before it: 16 blocks at the end of a million
 /// tokens have 16 million. Their plan is best made with [`Operations::PREFILL`], which on a GPU has no place for as many logits.
+/// ([`PrefillConfig::limits`](crate::PrefillConfig::limits) makes limits of the memory that there is.)
 ///
 /// By default batches have one row: to serve several sequences at once, say how many.
 /// ```

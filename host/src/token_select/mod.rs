@@ -2,12 +2,14 @@
 
 mod attend;
 mod checks;
+mod prefill;
 mod select;
 mod step;
 
 use kernels_gpu::common::layout::{LOGIT_TILE, logit_tile};
 
 pub use self::attend::Over;
+pub use self::prefill::{PrefillConfig, PrefillProgress};
 use crate::backend::{self, Backend};
 use crate::batch::Batch;
 use crate::config::SelectConfig;
