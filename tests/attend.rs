@@ -49,6 +49,20 @@ fn emulated_sm_86_attends_to_blocks() {
     gpu_rotations_of_every_part(&device);
 }
 
+/// Launches have room on the devices that they are meant for, those of the decode kernel on every device.
+#[test]
+fn attention_has_room() {
+    use kernels_gpu::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
+    use kernels_gpu::ops::{attend_decode, attend_prefill, attend_warpgroups};
+    for head_dim in [64, 96, 128, 256] {
+        for rotates in [false, true] {
+            assert!(attend_decode::shared_bytes(head_dim, rotates) <= SHARED_BYTES_SM_86, "{head_dim}");
+        }
+        assert!(attend_prefill::shared_bytes(head_dim) <= SHARED_BYTES_SM_80, "{head_dim}");
+        assert!(attend_warpgroups::shared_bytes(head_dim) <= SHARED_BYTES_SM_90, "{head_dim}");
+    }
+}
+
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
 struct Lists {
     parts: Vec<Vec<(usize, usize)>>,
