@@ -355,12 +355,13 @@ impl Bench<'_> {
 
     /// Heads of another shape.
     fn shape(&mut self, spec: &Spec, name: &str) -> Result<(), Error> {
-        let (score, dense) = (format!("score_{name}"), format!("dense_decode_{name}"));
-        if !self.table.wants_any(&[&score, &dense]) {
+        let [score, attend, dense] = ["score", "attend", "dense_decode"].map(|what| format!("{what}_{name}"));
+        if !self.table.wants_any(&[&score, &attend, &dense]) {
             return Ok(());
         }
         let mut layer = Bench::layer(self.device, self.pools, self.table, spec)?;
         self.table.measure(&mut layer, &score, spec.bytes().score, Layer::score)?;
+        self.table.measure(&mut layer, &attend, spec.bytes().attend, Layer::attend)?;
         self.table.measure(&mut layer, &dense, spec.bytes().dense, Layer::attend_dense)
     }
 
@@ -373,7 +374,8 @@ impl Bench<'_> {
 }
 
 /// Heads beside those of [`HEADS`].
-const SHAPES: [(&str, HeadShape); 4] = [
+const SHAPES: [(&str, HeadShape); 5] = [
+    ("d256", HeadShape { num_qo_heads: 16, head_dim: 256, ..HEADS }),
     ("d64", HeadShape { head_dim: 64, ..HEADS }),
     ("g1", HeadShape { num_qo_heads: 8, ..HEADS }),
     ("g7", HeadShape { num_qo_heads: 28, num_kv_heads: 4, ..HEADS }),
@@ -388,7 +390,15 @@ fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Erro
     let full: Vec<Spec> = sizes.full.iter().map(|&(tokens, page_size)| decode(tokens, page_size)).collect();
     let linear: Vec<Spec> = sizes.linear.iter().map(|&tokens| decode(tokens, 16)).collect();
     let batch = sizes.batch.map(|(rows, tokens)| Spec { rows, ..decode(tokens, 16) });
-    let largest = full.iter().chain(&linear).chain(&batch).map(Spec::num_elements).max();
+    let mut shapes = Vec::new();
+    for (name, heads) in SHAPES {
+        let Some(tokens) = sizes.shapes else { continue };
+        let (mut rows, mut blocks) = (decode(tokens, 16), chunk(tokens, 16));
+        (rows.config.heads, blocks.config.heads) = (heads, heads);
+        shapes.push((name, rows, blocks));
+    }
+    let of_shapes = shapes.iter().flat_map(|(_, rows, blocks)| [rows, blocks]);
+    let largest = full.iter().chain(&linear).chain(&batch).chain(of_shapes).map(Spec::num_elements).max();
     let mut pools = Pools::new(device, largest.ok_or("nothing to do")?)?;
     let mut bench = Bench { device, pools: &mut pools, table };
 
@@ -411,11 +421,11 @@ fn run(device: &Device, options: &Options, table: &mut Table) -> Result<(), Erro
     if let Some(spec) = &batch {
         bench.attempt(spec, Bench::batch);
     }
-    for (name, heads) in SHAPES {
-        let Some(tokens) = sizes.shapes else { continue };
-        let mut spec = decode(tokens, 16);
-        spec.config.heads = heads;
-        bench.attempt(&spec, |bench, spec| bench.shape(spec, name));
+    for (name, rows, blocks) in shapes {
+        bench.attempt(&rows, |bench, spec| bench.shape(spec, name));
+        bench.attempt(&blocks, |bench, spec| bench.prefill(spec, &format!("_{name}")));
+        let suffix = format!("_{name}_reassigned");
+        bench.attempt(&blocks.reassigned(), |bench, spec| bench.prefill(spec, &suffix));
     }
     Ok(())
 }

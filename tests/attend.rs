@@ -26,7 +26,7 @@ on_devices! {
     gpus:
         gpu_lists_of_every_kind, gpu_list_lengths_around_every_cut, gpu_block_lengths_around_every_cut,
         gpu_values_that_are_not_finite, gpu_dense_decoding, gpu_streamed_lengths_around_every_cut,
-        gpu_rotations_of_every_part, gpu_tiles_and_query_blocks_around_every_cut;
+        gpu_rotations_of_every_part, gpu_tiles_and_query_blocks_around_every_cut, gpu_large_heads;
 }
 
 /// The kernels of blocks of devices that are older than Hopper.
@@ -37,7 +37,30 @@ fn emulated_sm_80_attends_to_blocks() {
     gpu_tiles_and_query_blocks_around_every_cut(&device);
     gpu_values_that_are_not_finite(&device);
     gpu_rotations_of_every_part(&device);
+    gpu_large_heads(&device);
     later_tokens_of_the_block_have_no_influence(&device);
+}
+
+/// Devices whose shared memory the kernels of blocks of larger heads do not fit.
+#[test]
+fn emulated_sm_86_attends_to_blocks() {
+    let device = Device::emulated_sm_86();
+    gpu_tiles_and_query_blocks_around_every_cut(&device);
+    gpu_rotations_of_every_part(&device);
+}
+
+/// Launches have room on the devices that they are meant for, those of the decode kernel on every device.
+#[test]
+fn attention_has_room() {
+    use kernels_gpu::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
+    use kernels_gpu::ops::{attend_decode, attend_prefill, attend_warpgroups};
+    for head_dim in [64, 96, 128, 256] {
+        for rotates in [false, true] {
+            assert!(attend_decode::shared_bytes(head_dim, rotates) <= SHARED_BYTES_SM_86, "{head_dim}");
+        }
+        assert!(attend_prefill::shared_bytes(head_dim) <= SHARED_BYTES_SM_80, "{head_dim}");
+        assert!(attend_warpgroups::shared_bytes(head_dim) <= SHARED_BYTES_SM_90, "{head_dim}");
+    }
 }
 
 /// Parts of lists: `(rank, token)` pairs of every row, and the length of each row's whole list.
@@ -417,10 +440,12 @@ fn lse_may_be_left_out_and_padding_has_no_rows(device: &Device) {
 /// A configuration that GPU kernels serve: their head dimensions and types, groups up to 16, every kind of position.
 /// Logits stay moderate: rounded operands of tensor cores give them an error in proportion.
 fn gpu_config() -> impl Strategy<Value = SelectConfig> {
-    let heads = (prop::sample::select(vec![64usize, 96, 128]), 1usize..=2, 1usize..=16);
+    let heads = (prop::sample::select(vec![64usize, 96, 128, 256]), 1usize..=2, 1usize..=16);
     let scales = (prop::option::of(0.05f32..0.11), prop::option::of(3.0f32..40.0));
     let dtype = prop::sample::select(vec![DType::F16, DType::Bf16]);
     (heads, dtype, scales).prop_flat_map(|((head_dim, num_kv_heads, group), dtype, (sm_scale, cap))| {
+        // Plans are for all operations, and heads of 256 are scored in groups of up to 8.
+        let group = if head_dim == 256 { group.div_ceil(2) } else { group };
         let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
         problem::positions(head_dim).prop_map(move |positions| SelectConfig {
             heads,
@@ -466,9 +491,12 @@ fn gpu_lists_of_every_kind(device: &Device) {
 fn gpu_list_lengths_around_every_cut(device: &Device) {
     for (i, n) in [1, 2, 15, 16, 17, 63, 64, 65, 127, 129, 250, 1030].into_iter().enumerate() {
         for (group, t) in [(1, 1), (7, 1), (3, 3), (8, 2), (16, 5)] {
-            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [64, 128, 96][i % 3] };
+            let head_dim = [64, 128, 96, 256][(i + i / 4) % 4];
+            // Heads of 256 are scored in groups of up to 8.
+            let group = if head_dim == 256 { group.min(8) } else { group };
+            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
             let dtype = [DType::F16, DType::Bf16][i % 2];
-            let positions = match i % 4 {
+            let positions = match i % 3 {
                 0 => Positions::Reassigned(Rope::default()),
                 _ => Positions::Native,
             };
@@ -482,7 +510,11 @@ fn gpu_list_lengths_around_every_cut(device: &Device) {
 fn gpu_block_lengths_around_every_cut(device: &Device) {
     for (i, t) in [1, 2, 7, 8, 9, 15, 16, 17, 31, 33, 64, 65, 129].into_iter().enumerate() {
         for group in [1, 4, 5] {
-            let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim: [128, 64, 96][i % 3] };
+            let heads = HeadShape {
+                num_qo_heads: group,
+                num_kv_heads: 1,
+                head_dim: [128, 64, 96, 256][(i + i / 4) % 4],
+            };
             let dtype = [DType::F16, DType::Bf16][i % 2];
             let config = SelectConfig { heads, dtype, ..SelectConfig::default() };
             check_dense(device, &config, t + [0, 61][group % 2], t, Content::Peaked);
@@ -502,9 +534,12 @@ fn gpu_tiles_and_query_blocks_around_every_cut(device: &Device) {
         (257, 40, 4),
         (384, 300, 1),
         (385, 17, 8),
+        (63, 33, 4),
+        (65, 65, 2),
     ];
     for (i, (n, t, group)) in sizes.into_iter().enumerate() {
-        let heads = HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim: [128, 64, 96][i % 3] };
+        let heads =
+            HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim: [128, 64, 96, 256, 256][i % 5] };
         let dtype = [DType::F16, DType::Bf16][i % 2];
         let logits_soft_cap = (i % 4 == 3).then_some(30.0);
         let config = SelectConfig { heads, dtype, logits_soft_cap, ..SelectConfig::default() };
@@ -514,9 +549,18 @@ fn gpu_tiles_and_query_blocks_around_every_cut(device: &Device) {
 
 /// Values of the block's own tokens that are infinite or NaN here and there: each query has those that it sees.
 fn gpu_values_that_are_not_finite(device: &Device) {
-    for (t, group, head_dim) in
-        [(3, 4, 128), (6, 1, 96), (20, 4, 64), (40, 2, 128), (2, 4, 128), (7, 1, 128), (150, 1, 64)]
-    {
+    for (t, group, head_dim) in [
+        (3, 4, 128),
+        (6, 1, 96),
+        (20, 4, 64),
+        (40, 2, 128),
+        (2, 4, 128),
+        (7, 1, 128),
+        (150, 1, 64),
+        (3, 2, 256),
+        (20, 4, 256),
+        (70, 2, 256),
+    ] {
         let heads = HeadShape { num_qo_heads: group, num_kv_heads: 1, head_dim };
         let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
         let n = t + 45;
@@ -539,13 +583,14 @@ fn gpu_values_that_are_not_finite(device: &Device) {
 
 /// Few queries with keys as they are, in pages most of which can be streamed: heads, groups and lengths around the cuts.
 fn decode_config() -> impl Strategy<Value = SelectConfig> {
-    let dims = prop::sample::select(vec![64usize, 96, 128]);
+    let dims = prop::sample::select(vec![64usize, 96, 128, 256]);
     let kv_heads = prop::sample::select(vec![1usize, 2, 3, 4, 8]);
     let groups = prop::sample::select(vec![1usize, 2, 4, 7, 8, 9]);
     let scales = (prop::option::of(0.05f32..0.11), prop::option::of(3.0f32..40.0));
     let dtype = prop::sample::select(vec![DType::F16, DType::Bf16]);
     (dims, kv_heads, groups, dtype, scales)
-        .prop_filter("too large", |(dim, kv_heads, group, ..)| dim * kv_heads * group <= 3600)
+        .prop_filter("too large", |(dim, kv_heads, group, ..)| dim * kv_heads * group <= 4096)
+        .prop_filter("not scored", |&(dim, _, group, ..)| dim < 256 || group <= 8)
         .prop_map(|(head_dim, num_kv_heads, group, dtype, (sm_scale, logits_soft_cap))| SelectConfig {
             heads: HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim },
             dtype,
@@ -611,7 +656,7 @@ fn gpu_dense_decoding(device: &Device) {
 
 /// The lengths around every cut of the stages and shares that stream, for one stream and for eight.
 fn gpu_streamed_lengths_around_every_cut(device: &Device) {
-    for (num_kv_heads, head_dim) in [(1, 128), (2, 64), (3, 96), (8, 64)] {
+    for (num_kv_heads, head_dim) in [(1, 128), (2, 64), (3, 96), (8, 64), (2, 256), (8, 256)] {
         let heads = HeadShape { num_qo_heads: num_kv_heads, num_kv_heads, head_dim };
         let config = SelectConfig { heads, dtype: DType::F16, ..SelectConfig::default() };
         let stage = 16 * (8 / num_kv_heads);
@@ -635,7 +680,7 @@ fn gpu_rotations_of_every_part(device: &Device) {
     };
     let pairings = [RopePairing::HalfSplit, RopePairing::Interleaved];
     let mut i = 0;
-    for head_dim in [64, 96, 128] {
+    for head_dim in [64, 96, 128, 256] {
         for rotary_dim in [2, 6, 16, 20, 24, 32, 48, 64, head_dim - 2, head_dim] {
             for (j, pairing) in pairings.into_iter().enumerate() {
                 let (n, t, group) =
@@ -672,6 +717,38 @@ fn gpu_rotations_of_every_part(device: &Device) {
                 let want = expected(&problem, &lists);
                 assert_same(device, &format!("listed, {what}"), &problem, &got, &want, config.dtype);
                 i += 1;
+            }
+        }
+    }
+}
+
+/// Heads of 256, the most that there are: every kernel, type and group, keys as they are and rotated, over lists and over all tokens.
+fn gpu_large_heads(device: &Device) {
+    let kinds = [Positions::Native, Positions::Reassigned(Rope::default())];
+    for (i, group) in [1, 2, 4, 8, 1, 2, 4, 8].into_iter().enumerate() {
+        for (j, positions) in kinds.iter().enumerate() {
+            let config = SelectConfig {
+                heads: HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim: 256 },
+                dtype: [DType::F16, DType::Bf16][(i / 4 + j) % 2],
+                logits_soft_cap: (i % 3 == 1).then_some(30.0),
+                positions: positions.clone(),
+                top_k: 400,
+                ..small_config()
+            };
+            // Somewhat more query rows than the 64 of a warpgroup.
+            let t = 72 / group;
+            for (n, t) in [(50, 1), (t + 30 + 9 * i, t)] {
+                let problem = Problem::new(&config, &[(n, t)], Content::Peaked, (n + j) as u64);
+                let pool = Pool::full(&problem, 16, STORAGES[(i + j) % STORAGES.len()], 3);
+                let mut random = Random(n as u64);
+                let lists = Lists::whole(&[random_list(&problem.rows[0], &mut random)]);
+                let got = attend_to(device, &problem, &pool, &lists, i % 4 == 3, config.dtype);
+                let what = format!("n = {n}, T = {t}, {config:?}");
+                let want = expected(&problem, &lists);
+                assert_same(device, &format!("listed, {what}"), &problem, &got, &want, config.dtype);
+                let got = attend_dense(device, &problem, &pool, &pool.batch(&problem), DType::F32);
+                let want = expected(&problem, &Lists::whole(&[(0..n).collect()]));
+                assert_same(device, &format!("dense, {what}"), &problem, &got, &want, DType::F32);
             }
         }
     }

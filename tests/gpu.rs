@@ -158,8 +158,7 @@ fn what_has_no_kernel_is_refused(device: &Device) {
     let score_error = |config: SelectConfig| refused(device, config, Operations::SELECTION);
     let error = |config: SelectConfig| refused(device, config, Operations::ALL);
     assert_eq!(device.supports(&config(128, 4, DType::F16)), Ok(()));
-    let selects = Plan::new(device, config(256, 2, DType::Bf16), Limits::default(), Operations::SELECTION);
-    assert!(selects.is_ok(), "the engine may attend with a kernel of its own");
+    assert_eq!(device.supports(&config(256, 4, DType::Bf16)), Ok(()));
     let text = score_error(config(128, 17, DType::F16));
     assert_eq!(text, format!("{name} has no `score` for groups of 17 heads, only up to 16"));
     let text = score_error(config(80, 4, DType::Bf16));
@@ -169,13 +168,18 @@ fn what_has_no_kernel_is_refused(device: &Device) {
     );
     let text = score_error(config(128, 4, DType::F32));
     assert_eq!(text, format!("{name} has no `append` for f32, only for f16 and bf16"));
-    let text = error(config(256, 2, DType::Bf16));
-    assert_eq!(text, format!("{name} has no `attend` for bf16, head dimension 256; there are 64, 96, 128"));
+    let text = error(config(256, 16, DType::Bf16));
+    let groups = "bf16, head dimension 256, groups of up to 16 heads; there are 4, 8";
+    assert_eq!(text, format!("{name} has no `score` for {groups}"));
+    let attends = Operations { attend: true, ..Operations::NONE };
+    let text = refused(device, config(192, 2, DType::Bf16), attends);
+    let dims = "bf16, head dimension 192; there are 64, 96, 128, 256";
+    assert_eq!(text, format!("{name} has no `attend` for {dims}"));
 }
 
 /// Rotation is no reason to refuse: every one that is valid has its kernels.
 fn rotations_of_every_kind_are_supported(device: &Device) {
-    for (head_dim, dtype) in [(64, DType::F16), (96, DType::Bf16), (128, DType::F16)] {
+    for (head_dim, dtype) in [(64, DType::F16), (96, DType::Bf16), (128, DType::F16), (256, DType::Bf16)] {
         for rotary_dim in (2..=head_dim).step_by(2) {
             for pairing in [RopePairing::HalfSplit, RopePairing::Interleaved] {
                 let rope = Rope { rotary_dim: Some(rotary_dim), pairing, ..Rope::default() };

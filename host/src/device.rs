@@ -59,7 +59,7 @@ impl Device {
     /// The first CUDA device, where the feature `cuda` is on and there are a driver and a device of compute capability 8.0
     /// or newer; else the processor.
     ///
-    /// A GPU takes less than the processor: f16 and bf16, head dimensions 64, 96 and 128, groups of up to 16 heads.
+    /// A GPU takes less than the processor: f16 and bf16, head dimensions 64, 96, 128 and 256, groups of up to 16 heads.
     /// [`cuda`](Self::cuda) tells why a GPU is not used.
     pub fn auto() -> Self {
         #[cfg(feature = "cuda")]
@@ -117,6 +117,14 @@ impl Device {
     #[cfg(feature = "emulator")]
     pub fn emulated_sm_80() -> Self {
         Device::emulated_with(kernels_gpu::emu::Options { warpgroups: false, ..Default::default() })
+    }
+
+    /// [`emulated_sm_80`](Self::emulated_sm_80), as a GPU of compute capability 8.6 or 8.9 is: with still less shared memory.
+    #[cfg(feature = "emulator")]
+    pub fn emulated_sm_86() -> Self {
+        let options = kernels_gpu::emu::Options { warpgroups: false, ..Default::default() };
+        let limits = kernels_gpu::launch::Limits::SM_86;
+        Device::gpu(Arc::new(crate::driver::emulated::EmulatedDriver::with_limits(options, limits)))
     }
 
     #[cfg(feature = "emulator")]

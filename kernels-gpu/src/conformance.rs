@@ -241,13 +241,17 @@ pub struct WarpgroupLayoutsParams {
     pub a: GlobalPtr<u16>,
     /// \[16, 128\] elements, row-major, read.
     pub b: GlobalPtr<u16>,
+    /// \[16, 256\] elements, row-major, read.
+    pub wide: GlobalPtr<u16>,
     /// \[3, 64, 128\] f32, row-major, written: `a·b` with core matrices by rows, with swizzled lines, and 96 columns of it with swizzled
     /// lines by rows.
     pub d: GlobalMut<f32>,
+    /// \[64, 256\] f32, row-major, written: twice `a·wide`, both in swizzled lines.
+    pub from_shared: GlobalMut<f32>,
     /// \[1\] u32, written: whether there are such products.
     pub available: GlobalMut<u32>,
 }
-const _: () = assert!(size_of::<WarpgroupLayoutsParams>() == 32);
+const _: () = assert!(size_of::<WarpgroupLayoutsParams>() == 48);
 
 /// Parameters of [`math`].
 #[derive(Clone, Copy)]
@@ -285,6 +289,9 @@ struct Layout {
     /// One of 16 rows of 128 columns, in lines of 64 rows, of 64 columns.
     lines: Region<u16>,
     lines_by_rows: Region<u16>,
+    /// One of 16 rows of 256 columns, and A, of 64 rows, in such lines.
+    wide_lines: Region<u16>,
+    rows: Region<u16>,
     bytes: u32,
 }
 
@@ -300,6 +307,8 @@ impl Layout {
             columns: carve.array(32 * 64, 128),
             lines: carve.array(128 * 64, 1024),
             lines_by_rows: carve.array(2 * 16 * 64, 1024),
+            wide_lines: carve.array(256 * 64, 1024),
+            rows: carve.array(64 * 64, 1024),
             bytes: carve.bytes(),
         }
     }

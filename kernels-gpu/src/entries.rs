@@ -9,7 +9,7 @@
 //! | `score`, `score_stream` | 64, 96, 128 | up to 4, 8, 16 |
 //! | | 256 | up to 4, 8 |
 //! | `score_blocks_stats`, `score_blocks_vote` | 64, 96, 128, 256 | up to 4, 8, 16 |
-//! | `attend_decode`, `attend_prefill`, `attend_warpgroups`, `attend_stream` | 64, 96, 128 | any |
+//! | `attend_decode`, `attend_prefill`, `attend_warpgroups`, `attend_stream` | 64, 96, 128, 256 | any |
 //! | all others | any | any |
 //!
 //! A host may launch them so that they overlap: [`overlap`](crate::common::overlap) has the rules.
@@ -280,7 +280,7 @@ fn distinct<I: Iterator<Item = u32>>(values: impl Fn() -> I) -> impl Iterator<It
 }
 
 /// There is no such entry: what was asked for, and what there is instead. Written as what an operation lacks, `bf16, head
-/// dimension 80; there are 64, 96, 128`.
+/// dimension 80; there are 64, 96, 128, 256`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Missing {
     /// The operation.

@@ -2,7 +2,7 @@
 
 use core::fmt;
 
-use crate::limits::{MAX_CLUSTER, SHARED_BYTES_SM_80, SHARED_BYTES_SM_90};
+use crate::limits::{MAX_CLUSTER, SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
 
 /// Blocks, threads of a block and bytes of dynamic shared memory of one launch. Computed beside each kernel.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -41,6 +41,8 @@ impl Limits {
         shared_bytes: SHARED_BYTES_SM_80,
         cluster: 1,
     };
+    /// Compute capability 8.6 and 8.9, which have the least shared memory.
+    pub const SM_86: Limits = Limits { shared_bytes: SHARED_BYTES_SM_86, ..Limits::SM_80 };
     /// Compute capability 9.0 (H100, H200). Clusters of more than 8 blocks need the kernel's consent, and a device that
     /// has so many SMs side by side.
     pub const SM_90: Limits =

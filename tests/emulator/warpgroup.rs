@@ -4,7 +4,7 @@ use super::*;
 use half::bf16;
 use kernels_gpu::simt::bulk::{MBarrier, publish};
 use kernels_gpu::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait};
-use kernels_gpu::simt::warpgroup::{self, Columns};
+use kernels_gpu::simt::warpgroup::{self, Columns, Rows};
 
 /// B: 16 rows of 64 columns.
 const COLUMNS: Region<bf16> = Carve::new().array(16 * 64, 128);
@@ -221,6 +221,91 @@ fn two_products_of_a_warpgroup_at_a_time() {
         (TwoPlan::WrittenBehindFirst, &[Kind::Warpgroup, Kind::Race], "shared byte"),
     ];
     fails_as_planted(dims, &memory, &faults, |plan| unsafe { two_products(plan) });
+}
+
+/// What is wrong with a product whose operands both lie in shared memory.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum SharedPlan {
+    Correct,
+    /// A was written by stores that tensor cores need not see.
+    RowsUnfenced,
+    /// Each warp writes its own rows of A, and no barrier orders them before the others' products.
+    RowsOfOneWarp,
+    /// A leaves its array.
+    RowsBeyond,
+    /// A lane, or a warp, has another A.
+    OneLaneElsewhere,
+    OtherRows,
+    /// A is written while a product may read it.
+    WrittenUnderWay,
+}
+
+/// Four lines of eight for A, of which a product takes a quarter each, and B behind them.
+const A_LINES: Region<bf16> = Carve::new().array(64 * 64, 1024);
+const B_LINES: Region<bf16> = Carve::after(A_LINES.bytes()).array(64 * 64, 1024);
+
+/// Row numbers, as A, times ones: 16 times the row.
+unsafe fn product_from_shared(plan: SharedPlan) {
+    let (rows, columns) = (A_LINES.get(), B_LINES.get());
+    let own = thread_idx_x();
+    for i in 0..32 {
+        columns.add(32 * own + i).store(bf16::ONE);
+    }
+    warpgroup::fence_writes();
+    sync_threads();
+    for i in 0..32 {
+        // Half of a line, of a row of the thread's own warp.
+        rows.add(32 * own + i).store(bf16::from_f32((own / 2) as f32));
+    }
+    if plan == SharedPlan::RowsOfOneWarp {
+        warpgroup::fence_writes();
+        warp::sync_warp(warp::FULL);
+    } else {
+        sync_threads();
+    }
+    if plan != SharedPlan::RowsUnfenced {
+        warpgroup::fence_writes();
+    }
+    warp::sync_warp(warp::FULL);
+    let b = Columns { start: columns, row_bytes: 0, column_bytes: 1024, is_swizzled: true };
+    let row_bytes = if plan == SharedPlan::RowsBeyond { 2048 } else { 1024 };
+    let mut a = Rows { start: rows, row_bytes };
+    if plan == SharedPlan::OneLaneElsewhere && lane_id() == 5
+        || plan == SharedPlan::OtherRows && warp_id() == 2
+    {
+        a.row_bytes = 0;
+    }
+    let mut d = [[0.0; 4]; 8];
+    warpgroup::fence();
+    warpgroup::mma_from_shared_bf16::<_, _, false, false>(&mut d, a, b);
+    warpgroup::commit();
+    if plan == SharedPlan::WrittenUnderWay {
+        rows.add(own).store(bf16::ONE);
+    }
+    warpgroup::wait::<_, 0>(&mut d);
+    if plan == SharedPlan::OtherRows {
+        return;
+    }
+    let row = 16 * warp_id() + lane_id() / 4;
+    for [a, b, c, e] in d {
+        assert_eq!([a, b, c, e], [row, row, row + 8, row + 8].map(|row| 16.0 * row as f32));
+    }
+}
+
+#[test]
+fn a_product_from_shared_memory() {
+    let bytes = B_LINES.offset() + B_LINES.bytes();
+    let (memory, dims) = (Memory::new(), Dims::linear(1, 128, bytes));
+    passes(dims, &memory, || unsafe { product_from_shared(SharedPlan::Correct) });
+    let faults: [(SharedPlan, &[Kind], &str); 6] = [
+        (SharedPlan::RowsUnfenced, &[Kind::Warpgroup], "without fence_writes behind it"),
+        (SharedPlan::RowsOfOneWarp, &[Kind::Race, Kind::Uninitialised], "shared byte"),
+        (SharedPlan::RowsBeyond, &[Kind::SharedBounds], "leaves its array"),
+        (SharedPlan::OneLaneElsewhere, &[Kind::Warpgroup], "another A than lane 0"),
+        (SharedPlan::OtherRows, &[Kind::Warpgroup], "not those of the first warp"),
+        (SharedPlan::WrittenUnderWay, &[Kind::Warpgroup, Kind::Race], "shared byte"),
+    ];
+    fails_as_planted(dims, &memory, &faults, |plan| unsafe { product_from_shared(plan) });
 }
 
 #[test]

@@ -125,13 +125,15 @@ fn warpgroup_layouts<T: Element>(on: On, name: &str, to_bits: fn(T) -> u16) {
     let mut draw = |len: usize| -> Vec<T> {
         (0..len).map(|_| T::from_f32((numbers.next().unwrap() as f32 - 2000.0) / 512.0)).collect()
     };
-    let (a, b) = (draw(64 * 16), draw(16 * 128));
+    let (a, b, wide) = (draw(64 * 16), draw(16 * 128), draw(16 * 256));
     let bits = |values: &[T]| values.iter().map(|&v| to_bits(v)).collect::<Vec<_>>();
     for mut machine in on.machines() {
         let params = WarpgroupLayoutsParams {
             a: machine.input("a", &bits(&a)),
             b: machine.input("b", &bits(&b)),
+            wide: machine.input("wide", &bits(&wide)),
             d: machine.alloc("d", 3 * 64 * 128),
+            from_shared: machine.alloc("from_shared", 64 * 256),
             available: machine.alloc("available", 1),
         };
         machine.launch(name, WARPGROUP_DIMS, params);
@@ -139,20 +141,28 @@ fn warpgroup_layouts<T: Element>(on: On, name: &str, to_bits: fn(T) -> u16) {
             println!("SKIPPED: the GPU has no products of warpgroups");
             continue;
         }
-        let d = machine.read(params.d, 3 * 64 * 128);
-        for (i, &got) in d.iter().enumerate() {
-            let (layout, row, column) = (i / 8192, i / 128 % 64, i % 128);
-            if layout == 2 && column >= 96 {
-                continue;
-            }
+        let check = |layout: u32, times: f64, b: &[T], at: usize, got: f32| {
+            let columns = b.len() / 16;
+            let (row, column) = (at / columns, at % columns);
             let terms =
-                (0..16).map(|k| a[row * 16 + k].to_f32() as f64 * b[k * 128 + column].to_f32() as f64);
-            let (want, size) = (terms.clone().sum::<f64>(), terms.map(f64::abs).sum::<f64>());
+                (0..16).map(|k| a[row * 16 + k].to_f32() as f64 * b[k * columns + column].to_f32() as f64);
+            let (want, size) = (times * terms.clone().sum::<f64>(), times * terms.map(f64::abs).sum::<f64>());
             let error = (got as f64 - want).abs();
             assert!(
-                error <= 17.0 * size * 2f64.powi(-23),
+                error <= 17.0 * times * size * 2f64.powi(-23),
                 "{name} {layout} ({row}, {column}): {got}, not {want}"
             );
+        };
+        let d = machine.read(params.d, 3 * 64 * 128);
+        for (i, &got) in d.iter().enumerate() {
+            let (layout, at) = (i / 8192, i % 8192);
+            if layout < 2 || at % 128 < 96 {
+                check(layout as u32, 1.0, &b, at, got);
+            }
+        }
+        let d = machine.read(params.from_shared, 64 * 256);
+        for (at, &got) in d.iter().enumerate() {
+            check(3, 2.0, &wide, at, got);
         }
     }
 }

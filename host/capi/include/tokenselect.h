@@ -151,7 +151,7 @@ typedef int32_t ts_kv_layout;
 #endif // __cplusplus
 
 /// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
-/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+/// scores and attends for some head dimensions, and votes for any. `ts_merge` is always there.
 enum ts_operation
 #if defined(__cplusplus) || __STDC_VERSION__ >= 202311L
   : int32_t

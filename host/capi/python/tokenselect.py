@@ -493,7 +493,7 @@ class Context(_Handle):
     workspace.
 
     `operations`, some of `append`, `pool`, `score`, `vote` and `attend`, are those that are asked for; all of them by
-    default. A GPU selects for head dimensions that it does not attend for.
+    default. A GPU scores and attends for some head dimensions, and votes for any.
     """
 
     def __init__(self, device, config, **limits):

@@ -146,7 +146,7 @@ pub struct ts_config {
 }
 
 /// The operations that a context is made for, to be added up. A GPU has more kernels for some than for others: it
-/// selects for head dimensions that it does not attend for, and votes for any. `ts_merge` is always there.
+/// scores and attends for some head dimensions, and votes for any. `ts_merge` is always there.
 #[derive(Debug, Clone, Copy)]
 #[repr(i32)]
 pub enum ts_operation {

@@ -58,10 +58,15 @@ impl EmulatedDriver {
     /// A device with empty memory; `options` say what is checked and in which order lanes run. Launches overlap, as those
     /// of the CUDA driver do.
     pub fn new(options: Options) -> Self {
+        let limits = if options.warpgroups { Limits::SM_90 } else { Limits::SM_80 };
+        EmulatedDriver::with_limits(options, limits)
+    }
+
+    /// [`new`](Self::new) with other limits.
+    pub fn with_limits(options: Options, limits: Limits) -> Self {
         // Whatever can be streamed is: what the emulator runs is short.
-        let (limits, bulk_copies) =
-            if options.warpgroups { (Limits::SM_90, true) } else { (Limits::SM_80, false) };
-        let gpu = GpuInfo { num_sms: NUM_SMS, limits, bulk_copies, score_stream_bytes: 0 };
+        let gpu =
+            GpuInfo { num_sms: NUM_SMS, limits, bulk_copies: options.warpgroups, score_stream_bytes: 0 };
         EmulatedDriver {
             gpu,
             options: Options { overlap: true, ..options },

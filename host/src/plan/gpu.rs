@@ -8,11 +8,11 @@ use kernels_gpu::entries::{ElementType, Entry, Key, Op, Rotation};
 use kernels_gpu::launch::GpuInfo;
 use kernels_gpu::limits::{MAX_COLUMNS, columns};
 use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
-use kernels_gpu::ops::attend_stream;
 use kernels_gpu::ops::score::{max_chunks, tile_tokens};
 use kernels_gpu::ops::score_blocks::{num_entries, shared_bytes};
 use kernels_gpu::ops::top_k::max_shares;
 use kernels_gpu::ops::vote::MAX_HEADS;
+use kernels_gpu::ops::{attend_decode, attend_prefill, attend_stream, attend_warpgroups};
 use kernels_gpu::simt::global::GlobalMut;
 
 use super::{Limits, Operations};
@@ -94,7 +94,8 @@ pub(crate) struct VoteKernels {
 pub(crate) struct AttendKernels {
     /// Rotates its keys itself.
     pub decode: &'static Entry,
-    pub prefill: &'static Entry,
+    /// Absent where a block of it has more shared memory than the device: `decode` does all, then.
+    pub prefill: Option<&'static Entry>,
     pub gather: &'static Entry,
     pub stream: &'static Entry,
     pub stream_merge: &'static Entry,
@@ -148,7 +149,8 @@ impl GpuPlan {
             all.extend([k.vote, k.smooth, k.count, k.refine, k.choose, k.choose_in_cluster]);
         }
         if let Some(k) = attend {
-            all.extend([k.decode, k.prefill, k.gather, k.stream, k.stream_merge, k.merge]);
+            all.extend(k.prefill);
+            all.extend([k.decode, k.gather, k.stream, k.stream_merge, k.merge]);
         }
         all.push(self.driver.find("forget", Op::Forget, Key::NONE)?); // recorded work may drop cached selections
         self.driver.prepare(&all)
@@ -262,10 +264,21 @@ impl AttendKernels {
                 }
             }
         };
-        let prefill = if driver.gpu().bulk_copies { Op::AttendWarpgroups } else { Op::AttendPrefill };
+        let (gpu, dim) = (driver.gpu(), head_dim as u32);
+        let room = gpu.limits.shared_bytes;
+        let needed = attend_decode::shared_bytes(dim, rotation != Rotation::Native);
+        if needed > room {
+            let what =
+                format!("a head dimension of {head_dim}: {needed} bytes of shared memory, it has {room}");
+            return Err(unsupported(driver, "attend", what));
+        }
+        let (prefill, needed) = match gpu.bulk_copies {
+            true => (Op::AttendWarpgroups, attend_warpgroups::shared_bytes(dim)),
+            false => (Op::AttendPrefill, attend_prefill::shared_bytes(dim)),
+        };
         Ok(AttendKernels {
             decode: driver.find("attend", Op::AttendDecode, key.with_rotation(rotation))?,
-            prefill: driver.find("attend", prefill, key)?,
+            prefill: (needed <= room).then(|| driver.find("attend", prefill, key)).transpose()?,
             gather: driver.find("attend", Op::Gather, Key::of(dtype))?,
             stream: driver.find("attend", Op::AttendStream, key)?,
             stream_merge: driver.find("attend", Op::AttendStreamMerge, Key::of(dtype))?,

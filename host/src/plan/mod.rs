@@ -59,7 +59,7 @@ impl Default for Limits {
 }
 
 /// The operations that a [`TokenSelect`](crate::TokenSelect) is made for. A GPU has more kernels for some than for others: it
-/// selects for head dimensions that it does not attend for, and votes for any.
+/// scores and attends for some head dimensions, and votes for any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Operations {
     /// `append`.

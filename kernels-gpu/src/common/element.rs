@@ -2,7 +2,7 @@
 
 use super::fragment::{A, Accumulator, B};
 use crate::simt::data::Pod;
-use crate::simt::warpgroup::{self, Columns};
+use crate::simt::warpgroup::{self, Columns, Rows};
 use crate::simt::{math, tensor};
 
 /// A 16-bit float that caches are kept in. Everything is computed in f32.
@@ -46,6 +46,18 @@ pub trait Element: Pod + PartialEq + core::fmt::Debug {
     unsafe fn mma_of_warpgroup<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
         d: &mut [[f32; 4]; N],
         a: A,
+        b: Columns<Self>,
+    );
+
+    /// [`mma_of_warpgroup`](Self::mma_of_warpgroup) with A in shared memory.
+    ///
+    /// *Convergence:* aligned; all threads of the warpgroup.
+    ///
+    /// # Safety
+    /// - As for [`warpgroup::mma_from_shared_f16`].
+    unsafe fn mma_of_warpgroup_from_shared<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: Rows<Self>,
         b: Columns<Self>,
     );
 }
@@ -94,6 +106,16 @@ impl Element for half::f16 {
     ) {
         warpgroup::mma_f16::<Self, N, ADDS, BY_ROWS>(d, a.0, b)
     }
+
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn mma_of_warpgroup_from_shared<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: Rows<Self>,
+        b: Columns<Self>,
+    ) {
+        warpgroup::mma_from_shared_f16::<Self, N, ADDS, BY_ROWS>(d, a, b)
+    }
 }
 
 impl Element for half::bf16 {
@@ -136,6 +158,16 @@ impl Element for half::bf16 {
         b: Columns<Self>,
     ) {
         warpgroup::mma_bf16::<Self, N, ADDS, BY_ROWS>(d, a.0, b)
+    }
+
+    #[inline(always)]
+    #[track_caller]
+    unsafe fn mma_of_warpgroup_from_shared<const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+        d: &mut [[f32; 4]; N],
+        a: Rows<Self>,
+        b: Columns<Self>,
+    ) {
+        warpgroup::mma_from_shared_bf16::<Self, N, ADDS, BY_ROWS>(d, a, b)
     }
 }
 

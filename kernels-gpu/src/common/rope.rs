@@ -17,6 +17,9 @@ pub use {rotate::*, units::*};
 /// Positions that the fine table covers.
 pub const FINE: u32 = 256;
 
+/// Elements that are rotated together where 16 bytes are moved at a time: two pieces of eight.
+pub const UNIT: u32 = 16;
+
 /// Pairing: nothing is rotated.
 pub const NATIVE: u32 = 0;
 /// Pairing: element `i` is rotated with `i + pairs` (Llama, Qwen).

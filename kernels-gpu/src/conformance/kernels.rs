@@ -7,7 +7,7 @@ use crate::simt::bulk::{self, MBarrier};
 use crate::simt::shared::Shared;
 use crate::simt::thread::*;
 use crate::simt::warp::{self, FULL, lane_id, warp_id};
-use crate::simt::warpgroup::{self, Columns};
+use crate::simt::warpgroup::{self, Columns, Rows};
 use crate::simt::{cluster, grid, math as m, tensor};
 
 /// What every kernel begins with: launches may overlap.
@@ -519,7 +519,7 @@ pub unsafe fn warpgroup_mma<T: Element>(p: WarpgroupMmaParams) {
     write_products(p.d.add(64 * 64), 64, &d);
 }
 
-/// Three products under way at a time, of operands that lie in other ways.
+/// Three products under way at a time, of operands that lie in other ways; then one of both operands in shared memory, twice.
 ///
 /// # Safety
 /// - The shapes in [`WarpgroupLayoutsParams`]; launched with [`WARPGROUP_DIMS`].
@@ -541,6 +541,19 @@ pub unsafe fn warpgroup_layouts<T: Element>(p: WarpgroupLayoutsParams) {
         // The third quarter of each line.
         lines.byte_add(swizzled(128 * column + 2 * (32 + row))).store(value);
         by_rows.byte_add(swizzled(column / 64 * 2048 + 128 * row + column % 64 * 2)).store(value);
+        i += 128;
+    }
+    let (wide_lines, rows) = (LAYOUT.wide_lines.get(), LAYOUT.rows.get());
+    let mut i = thread_idx_x();
+    while i < 16 * 256 {
+        // The second quarter of each line.
+        let line = 128 * (i % 256) + 2 * (16 + i / 256);
+        wide_lines.byte_add(swizzled(line)).store(p.wide.add(i as u64).load());
+        i += 128;
+    }
+    let mut i = thread_idx_x();
+    while i < 64 * 16 {
+        rows.byte_add(swizzled(128 * (i / 16) + 2 * (32 + i % 16))).store(p.a.add(i as u64).load());
         i += 128;
     }
     sync_threads();
@@ -570,6 +583,15 @@ pub unsafe fn warpgroup_layouts<T: Element>(p: WarpgroupLayoutsParams) {
     write_products(p.d.add(64 * 128), 128, &second);
     warpgroup::wait::<_, 0>(&mut third);
     write_products(p.d.add(2 * 64 * 128), 128, &third);
+    let a = Rows { start: rows.byte_add(64).cast::<T>(), row_bytes: 1024 };
+    let b = operand(wide_lines.byte_add(32), [0, 1024], true);
+    let mut from_shared = [[0.0; 4]; 32];
+    warpgroup::fence();
+    T::mma_of_warpgroup_from_shared::<_, false, false>(&mut from_shared, a, b);
+    T::mma_of_warpgroup_from_shared::<_, true, false>(&mut from_shared, a, b);
+    warpgroup::commit();
+    warpgroup::wait::<_, 0>(&mut from_shared);
+    write_products(p.from_shared, 256, &from_shared);
 }
 
 /// Writes a warp's rows of a warpgroup's product.

@@ -23,12 +23,17 @@ pub(crate) enum Op {
     MmaF16,
     MmaBf16,
     MmaOfWarpgroup,
+    MmaOfWarpgroupFromShared,
 }
 
 impl Op {
     /// Whether all lanes must reach it through the same instruction.
     fn is_aligned(self) -> bool {
-        matches!(self, Op::LdMatrix | Op::LdMatrixTrans | Op::MmaF16 | Op::MmaBf16 | Op::MmaOfWarpgroup)
+        use Op::*;
+        matches!(
+            self,
+            LdMatrix | LdMatrixTrans | MmaF16 | MmaBf16 | MmaOfWarpgroup | MmaOfWarpgroupFromShared
+        )
     }
 }
 
@@ -138,6 +143,7 @@ impl Block {
             Op::MmaF16 => tensor::mma_f16(&mut self.lanes[first..first + 32]),
             Op::MmaBf16 => tensor::mma_bf16(&mut self.lanes[first..first + 32]),
             Op::MmaOfWarpgroup => self.gather_rows(first, site),
+            Op::MmaOfWarpgroupFromShared => self.find_rows(first, site),
         }
     }
 

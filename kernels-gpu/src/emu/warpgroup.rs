@@ -6,19 +6,21 @@
 //! - a product without `fence` behind the last wait, a wait with products that no `commit` has closed or that it leaves under way, a
 //!   block that ends with some under way;
 //! - accumulators that are written before the wait, or of which a part belongs to others;
-//! - B: bounds, races, and a `fence_writes` between every write and the product, by who wrote it or by all lanes that multiply; no
-//!   write to it before the wait; the same for all lanes;
+//! - operands in shared memory: bounds, races, and a `fence_writes` between every write and the product, by who wrote it or by all lanes
+//!   that multiply; no write to them before the wait; the same for all lanes. Every warp is taken to read all 64 rows of A;
 //! - warps of a warpgroup that start other products than their neighbours;
 //! - registers of a warpgroup: no number that there is not, no other one for some of its threads, no more than a block has.
 //!
 //! Accumulators written between `fence` and a product that adds to them go unnoticed.
 
+use std::ops::Range;
+
 use super::access::Access;
 use super::block::{Block, with};
 use super::report::{Fault, Kind, Site};
-use crate::limits::WARPGROUP;
+use crate::limits::{WARPGROUP, WARPGROUP_ROWS};
 
-/// B in shared memory: see [`Columns`](crate::simt::warpgroup::Columns).
+/// B in shared memory: see [`Columns`](crate::simt::warpgroup::Columns). Or A, whose rows are its columns then.
 #[derive(Clone, Copy)]
 pub(crate) struct Operand {
     pub addr: u32,
@@ -34,6 +36,18 @@ impl Operand {
     pub fn words(self) -> [u32; 5] {
         let layout = 2 * self.is_swizzled as u32 + self.is_by_rows as u32;
         [self.addr, self.row_bytes, self.column_bytes, self.fragments, layout]
+    }
+
+    /// A, of the words that lanes lay down: bounds, address, stride.
+    pub fn of_rows([_, _, addr, row_bytes]: [u32; 4]) -> Self {
+        Operand {
+            addr,
+            row_bytes: 0,
+            column_bytes: row_bytes,
+            fragments: WARPGROUP_ROWS / 8,
+            is_by_rows: false,
+            is_swizzled: true,
+        }
     }
 
     fn from_words([addr, row_bytes, column_bytes, fragments, layout]: [u32; 5]) -> Self {
@@ -199,10 +213,12 @@ pub(crate) struct OperandUnderWay {
     end: u32,
 }
 
-/// The running lane's part of a product whose A its warp has laid down: see [`Block::gather_rows`].
+/// The running lane's part of a product whose A its warp has laid down ([`Block::gather_rows`]), or found in shared memory as `a`
+/// ([`Block::find_rows`]).
 #[inline(never)]
 pub(crate) fn multiply(
     d: &mut [[f32; 4]],
+    a: Option<Operand>,
     b: Operand,
     adds: bool,
     unpack: impl Fn(u32) -> [f32; 2],
@@ -216,8 +232,8 @@ pub(crate) fn multiply(
             block.fail(Kind::Warpgroup, what, site);
         }
         let (count, hash) = products.history;
-        let operand = b.words().map(u64::from);
-        let told = operand.into_iter().fold(hash, |hash, x| (hash ^ x).wrapping_mul(0x100_0000_01b3));
+        let operands = a.into_iter().chain([b]).flat_map(Operand::words).map(u64::from);
+        let told = operands.fold(hash, |hash, x| (hash ^ x).wrapping_mul(0x100_0000_01b3));
         products.history = (count + 1, told);
         let index = match set_of(d).and_then(|id| products.sets.iter().position(|set| set.id == id)) {
             Some(index) => index,
@@ -239,7 +255,7 @@ pub(crate) fn multiply(
             block.fail(Kind::Warpgroup, what, site);
         }
         let (id, mut values) = (set.id, std::mem::take(&mut set.values));
-        let a = products.rows.map(|row| row.map(&unpack));
+        let rows = products.rows.map(|row| row.map(&unpack));
         let t = lane % 4;
         for fragment in 0..d.len() {
             for side in 0..2 {
@@ -247,7 +263,7 @@ pub(crate) fn multiply(
                 for half in 0..2 {
                     let sum = &mut values[4 * fragment + 2 * half + side];
                     let mut x = if adds { *sum } else { 0.0 };
-                    for ([a0, a1], [b0, b1]) in a[half].into_iter().zip(column) {
+                    for ([a0, a1], [b0, b1]) in rows[half].into_iter().zip(column) {
                         x += a0 * b0;
                         x += a1 * b1;
                     }
@@ -258,8 +274,10 @@ pub(crate) fn multiply(
         block.products[lane].sets[index].values = values;
         d.as_flattened_mut().fill(f32::from_bits(UNDER_WAY | id));
         if lane % 32 == 0 {
-            let (begin, end) = b.hull();
-            block.operands_under_way.push(OperandUnderWay { warp: lane / 32, group, begin, end });
+            for operand in a.into_iter().chain([b]) {
+                let (begin, end) = operand.hull();
+                block.operands_under_way.push(OperandUnderWay { warp: lane / 32, group, begin, end });
+            }
         }
     })
 }
@@ -270,19 +288,52 @@ impl Block {
     pub fn gather_rows(&mut self, first: usize, site: Site) {
         let fragments: [[u32; 4]; 32] =
             std::array::from_fn(|lane| std::array::from_fn(|i| self.lanes[first + lane].words[i]));
-        let [begin, end, b @ ..]: [u32; 7] = std::array::from_fn(|i| self.lanes[first].words[4 + i]);
-        let others =
-            (1..32).find(|lane| self.lanes[first + lane].words[4..11] != self.lanes[first].words[4..11]);
-        if let Some(lane) = others {
-            self.current = first + lane;
-            self.fail(
-                Kind::Warpgroup,
-                "a product with another B than lane 0 of the warp has".to_owned(),
-                site,
-            );
+        self.check_columns(first, site);
+        for lane in 0..32 {
+            let (g, words) = (lane / 4, &mut self.products[first + lane].rows);
+            for (pair, word) in (0..8).flat_map(|pair| [(pair, 0), (pair, 1)]) {
+                // Pair `p` of a row lies in lane `4 g + p % 4`, word `2 (p / 4)` of the upper row and the next of the lower.
+                words[word][pair] = fragments[4 * g + pair % 4][2 * (pair / 4) + word];
+            }
         }
-        for at in Operand::from_words(b).pieces() {
-            self.shared_access(first, at, (begin, end), 16, Access::Read, site);
+    }
+
+    /// The same from shared memory, where words 0 to 3 of the lanes say that A lies; and checks of both operands.
+    pub fn find_rows(&mut self, first: usize, site: Site) {
+        let words: [u32; 4] = std::array::from_fn(|i| self.lanes[first].words[i]);
+        self.check_alike(first, 0..4, "A", site);
+        let a = Operand::of_rows(words);
+        self.check_operand(first, a, (words[0], words[1]), site);
+        self.check_columns(first, site);
+        for lane in 0..32 {
+            let upper = first % WARPGROUP as usize / 2 + lane / 4;
+            let rows = [self.column(a, upper), self.column(a, upper + 8)];
+            self.products[first + lane].rows = rows;
+        }
+    }
+
+    /// Checks of B.
+    fn check_columns(&mut self, first: usize, site: Site) {
+        let [begin, end, b @ ..]: [u32; 7] = std::array::from_fn(|i| self.lanes[first].words[4 + i]);
+        self.check_alike(first, 4..11, "B", site);
+        self.check_operand(first, Operand::from_words(b), (begin, end), site);
+    }
+
+    /// All lanes of a warp have the same operand.
+    fn check_alike(&mut self, first: usize, words: Range<usize>, what: &str, site: Site) {
+        let own = &self.lanes[first].words[words.clone()];
+        let other = (1..32).find(|lane| &self.lanes[first + lane].words[words.clone()] != own);
+        if let Some(lane) = other {
+            self.current = first + lane;
+            let what = format!("a product with another {what} than lane 0 of the warp has");
+            self.fail(Kind::Warpgroup, what, site);
+        }
+    }
+
+    /// Bounds, races and fences of an operand.
+    fn check_operand(&mut self, first: usize, operand: Operand, bounds: (u32, u32), site: Site) {
+        for at in operand.pieces() {
+            self.shared_access(first, at, bounds, 16, Access::Read, site);
             if self.options.races
                 && let Some((byte, thread)) = self.shadow.unfenced(at as usize, 16, first..first + 32)
             {
@@ -293,21 +344,14 @@ impl Block {
                 self.fail(Kind::Warpgroup, what, site);
             }
         }
-        for lane in 0..32 {
-            let (g, words) = (lane / 4, &mut self.products[first + lane].rows);
-            for (pair, word) in (0..8).flat_map(|pair| [(pair, 0), (pair, 1)]) {
-                // Pair `p` of a row lies in lane `4 g + p % 4`, word `2 (p / 4)` of the upper row and the next of the lower.
-                words[word][pair] = fragments[4 * g + pair % 4][2 * (pair / 4) + word];
-            }
-        }
     }
 
-    /// The pairs of a column of B.
+    /// The pairs of a column of B, or of a row of A.
     fn column(&self, b: Operand, column: usize) -> [u32; 8] {
         let shared = self.shared.as_ptr().cast::<u16>();
         let value = |row: u32| {
             let (piece, within) = b.piece(row, column as u32);
-            // SAFETY: `gather_rows` has checked every byte of B.
+            // SAFETY: `check_operand` has checked every byte of it.
             u32::from(unsafe { shared.add((piece / 2 + within) as usize).read() })
         };
         std::array::from_fn(|pair| value(2 * pair as u32) | value(2 * pair as u32 + 1) << 16)

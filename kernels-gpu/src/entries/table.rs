@@ -20,9 +20,9 @@ use crate::ops::vote::VoteParams;
 #[cfg(feature = "kernels")]
 use {
     crate::ops::attend_decode::kernel::attend_decode,
-    crate::ops::attend_prefill::kernel::attend_prefill,
+    crate::ops::attend_prefill::{kernel::attend_prefill, tile_fragments as prefill_fragments},
     crate::ops::attend_stream::kernel::{attend_stream, attend_stream_merge},
-    crate::ops::attend_warpgroups::kernel::attend_warpgroups,
+    crate::ops::attend_warpgroups::{kernel::attend_warpgroups, tile_fragments as warpgroups_fragments},
     crate::ops::score::kernel::score,
     crate::ops::score_stream::kernel::score_stream,
     crate::ops::{
@@ -285,24 +285,29 @@ entries! {
         64 rotations;
         96 rotations;
         128 rotations;
+        256 rotations;
     };
     AttendPrefill: attend_prefill(AttendParams<T>) = attend_prefill::<
         T,
         { pieces(HEAD_DIM, 16) },
         { pieces(HEAD_DIM, 8) },
+        { prefill_fragments(HEAD_DIM) },
     >, for T {
         64;
         96;
         128;
+        256;
     };
     AttendWarpgroups: attend_warpgroups(AttendParams<T>) = attend_warpgroups::<
         T,
         { pieces(HEAD_DIM, 16) },
         { pieces(HEAD_DIM, 8) },
+        { warpgroups_fragments(HEAD_DIM) },
     >, for T {
         64;
         96;
         128;
+        256;
     };
     AttendStream: attend_stream(AttendParams<T>) = attend_stream::<
         T,
@@ -313,6 +318,7 @@ entries! {
         64;
         96;
         128;
+        256;
     };
     AttendStreamMerge: attend_stream_merge(AttendParams<T>) = attend_stream_merge::<T>, for T;
     Merge: merge(MergeParams<T>) = merge::kernel::merge::<T>, for T;

@@ -107,8 +107,8 @@ fn head_dimensions_are_those_of_the_module_documentation() {
                 assert!([4, 8, 16].iter().all(|&it| serves(it) == (it <= columns)), "{op:?} {head_dim}");
             }
         }
-        for op in [Op::AttendDecode, Op::AttendPrefill, Op::AttendStream] {
-            assert_eq!(head_dims(op), [64, 96, 128]);
+        for op in [Op::AttendDecode, Op::AttendPrefill, Op::AttendWarpgroups, Op::AttendStream] {
+            assert_eq!(head_dims(op), [64, 96, 128, 256]);
         }
         for op in [Op::AppendPool, Op::Pool, Op::Gather, Op::AttendStreamMerge, Op::Merge] {
             assert_eq!(head_dims(op), []);
@@ -143,7 +143,7 @@ fn what_is_missing_is_said_with_what_there_is() {
     let bf16 = Key::of(ElementType::Bf16);
     assert_eq!(
         text(Op::AttendPrefill, bf16.with_head_dim(80)),
-        "bf16, head dimension 80; there are 64, 96, 128"
+        "bf16, head dimension 80; there are 64, 96, 128, 256"
     );
     assert_eq!(
         text(Op::Score, bf16.with_head_dim(80).with_columns(4)),
@@ -154,8 +154,8 @@ fn what_is_missing_is_said_with_what_there_is() {
         "bf16, head dimension 256, groups of up to 16 heads; there are 4, 8"
     );
     assert_eq!(
-        text(Op::AttendDecode, bf16.with_head_dim(256).with_rotation(Rotation::Native)),
-        "bf16, head dimension 256; there are 64, 96, 128"
+        text(Op::AttendDecode, bf16.with_head_dim(192).with_rotation(Rotation::Native)),
+        "bf16, head dimension 192; there are 64, 96, 128, 256"
     );
     assert_eq!(text(Op::Vote, bf16), "bf16");
 }

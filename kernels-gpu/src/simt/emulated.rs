@@ -8,7 +8,7 @@ use core::panic::Location;
 
 use super::data::Pod;
 use super::shared::Shared;
-use super::warpgroup::Columns;
+use super::warpgroup::{Columns, Rows};
 use crate::emu::access::Access;
 use crate::emu::barrier::{self, Arrival};
 use crate::emu::block::{suspend, with};
@@ -528,12 +528,12 @@ pub fn warpgroup_registers<const REGISTERS: u32, const TAKES: bool>() {
     warpgroup::set_registers(REGISTERS, Location::caller())
 }
 
-/// The lanes of a warp bring the rows of A together; each then multiplies its own two.
+/// The lanes of a warp bring the rows of A together, or find them in shared memory; each then multiplies its own two.
 #[inline(always)]
 #[track_caller]
 fn warpgroup_mma<T: Pod, const N: usize>(
     d: &mut [[f32; 4]; N],
-    a: [u32; 4],
+    (op, a): (Op, [u32; 4]),
     b: Columns<T>,
     (adds, by_rows): (bool, bool),
     unpack: impl Fn(u32) -> [f32; 2],
@@ -549,8 +549,20 @@ fn warpgroup_mma<T: Pod, const N: usize>(
     };
     let [b0, b1, b2, b3, b4] = operand.words();
     warp::arguments([a[0], a[1], a[2], a[3], begin, end, b0, b1, b2, b3, b4]);
-    wait_if(warp::arrive(Op::MmaOfWarpgroup, u32::MAX, Location::caller()));
-    warpgroup::multiply(d, operand, adds, unpack, Location::caller())
+    wait_if(warp::arrive(op, u32::MAX, Location::caller()));
+    let a = (op == Op::MmaOfWarpgroupFromShared).then(|| warpgroup::Operand::of_rows(a));
+    warpgroup::multiply(d, a, operand, adds, unpack, Location::caller())
+}
+
+/// A in registers.
+fn from_registers(a: [u32; 4]) -> (Op, [u32; 4]) {
+    (Op::MmaOfWarpgroup, a)
+}
+
+/// A in shared memory: bounds, address and stride.
+fn from_shared<T: Pod>(a: Rows<T>) -> (Op, [u32; 4]) {
+    let (begin, end) = a.start.bounds();
+    (Op::MmaOfWarpgroupFromShared, [begin, end, a.start.addr(), a.row_bytes])
 }
 
 #[inline(always)]
@@ -560,7 +572,7 @@ pub fn warpgroup_mma_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS
     a: [u32; 4],
     b: Columns<T>,
 ) {
-    warpgroup_mma(d, a, b, (ADDS, BY_ROWS), numeric::unpack_f16)
+    warpgroup_mma(d, from_registers(a), b, (ADDS, BY_ROWS), numeric::unpack_f16)
 }
 
 #[inline(always)]
@@ -570,7 +582,27 @@ pub fn warpgroup_mma_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROW
     a: [u32; 4],
     b: Columns<T>,
 ) {
-    warpgroup_mma(d, a, b, (ADDS, BY_ROWS), super::math::unpack_bf16)
+    warpgroup_mma(d, from_registers(a), b, (ADDS, BY_ROWS), super::math::unpack_bf16)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_mma_from_shared_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    warpgroup_mma(d, from_shared(a), b, (ADDS, BY_ROWS), numeric::unpack_f16)
+}
+
+#[inline(always)]
+#[track_caller]
+pub fn warpgroup_mma_from_shared_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    warpgroup_mma(d, from_shared(a), b, (ADDS, BY_ROWS), super::math::unpack_bf16)
 }
 
 // Arithmetic.

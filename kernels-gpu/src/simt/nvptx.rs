@@ -14,7 +14,7 @@ use core::arch::{asm, global_asm, nvptx};
 
 use super::data::Pod;
 use super::shared::Shared;
-use super::warpgroup::Columns;
+use super::warpgroup::{Columns, Rows};
 
 // 1024: the alignment that 128-byte swizzled tiles of bulk copies need.
 global_asm!(".extern .shared .align 1024 .b8 dynamic_shared[];");
@@ -681,6 +681,24 @@ macro_rules! with_accumulators {
             (*($d as *mut [[f32; 4]; N]).cast::<[[f32; 4]; 16]>()), $($operands)*
         )
     };
+    (32, $d:expr, $before:expr, $after:expr, $($operands:tt)*) => {
+        with_accumulators!(
+            @[0 1 2 3 4 5 6 7 8 9 10 11 12 13 14 15 16 17 18 19 20 21 22 23 24 25 26 27 28 29 30 31]
+            concat!(
+                $before,
+                "{0}, {1}, {2}, {3}, {4}, {5}, {6}, {7}, {8}, {9}, {10}, {11}, {12}, {13}, {14}, {15}, ",
+                "{16}, {17}, {18}, {19}, {20}, {21}, {22}, {23}, {24}, {25}, {26}, {27}, {28}, {29}, {30}, {31}, ",
+                "{32}, {33}, {34}, {35}, {36}, {37}, {38}, {39}, {40}, {41}, {42}, {43}, {44}, {45}, {46}, {47}, ",
+                "{48}, {49}, {50}, {51}, {52}, {53}, {54}, {55}, {56}, {57}, {58}, {59}, {60}, {61}, {62}, {63}, ",
+                "{64}, {65}, {66}, {67}, {68}, {69}, {70}, {71}, {72}, {73}, {74}, {75}, {76}, {77}, {78}, {79}, ",
+                "{80}, {81}, {82}, {83}, {84}, {85}, {86}, {87}, {88}, {89}, {90}, {91}, {92}, {93}, {94}, {95}, ",
+                "{96}, {97}, {98}, {99}, {100}, {101}, {102}, {103}, {104}, {105}, {106}, {107}, {108}, {109}, {110}, {111}, ",
+                "{112}, {113}, {114}, {115}, {116}, {117}, {118}, {119}, {120}, {121}, {122}, {123}, {124}, {125}, {126}, {127}",
+                $after
+            ),
+            (*($d as *mut [[f32; 4]; N]).cast::<[[f32; 4]; 32]>()), $($operands)*
+        )
+    };
     (@[$($i:literal)*] $text:expr, $d:expr, $($operands:tt)*) => {
         warpgroup!(
             $text,
@@ -702,6 +720,7 @@ macro_rules! with_any_accumulators {
             8 => with_accumulators!(8, $d, $before, $after, $($operands)*),
             12 => with_accumulators!(12, $d, $before, $after, $($operands)*),
             16 => with_accumulators!(16, $d, $before, $after, $($operands)*),
+            32 => with_accumulators!(32, $d, $before, $after, $($operands)*),
             _ => nvptx::trap(),
         }
     };
@@ -720,17 +739,26 @@ fn descriptor<T: Pod, const BY_ROWS: bool>(b: Columns<T>) -> u64 {
     }
 }
 
-/// `$types` of D, A and B.
+/// As [`descriptor`] of swizzled lines.
+#[cfg(target_feature = "sm_90a")]
+#[inline(always)]
+fn descriptor_of_rows<T: Pod>(a: Rows<T>) -> u64 {
+    let [start, rows] = [a.start.addr(), a.row_bytes].map(|x| (x / 16) as u64 & 0x3fff);
+    start | rows << 32 | 1 << 62
+}
+
+/// `$types` of D, A and B; `$a`: A, and how it lies, as text with the operands behind it.
 macro_rules! warpgroup_mma {
-    ($types:literal, $d:ident, $a:ident, $b:ident) => {
+    ($types:literal, $d:ident, $b:ident, [$a:literal, $layout:literal], $($operands:tt)*) => {
         match N {
-            8 => warpgroup_mma!(@8, "m64n64k16", $types, $d, $a, $b),
-            12 => warpgroup_mma!(@12, "m64n96k16", $types, $d, $a, $b),
-            16 => warpgroup_mma!(@16, "m64n128k16", $types, $d, $a, $b),
+            8 => warpgroup_mma!(@8, "m64n64k16", $types, $d, $b, [$a, $layout], $($operands)*),
+            12 => warpgroup_mma!(@12, "m64n96k16", $types, $d, $b, [$a, $layout], $($operands)*),
+            16 => warpgroup_mma!(@16, "m64n128k16", $types, $d, $b, [$a, $layout], $($operands)*),
+            32 => warpgroup_mma!(@32, "m64n256k16", $types, $d, $b, [$a, $layout], $($operands)*),
             _ => nvptx::trap(),
         }
     };
-    (@$N:tt, $shape:literal, $types:literal, $d:ident, $a:ident, $b:ident) => {
+    (@$N:tt, $shape:literal, $types:literal, $d:ident, $b:ident, [$a:literal, $layout:literal], $($operands:tt)*) => {
         with_accumulators!(
             $N,
             $d,
@@ -738,9 +766,19 @@ macro_rules! warpgroup_mma {
                 "{{.reg .pred adds; setp.ne.b32 adds, {f}, 0; wgmma.mma_async.sync.aligned.", $shape, ".", $types,
                 " {{"
             ),
-            "}}, {{{a}, {b}, {c}, {d}}}, {e}, adds, 1, 1, {g};}}",
-            a = in(reg32) $a[0], b = in(reg32) $a[1], c = in(reg32) $a[2], d = in(reg32) $a[3],
+            concat!("}}, ", $a, ", {e}, adds, 1, 1, ", $layout, "{g};}}"),
+            $($operands)*
             e = in(reg64) descriptor::<T, BY_ROWS>($b), f = const ADDS as u32, g = const BY_ROWS as u32, options(nostack)
+        )
+    };
+}
+
+/// [`warpgroup_mma`] with A in registers.
+macro_rules! warpgroup_mma_from_registers {
+    ($types:literal, $d:ident, $a:ident, $b:ident) => {
+        warpgroup_mma!(
+            $types, $d, $b, ["{{{a}, {b}, {c}, {d}}}", ""],
+            a = in(reg32) $a[0], b = in(reg32) $a[1], c = in(reg32) $a[2], d = in(reg32) $a[3],
         )
     };
 }
@@ -752,7 +790,7 @@ pub unsafe fn warpgroup_mma_f16<T: Pod, const N: usize, const ADDS: bool, const 
     a: [u32; 4],
     b: Columns<T>,
 ) {
-    warpgroup_mma!("f32.f16.f16", d, a, b)
+    warpgroup_mma_from_registers!("f32.f16.f16", d, a, b)
 }
 
 #[inline(always)]
@@ -762,7 +800,32 @@ pub unsafe fn warpgroup_mma_bf16<T: Pod, const N: usize, const ADDS: bool, const
     a: [u32; 4],
     b: Columns<T>,
 ) {
-    warpgroup_mma!("f32.bf16.bf16", d, a, b)
+    warpgroup_mma_from_registers!("f32.bf16.bf16", d, a, b)
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn warpgroup_mma_from_shared_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    warpgroup_mma!("f32.f16.f16", d, b, ["{a}", "0, "], a = in(reg64) descriptor_of_rows(a),)
+}
+
+#[inline(always)]
+#[allow(unused_variables)]
+pub unsafe fn warpgroup_mma_from_shared_bf16<
+    T: Pod,
+    const N: usize,
+    const ADDS: bool,
+    const BY_ROWS: bool,
+>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    warpgroup_mma!("f32.bf16.bf16", d, b, ["{a}", "0, "], a = in(reg64) descriptor_of_rows(a),)
 }
 
 #[inline(always)]

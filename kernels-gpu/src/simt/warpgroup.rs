@@ -1,8 +1,8 @@
 //! Tensor-core products of a warpgroup (Hopper): four adjacent warps, the first a multiple of four, multiply 64 rows at a time.
 //!
 //! D += A·B, where A is `[64, 16]` ([`WARPGROUP_ROWS`](crate::limits::WARPGROUP_ROWS)), of which warp `w` of the four holds rows `16 w ..` as the A fragment of
-//! [`mma`](super::tensor), B is `[16, 8 N]` in shared memory ([`Columns`]), and each warp has its 16 rows of D as `N` fragments
-//! of [`mma`](super::tensor).
+//! [`mma`](super::tensor), or all of it in shared memory ([`Rows`]), B is `[16, 8 N]` in shared memory ([`Columns`]), and each warp
+//! has its 16 rows of D as `N` fragments of [`mma`](super::tensor).
 //!
 //! ```text
 //! [fence_writes, a barrier]           B was written by plain stores or cp_async; or: a barrier, fence_writes
@@ -45,6 +45,16 @@ pub struct Columns<T> {
     pub is_swizzled: bool,
 }
 
+/// A, `[64, 16]` 16-bit values, in swizzled lines as those of [`Columns`]: 64 columns of a row (A is 16 of them), eight rows one after
+/// the other, the next eight `row_bytes` behind.
+#[derive(Clone, Copy)]
+pub struct Rows<T> {
+    /// The first piece, before any xor. Lines begin at a multiple of 1024.
+    pub start: Shared<T>,
+    /// From eight rows to the next eight.
+    pub row_bytes: u32,
+}
+
 /// Makes known to products what the calling thread has stored to shared memory, or knows of through a barrier that it has waited at
 /// (`fence.proxy.async.shared::cta`). Either who stored calls it, before the barrier, or all threads that multiply, behind it.
 #[inline(always)]
@@ -63,10 +73,10 @@ pub unsafe fn fence() {
 }
 
 /// Starts D += A·B for f16 operands, or D = A·B without `ADDS`
-/// (`wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16`, and `n96`, `n128`). `BY_ROWS`: see [`Columns`].
+/// (`wgmma.mma_async.sync.aligned.m64n64k16.f32.f16.f16`, and `n96`, `n128`, `n256`). `BY_ROWS`: see [`Columns`].
 ///
 /// # Safety
-/// - `N` is 8, 12 or 16.
+/// - `N` is 8, 12, 16 or 32.
 /// - All threads of the warpgroup call it, with the same `b`, behind a [`fence`].
 /// - A, B and D are not touched before [`wait`], but by further products; 16-byte alignment, and strides below 2^18.
 /// - B was written behind [`fence_writes`] and a barrier, or behind a barrier and [`fence_writes`].
@@ -92,6 +102,34 @@ pub unsafe fn mma_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: 
     b: Columns<T>,
 ) {
     imp::warpgroup_mma_bf16::<T, N, ADDS, BY_ROWS>(d, a, b)
+}
+
+/// [`mma_f16`] with A in shared memory.
+///
+/// # Safety
+/// - As there, with the same `a` in all threads, of which holds what does of `b`.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn mma_from_shared_f16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    imp::warpgroup_mma_from_shared_f16::<T, N, ADDS, BY_ROWS>(d, a, b)
+}
+
+/// [`mma_from_shared_f16`] for bf16 operands.
+///
+/// # Safety
+/// - As there.
+#[inline(always)]
+#[track_caller]
+pub unsafe fn mma_from_shared_bf16<T: Pod, const N: usize, const ADDS: bool, const BY_ROWS: bool>(
+    d: &mut [[f32; 4]; N],
+    a: Rows<T>,
+    b: Columns<T>,
+) {
+    imp::warpgroup_mma_from_shared_bf16::<T, N, ADDS, BY_ROWS>(d, a, b)
 }
 
 /// Closes the group of the products started since the last call (`wgmma.commit_group.sync.aligned`). An empty group counts.

@@ -112,9 +112,10 @@ impl GpuPlan {
         let alike = params.k_stride == params.v_stride;
         let rows = params.max_block_len * params.group;
         // A unit of 8 query rows takes the decode kernel about as long as 128 take the one for blocks, but a list is cut for idle SMs.
-        let fills = kernels.prefill.op == Op::AttendWarpgroups && params.decode_units() > gpu.num_sms;
+        let is_fast = kernels.prefill.is_some_and(|prefill| prefill.op == Op::AttendWarpgroups);
+        let fills = is_fast && params.decode_units() > gpu.num_sms;
         let few = rows <= if fills { QUERY_ROWS } else { FEW_QUERY_ROWS };
-        if alike && (few || (rotates && gathers.is_none())) {
+        if alike && (few || kernels.prefill.is_none() || (rotates && gathers.is_none())) {
             // SAFETY: as above.
             return unsafe { self.launch(kernels.decode, params.decode_dims(gpu, head_dim), &params) };
         }
@@ -123,6 +124,10 @@ impl GpuPlan {
                 "rotated keys in other strides than the values', but over lists within the plan's limits";
             return Err(self.unsupported("attend", what));
         }
+        let Some(prefill) = kernels.prefill else {
+            let what = "keys in other strides than the values': it has too little shared memory";
+            return Err(self.unsupported("attend", what));
+        };
         if let Some(gather) = gathers {
             // SAFETY: as above; the scratch memory has room for all places of all lists.
             unsafe { self.launch(kernels.gather, gather.dims(), &gather)? };
@@ -132,12 +137,12 @@ impl GpuPlan {
                 PageStrides { page: head * params.num_kv_heads as u64, token: head_dim.into(), head };
             params.k_is_gathered = 1;
         }
-        let dims = match kernels.prefill.op {
+        let dims = match prefill.op {
             Op::AttendWarpgroups => params.warpgroups_dims(gpu, head_dim),
             _ => params.prefill_dims(head_dim),
         };
         // SAFETY: as above.
-        unsafe { self.launch(kernels.prefill, dims, &params) }
+        unsafe { self.launch(prefill, dims, &params) }
     }
 
     fn launch_top_k(&self, params: &TopKParams, votes_are_counted: bool) -> Result<()> {

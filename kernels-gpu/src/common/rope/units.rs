@@ -7,9 +7,6 @@
 use super::*;
 use crate::common::element::Element;
 
-/// Elements of a unit.
-pub const UNIT: u32 = 16;
-
 /// Two pieces of a unit, four words each.
 pub type Pieces = [[u32; 4]; 2];
 

@@ -224,6 +224,9 @@ unsafe fn load_keys<T: Element, const W: usize, const C: usize, const ROTATE: u3
     if ROTATE == ANY_PAIRS {
         for half in 0..2 {
             let from = work.params.k_pages.add(offset_of(at, 8 * half as u32 + g));
+            // As in `load_keys_by_elements`.
+            let t =
+                if const { 8 * W * C > 128 } { warp::shuffle_idx(warp::FULL, t, warp::lane_id()) } else { t };
             for c in 0..C / 2 {
                 let (x, y) = elements_of_pair::<T, W, C>(work, c as u32, t, 0);
                 keys[half][c] = load_row(from.add(x as u64));
@@ -262,6 +265,7 @@ unsafe fn load_keys_by_elements<T: Element, const W: usize, const C: usize>(
         let t = warp::shuffle_idx(warp::FULL, t, warp::lane_id());
         let bits = |element: u32| from.add(element as u64).load_constant() as u32;
         for c in 0..C / 2 {
+            let t = if const { 8 * W * C > 128 } { warp::shuffle_xor(warp::FULL, t, 0) } else { t };
             for i in 0..2 * W {
                 let (x, y) = elements_of_pair::<T, W, C>(work, c as u32, t, i);
                 keys[half][c][i / 2] |= bits(x) << (16 * (i % 2));
@@ -290,6 +294,12 @@ unsafe fn load_values<T: Element, const W: usize, const V: usize>(
     values
 }
 
+/// Whether values are asked for when their keys are multiplied, and the next keys when these are added: of large heads, of which there
+/// are no registers for both.
+const fn values_wait<const W: usize, const V: usize>() -> bool {
+    16 * W * V > 128
+}
+
 /// Attention of the warp over its tiles of the block's split.
 unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usize, const ROTATE: u32>(
     work: &Work<'_, T>,
@@ -304,14 +314,16 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
     let loaded = if ROTATE == NATIVE { load_queries::<T, W, C>(work) } else { [0; W] };
     // A split may have fewer tiles than warps; the first loads of the others are for nothing.
     let here = look_up_early(work, tile, mine.early);
-    let mut ahead = here;
+    let (mut at, mut ahead) = (here, here);
     let mut rank = here.rank;
     let (mut keys, mut values) = ([[[0; W]; C]; 2], [[[0; W]; V]; 4]);
     if ROTATE == NATIVE || W == 4 {
         keys = load_keys::<T, W, C, ROTATE>(work, here);
     }
     if ROTATE == NATIVE {
-        values = load_values::<T, W, V>(work, here);
+        if !values_wait::<W, V>() {
+            values = load_values::<T, W, V>(work, here);
+        }
     } else {
         rotate_queries::<T, W, C>(work, layout);
     }
@@ -319,7 +331,7 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
     if ROTATE != NATIVE && W != 4 {
         keys = load_keys::<T, W, C, ROTATE>(work, here);
     }
-    if ROTATE != NATIVE {
+    if ROTATE != NATIVE && !values_wait::<W, V>() {
         values = load_values::<T, W, V>(work, here);
     }
     if !exists(tile) {
@@ -332,7 +344,9 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
         let next = tile + mine.step;
         let products = multiply::<T, W, C, ROTATE>(work, queries, rank, &keys);
         let followed = exists(next);
-        if followed {
+        if values_wait::<W, V>() {
+            values = load_values::<T, W, V>(work, at);
+        } else if followed {
             keys = load_keys::<T, W, C, ROTATE>(work, ahead);
         }
         let rank_at = |place: u32| warp::shuffle_idx(warp::FULL, rank, place + lane().g);
@@ -341,8 +355,12 @@ unsafe fn attend_split<T: Element, const W: usize, const C: usize, const V: usiz
         if !followed {
             return (out, softmax);
         }
-        values = load_values::<T, W, V>(work, ahead);
-        (tile, rank) = (next, ahead.rank);
+        if values_wait::<W, V>() {
+            keys = load_keys::<T, W, C, ROTATE>(work, ahead);
+        } else {
+            values = load_values::<T, W, V>(work, ahead);
+        }
+        (tile, rank, at) = (next, ahead.rank, ahead);
         ahead = look_up(work, next + mine.step); // late: there are no registers for it before
     }
 }

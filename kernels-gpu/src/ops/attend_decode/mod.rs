@@ -24,7 +24,8 @@
 //!    Rotated queries and keys are split in high and low halves, as in [`score`](mod@crate::ops::score), so that rotation
 //!    costs no precision. (High halves of f16 are scaled by a power of two, since a rotated pair may be beyond its range.)
 //! 3. A tile's keys are multiplied while its values are in flight; both are replaced by the next tile's as soon as they
-//!    are used, from pages that are looked up a tile ahead.
+//!    are used, from pages that are looked up a tile ahead. (Of heads of 256, keys and values take 64 registers each: these are asked
+//!    for when their keys are multiplied, and the next keys when they are added.)
 //! 4. Tiles are dealt to splits and warps in turn, so that a warp can look up its first places before it knows how many
 //!    there are: every look-up is a trip to memory, and a short list takes as long as the chain of them.
 //! 5. Every warp keeps a softmax of its own over all 8 query rows. Warps and splits are merged in a fixed order: the bits

@@ -7,9 +7,9 @@ use crate::simt::data::V2;
 use crate::simt::shared::{Carve, Region};
 
 /// Warps of a block, one of which runs on an SM at a time: 11 with up to 168 registers a thread, 8 with up to 255 where
-/// rotated keys, or pieces that are half as wide, need more.
+/// rotated keys, larger heads, or pieces that are half as wide, need more.
 pub(super) const fn warps(head_dim: u32, rotate: bool) -> u32 {
-    if rotate || !head_dim.is_multiple_of(64) { 8 } else { MAX_WARPS }
+    if rotate || head_dim > 128 || !head_dim.is_multiple_of(64) { 8 } else { MAX_WARPS }
 }
 
 /// Warps of a block at most.
@@ -45,6 +45,11 @@ impl Layout {
             bytes: carve.bytes(),
         }
     }
+}
+
+/// Shared memory of a block.
+pub const fn shared_bytes(head_dim: u32, rotates: bool) -> u32 {
+    Layout::new(head_dim, warps(head_dim, rotates)).bytes
 }
 
 impl<T> AttendParams<T> {
@@ -86,7 +91,7 @@ impl<T> AttendParams<T> {
                 self.batch.num_rows,
             ],
             block: [32 * warps, 1, 1],
-            shared_bytes: Layout::new(head_dim, warps).bytes,
+            shared_bytes: shared_bytes(head_dim, self.rotates()),
             cluster: 1,
         }
     }

@@ -13,11 +13,8 @@ use crate::simt::shared::Shared;
 use crate::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait, ldmatrix_x4, ldmatrix_x4_trans};
 use crate::simt::{grid, thread, warp};
 
-/// Column tiles of eight places in a tile.
-const COLUMNS: usize = (TILE / 8) as usize;
-
-/// The lane's products, logits, then weights of a tile: rows are query rows, columns places.
-type Weights = [Accumulator; COLUMNS];
+/// The lane's products, logits, then weights of a tile of `8 C` places: rows are query rows, columns places.
+type Weights<const C: usize> = [Accumulator; C];
 
 /// What a block works on, and what is the warp's own.
 struct Work<'a, T> {
@@ -32,14 +29,17 @@ struct Work<'a, T> {
     num_tiles: u32,
 }
 
-/// See the module. `K` steps of 16 dimensions, `N = 2 K` column tiles of 8.
+/// See the module. `K` steps of 16 dimensions, `N = 2 K` column tiles of 8; `C` column tiles of a tile's places.
 ///
 /// # Safety
 /// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
-/// - `head_dim = 16 K`.
+/// - `head_dim = 16 K`; `C` is [`tile_fragments`].
 /// - Keys are gathered, or no rope table is given. The rope tables cover `last_position` and the longest block.
 /// - Launched with [`AttendParams::prefill_dims`].
-pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
+pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize, const C: usize>(
+    params: AttendParams<T>,
+) {
+    const { assert!(C == tile_fragments((16 * K) as u32)) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let layout = const { &Layout::new((16 * K) as u32) };
@@ -49,26 +49,29 @@ pub unsafe fn attend_prefill<T: Element, const K: usize, const N: usize>(params:
     if block_row >= num_rows {
         return;
     }
-    let work = plan(&params, list, block_row, num_rows);
+    let work = plan(&params, list, block_row, num_rows, (8 * C) as u32);
     let mut out = [Accumulator::ZERO; N];
     let mut softmax = Running::EMPTY;
     if work.num_tiles == 0 {
         return work.rows.write(&out, &softmax);
     }
-    look_up(&work, layout, 0);
+    look_up::<T, C>(&work, layout, 0);
     load_queries::<T, K>(&work, layout);
     thread::sync_threads();
-    copy::<T, K>(&work, layout, 0);
-    look_up(&work, layout, 1);
-    let pitch = (16 * K) as u32 + PAD;
-    let queries = query_fragments::<K>(layout.queries.get().add(16 * warp::warp_id() * pitch), pitch);
+    copy::<T, K, C>(&work, layout, 0);
+    look_up::<T, C>(&work, layout, 1);
+    let mut queries = [A([0; 4]); K];
+    if const { keeps_queries((16 * K) as u32) } {
+        let pitch = (16 * K) as u32 + PAD;
+        queries = query_fragments(layout.queries.get().add(16 * warp::warp_id() * pitch), pitch);
+    }
     for tile in 0..work.num_tiles {
         cp_async_wait::<0>();
         // Behind this the copies of all threads to this tile have arrived, and nobody works on the one before.
         thread::sync_threads();
-        copy::<T, K>(&work, layout, tile + 1);
-        look_up(&work, layout, tile + 2);
-        attend_tile::<T, K, N>(&work, layout, tile, &queries, &mut softmax, &mut out);
+        copy::<T, K, C>(&work, layout, tile + 1);
+        look_up::<T, C>(&work, layout, tile + 2);
+        attend_tile::<T, K, N, C>(&work, layout, tile, &queries, &mut softmax, &mut out);
     }
     work.rows.write(&out, &softmax);
 }
@@ -78,6 +81,7 @@ unsafe fn plan<T: Element>(
     list: List,
     block_row: u32,
     num_rows: u32,
+    tile: u32,
 ) -> Work<'_, T> {
     let first_row = block_row + 16 * warp::warp_id();
     let rows = QueryRows::new(params, list, thread::block_idx_y(), first_row, num_rows);
@@ -87,38 +91,38 @@ unsafe fn plan<T: Element>(
         num_rows,
         least_bound: rows.least_bound(),
         rows,
-        num_tiles: params.useful_places(&list, last_bound).div_ceil(TILE),
+        num_tiles: params.useful_places(&list, last_bound).div_ceil(tile),
     }
 }
 
-/// Looks up where the keys and values of a tile lie. The first two warps look up keys, the next two values.
-unsafe fn look_up<T: Element>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
+/// Looks up where the keys and values of a tile lie. The first threads look up keys, as many behind them values.
+unsafe fn look_up<T: Element, const C: usize>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
     let (params, list) = (work.rows.params, &work.rows.list);
-    let thread = thread::thread_idx_x();
-    if tile >= work.num_tiles || thread >= 2 * TILE {
+    let (thread, places) = (thread::thread_idx_x(), (8 * C) as u32);
+    if tile >= work.num_tiles || thread >= 2 * places {
         return;
     }
-    let place = thread % TILE;
-    let at = params.place(list, tile * TILE + place);
-    let index = tile % 2 * TILE + place;
-    if thread < TILE {
+    let place = thread % places;
+    let at = params.place(list, tile * places + place);
+    let index = tile % 2 * places + place;
+    if thread < places {
         let page = || unsafe { params.page(list, at.token) };
-        let offset = params.key_offset(list, work.rows.kv_head, tile * TILE + place, page);
+        let offset = params.key_offset(list, work.rows.kv_head, tile * places + place, page);
         layout.key_offsets.get().add(index).store(offset);
     } else {
         let (page, within) = params.page(list, at.token);
         layout.value_offsets.get().add(index).store(params.v_stride.offset(page, within, work.rows.kv_head));
-        layout.ranks.get().add(tile % 4 * TILE + place).store(at.rank);
+        layout.ranks.get().add(tile % 4 * places + place).store(at.rank);
     }
 }
 
 /// Starts copying a tile's keys and values; a group of copies in any case.
-unsafe fn copy<T: Element, const K: usize>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
+unsafe fn copy<T: Element, const K: usize, const C: usize>(work: &Work<'_, T>, layout: &Layout, tile: u32) {
     let pitch = (16 * K) as u32 + PAD;
-    let pieces = (2 * K) as u32;
+    let (pieces, places) = ((2 * K) as u32, (8 * C) as u32);
     if tile < work.num_tiles {
-        let base = tile % 2 * TILE;
-        for i in strided(thread::thread_idx_x(), TILE * pieces, THREADS) {
+        let base = tile % 2 * places;
+        for i in strided(thread::thread_idx_x(), places * pieces, THREADS) {
             let (place, piece) = (i / pieces, i % pieces * 8);
             let to = (base + place) * pitch + piece;
             let from = layout.key_offsets.get().add(base + place).load() + piece as u64;
@@ -181,7 +185,7 @@ unsafe fn load_queries_by_elements<T: Element, const K: usize>(work: &Work<'_, T
 }
 
 /// One tile: logits, weights, output.
-unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
+unsafe fn attend_tile<T: Element, const K: usize, const N: usize, const C: usize>(
     work: &Work<'_, T>,
     layout: &Layout,
     tile: u32,
@@ -190,19 +194,33 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
     out: &mut [Accumulator; N],
 ) {
     let pitch = (16 * K) as u32 + PAD;
-    let (own, first) = (warp::lane_id(), tile % 2 * TILE);
-    let ranks = layout.ranks.get().add(tile % 4 * TILE);
+    let places = (8 * C) as u32;
+    let (own, first) = (warp::lane_id(), tile % 2 * places);
+    let ranks = layout.ranks.get().add(tile % 4 * places);
     // The ranks ascend, so the last tells whether all are seen.
-    let masked = ranks.add(TILE - 1).load() >= work.least_bound;
+    let masked = ranks.add(places - 1).load() >= work.least_bound;
 
     // Rows of two column tiles, upper and lower eight dimensions: lanes 0-7, 8-15 and 16-23, 24-31.
     let keys = layout.keys.get().add((first + own / 16 * 8 + own % 8) * pitch + own / 8 % 2 * 8);
-    let mut weights = [Accumulator::ZERO; COLUMNS];
-    for n in (0..COLUMNS).step_by(2) {
+    let mut weights = [Accumulator::ZERO; C];
+    let mut multiply = |n: usize, k: usize, query: A| {
+        let b = ldmatrix_x4(keys.add(8 * n as u32 * pitch + 16 * k as u32));
+        T::mma(&mut weights[n], query, B([b[0], b[1]]));
+        T::mma(&mut weights[n + 1], query, B([b[2], b[3]]));
+    };
+    if const { keeps_queries((16 * K) as u32) } {
+        for n in (0..C).step_by(2) {
+            for k in 0..K {
+                multiply(n, k, queries[k]);
+            }
+        }
+    } else {
+        let rows = layout.queries.get().add(16 * warp::warp_id() * pitch);
         for k in 0..K {
-            let b = ldmatrix_x4(keys.add(8 * n as u32 * pitch + 16 * k as u32));
-            T::mma(&mut weights[n], queries[k], B([b[0], b[1]]));
-            T::mma(&mut weights[n + 1], queries[k], B([b[2], b[3]]));
+            let [query] = query_fragments(rows.add(16 * k as u32), pitch);
+            for n in (0..C).step_by(2) {
+                multiply(n, k, query);
+            }
         }
     }
     let of_fragment = |n: usize| ranks.add(8 * n as u32 + 2 * lane().t).cast::<V2<u32>>().load().0;
@@ -214,13 +232,13 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
     scale(out, correction);
 
     let of_tile = layout.values.get().add(first * pitch);
-    if masked && any_value_not_finite::<T, K>(of_tile) {
+    if masked && any_value_not_finite::<T, K, C>(of_tile) {
         let of_tile = of_tile.cast::<T>();
-        return accumulate_seen::<T, K, N>(work, layout, ranks, of_tile, &weights, out);
+        return accumulate_seen::<T, K, N, C>(work, layout, ranks, of_tile, &weights, out);
     }
     // Rows are places: lanes 0-15 give 16 of them for the first eight dimensions, 16-31 for the next.
     let values = layout.values.get().add((first + own % 16) * pitch + own / 16 * 8);
-    for k in 0..COLUMNS / 2 {
+    for k in 0..C / 2 {
         let a = as_operand::<T>([weights[2 * k], weights[2 * k + 1]]);
         for n in (0..N).step_by(2) {
             let b = ldmatrix_x4_trans(values.add(16 * k as u32 * pitch + 8 * n as u32));
@@ -231,10 +249,10 @@ unsafe fn attend_tile<T: Element, const K: usize, const N: usize>(
 }
 
 /// Whether a value of the tile is infinite or NaN; the same in all lanes.
-unsafe fn any_value_not_finite<T: Element, const K: usize>(values: Shared<u16>) -> bool {
+unsafe fn any_value_not_finite<T: Element, const K: usize, const C: usize>(values: Shared<u16>) -> bool {
     let (pitch, words) = ((16 * K) as u32 + PAD, (8 * K) as u32);
     let mut found = false;
-    for i in strided(warp::lane_id(), TILE * words, warp::SIZE) {
+    for i in strided(warp::lane_id(), 8 * C as u32 * words, warp::SIZE) {
         found |= any_not_finite::<T>(values.add(i / words * pitch + i % words * 2).cast::<u32>().load());
     }
     warp::any(warp::FULL, found)
@@ -242,31 +260,36 @@ unsafe fn any_value_not_finite<T: Element, const K: usize>(values: Shared<u16>) 
 
 /// `out += weights * values`, one place at a time: a value that a query does not see, infinite or NaN, is not
 /// multiplied by its weight of 0 either. For the rare tile that has such a value among the block's own tokens. The
-/// weights go by the shared memory of the warp's queries, which are in registers.
-unsafe fn accumulate_seen<T: Element, const K: usize, const N: usize>(
+/// weights go by shared memory: that of the warp's queries, where these are in registers.
+unsafe fn accumulate_seen<T: Element, const K: usize, const N: usize, const C: usize>(
     work: &Work<'_, T>,
     layout: &Layout,
     ranks: Shared<u32>,
     values: Shared<T>,
-    weights: &Weights,
+    weights: &Weights<C>,
     out: &mut [Accumulator; N],
 ) {
-    let pitch = (16 * K) as u32 + PAD;
+    let (pitch, places) = ((16 * K) as u32 + PAD, (8 * C) as u32);
     let Lane { g, t } = lane();
-    let scratch = layout.queries.get().add(16 * warp::warp_id() * pitch).cast::<T>();
+    let scratch = if const { keeps_queries((16 * K) as u32) } {
+        layout.queries.get().add(16 * warp::warp_id() * pitch)
+    } else {
+        layout.weights.get().add(16 * warp::warp_id() * places)
+    };
+    let scratch = scratch.cast::<T>();
     warp::sync_warp(warp::FULL);
-    for n in 0..COLUMNS {
+    for n in 0..C {
         for i in 0..4 {
             let (row, place) = (g + 8 * (i as u32 / 2), 8 * n as u32 + 2 * t + i as u32 % 2);
-            scratch.add(TILE * row + place).store(T::from_f32(weights[n].0[i]));
+            scratch.add(places * row + place).store(T::from_f32(weights[n].0[i]));
         }
     }
     warp::sync_warp(warp::FULL);
-    for place in 0..TILE {
+    for place in 0..places {
         let rank = ranks.add(place).load();
         let weight = [
-            scratch.add(TILE * g + place).load().to_f32(),
-            scratch.add(TILE * (g + 8) + place).load().to_f32(),
+            scratch.add(places * g + place).load().to_f32(),
+            scratch.add(places * (g + 8) + place).load().to_f32(),
         ];
         let from = values.add(place * pitch + 2 * t);
         for n in 0..N {

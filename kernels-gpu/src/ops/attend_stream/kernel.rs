@@ -176,19 +176,32 @@ unsafe fn consume<T: Element, const W: usize, const C: usize, const V: usize>(
     let Lane { g, t } = lane();
     let own = tile_of_step * split.layout.tile + work.kv_head * split.layout.head;
     let mut stage = Stage::FIRST;
+    // Large heads fill the registers: their keys are multiplied as they are loaded, before the stage is released, and their values loaded a
+    // chunk at a time, once more behind the search where there is one.
+    let at_once = const { 16 * W * V <= 128 };
     for step in split.begin..split.end {
         let tile = step * split.step_tiles + tile_of_step;
         let exists = tile < split.num_tiles;
-        let mut keys = [[[0; W]; C]; 2];
+        let (mut keys, mut products) = ([[[0; W]; C]; 2], Accumulator::ZERO);
         layout.ring.wait(stage);
         if exists {
-            keys = load_keys(layout.rows(stage).byte_add(own), &split.layout);
+            let from = layout.rows(stage).byte_add(own);
+            if at_once {
+                keys = load_keys(from, &split.layout);
+            } else {
+                for c in 0..C {
+                    let keys = load_keys::<W, 1>(from.byte_add((16 * W * c) as u32), &split.layout);
+                    multiply::<T, W, 1>(&mut products, &[queries[c]], &keys);
+                }
+            }
         }
         layout.ring.release(stage);
         stage = layout.after(stage);
         let mut weights = Accumulator::ZERO;
         if exists {
-            let products = multiply::<T, W, C>(&queries, &keys);
+            if at_once {
+                multiply::<T, W, C>(&mut products, &queries, &keys);
+            }
             let ranks = [TILE * tile + place_of_row(g, 0), TILE * tile + place_of_row(g, 1)];
             weights = weigh(work, ranks, products, &mut softmax, &mut out);
         }
@@ -196,10 +209,22 @@ unsafe fn consume<T: Element, const W: usize, const C: usize, const V: usize>(
         if exists {
             let from = layout.rows(stage).byte_add(own);
             let left = work.list.len - TILE * tile;
-            let values = load_values::<W, V>(from, &split.layout, left);
             // Whether some place of the tile is hidden from some query of the block.
             let hides_some = TILE * tile + left.min(TILE) > work.list.first_bound;
-            if hides_some && any_value_not_finite::<T, W, V>(&values) {
+            let mut values = [[[0; W]; V]; 4];
+            let chunk =
+                |v: usize| load_values::<W, 1>(from.byte_add((32 * W * v) as u32), &split.layout, left);
+            let mut is_any_not = false;
+            if at_once {
+                values = load_values(from, &split.layout, left);
+                is_any_not = hides_some && any_value_not_finite::<T, W, V>(&values);
+            } else if hides_some {
+                // In a loop that is not unrolled, since the compiler does not know the count.
+                for v in 0..warp::shuffle_xor(warp::FULL, V as u32, 0) {
+                    is_any_not |= any_value_not_finite::<T, W, 1>(&chunk(v as usize));
+                }
+            }
+            if is_any_not {
                 let row = |place: u32| {
                     let [first, second] = rows_of_segment(place / SEGMENT);
                     (if place.is_multiple_of(2) { first } else { second }) + 8 * (place / 2 % 2)
@@ -210,8 +235,13 @@ unsafe fn consume<T: Element, const W: usize, const C: usize, const V: usize>(
                 };
                 let (places, rank) = (left.min(TILE), |place| TILE * tile + place);
                 add_seen::<T, W, V, _>(work, places, weights, row, rank, value, &mut out);
-            } else {
+            } else if at_once {
                 add_values::<T, W, V>(transpose::<T>(weights, rows_of_segment(t)), &values, &mut out);
+            } else {
+                let weights = transpose::<T>(weights, rows_of_segment(t));
+                for v in 0..V {
+                    add_values::<T, W, 1>(weights, &chunk(v), core::array::from_mut(&mut out[v]));
+                }
             }
         }
         layout.ring.release(stage);
@@ -271,20 +301,19 @@ unsafe fn load_values<const W: usize, const V: usize>(
     values
 }
 
-/// Products of the tile's keys with all query rows.
+/// Adds products of the tile's keys with all query rows.
 unsafe fn multiply<T: Element, const W: usize, const C: usize>(
+    d: &mut Accumulator,
     queries: &[[u32; W]; C],
     keys: &[Key<W, C>; 2],
-) -> Accumulator {
-    let mut d = Accumulator::ZERO;
+) {
     for c in 0..C {
         let (query, upper, lower) = (&queries[c], &keys[0][c], &keys[1][c]);
         for w in (0..W).step_by(2) {
             let a = A([upper[w], lower[w], upper[w + 1], lower[w + 1]]);
-            T::mma(&mut d, a, B([query[w], query[w + 1]]));
+            T::mma(d, a, B([query[w], query[w + 1]]));
         }
     }
-    d
 }
 
 /// Leaves the output of a split and its softmax in the workspace: a split for each tile of a step.

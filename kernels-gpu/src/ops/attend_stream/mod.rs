@@ -15,7 +15,9 @@
 //! 2. In shared memory each *segment* of 4 tokens is followed by 32 unused bytes, where copies of 4 tokens are large enough.
 //!    The tokens are permuted, place `4 s + 2 h + j` being row `g = r + 4 j` (`+ 8 h`) of the `mma`, `r` the two bits of `s`
 //!    reversed: then the lanes that load at a time, be it keys or values, load from all segments, and from all banks.
-//! 3. A second kernel merges: for one block, the splits of all SMs and heads would be work of 20 µs.
+//! 3. Of heads of 256, keys are multiplied as they are loaded, before their stage is released, and values loaded a chunk at a time: output
+//!    and queries leave no registers for more.
+//! 4. A second kernel merges: for one block, the splits of all SMs and heads would be work of 20 µs.
 //!
 //! **Bytes.** Keys and values once: `len * num_kv_heads * head_dim * 4`; each split's output written and read.
 

@@ -1,6 +1,6 @@
 //! What can be streamed, splits of a list, launch dimensions and shared memory.
 
-use crate::common::paged::{Pages, SEGMENT, TILE, WARPS, stage_tiles};
+use crate::common::paged::{MIN_COPY_BYTES, Pages, SEGMENT, TILE, WARPS, stage_tiles};
 use crate::common::ring::Ring;
 use crate::entries::{Entry, Op};
 use crate::launch::{Dims, GpuInfo};
@@ -38,10 +38,11 @@ pub(super) struct Layout {
 impl Layout {
     pub(super) const fn new(head_dim: u32) -> Layout {
         let mut carve = Carve::new();
-        // Two tiles at most have segments that are large enough for a pad.
         let rows_bytes = WARPS * TILE * head_dim * 2;
-        let stage_bytes = rows_bytes + 2 * TILE / SEGMENT * PAD;
-        let num_stages = 2 * (STAGES_BYTES / (2 * rows_bytes));
+        // Heads that make segments large enough for a pad, and tiles of a stage that have so many.
+        let padded_heads = (MIN_COPY_BYTES as u32).div_ceil(SEGMENT * head_dim * 2);
+        let stage_bytes = rows_bytes + WARPS / padded_heads * TILE / SEGMENT * PAD;
+        let num_stages = STAGES_BYTES / rows_bytes;
         let layout = Layout {
             stages: carve.array(num_stages * stage_bytes / 16, 128),
             ring: Ring::carve(&mut carve, num_stages),

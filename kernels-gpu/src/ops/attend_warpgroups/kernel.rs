@@ -15,14 +15,18 @@ use crate::simt::data::V4;
 use crate::simt::shared::Shared;
 use crate::simt::{bulk, grid, thread, warp, warpgroup};
 
-/// See the module. `K` steps of 16 dimensions, `N = 2 K` fragments of 8.
+/// See the module. `K` steps of 16 dimensions, `N = 2 K` fragments of 8; `F` fragments of a tile's places.
 ///
 /// # Safety
 /// - The buffers and tables are as [`AttendParams`] says, and 16-byte aligned; page numbers are those of the cache.
-/// - `head_dim = 16 K`.
+/// - `head_dim = 16 K`; `F` is [`tile_fragments`].
 /// - Keys are gathered, or no rope table is given. The rope tables cover `last_position` and the longest block.
 /// - Launched with [`AttendParams::warpgroups_dims`].
-pub unsafe fn attend_warpgroups<T: Element, const K: usize, const N: usize>(params: AttendParams<T>) {
+pub unsafe fn attend_warpgroups<T: Element, const K: usize, const N: usize, const F: usize>(
+    params: AttendParams<T>,
+) {
+    const { assert!(F == tile_fragments((16 * K) as u32)) };
+    const { assert!(matches!(N, 8 | 12 | 16 | 32), "no product of warpgroups is so wide") };
     thread::launch_bounds::<THREADS, 1>();
     let layout = const { &Layout::new((16 * K) as u32) };
     if thread::thread_idx_x() == 0 {
@@ -39,11 +43,19 @@ pub unsafe fn attend_warpgroups<T: Element, const K: usize, const N: usize>(para
     grid::wait_for_previous();
     grid::launch_dependents();
     if thread::thread_idx_x() < WARPGROUP {
-        warpgroup::give_registers::<PRODUCER_REGISTERS>();
+        if const { keeps_queries((16 * K) as u32) } {
+            warpgroup::give_registers::<{ REGISTERS[0] }>();
+        } else {
+            warpgroup::give_registers::<{ REGISTERS_OF_LARGE_HEADS[0] }>();
+        }
         producer::produce::<T, K>(&params, layout);
     } else {
-        warpgroup::take_registers::<CONSUMER_REGISTERS>();
-        consumer::consume::<T, K, N>(&params, layout);
+        if const { keeps_queries((16 * K) as u32) } {
+            warpgroup::take_registers::<{ REGISTERS[1] }>();
+        } else {
+            warpgroup::take_registers::<{ REGISTERS_OF_LARGE_HEADS[1] }>();
+        }
+        consumer::consume::<T, K, N, F>(&params, layout);
     }
 }
 
@@ -98,10 +110,10 @@ struct Item {
 }
 
 impl Item {
-    /// Stores item `index`, unless its row has not so many query rows; whether it has.
+    /// Stores item `index`, in tiles of `tile` places, unless its row has not so many query rows; whether it has.
     ///
     /// *Convergence:* one lane stores for all.
-    unsafe fn find<T: Element>(params: &AttendParams<T>, index: u32, to: Shared<V4<u32>>) -> bool {
+    unsafe fn find<T: Element>(params: &AttendParams<T>, index: u32, tile: u32, to: Shared<V4<u32>>) -> bool {
         let (blocks, heads) = (params.query_blocks().max(1), params.num_kv_heads.max(1));
         let (block, head_of_row) = (index % blocks, index / blocks);
         let (kv_head, row) = (head_of_row % heads, head_of_row / heads);
@@ -112,12 +124,12 @@ impl Item {
         }
         let bound = |row| bound(params, &list, row, num_rows);
         let places = params.useful_places(&list, bound(first_row + QUERY_ROWS - 1));
-        let num_full = params.places_below(&list, bound(first_row)) / TILE;
+        let num_full = params.places_below(&list, bound(first_row)) / tile;
         if warp::lane_id() == 0 {
             let List { row, queries, len, last_token, first_page, first_bound } = list;
             to.store(V4([row, queries.begin, queries.end, len]));
             to.add(1).store(V4([last_token, first_page, first_bound, kv_head]));
-            to.add(2).store(V4([first_row, num_rows, num_full, places.div_ceil(TILE)]));
+            to.add(2).store(V4([first_row, num_rows, num_full, places.div_ceil(tile)]));
         }
         true
     }

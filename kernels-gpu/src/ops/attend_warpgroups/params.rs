@@ -13,35 +13,55 @@ pub(super) const CONSUMERS: u32 = 2;
 pub(super) const THREADS: u32 = (1 + CONSUMERS) * WARPGROUP;
 /// Query rows of an item.
 pub(super) const QUERY_ROWS: u32 = CONSUMERS * WARPGROUP_ROWS;
-/// Places of a tile.
-pub(super) const TILE: u32 = 128;
+/// Places of a tile: as many as registers have room for their logits, beside the output.
+pub(super) const fn tile(head_dim: u32) -> u32 {
+    if keeps_queries(head_dim) { 128 } else { 64 }
+}
+
+/// Fragments of eight places in a tile.
+pub const fn tile_fragments(head_dim: u32) -> usize {
+    (tile(head_dim) / 8) as usize
+}
+
+/// Whether registers hold a warp's queries; if not, the tensor cores read them from shared memory, as the keys.
+pub(super) const fn keeps_queries(head_dim: u32) -> bool {
+    head_dim <= 128
+}
+
 /// Places of a tile that a warp copies.
-pub(super) const WARP_PLACES: u32 = TILE / (WARPGROUP / 32);
+pub(super) const fn warp_places(head_dim: u32) -> u32 {
+    tile(head_dim) / (WARPGROUP / 32)
+}
+
+/// Query rows that a warp copies.
+pub(super) const WARP_QUERIES: u32 = QUERY_ROWS / (WARPGROUP / 32);
 /// Stages of keys, and of values: one is read while the other is in flight.
 pub(super) const STAGES: u32 = 2;
 /// Items: one is worked on, and the next is known.
 pub(super) const ITEMS: u32 = 2;
 /// Words of an item.
 pub(super) const ITEM_WORDS: u32 = 12;
-/// Bytes of a line, of 64 dimensions of a place, and of those of all places.
+/// Bytes of a line, of 64 dimensions of a place or a query row.
 pub(super) const LINE_BYTES: u32 = 128;
-pub(super) const LINES_BYTES: u32 = TILE * LINE_BYTES;
 /// Elements between query rows beyond the head: 16 bytes, so that eight rows lie in different banks.
 pub(super) const PAD: u32 = 8;
-/// Registers of a thread that copies.
-pub(super) const PRODUCER_REGISTERS: u32 = 56;
-/// Registers of a thread that multiplies: weights, output, queries and weights as operands are 192 of them.
-pub const CONSUMER_REGISTERS: u32 = 224;
+/// Registers of a thread that copies, and of one that multiplies: weights, output, queries and weights as operands are 192 of them.
+pub(super) const REGISTERS: [u32; 2] = [56, 224];
+/// The same where registers do not keep the queries: a line of a place more is copied at a time, and 176 are enough.
+pub(super) const REGISTERS_OF_LARGE_HEADS: [u32; 2] = [72, 216];
 
-const _: () = assert!(WARP_PLACES == 32 && QUERY_ROWS == TILE);
+// A lane has a query row, or a place, of its warp.
+const _: () = assert!(WARP_QUERIES == 32 && warp_places(128) == 32 && warp_places(256) == 16);
 // A block is launched with 168 for each thread.
-const _: () = assert!(PRODUCER_REGISTERS + CONSUMERS * CONSUMER_REGISTERS <= (1 + CONSUMERS) * 168);
+const _: () = assert!(REGISTERS[0] + CONSUMERS * REGISTERS[1] <= (1 + CONSUMERS) * 168);
+const _: () =
+    assert!(REGISTERS_OF_LARGE_HEADS[0] + CONSUMERS * REGISTERS_OF_LARGE_HEADS[1] <= (1 + CONSUMERS) * 168);
 
 /// Shared memory of a block.
 pub(super) struct Layout {
-    /// `[QUERY_ROWS, head_dim + PAD]`.
+    /// `[QUERY_ROWS, head_dim + PAD]`; where registers do not keep them, `[head_dim / 64, QUERY_ROWS]` swizzled lines.
     pub(super) queries: Region<u16>,
-    /// `[STAGES, head_dim / 64, TILE]` swizzled lines.
+    /// `[STAGES, head_dim / 64, tile]` swizzled lines.
     pub(super) keys: Region<u16>,
     /// As `keys`.
     pub(super) values: Region<u16>,
@@ -60,7 +80,10 @@ impl Layout {
     pub(super) const fn new(head_dim: u32) -> Layout {
         let mut carve = Carve::new();
         Layout {
-            queries: carve.array(QUERY_ROWS * (head_dim + PAD), 16),
+            queries: carve.array(
+                if keeps_queries(head_dim) { QUERY_ROWS * (head_dim + PAD) } else { QUERY_ROWS * head_dim },
+                1024,
+            ),
             keys: carve.array(STAGES * Layout::stage_bytes(head_dim) / 2, 1024),
             values: carve.array(STAGES * Layout::stage_bytes(head_dim) / 2, 1024),
             zeros: carve.array(8 * LINE_BYTES / 4, 1024),
@@ -75,8 +98,18 @@ impl Layout {
 
     /// Bytes of a tile's keys, or values.
     pub(super) const fn stage_bytes(head_dim: u32) -> u32 {
-        head_dim.div_ceil(64) * LINES_BYTES
+        head_dim.div_ceil(64) * Layout::lines_bytes(head_dim)
     }
+
+    /// Bytes of the lines of 64 dimensions of a tile.
+    pub(super) const fn lines_bytes(head_dim: u32) -> u32 {
+        tile(head_dim) * LINE_BYTES
+    }
+}
+
+/// Shared memory of a block.
+pub const fn shared_bytes(head_dim: u32) -> u32 {
+    Layout::new(head_dim).bytes
 }
 
 impl<T> AttendParams<T> {
@@ -102,7 +135,7 @@ impl<T> AttendParams<T> {
         Dims {
             grid: [blocks, 1, 1],
             block: [THREADS, 1, 1],
-            shared_bytes: Layout::new(head_dim).bytes,
+            shared_bytes: shared_bytes(head_dim),
             cluster: 1,
         }
     }

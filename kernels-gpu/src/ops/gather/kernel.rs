@@ -2,6 +2,7 @@
 
 use super::params::*;
 use crate::common::element::Element;
+use crate::common::rope::UNIT;
 use crate::common::words::load_row;
 use crate::ops::attend::kernel::{List, Place};
 use crate::simt::data::V4;

@@ -1,5 +1,6 @@
 //! Parameters and launch dimensions.
 
+use crate::common::rope::UNIT;
 use crate::launch::Dims;
 use crate::ops::attend::AttendParams;
 use crate::simt::global::GlobalMut;
@@ -8,8 +9,6 @@ use crate::simt::global::GlobalMut;
 pub(super) const THREADS: u32 = 128;
 /// KV heads of a thread, whose keys are all in flight at a time.
 pub(super) const HEADS: u32 = 4;
-/// Elements of a head that a thread rotates: a unit ([`rope`](crate::common::rope)).
-pub(super) const UNIT: u32 = 16;
 
 /// Parameters of [`gather`](super::kernel::gather).
 #[derive(Clone, Copy, Debug)]

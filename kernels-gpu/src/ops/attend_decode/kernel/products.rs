@@ -33,11 +33,20 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
     let positions = [position(0), position(1)];
     // Of high halves with high halves, and of either with the other's low halves.
     let mut rest = Accumulator::ZERO;
-    let first = 2 * W as u32 * lane().t;
+    let mut first = 2 * W as u32 * lane().t;
+    if const { 8 * W * C > 128 } {
+        // Behind a shuffle, so that no registers hold from tile to tile what follows from it.
+        first = warp::shuffle_xor(warp::FULL, first, 0);
+    }
     let rope = &work.params.rope;
     // Two words at a time, one product deep: what is rotated goes to the tensor cores before more is.
     let split = const { ROTATE == HALF_SPLIT || ROTATE == ANY_PAIRS };
-    for c in 0..if split { C / 2 } else { C } {
+    let mut chunk = |c: usize| {
+        let mut positions = positions;
+        if const { 8 * W * C > 128 } {
+            // Behind shuffles, so that the angles of all chunks are not asked for at once: there are no registers for them.
+            positions = positions.map(|position| warp::shuffle_xor(warp::FULL, position, 0));
+        }
         for w in (0..W).step_by(2) {
             let (mut x, mut y) = ([Split::ZERO; 2], [Split::ZERO; 2]);
             for half in 0..2 {
@@ -80,11 +89,29 @@ pub(super) unsafe fn multiply<T: Element, const W: usize, const C: usize, const 
                 dot_split::<T, W, C>(&mut d, &mut rest, queries, c + C / 2, w, &y);
             }
         }
-    }
+    };
+    each_below(if split { C / 2 } else { C }, &mut chunk);
     for i in 0..4 {
         d.0[i] = work.params.join_rotated(d.0[i], rest.0[i]);
     }
     d
+}
+
+/// Calls `f` with `0..n`, of up to 8, without a loop: the compiler would not unroll one with so long a body, and arrays whose places it
+/// does not know lie in memory.
+#[inline(always)]
+fn each_below(n: usize, f: &mut impl FnMut(usize)) {
+    debug_assert!(n <= 8);
+    macro_rules! each {
+        ($($i:literal)*) => {
+            $(
+                if $i < n {
+                    f($i);
+                }
+            )*
+        };
+    }
+    each! { 0 1 2 3 4 5 6 7 }
 }
 
 /// Two rotated words of a key, in high and low halves.
