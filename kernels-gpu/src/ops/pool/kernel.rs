@@ -20,6 +20,7 @@ use crate::simt::{grid, math, thread, warp};
 /// - The rope tables cover `n_local` plus the longest block.
 /// - Launched with [`PoolParams::dims`].
 pub unsafe fn pool<T: Element>(params: PoolParams<T>) {
+    thread::launch_bounds::<THREADS, 2>();
     if !params.overlap.waits_last() {
         grid::wait_for_previous();
     }
@@ -55,16 +56,17 @@ pub(crate) unsafe fn load_cached<T: Element>(params: &PoolParams<T>, entry: u32)
     Cached::load(&params.cached(), params.top_k, entry)
 }
 
-/// Queries whose elements a thread has in flight.
-const BATCH: usize = 8;
-
 /// Writes the mean of the rotated queries to `queries` and to the first `head_dim` of `sums`.
 unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, sums: Shared<f32>) {
     let queries = params.batch.queries(row);
     let units = params.head_dim / UNIT;
-    let in_units = params.rope.pairs == 0 || params.rope.has_units();
-    let turns = if in_units && units * UNIT == params.head_dim {
-        sum_of_units(params, head, queries, units.max(1), sums)
+    let turns = if units * UNIT != params.head_dim {
+        sum_of_pairs(params, head, queries, sums)
+    } else if params.rope.pairs == 0 {
+        sum_of_units::<T, 8, false>(params, head, queries, units.max(1), sums)
+    } else if params.rope.has_units() {
+        // Angles take registers.
+        sum_of_units::<T, 4, true>(params, head, queries, units.max(1), sums)
     } else {
         sum_of_pairs(params, head, queries, sums)
     };
@@ -85,8 +87,8 @@ unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, su
 }
 
 /// Sums of every `turns`-th query, for each of the turns: `sums[turn, element]`. Threads take a [unit](crate::common::rope) of a query each;
-/// returns `turns`.
-unsafe fn sum_of_units<T: Element>(
+/// returns `turns`. A thread has `BATCH` queries in flight.
+unsafe fn sum_of_units<T: Element, const BATCH: usize, const ROTATES: bool>(
     params: &PoolParams<T>,
     head: u32,
     queries: Tokens,
@@ -111,11 +113,11 @@ unsafe fn sum_of_units<T: Element>(
         for b in 0..BATCH {
             let t = first + b as u32 * turns;
             if t < queries.len() {
-                let values = if rope.pairs == 0 {
-                    rope::values::<T>(pieces[b])
-                } else {
+                let values = if ROTATES {
                     let angles = rope.unit_entries(unit, params.n_local + t).angles();
                     rope.turned_values::<T>(unit, &angles, pieces[b])
+                } else {
+                    rope::values::<T>(pieces[b])
                 };
                 for piece in 0..2 {
                     for i in 0..8 {
@@ -203,13 +205,21 @@ unsafe fn products<T: Element>(
 }
 
 /// The products of all heads, which are added in order.
+///
+/// *Convergence:* aligned; all 32 lanes.
 unsafe fn sums_of_heads<T: Element>(params: &PoolParams<T>, row: u32) -> (f32, f32, f32) {
     let (mut dot, mut own, mut other) = (0.0, 0.0, 0.0);
-    for head in 0..params.num_qo_heads {
+    for first in strided(0, params.num_qo_heads, warp::SIZE) {
+        // A head a lane: all are asked for at once.
+        let head = (first + warp::lane_id()).min(params.num_qo_heads - 1);
         let partial = params.partial.add((row as u64 * params.num_qo_heads as u64 + head as u64) * 3);
-        dot += partial.load();
-        own += partial.add(1).load();
-        other += partial.add(2).load();
+        let of_lane = [partial.load(), partial.add(1).load(), partial.add(2).load()];
+        for lane in 0..warp::SIZE.min(params.num_qo_heads - first) {
+            let of_head = of_lane.map(|sum| warp::shuffle_idx(warp::FULL, sum, lane));
+            dot += of_head[0];
+            own += of_head[1];
+            other += of_head[2];
+        }
     }
     (dot, own, other)
 }

@@ -14,10 +14,12 @@ pub(super) const FULL: u32 = 1 << 16;
 /// Keys that are brought together at most. A bin has some hundreds, as a rule, of a million.
 pub(super) const FEW: u32 = 2048;
 
-/// Contenders that a block keeps at most, so that it reads the votes no second time.
-pub(super) const KEPT: u32 = 8192;
+/// Contenders that a block keeps at most, so that it reads the votes no second time; no fewer than [`FEW`].
+pub(super) const KEPT: u32 = 4096;
+/// Blocks of an SM. Of 132 SMs no more than 120 run clusters of 8 blocks, one an SM: where rows are 16, the last would wait for the others.
+pub(super) const BLOCKS_PER_SM: u32 = 2;
 /// Loads of four votes that a thread has in flight.
-pub(super) const BATCH: u32 = 8;
+pub(super) const BATCH: u32 = 4;
 /// Votes of a block in flight.
 pub(super) const BLOCK_VOTES: u32 = 4 * BATCH * THREADS;
 
@@ -27,13 +29,11 @@ pub(super) struct Layout {
     pub(super) above: Region<u32>,
     pub(super) within: Region<u32>,
     pub(super) histogram: Region<u32>,
-    /// Few keys in the range: the block's own, their tokens, and those of all blocks.
+    /// Contenders of the block: keys from some bound on, and their tokens. At last those in the range, if they are few.
     pub(super) own: Region<u32>,
     pub(super) tokens: Region<u32>,
+    /// Few keys in the range, of all blocks.
     pub(super) all: Region<u32>,
-    /// Contenders: keys from some bound on, and their tokens.
-    pub(super) kept_keys: Region<u32>,
-    pub(super) kept_tokens: Region<u32>,
     /// How many are the block's own; its tokens above the range and in it; its keys from some bound on.
     pub(super) counts: Region<u32>,
     pub(super) warps: Region<u32>,
@@ -48,17 +48,19 @@ pub(super) const LAYOUT: Layout = {
         above: carve.array(WORDS, 16),
         within: carve.array(WORDS, 16),
         histogram: carve.array(BINS, 16),
-        own: carve.array(FEW, 16),
-        tokens: carve.array(FEW, 16),
+        own: carve.array(KEPT, 16),
+        tokens: carve.array(KEPT, 16),
         all: carve.array(FEW, 16),
-        kept_keys: carve.array(KEPT, 16),
-        kept_tokens: carve.array(KEPT, 16),
         counts: carve.array(4, 16),
         warps: carve.array(THREADS / 32, 16),
         found: carve.array(3, 16),
         bytes: carve.bytes(),
     }
 };
+
+const _: () = assert!(LAYOUT.bytes <= SHARED_BYTES_OF_SM / BLOCKS_PER_SM - 1024);
+/// Shared memory of an SM with clusters; a block takes 1024 bytes more than it asks for.
+const SHARED_BYTES_OF_SM: u32 = 228 << 10;
 
 impl TopKParams {
     /// The launch of [`choose_in_cluster`](super::kernel::choose_in_cluster): a cluster for each row. `None` where there are no

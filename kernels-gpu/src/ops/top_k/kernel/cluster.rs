@@ -30,14 +30,13 @@ struct Share<'a> {
     end: u32,
     /// Tokens of a share, but for the last ones.
     len: u32,
-    /// The thread's first votes.
-    first_votes: Votes,
     /// How many contenders are kept: all keys from a bound on. None are, if that is `None`.
     kept: Option<u32>,
 }
 
 /// Votes that a thread has in flight: four from each of [`BATCH`] tokens on, NaN where there are none.
 type Votes = [[f32; 4]; BATCH as usize];
+const NO_VOTES: Votes = [[f32::NAN; 4]; BATCH as usize];
 /// From one of these tokens to the next.
 const STEP: u32 = 4 * THREADS;
 
@@ -57,7 +56,7 @@ struct Range {
 /// - The buffers and tables are as [`TopKParams`] says; if `wanted` is [`COUNTS`], the votes have been counted.
 /// - Launched with [`TopKParams::cluster_dims`].
 pub unsafe fn choose_in_cluster(params: TopKParams) {
-    thread::launch_bounds::<THREADS, 1>();
+    thread::launch_bounds::<THREADS, BLOCKS_PER_SM>();
     let row = lists::row_of_block(&params);
     let prefetched = row.prefetch();
     let mut share = Share::of(&row);
@@ -65,42 +64,41 @@ pub unsafe fn choose_in_cluster(params: TopKParams) {
     grid::wait_for_previous();
     grid::launch_dependents();
     let is_counted = params.wanted == COUNTS;
-    let mut counts = [0; OWN_BINS];
+    // Of so many votes one is looked at before it is known where the threshold may lie.
+    let stride = if is_counted { 1 } else { share.len.div_ceil(BLOCK_VOTES).max(1) };
+    let (mut counts, mut votes) = ([0; OWN_BINS], NO_VOTES);
     if row.is_scored() {
         if is_counted {
             counts = load_counts(&params);
         }
-        share.first_votes = share.load(share.first_of_thread(), STEP);
+        votes = share.load(share.first_of_thread(stride), stride * STEP);
     }
     row.write_rest(&prefetched);
     if row.is_scored() {
-        let range = if is_counted { counted_range(&mut share, counts) } else { sampled_range(&mut share) };
-        choose(&mut share, range);
+        if !is_counted {
+            counts = count(&share, &votes, stride);
+        }
+        let mut range =
+            if stride == 1 { counted_range(&share, counts) } else { sampled_range(&share, counts, stride) };
+        let own = share.keep((stride == 1).then_some(votes), range.keys.smallest);
+        if stride > 1 {
+            range = checked_range(&mut share, range, own);
+        }
+        choose(&share, range);
     }
 }
 
 /// The bin of the threshold, of votes that have been counted.
-unsafe fn counted_range(share: &mut Share<'_>, counts: [u32; OWN_BINS]) -> Range {
+unsafe fn counted_range(share: &Share<'_>, counts: [u32; OWN_BINS]) -> Range {
     let (bin, rank, many) = find(counts, share.row.chosen);
-    let range = Range { keys: Keys::of_bin(bin), rank, many };
-    if many > FEW {
-        share.keep(range.keys.smallest);
-    }
-    range
+    Range { keys: Keys::of_bin(bin), rank, many }
 }
 
-/// The bin of the threshold, or a range that begins below the threshold and has no end.
-unsafe fn sampled_range(share: &mut Share<'_>) -> Range {
-    let stride = share.len.div_ceil(BLOCK_VOTES).max(1);
-    let chosen = share.row.chosen;
-    let counts = count_every(share, stride);
-    if stride == 1 {
-        let (bin, rank, many) = find(counts, chosen);
-        return Range { keys: Keys::of_bin(bin), rank, many };
-    }
-    let all = Range { keys: Keys { smallest: 0, largest: u32::MAX }, rank: chosen, many: u32::MAX };
+/// A range that begins, as counts of one vote in `stride` say, below the threshold, and has no end.
+unsafe fn sampled_range(share: &Share<'_>, counts: [u32; OWN_BINS], stride: u32) -> Range {
+    let all = Range::all(share);
     // A quarter more than enough, and what a sample of few may be off by.
-    let expected = chosen / stride;
+    let expected = all.rank / stride;
     let found = LAYOUT.found.get();
     if thread::thread_idx_x() < 3 {
         found.add(thread::thread_idx_x()).store(0);
@@ -109,8 +107,11 @@ unsafe fn sampled_range(share: &mut Share<'_>) -> Range {
     if sampled == 0 {
         return all; // the sample has not so many
     }
-    let keys = Keys { smallest: Keys::of_bin(bin).smallest, ..all.keys };
-    let own = share.keep(keys.smallest);
+    Range { keys: Keys { smallest: Keys::of_bin(bin).smallest, ..all.keys }, ..all }
+}
+
+/// The range, with the number of its keys, of which the block has `own`; or that of all keys, if the threshold lies below.
+unsafe fn checked_range(share: &mut Share<'_>, range: Range, own: u32) -> Range {
     let count = LAYOUT.counts.get().add(3);
     if thread::thread_idx_x() == 0 {
         count.store(own);
@@ -118,22 +119,27 @@ unsafe fn sampled_range(share: &mut Share<'_>) -> Range {
     cluster::sync();
     let num_blocks = cluster::num_blocks();
     let many = Gathered::load(count, num_blocks).before(num_blocks);
-    if many < chosen {
-        share.kept = None;
-        return all;
+    if many >= range.rank && range.keys.smallest > 0 {
+        return Range { many, ..range };
     }
-    Range { keys, many, ..all }
+    share.kept = None;
+    Range::all(share)
 }
 
-/// Counts of the thread's bins, over the cluster, of four votes in `4 * stride`.
-unsafe fn count_every(share: &Share<'_>, stride: u32) -> [u32; OWN_BINS] {
+impl Range {
+    /// That of all keys, of more than [`FEW`].
+    fn all(share: &Share<'_>) -> Range {
+        Range { keys: Keys { smallest: 0, largest: u32::MAX }, rank: share.row.chosen, many: u32::MAX }
+    }
+}
+
+/// Counts of the thread's bins, over the cluster, of the blocks' `votes`: four of every `4 * stride`.
+unsafe fn count(share: &Share<'_>, votes: &Votes, stride: u32) -> [u32; OWN_BINS] {
     let histogram = LAYOUT.histogram.get();
     clear(histogram);
-    let (first, step) = (share.begin + 4 * stride * thread::thread_idx_x(), stride * STEP);
-    let votes = if stride == 1 { share.first_votes } else { share.load(first, step) };
     for b in 0..BATCH {
         for i in 0..4 {
-            if share.is_candidate(first + b * step + i) {
+            if share.is_candidate(share.first_of_thread(stride) + b * stride * STEP + i) {
                 histogram.add(radix::bin(radix::key(votes[b as usize][i as usize]))).atomic_add(1);
             }
         }
@@ -163,12 +169,9 @@ unsafe fn counts_of_cluster() -> [u32; OWN_BINS] {
     counts
 }
 
-unsafe fn choose(share: &mut Share<'_>, mut range: Range) {
+unsafe fn choose(share: &Share<'_>, mut range: Range) {
     while range.keys.smallest < range.keys.largest && range.many > FEW {
         range = narrow(share, &range);
-        if share.kept.is_none() && range.many > FEW {
-            share.keep(range.keys.smallest);
-        }
     }
     mark(share, &range);
     if range.keys.smallest < range.keys.largest {
@@ -187,18 +190,18 @@ impl<'a> Share<'a> {
         let begin = first + (cluster::block_rank() * len).min(all.div_ceil(32) * 32);
         let votes = row.params.votes.add(row.params.batch.token_base(row.row));
         let end = (begin + len).min(row.candidates.end);
-        Share { row, votes, begin, end, len, first_votes: [[f32::NAN; 4]; BATCH as usize], kept: None }
+        Share { row, votes, begin, end, len, kept: None }
     }
 
-    /// The first token that the thread looks at.
-    fn first_of_thread(&self) -> u32 {
-        self.begin + 4 * thread::thread_idx_x()
+    /// The first token that the thread looks at, of four in `4 * stride`.
+    fn first_of_thread(&self, stride: u32) -> u32 {
+        self.begin + 4 * stride * thread::thread_idx_x()
     }
 
     /// Four votes from token `first` on, from `first + step` on, and so on.
     unsafe fn load(&self, first: u32, step: u32) -> Votes {
         let aligned = self.votes.addr().is_multiple_of(16);
-        let mut votes = [[f32::NAN; 4]; BATCH as usize];
+        let mut votes = NO_VOTES;
         for b in 0..BATCH as usize {
             let token = first + b as u32 * step;
             let whole = token >= self.row.candidates.begin && token + 3 < self.end;
@@ -220,17 +223,18 @@ impl<'a> Share<'a> {
         self.end.saturating_sub(self.begin).div_ceil(32)
     }
 
-    /// Keeps all keys from `smallest` on, if there is room, and says how many they are.
+    /// Keeps all keys from `smallest` on, if there is room, and says how many they are. `first` are the votes that the thread looks at first, if they
+    /// are there.
     ///
     /// *Convergence:* aligned; every thread of the block.
-    unsafe fn keep(&mut self, smallest: u32) -> u32 {
-        let (keys, tokens) = (LAYOUT.kept_keys.get(), LAYOUT.kept_tokens.get());
+    unsafe fn keep(&mut self, first: Option<Votes>, smallest: u32) -> u32 {
+        let (keys, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
         let count = LAYOUT.counts.get();
-        self.each_vote(smallest, |token, key| {
-            let i = count.atomic_add(1);
-            if i < KEPT {
-                keys.add(i).store(key);
-                tokens.add(i).store(token);
+        self.each_vote(first, smallest, |token, key| {
+            let place = count.atomic_add(1);
+            if place < KEPT {
+                keys.add(place).store(key);
+                tokens.add(place).store(token);
             }
         });
         thread::sync_threads();
@@ -240,7 +244,7 @@ impl<'a> Share<'a> {
             count.store(0);
         }
         thread::sync_threads();
-        self.kept = (own <= KEPT).then_some(own);
+        self.kept = (own <= KEPT && smallest > 0).then_some(own);
         own
     }
 
@@ -248,22 +252,25 @@ impl<'a> Share<'a> {
     /// `smallest`; no less than that of [`keep`](Self::keep).
     #[inline(always)]
     unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
-        let Some(kept) = self.kept else { return self.each_vote(smallest, f) };
+        let Some(kept) = self.kept else { return self.each_vote(None, smallest, f) };
         for i in strided(thread::thread_idx_x(), kept, THREADS) {
-            let key = LAYOUT.kept_keys.get().add(i).load();
+            let key = LAYOUT.own.get().add(i).load();
             if key >= smallest {
-                f(LAYOUT.kept_tokens.get().add(i).load(), key);
+                f(LAYOUT.tokens.get().add(i).load(), key);
             }
         }
     }
 
     /// As [`each`](Self::each), of the votes themselves.
     #[inline(always)]
-    unsafe fn each_vote(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
+    unsafe fn each_vote(&self, mut loaded: Option<Votes>, smallest: u32, mut f: impl FnMut(u32, u32)) {
         let (least, all) = (radix::least_vote(smallest), smallest == 0);
-        let mut votes = self.first_votes;
-        let mut first = self.first_of_thread();
+        let mut first = self.first_of_thread(1);
         while first < self.end {
+            let votes = match loaded.take() {
+                Some(votes) => votes,
+                None => self.load(first, STEP),
+            };
             // What is not there is NaN, which has the smallest key. Few keys are large enough, and are loaded again.
             let mut found = 0u32;
             for b in 0..BATCH as usize {
@@ -281,9 +288,6 @@ impl<'a> Share<'a> {
                 found &= found - 1;
             }
             first += BATCH * STEP;
-            if first < self.end {
-                votes = self.load(first, STEP);
-            }
         }
     }
 
@@ -341,7 +345,7 @@ unsafe fn mark(share: &Share<'_>, range: &Range) {
     let (above, within, count) = (LAYOUT.above.get(), LAYOUT.within.get(), LAYOUT.counts.get());
     let (own, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
     let (keys, few) = (range.keys, range.many <= FEW);
-    share.each(keys.smallest, |token, key| {
+    let mark = |token: u32, key: u32| {
         let (word, bit) = ((token - share.begin) / 32, 1 << (token % 32));
         if key > keys.largest {
             above.add(word).atomic_add(bit);
@@ -353,8 +357,24 @@ unsafe fn mark(share: &Share<'_>, range: &Range) {
                 tokens.add(i).store(token);
             }
         }
-    });
-    thread::sync_threads();
+    };
+    let Some(kept) = share.kept else {
+        share.each_vote(None, keys.smallest, mark);
+        return thread::sync_threads();
+    };
+    // Round by round, since what is written down takes the places of those that have been read.
+    for first in strided(0, kept, THREADS) {
+        let i = first + thread::thread_idx_x();
+        let (mut key, mut token) = (0, 0);
+        if i < kept {
+            (key, token) = (own.add(i).load(), tokens.add(i).load());
+        }
+        thread::sync_threads();
+        if i < kept && key >= keys.smallest {
+            mark(token, key);
+        }
+        thread::sync_threads();
+    }
 }
 
 /// The bin of the range that the threshold lies in. Its keys are counted by all blocks.
