@@ -23,8 +23,8 @@ use crate::simt::{tensor, thread, warp};
 
 const _: () = assert!(TILE == 4 * LOGIT_TILE);
 
-/// A lane's words of the keys of its two tokens of a warp's 16: 16 bytes of each from each chunk of 32 dimensions.
-type Keys<const C: usize> = [[[u32; 4]; C]; 2];
+/// A warp's 16 keys as A fragments of 16 dimensions, two for each chunk of 32.
+type Keys<const C: usize> = [[A; 2]; C];
 
 /// Whether each of the lane's two tokens is a candidate of its blocks, of which there are `SLOTS / G`.
 type Seen = [[bool; 2]; SLOTS];
@@ -43,6 +43,8 @@ struct Group<'a, T> {
     all: Tokens,
     /// Candidates of every block that is scored.
     common: Tokens,
+    /// Whether 16 tokens that a warp multiplies always lie in one page. Of those that are no candidates any keys may be read, of that page.
+    has_runs: bool,
 }
 
 impl<'a, T: Element> Group<'a, T> {
@@ -80,7 +82,8 @@ impl<'a, T: Element> Group<'a, T> {
         }
         let last = params.batch.first_page(first_row + num_rows.max(1) - 1);
         let pages = params.batch.kv_indices.add(last as u64);
-        Group { params, first_row, pages, ranges, all, common }
+        let has_runs = params.batch.page_size.is_multiple_of(LOGIT_TILE);
+        Group { params, first_row, pages, ranges, all, common, has_runs }
     }
 
     /// Whether no block is scored.
@@ -134,10 +137,12 @@ impl<'a, T: Element> Group<'a, T> {
         self.clamped(TILE * tile + of_warp + warp::lane_id() % LOGIT_TILE)
     }
 
-    /// The address of its key.
-    fn key(&self, tile: u32, kv_head: u32, page: u32) -> GlobalPtr<V4<u32>> {
-        let (_, token) = self.params.batch.split_token(self.looked_up(tile));
-        self.params.k_pages.add(self.params.stride.offset(page, token, kv_head)).cast()
+    /// Its key; where there are [runs](Self::has_runs), that of the first of the warp's 16 tokens.
+    unsafe fn key(&self, tile: u32, kv_head: u32, page: u32) -> GlobalPtr<T> {
+        let token = self.looked_up(tile);
+        let token = if self.has_runs { token / LOGIT_TILE * LOGIT_TILE } else { token };
+        let (_, token) = self.params.batch.split_token(token);
+        self.params.k_pages.add(self.params.stride.offset(page, token, kv_head))
     }
 
     /// Four dimensions of the scoring query of a column of a KV head, from `first` on; 0 where the column has no query.
@@ -181,13 +186,12 @@ impl<'a, T: Element> Group<'a, T> {
             for i in 0..BATCH {
                 let four = Four::<C>::new(item + i as u32 * step);
                 if item + (i as u32) * step < end {
-                    for pair in 0..2 {
-                        let [x, y] =
-                            [fours[i][2 * pair], fours[i][2 * pair + 1]].map(split_towards_zero::<T>);
-                        let high = to.byte_add(four.place(pair as u32)).cast::<u32>();
-                        high.store(x[0] as u32 | (y[0] as u32) << 16);
-                        high.byte_add(4 * C as u32 * ROW_BYTES).store(x[1] as u32 | (y[1] as u32) << 16);
-                    }
+                    let halves = fours[i].map(split_towards_zero::<T>);
+                    let word =
+                        |half: usize, i: usize| halves[i][half] as u32 | (halves[i + 1][half] as u32) << 16;
+                    let high = to.byte_add(four.place()).cast::<V2<u32>>();
+                    high.store(V2([word(0, 0), word(0, 2)]));
+                    high.byte_add(4 * C as u32 * ROW_BYTES).store(V2([word(1, 0), word(1, 2)]));
                 }
             }
         }
@@ -199,16 +203,18 @@ impl<'a, T: Element> Group<'a, T> {
 
 /// The keys of a warp's 16 tokens on their way: stages of shared memory that belong to the warp alone.
 ///
-/// A lane copies 16 bytes at a time, eight lanes a whole line, so that memory is asked for lines. Where rows are a multiple of 128
-/// bytes, halves of a line trade places in odd tokens, so that the lanes that read A fragments meet different banks. The places
-/// of a lane are fixed but for constants, so that they are no work in a loop.
+/// A lane copies 16 bytes at a time, eight lanes a whole line, so that memory is asked for lines. Pieces trade places within 128 bytes of a
+/// token, or 64 where rows are no multiple of 128 bytes, by the token's number: so the eight pieces of a column, of which A fragments are made,
+/// lie in different banks.
 #[derive(Clone, Copy)]
 struct Stages<const C: usize> {
-    /// Where the lane's first copy goes: of token `lane / 8`.
-    copied: Shared<V4<u32>>,
-    /// The lane's pieces of token `g`: of even chunks of 32 dimensions, and of odd ones.
-    even: Shared<V4<u32>>,
-    odd: Shared<V4<u32>>,
+    /// Where the lane's copies go: of tokens `lane / 8` and `lane / 8 + 4`, piece `lane % 8`.
+    copied: [Shared<V4<u32>>; 2],
+    /// The row of the lane's token of a fragment, and what is added up (xor) with the place of its pieces.
+    row: Shared<V4<u32>>,
+    trade: u32,
+    /// The fragments' second eight dimensions.
+    half: u32,
 }
 
 impl<const C: usize> Stages<C> {
@@ -219,16 +225,24 @@ impl<const C: usize> Stages<C> {
     /// Lines that a key lies in.
     const LINES: u32 = Self::ROW.div_ceil(128);
 
+    /// What pieces of a token trade places by.
+    fn trade(token: u32) -> u32 {
+        if Self::ROW.is_multiple_of(128) { token % 8 } else { token / 2 % 4 }
+    }
+
     fn new(all: Shared<V4<u32>>) -> Self {
         let of_warp = all.byte_add(warp::warp_id() * STAGES * Self::STAGE);
-        let (lane, at) = (warp::lane_id(), lane());
-        let trades = |token: u32| if Self::ROW.is_multiple_of(128) { token % 2 * 64 } else { 0 };
-        let piece = (lane % 8 * 16) ^ trades(lane / 8);
-        let own = of_warp.byte_add(at.g * Self::ROW + 16 * at.t);
+        let lane = warp::lane_id();
+        let copied = [0, 4].map(|more| {
+            let token = lane / 8 + more;
+            of_warp.byte_add(token * Self::ROW + 16 * ((lane % 8) ^ Self::trade(token)))
+        });
+        let token = lane % LOGIT_TILE;
         Stages {
-            copied: of_warp.byte_add(lane / 8 * Self::ROW + piece),
-            even: own.byte_add(trades(at.g)),
-            odd: own.byte_add(64 ^ trades(at.g)),
+            copied,
+            row: of_warp.byte_add(token * Self::ROW),
+            trade: Self::trade(token),
+            half: lane / LOGIT_TILE,
         }
     }
 
@@ -241,21 +255,34 @@ impl<const C: usize> Stages<C> {
     #[inline(always)]
     unsafe fn start<T: Element>(&self, group: &Group<'_, T>, stage: u32, tile: u32, kv_head: u32, page: u32) {
         let lane = warp::lane_id();
-        let key = group.key(tile, kv_head, page).addr();
-        for i in 0..LOGIT_TILE / 4 {
-            let token = 4 * i + lane / 8;
-            let [low, high] =
-                [key as u32, (key >> 32) as u32].map(|half| warp::shuffle_idx(warp::FULL, half, token));
-            let key = GlobalPtr::<V4<u32>>::from_addr((high as u64) << 32 | low as u64);
-            for line in 0..Self::LINES {
-                let piece = 8 * line + lane % 8;
-                if Self::ROW.is_multiple_of(128) || 16 * piece < Self::ROW {
-                    let to = self.copied.byte_add(stage * Self::STAGE + 4 * i * Self::ROW + 128 * line);
-                    tensor::cp_async_16(to, key.add(piece as u64), 16);
-                }
+        let key = group.key(tile, kv_head, page);
+        if group.has_runs {
+            // One page has all.
+            let own = key.add(lane as u64 / 8 * group.params.stride.token);
+            for i in 0..LOGIT_TILE / 4 {
+                self.copy_row(stage, i, own.add((4 * i) as u64 * group.params.stride.token));
+            }
+        } else {
+            for i in 0..LOGIT_TILE / 4 {
+                let [low, high] = [key.addr() as u32, (key.addr() >> 32) as u32]
+                    .map(|half| warp::shuffle_idx(warp::FULL, half, 4 * i + lane / 8));
+                self.copy_row(stage, i, GlobalPtr::<T>::from_addr((high as u64) << 32 | low as u64));
             }
         }
         tensor::cp_async_commit();
+    }
+
+    /// Starts the lane's copies of the key of token `4 i + lane / 8`.
+    #[inline(always)]
+    unsafe fn copy_row<T: Element>(&self, stage: u32, i: u32, key: GlobalPtr<T>) {
+        let piece = warp::lane_id() % 8;
+        let from = key.cast::<V4<u32>>().add(piece as u64);
+        for line in 0..Self::LINES {
+            if Self::ROW.is_multiple_of(128) || 128 * line + 16 * piece < Self::ROW {
+                let to = self.copied[i as usize % 2].byte_add(i / 2 * 8 * Self::ROW + 128 * line);
+                tensor::cp_async_16(to.byte_add(stage * Self::STAGE), from.add((8 * line) as u64), 16);
+            }
+        }
     }
 
     /// The lane's A fragments of the tile that was started before the last one.
@@ -265,12 +292,12 @@ impl<const C: usize> Stages<C> {
     unsafe fn take(&self, stage: u32) -> Keys<C> {
         tensor::cp_async_wait::<{ STAGES - 1 }>();
         warp::sync_warp(warp::FULL);
-        let mut keys = [[[0; 4]; C]; 2];
-        for half in 0..2 {
-            for c in 0..C {
-                let at = if c % 2 == 0 { self.even } else { self.odd };
-                let within = 8 * half as u32 * Self::ROW + 128 * (c / 2) as u32;
-                keys[half][c] = at.byte_add(stage * Self::STAGE + within).load().0;
+        let row = self.row.byte_add(stage * Self::STAGE);
+        let mut keys = [[A([0; 4]); 2]; C];
+        for c in 0..C {
+            for step in 0..2 {
+                let piece = (4 * c + 2 * step) as u32;
+                keys[c][step] = A(tensor::ldmatrix_x4(row.byte_add(16 * ((piece | self.half) ^ self.trade))));
             }
         }
         warp::sync_warp(warp::FULL);
@@ -278,10 +305,7 @@ impl<const C: usize> Stages<C> {
     }
 }
 
-/// Four adjacent dimensions of a column, `4 number ..`: two pairs, each a word of the product's B.
-///
-/// Lane `t` has dimensions `8 t ..` of a chunk of 32 in its four words of two A fragments. So dimension `8 a + 4 b + 2 c + e` of a
-/// chunk is row `8 c + 2 a + e` of the chunk's step `b`.
+/// Four adjacent dimensions of a column, `4 number ..`.
 struct Four<const C: usize> {
     number: u32,
     column: u32,
@@ -297,12 +321,13 @@ impl<const C: usize> Four<C> {
         Four { number: rest % C as u32 * 8 + within, column, head: rest / C as u32 }
     }
 
-    /// Where the high halves of pair `c` go, in bytes.
-    fn place(&self, c: u32) -> u32 {
-        let (chunk, a, b) = (self.number / 8, self.number % 8 / 2, self.number % 2);
-        let of_head = self.head * bytes_of_head(32 * C as u32);
+    /// Where the high halves go, in bytes.
+    fn place(&self) -> u32 {
         let of_column = self.column / 8 * CORE_BYTES + self.column % 8 * 16;
-        of_head + (4 * chunk + 2 * b + c) * ROW_BYTES + of_column + 4 * a
+        self.head * bytes_of_head(32 * C as u32)
+            + self.number / 2 * ROW_BYTES
+            + of_column
+            + self.number % 2 * 8
     }
 }
 
@@ -321,9 +346,7 @@ unsafe fn multiply<T: Element, const C: usize, const WIDE: bool>(
     }
     for low in 0..2 {
         for step in 0..2 * C {
-            let (upper, lower) = (keys[0][step / 2], keys[1][step / 2]);
-            let i = step % 2;
-            let a = A([upper[2 * i], lower[2 * i], upper[2 * i + 1], lower[2 * i + 1]]);
+            let a = keys[step / 2][step % 2];
             let rows = (2 * (2 * C * low + step)) as u32;
             let start = queries.byte_add(rows * ROW_BYTES).cast::<T>();
             let is_first = low == 0 && step == 0;

@@ -14,20 +14,20 @@
 //! 2. *Halves.* The f32 query is split in two 16-bit numbers of its sign, `q = high + low`; the product has the keys once more for
 //!    the low halves, and so adds them up. Neither half is 0 where `q` is not, so that an infinite key makes infinities of one
 //!    sign.
-//! 3. *Rows* are tokens. A warp copies its 16 keys to stages of its own, a line at a time, and reads them as A fragments, 16 bytes of
-//!    a key a lane; the dimensions of the queries in shared memory are permuted likewise. On Hopper a warpgroup multiplies
-//!    ([`warpgroup`](crate::simt::warpgroup)), elsewhere each of its warps.
+//! 3. *Rows* are tokens. A warp copies its 16 keys to stages of its own, a line at a time, and loads them as A fragments. On Hopper a
+//!    warpgroup multiplies ([`warpgroup`](crate::simt::warpgroup)), elsewhere each of its warps.
 //! 4. *Statistics* have a reference in place of the largest logit, base 2: the larger of a lane's first two tokens, raised only
 //!    where a sum reaches 2^63. What is not plain takes the slow way: tokens that are no candidates, NaN, infinities, references so
 //!    large that their rounding matters.
 //! 5. *The same bits, however many blocks share a pass.* Statistics are those of chunks of [`CHUNK`] tokens, counted from token
 //!    0, of each warp; they are folded in an order that depends on the row alone (`fold`). What a column computes does not
 //!    depend on the others, nor on which way they take.
-//! 6. Where the queries of all heads do not fit into shared memory, `vote` is launched for some heads after the others, and adds
-//!    to the votes. There are no more than two such launches with 8 KV heads of 128 on Hopper, in the order of the heads.
+//! 6. Where the queries of all heads do not fit into shared memory, `vote` goes through all tokens with some heads after the others, in
+//!    their order, and adds to the votes: twice with 8 KV heads of 128 on Hopper.
+//! 7. *Chunks* are dealt out as warpgroups ask for them, the last of the tokens first: SMs are not equally fast, nor chunks equal.
 //!
 //! **Bytes.** Keys twice for a group, `2 * n * num_kv_heads * head_dim * 2`; votes, `4 n` a block, and again twice as many for
-//! each further launch of `vote`; statistics, 4 bytes a head for every 256 tokens of a block.
+//! each further time that `vote` goes through the tokens; statistics, 4 bytes a head for every 128 tokens of a block.
 //!
 //! **Operations.** `2 * n * num_kv_heads * head_dim * 128` in each pass, and an exponential of each logit.
 

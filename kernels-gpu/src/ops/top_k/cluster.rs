@@ -20,8 +20,9 @@ pub(super) const KEPT: u32 = 4096;
 pub(super) const BLOCKS_PER_SM: u32 = 2;
 /// Loads of four votes that a thread has in flight.
 pub(super) const BATCH: u32 = 4;
-/// Votes of a block in flight.
+/// Votes of a block in flight, or in a sample: there is room for them where contenders are kept.
 pub(super) const BLOCK_VOTES: u32 = 4 * BATCH * THREADS;
+const _: () = assert!(BLOCK_VOTES <= 2 * KEPT);
 
 /// Shared memory of a block.
 pub(super) struct Layout {

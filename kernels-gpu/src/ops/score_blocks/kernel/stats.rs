@@ -65,8 +65,8 @@ unsafe fn stats_as<T: Element, const C: usize, const G: usize, const WIDE: bool>
     let mut stage = 0;
     while tiles[0] < ahead.last_tile {
         let keys = stages.take(stage);
-        stages.start(&group, stage, next, kv_head, page);
         multiply::<T, C, WIDE>(&mut products, &keys, queries);
+        stages.start(&group, stage, next, kv_head, page);
         let tile = tiles[0];
         tiles = [tiles[1], next];
         next = ahead.take_tile();

@@ -67,8 +67,8 @@ unsafe fn vote_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
             let keys = stages.take(stage);
             // The same in all lanes, and known to be: addresses of operands are for the whole warp.
             let head = warp::shuffle_idx(warp::FULL, place.head - first_head, 0);
-            stages.start(&group, stage, ahead.tile, order.head_of(ahead), page);
             multiply::<T, C, WIDE>(&mut products, &keys, queries.byte_add(head * of_head));
+            stages.start(&group, stage, ahead.tile, order.head_of(ahead), page);
             let before = ahead.tile;
             ahead = order.next(ahead);
             page = if ahead.tile != before { group.load_page(ahead.tile) } else { page };

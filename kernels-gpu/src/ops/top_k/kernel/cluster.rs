@@ -36,7 +36,6 @@ struct Share<'a> {
 
 /// Votes that a thread has in flight: four from each of [`BATCH`] tokens on, NaN where there are none.
 type Votes = [[f32; 4]; BATCH as usize];
-const NO_VOTES: Votes = [[f32::NAN; 4]; BATCH as usize];
 /// From one of these tokens to the next.
 const STEP: u32 = 4 * THREADS;
 
@@ -63,51 +62,101 @@ pub unsafe fn choose_in_cluster(params: TopKParams) {
     clear_marks(&share);
     grid::wait_for_previous();
     grid::launch_dependents();
-    let is_counted = params.wanted == COUNTS;
-    // Of so many votes one is looked at before it is known where the threshold may lie.
-    let stride = if is_counted { 1 } else { share.len.div_ceil(BLOCK_VOTES).max(1) };
-    let (mut counts, mut votes) = ([0; OWN_BINS], NO_VOTES);
-    if row.is_scored() {
-        if is_counted {
-            counts = load_counts(&params);
-        }
-        votes = share.load(share.first_of_thread(stride), stride * STEP);
-    }
     row.write_rest(&prefetched);
     if row.is_scored() {
-        if !is_counted {
-            counts = count(&share, &votes, stride);
+        let mut range = Range::all(&share);
+        if params.wanted == COUNTS {
+            range = narrowed(&range, Keys::of_bin, find(load_counts(&params), range.rank));
         }
-        let mut range =
-            if stride == 1 { counted_range(&share, counts) } else { sampled_range(&share, counts, stride) };
-        let own = share.keep((stride == 1).then_some(votes), range.keys.smallest);
-        if stride > 1 {
+        let is_known = range.many <= KEPT;
+        let stride = share.len.div_ceil(BLOCK_VOTES).max(1);
+        if !is_known {
+            put_sample(&share, stride);
+            range = sampled_range(&share, stride);
+        }
+        let own = share.keep(range.keys.smallest);
+        if !is_known && stride > 1 {
             range = checked_range(&mut share, range, own);
         }
         choose(&share, range);
     }
 }
 
-/// The bin of the threshold, of votes that have been counted.
-unsafe fn counted_range(share: &Share<'_>, counts: [u32; OWN_BINS]) -> Range {
-    let (bin, rank, many) = find(counts, share.row.chosen);
-    Range { keys: Keys::of_bin(bin), rank, many }
+impl Range {
+    /// That of all keys, of more than can be kept.
+    fn all(share: &Share<'_>) -> Range {
+        Range { keys: Keys { smallest: 0, largest: u32::MAX }, rank: share.row.chosen, many: u32::MAX }
+    }
 }
 
-/// A range that begins, as counts of one vote in `stride` say, below the threshold, and has no end.
-unsafe fn sampled_range(share: &Share<'_>, counts: [u32; OWN_BINS], stride: u32) -> Range {
+/// What is left of a range: its bin that has been found.
+fn narrowed(range: &Range, keys: impl Fn(u32) -> Keys, (bin, rank, many): (u32, u32, u32)) -> Range {
+    if many == 0 {
+        return *range; // it has not so many keys
+    }
+    Range { keys: keys(bin), rank, many }
+}
+
+/// In place of the key of what is no candidate: no vote has it.
+const NO_KEY: u32 = u32::MAX;
+
+/// A place of the sample, which lies where contenders are kept later.
+fn sample(i: u32) -> Shared<u32> {
+    if i < KEPT { LAYOUT.own.get().add(i) } else { LAYOUT.tokens.get().add(i - KEPT) }
+}
+
+/// Puts keys of four votes of every `4 * stride` into the sample.
+unsafe fn put_sample(share: &Share<'_>, stride: u32) {
+    let first = share.first_of_thread(stride);
+    let votes = share.load(first, stride * STEP);
+    for b in 0..BATCH {
+        for i in 0..4 {
+            let is_there = share.is_candidate(first + b * stride * STEP + i);
+            let key = if is_there { radix::key(votes[b as usize][i as usize]) } else { NO_KEY };
+            sample((4 * b + i) * THREADS + thread::thread_idx_x()).store(key);
+        }
+    }
+}
+
+/// Where the threshold lies, as the blocks' samples tell, four votes of every `4 * stride`. Of all votes: a range of few keys, or of one
+/// value. Else one that begins, as far as they tell, below the threshold, and has no end. All keys, if they cannot tell.
+///
+/// *Convergence:* aligned; every thread of the cluster.
+unsafe fn sampled_range(share: &Share<'_>, stride: u32) -> Range {
     let all = Range::all(share);
-    // A quarter more than enough, and what a sample of few may be off by.
-    let expected = all.rank / stride;
-    let found = LAYOUT.found.get();
-    if thread::thread_idx_x() < 3 {
-        found.add(thread::thread_idx_x()).store(0);
+    let (mut rank, mut few) = (all.rank, FEW);
+    if stride > 1 {
+        // A quarter more than enough, and what a sample of few may be off by.
+        let expected = all.rank / stride;
+        (rank, few) = (expected + expected / 4 + 32, expected / 8 + 32);
     }
-    let (bin, _, sampled) = find(counts, expected + expected / 4 + 32);
-    if sampled == 0 {
-        return all; // the sample has not so many
+    let histogram = LAYOUT.histogram.get();
+    let mut range = Range { rank, ..all };
+    let mut is_first = true;
+    loop {
+        clear(histogram);
+        // A thread's own keys.
+        for i in strided(thread::thread_idx_x(), BLOCK_VOTES, THREADS) {
+            let key = sample(i).load();
+            if key != NO_KEY && range.keys.contain(key) {
+                let bin = if is_first { radix::bin(key) } else { range.keys.bin_of(key) };
+                histogram.add(bin).atomic_add(1);
+            }
+        }
+        let found = find(counts_of_cluster(), range.rank);
+        let keys = range.keys;
+        range = narrowed(&range, |bin| if is_first { Keys::of_bin(bin) } else { keys.narrowed(bin) }, found);
+        if range.many <= few || range.many == u32::MAX || range.keys.smallest == range.keys.largest {
+            break;
+        }
+        is_first = false;
     }
-    Range { keys: Keys { smallest: Keys::of_bin(bin).smallest, ..all.keys }, ..all }
+    thread::sync_threads(); // the sample is read no more
+    if stride == 1 {
+        range
+    } else {
+        Range { keys: Keys { smallest: range.keys.smallest, ..all.keys }, ..all }
+    }
 }
 
 /// The range, with the number of its keys, of which the block has `own`; or that of all keys, if the threshold lies below.
@@ -124,27 +173,6 @@ unsafe fn checked_range(share: &mut Share<'_>, range: Range, own: u32) -> Range 
     }
     share.kept = None;
     Range::all(share)
-}
-
-impl Range {
-    /// That of all keys, of more than [`FEW`].
-    fn all(share: &Share<'_>) -> Range {
-        Range { keys: Keys { smallest: 0, largest: u32::MAX }, rank: share.row.chosen, many: u32::MAX }
-    }
-}
-
-/// Counts of the thread's bins, over the cluster, of the blocks' `votes`: four of every `4 * stride`.
-unsafe fn count(share: &Share<'_>, votes: &Votes, stride: u32) -> [u32; OWN_BINS] {
-    let histogram = LAYOUT.histogram.get();
-    clear(histogram);
-    for b in 0..BATCH {
-        for i in 0..4 {
-            if share.is_candidate(share.first_of_thread(stride) + b * stride * STEP + i) {
-                histogram.add(radix::bin(radix::key(votes[b as usize][i as usize]))).atomic_add(1);
-            }
-        }
-    }
-    counts_of_cluster()
 }
 
 /// Sets a histogram back to 0, before the block meets.
@@ -201,7 +229,7 @@ impl<'a> Share<'a> {
     /// Four votes from token `first` on, from `first + step` on, and so on.
     unsafe fn load(&self, first: u32, step: u32) -> Votes {
         let aligned = self.votes.addr().is_multiple_of(16);
-        let mut votes = NO_VOTES;
+        let mut votes = [[f32::NAN; 4]; BATCH as usize];
         for b in 0..BATCH as usize {
             let token = first + b as u32 * step;
             let whole = token >= self.row.candidates.begin && token + 3 < self.end;
@@ -223,14 +251,17 @@ impl<'a> Share<'a> {
         self.end.saturating_sub(self.begin).div_ceil(32)
     }
 
-    /// Keeps all keys from `smallest` on, if there is room, and says how many they are. `first` are the votes that the thread looks at first, if they
-    /// are there.
+    /// Keeps all keys from `smallest` on, if that is not the smallest of all and there is room, and says how many they are.
     ///
     /// *Convergence:* aligned; every thread of the block.
-    unsafe fn keep(&mut self, first: Option<Votes>, smallest: u32) -> u32 {
+    unsafe fn keep(&mut self, smallest: u32) -> u32 {
         let (keys, tokens) = (LAYOUT.own.get(), LAYOUT.tokens.get());
         let count = LAYOUT.counts.get();
-        self.each_vote(first, smallest, |token, key| {
+        if smallest == 0 {
+            self.kept = None;
+            return 0;
+        }
+        self.each_vote(smallest, |token, key| {
             let place = count.atomic_add(1);
             if place < KEPT {
                 keys.add(place).store(key);
@@ -244,7 +275,7 @@ impl<'a> Share<'a> {
             count.store(0);
         }
         thread::sync_threads();
-        self.kept = (own <= KEPT && smallest > 0).then_some(own);
+        self.kept = (own <= KEPT).then_some(own);
         own
     }
 
@@ -252,7 +283,7 @@ impl<'a> Share<'a> {
     /// `smallest`; no less than that of [`keep`](Self::keep).
     #[inline(always)]
     unsafe fn each(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
-        let Some(kept) = self.kept else { return self.each_vote(None, smallest, f) };
+        let Some(kept) = self.kept else { return self.each_vote(smallest, f) };
         for i in strided(thread::thread_idx_x(), kept, THREADS) {
             let key = LAYOUT.own.get().add(i).load();
             if key >= smallest {
@@ -263,14 +294,11 @@ impl<'a> Share<'a> {
 
     /// As [`each`](Self::each), of the votes themselves.
     #[inline(always)]
-    unsafe fn each_vote(&self, mut loaded: Option<Votes>, smallest: u32, mut f: impl FnMut(u32, u32)) {
+    unsafe fn each_vote(&self, smallest: u32, mut f: impl FnMut(u32, u32)) {
         let (least, all) = (radix::least_vote(smallest), smallest == 0);
         let mut first = self.first_of_thread(1);
         while first < self.end {
-            let votes = match loaded.take() {
-                Some(votes) => votes,
-                None => self.load(first, STEP),
-            };
+            let votes = self.load(first, STEP);
             // What is not there is NaN, which has the smallest key. Few keys are large enough, and are loaded again.
             let mut found = 0u32;
             for b in 0..BATCH as usize {
@@ -317,9 +345,14 @@ unsafe fn load_counts(params: &TopKParams) -> [u32; OWN_BINS] {
     counts
 }
 
-/// The bin at which the sum of the counts from the top reaches `rank`, the rank within it, and its count.
+/// The bin at which the sum of the counts from the top reaches `rank`, the rank within it, and its count: 0 if the sum does not.
+///
+/// *Convergence:* aligned; every thread of the block, which has met since the last call.
 unsafe fn find(counts: [u32; OWN_BINS], rank: u32) -> (u32, u32, u32) {
     let found = LAYOUT.found.get();
+    if thread::thread_idx_x() < 3 {
+        found.add(thread::thread_idx_x()).store(0);
+    }
     search_from_top(LAYOUT.warps.get(), counts, rank, |i, rank, count| {
         found.store(bin_from_top::<OWN_BINS>(BINS, i));
         found.add(1).store(rank);
@@ -359,7 +392,7 @@ unsafe fn mark(share: &Share<'_>, range: &Range) {
         }
     };
     let Some(kept) = share.kept else {
-        share.each_vote(None, keys.smallest, mark);
+        share.each_vote(keys.smallest, mark);
         return thread::sync_threads();
     };
     // Round by round, since what is written down takes the places of those that have been read.
@@ -387,8 +420,7 @@ unsafe fn narrow(share: &Share<'_>, range: &Range) -> Range {
         }
     });
     let counts = counts_of_cluster();
-    let (bin, rank, many) = find(counts, range.rank);
-    Range { keys: keys.narrowed(bin), rank, many }
+    narrowed(range, |bin| keys.narrowed(bin), find(counts, range.rank))
 }
 
 /// Marks those chosen among few tokens in the range as if they were above it: every block brings the keys of all
