@@ -67,3 +67,14 @@ class Published:
         votes = self.vote()
         chosen = torch.topk(votes, self.top_k, sorted=False).indices if top_k is None else top_k(votes)
         return self.assemble(chosen)
+
+
+def fastest(results, make):
+    """The launch shape with which the published dot product is fastest."""
+    times = {}
+    for choice in CHOICES if results.timer.cuda else CHOICES[:1]:
+        try:
+            times[choice] = results.timer(make(choice).score)[0]
+        except Exception as error:  # one that does not compile
+            results.skip(f"paged_dot with {choice}", error)
+    return min(times, key=times.get)

@@ -48,3 +48,9 @@ class Timer:
         source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=self.flush.device)
         to = torch.empty_like(source)
         return 2 * num_bytes / (self(lambda: to.copy_(source))[0] / 1e6)
+
+
+def synchronize(tensor):
+    """Waits until `tensor` has been computed; what went wrong on the device is raised here."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
