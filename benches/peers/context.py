@@ -20,3 +20,8 @@ class Context:
     def paged(self, page_size):
         """Keys and values as `[num_pages, page_size, num_kv_heads, D]`."""
         return [tensor.view(-1, page_size, *tensor.shape[1:]) for tensor in (self.k, self.v)]
+
+    def in_order(self):
+        """Copies of keys and values in the order of the tokens, `[1, num_kv_heads, tokens, D]`."""
+        slots = self.slots.long()
+        return [tensor[slots].transpose(0, 1).contiguous().unsqueeze(0) for tensor in (self.k, self.v)]

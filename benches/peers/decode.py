@@ -1,7 +1,7 @@
 """One decode row: every operation and whole steps, next to those of peers."""
 
 import torch
-from checks import attention, compare_lists, compare_outputs
+from checks import attention, compare_lists, compare_outputs, compare_votes
 from context import Context
 from published import Published, fastest
 from timing import synchronize
@@ -104,8 +104,7 @@ def compare(results, ours_device, size, tokens, k, v):
     votes, chosen = ours.votes(size, num_candidates), torch.tensor(ours.ctx.selected(0))
     theirs = published.select()
     reference = published.vote()
-    error = ((votes - reference).abs().max() / reference.max()).item()
-    results.check(f"votes over {tokens} tokens", error < 1e-3, f"largest difference {error:.1e} of the largest")
+    compare_votes(results, f"votes over {tokens} tokens", votes, reference)
     compare_lists(results, f"lists over {tokens} tokens", chosen, theirs, reference, size)
     chosen_slots = slots[chosen.to(k.device)].contiguous()
     want = attention(q, k, v, chosen_slots.long())

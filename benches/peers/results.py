@@ -2,6 +2,8 @@
 
 import csv
 
+from timing import REPEATS
+
 
 class Results:
     """Measurements and checks."""
@@ -9,12 +11,13 @@ class Results:
     def __init__(self, timer):
         self.timer, self.rows, self.failures, self.skipped = timer, [], [], []
 
-    def measure(self, operation, peer, tokens, num_bytes, work):
-        """Times `work`; a peer that fails is left out."""
+    def measure(self, operation, peer, tokens, num_bytes, work, parts=1, repeats=REPEATS):
+        """Times `work`, of which one of equal `parts` is told; a peer that fails is left out."""
         try:
-            micros, host = self.timer(work)
+            micros, host = (spent / parts for spent in self.timer(work, repeats))
         except Exception as error:  # whatever a peer raises
             return self.skip(f"{operation}, {peer}, {tokens}", error)
+        num_bytes //= parts
         rate = num_bytes / micros / 1e3
         row = dict(operation=operation, peer=peer, tokens=tokens, us=micros, bytes=num_bytes)
         self.rows.append({**row, "gb_per_s": rate, "host_us": host})
@@ -27,15 +30,22 @@ class Results:
             print(text, flush=True)
 
     def check(self, what, ok, found):
+        """Notes and answers whether results are right."""
         print(f"{'ok' if ok else 'CHECK FAILED'}: {what}: {found}", flush=True)
         if not ok:
             self.failures.append(f"{what}: {found}")
+        return ok
 
     def us(self, operation, peer, tokens):
         """The median of one measurement, or None."""
         key = (operation, peer, tokens)
         found = [r["us"] for r in self.rows if (r["operation"], r["peer"], r["tokens"]) == key]
         return found[0] if found else None
+
+    def fastest(self, operation, peers, tokens):
+        """The smallest median of several peers, or None."""
+        found = [self.us(operation, peer, tokens) for peer in peers]
+        return min((micros for micros in found if micros is not None), default=None)
 
 
 def save(path, machine, rows):
