@@ -1,4 +1,4 @@
-"""FlashInfer's paged decode attention and top-k, planned once and run on the current stream."""
+"""FlashInfer's paged attention and top-k, planned once and run on the current stream."""
 
 import flashinfer
 import torch
@@ -22,6 +22,27 @@ class Decode:
         self.wrapper.plan(
             indptr, pages, last_page_len, q.shape[1], k.shape[2], q.shape[2], k.shape[1], q_data_type=q.dtype,
             kv_data_type=k.dtype,
+        )  # fmt: skip
+
+    def __call__(self):
+        return self.wrapper.run(self.q, self.kv, out=self.out)
+
+
+class Prefill:
+    """Causal attention of `q`, `[T, num_qo_heads, D]`, the last tokens of those in pages as for `Decode`, by the kernels of
+    `backend`, "fa2" or "fa3"."""
+
+    def __init__(self, q, k, v, pages, last_page_len, backend):
+        self.q, self.kv, self.out = q, (k, v), torch.empty_like(q)
+        workspace = torch.zeros(WORKSPACE_BYTES, dtype=torch.uint8, device=q.device)
+        self.wrapper = flashinfer.BatchPrefillWithPagedKVCacheWrapper(workspace, "NHD", backend=backend)
+        qo_indptr, indptr, last_page_len = (
+            torch.tensor(table, dtype=torch.int32, device=q.device)
+            for table in ([0, q.shape[0]], [0, pages.numel()], [last_page_len])
+        )
+        self.wrapper.plan(
+            qo_indptr, indptr, pages, last_page_len, q.shape[1], k.shape[2], q.shape[2], k.shape[1], causal=True,
+            q_data_type=q.dtype, kv_data_type=k.dtype,
         )  # fmt: skip
 
     def __call__(self):

@@ -1,6 +1,7 @@
 """Speed-up over the peers and achieved bandwidth, over the length of the context."""
 
 import matplotlib
+from prefill import DENSE_PEERS, speed_up
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
@@ -36,17 +37,26 @@ BANDWIDTHS = [
 ]
 
 
-def plot(results, contexts, bandwidth, machine, folder):
+# (Step, dense peers of which the fastest counts, line, label) of prefill. An A100, the paper's GPU, runs FlashInfer's FA2.
+STEPS = [
+    ("piece", DENSE_PEERS, "C0o-", "a block in a piece, against the fastest dense peer"),
+    ("block", DENSE_PEERS, "C1s-", "a block by itself, against the fastest dense peer"),
+    ("piece", ["FlashInfer FA2"], "C0o:", "a block in a piece, against FlashInfer FA2"),
+    ("block", ["FlashInfer FA2"], "C1s:", "a block by itself, against FlashInfer FA2"),
+]
+# Cached tokens and speed-up that the paper states (arXiv:2411.02886): a chunk of 512 tokens, on an A100, over FlashInfer.
+PAPER = [(1 << 20, 23.84)]
+
+
+def decode(results, contexts, bandwidth, machine, folder):
     """Writes `peers.svg` and `peers.png`."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(13, 5.5))
     for operation, peers, mine, label in SPEED_UPS:
         points = []
         for tokens in contexts:
-            theirs = [results.us(operation, peer, tokens) for peer in peers]
-            theirs = [micros for micros in theirs if micros is not None]
-            ours = results.us(mine, "tokenselect", tokens)
+            theirs, ours = results.fastest(operation, peers, tokens), results.us(mine, "tokenselect", tokens)
             if theirs and ours:
-                points.append((tokens, min(theirs) / ours))
+                points.append((tokens, theirs / ours))
         if points:
             left.plot(*zip(*points, strict=True), marker="o", label=label)
     left.axhline(1, color="grey", linewidth=0.8)
@@ -61,13 +71,47 @@ def plot(results, contexts, bandwidth, machine, folder):
     right.axhline(bandwidth / 1e12, color="grey", linewidth=0.8, linestyle=":", label="copy")
     right.set(title="Bytes that must be moved, TB/s", ylim=(0, None))
     for axes in (left, right):
-        axes.set_xscale("log", base=2)
-        axes.set_xticks(contexts, [f"{n >> 10} k" if n < 1 << 20 else f"{n >> 20} M" for n in contexts])
-        axes.set_xlabel("cached tokens")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize=7)
+        over_context(axes, contexts)
     figure.suptitle(machine, fontsize=8)
+    write(figure, folder, "peers")
+
+
+def prefill(results, contexts, machine, folder):
+    """Writes `prefill.svg` and `prefill.png`."""
+    figure, axes = plt.subplots(figsize=(8, 5.5))
+    for what, peers, line, label in STEPS:
+        points = [(tokens, speed_up(results, what, tokens, peers)) for tokens in contexts]
+        points = [point for point in points if point[1] is not None]
+        if points:
+            plot_numbered(axes, points, line, label)
+    plot_numbered(axes, PAPER, "k*", "TokenSelect paper, A100, against FlashInfer")
+    axes.axhline(1, color="grey", linewidth=0.8)
+    axes.set(title="Prefill of a block, times faster than dense attention", yscale="log")
+    axes.margins(0.12)
+    over_context(axes, contexts)
+    figure.suptitle(machine, fontsize=6, wrap=True)
+    write(figure, folder, "prefill")
+
+
+def plot_numbered(axes, points, line, label):
+    """A line with its numbers beside it."""
+    axes.plot(*zip(*points, strict=True), line, markersize=10 if "*" in line else 5, label=label)
+    for tokens, times in points:
+        axes.annotate(f"{times:.4g}", (tokens, times), xytext=(4, 5), textcoords="offset points", fontsize=7)
+
+
+def over_context(axes, contexts):
+    """Axes over the length of the context."""
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(contexts, [f"{n >> 10} k" if n < 1 << 20 else f"{n >> 20} M" for n in contexts])
+    axes.set_xlabel("cached tokens")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=7)
+
+
+def write(figure, folder, name):
+    """Lays out and saves a figure."""
     figure.tight_layout()
     for suffix in ("svg", "png"):
-        figure.savefig(folder / f"peers.{suffix}", dpi=150)
+        figure.savefig(folder / f"{name}.{suffix}", dpi=150)
     plt.close(figure)

@@ -30,8 +30,9 @@ def paged_dot(
 class Published:
     """Buffers and launch shape for one context.
 
-    `k` is `[slots, num_kv_heads, D]`, `slots` int32 `[n]`: where each token lies. The candidates are
-    `[n_init, n_init + num_candidates)`, the tokens after them are the local window.
+    `q` is `[T, num_qo_heads, D]`; a block of several tokens is scored by its mean query. `k` is `[slots, num_kv_heads, D]`,
+    `slots` int32 `[n]`: where each token lies. The candidates are `[n_init, n_init + num_candidates)`, the tokens after them are
+    the local window and the block.
     """
 
     def __init__(self, q, k, slots, n_init, num_candidates, top_k, choice=CHOICES[0]):
@@ -46,8 +47,9 @@ class Published:
         """The dot products of every query head."""
         heads, dim = self.q.shape[1:]
         block, warps = self.choice
+        query = self.q if self.q.shape[0] == 1 else self.q.mean(dim=0, dtype=torch.float32)
         paged_dot[(heads, triton.cdiv(self.num_candidates, block))](
-            self.q, self.k, self.slots, self.logits, self.num_candidates, self.n_init, self.k.stride(0), dim**-0.5,
+            query, self.k, self.slots, self.logits, self.num_candidates, self.n_init, self.k.stride(0), dim**-0.5,
             GROUP=heads // self.k.shape[1], D=dim, BLOCK=block, num_warps=warps,
         )  # fmt: skip
         return self.logits
@@ -67,3 +69,14 @@ class Published:
         votes = self.vote()
         chosen = torch.topk(votes, self.top_k, sorted=False).indices if top_k is None else top_k(votes)
         return self.assemble(chosen)
+
+
+def fastest(results, make):
+    """The launch shape with which the published dot product is fastest."""
+    times = {}
+    for choice in CHOICES if results.timer.cuda else CHOICES[:1]:
+        try:
+            times[choice] = results.timer(make(choice).score)[0]
+        except Exception as error:  # one that does not compile
+            results.skip(f"paged_dot with {choice}", error)
+    return min(times, key=times.get)

@@ -12,11 +12,11 @@ SLEEP_CYCLES = 1_500_000
 
 
 class Timer:
-    def __init__(self, device, repeats=REPEATS):
-        self.cuda, self.repeats = device.type == "cuda", repeats
+    def __init__(self, device):
+        self.cuda = device.type == "cuda"
         self.flush = torch.zeros((FLUSH_BYTES if self.cuda else 64) // 8, dtype=torch.int64, device=device)
 
-    def __call__(self, work):
+    def __call__(self, work, repeats=REPEATS):
         """Microseconds of `work()` on the device, and on the host until all of it was launched."""
         for _ in range(3):
             work()
@@ -27,7 +27,7 @@ class Timer:
             return spent, spent
         torch.cuda.synchronize()
         runs, host = [], []
-        for _ in range(self.repeats):
+        for _ in range(repeats):
             # Read, not written: written lines would be written back while the work is timed.
             self.flush.sum()
             torch.cuda._sleep(SLEEP_CYCLES)
@@ -48,3 +48,9 @@ class Timer:
         source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=self.flush.device)
         to = torch.empty_like(source)
         return 2 * num_bytes / (self(lambda: to.copy_(source))[0] / 1e6)
+
+
+def synchronize(tensor):
+    """Waits until `tensor` has been computed; what went wrong on the device is raised here."""
+    if tensor.is_cuda:
+        torch.cuda.synchronize()
