@@ -417,6 +417,17 @@ fn extend_in_blocks_knows_the_limits() {
     }
     let error = cache.extend_in_blocks(&limits, &growth, 0).unwrap_err();
     assert!(matches!(error, Error::Argument { what: "block_len", .. }), "{error}");
+    // Blocks that no batch has room for, at once, whatever the limits.
+    let any = Limits { max_rows: usize::MAX, max_block_len: usize::MAX, max_kv_tokens: usize::MAX };
+    for tokens in [usize::MAX, 1 << 40, 1 << 31] {
+        let error = cache.extend_in_blocks(&any, &[(ids[0], tokens)], 1).unwrap_err();
+        assert!(matches!(error, Error::SequenceTooLong { got, .. } if got == tokens), "{error}");
+    }
+    let error = cache.extend_in_blocks(&any, &[(ids[0], 1 << 30)], 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "rows of a batch", limit: 1 << 24, got: 1 << 30 });
+    let got = (1..=1usize << 20).map(|tokens| tokens.div_ceil(16)).sum();
+    let error = cache.extend_in_blocks(&any, &[(ids[0], 1 << 20)], 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "pages of a batch", limit: i32::MAX as usize, got });
     assert_eq!(cache.len(ids[0]), Ok(0));
     let batch = cache.extend_in_blocks(&limits, &growth, 64).unwrap();
     assert_eq!((batch.num_rows(), batch.num_token_places()), (6, 960));
