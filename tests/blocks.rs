@@ -16,7 +16,8 @@ use tokenselect::{
 };
 
 on_devices! {
-    all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one, what_adds_tokens_drops_cached_selections;
+    all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one, what_adds_tokens_drops_cached_selections,
+        an_infinite_key_under_any_query, a_short_block_behind_a_longer_one;
     gpus: kernel_instances, nan_and_infinities, logits_of_every_size, large_logits_that_tie, tiny_queries,
         votes_by_themselves, alone_or_in_a_group_the_same_bits;
 }
@@ -417,6 +418,17 @@ fn extend_in_blocks_knows_the_limits() {
     }
     let error = cache.extend_in_blocks(&limits, &growth, 0).unwrap_err();
     assert!(matches!(error, Error::Argument { what: "block_len", .. }), "{error}");
+    // Blocks that no batch has room for, at once, whatever the limits.
+    let any = Limits { max_rows: usize::MAX, max_block_len: usize::MAX, max_kv_tokens: usize::MAX };
+    for tokens in [usize::MAX, 1 << 40, 1 << 31] {
+        let error = cache.extend_in_blocks(&any, &[(ids[0], tokens)], 1).unwrap_err();
+        assert!(matches!(error, Error::SequenceTooLong { got, .. } if got == tokens), "{error}");
+    }
+    let error = cache.extend_in_blocks(&any, &[(ids[0], 1 << 30)], 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "rows of a batch", limit: 1 << 24, got: 1 << 30 });
+    let got = (1..=1usize << 20).map(|tokens| tokens.div_ceil(16)).sum();
+    let error = cache.extend_in_blocks(&any, &[(ids[0], 1 << 20)], 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "pages of a batch", limit: i32::MAX as usize, got });
     assert_eq!(cache.len(ids[0]), Ok(0));
     let batch = cache.extend_in_blocks(&limits, &growth, 64).unwrap();
     assert_eq!((batch.num_rows(), batch.num_token_places()), (6, 960));
@@ -509,4 +521,55 @@ fn blocks_have_room() {
         assert!(shared_bytes(head_dim, false) <= least, "{head_dim}");
         assert!(shared_bytes(head_dim, true) <= SHARED_BYTES_SM_90, "{head_dim}");
     }
+}
+
+/// Selects for the blocks of a problem.
+fn selected_for_blocks(device: &Device, problem: &Problem, block_len: usize) -> TokenSelect {
+    let pool = Pool::full(problem, 16, Storage::Nhd, 5).to(device);
+    let batch = pool.batch(problem).in_blocks(block_len).unwrap();
+    let q = Inputs::new(problem).to(device).q;
+    let operations = Operations { attend: false, ..Operations::PREFILL };
+    let mut ts = only(device, &problem.config, limits(&batch), operations);
+    ts.select(&batch, pool.view(), q.view(), None).unwrap();
+    ts
+}
+
+/// An infinite key has an infinite logit, however little of the query is left beside its high half.
+fn an_infinite_key_under_any_query(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 1, num_kv_heads: 1, head_dim: 64 };
+    let config = SelectConfig { heads, dtype: DType::F16, n_init: 0, n_local: 0, top_k: 2, ..small_config() };
+    let mut problem = Problem::new(&config, &[(40, 2)], Content::Peaked, 4);
+    let row = &mut problem.rows[0];
+    row.q.fill(1.0);
+    (row.q[0], row.q[64]) = (0.125, 2f64.powi(-24)); // their mean: 2^-4 + 2^-25
+    row.k.fill(0.0);
+    row.k[7 * 64] = f64::INFINITY;
+    let ts = selected_for_blocks(device, &problem, 2);
+    assert_eq!(values(ts.workspace().buffer(Buffer::Votes))[7], 1.0, "{}", device.name());
+    assert_eq!(ts.workspace().selected(0).unwrap(), [0, 7, 38, 39]);
+}
+
+/// A short block by itself is pooled by another kernel than behind a longer one: to the same bits.
+fn a_short_block_behind_a_longer_one(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 18, num_kv_heads: 2, head_dim: 64 };
+    let positions = Positions::Reassigned(Rope::default());
+    let config = SelectConfig {
+        heads,
+        dtype: DType::F16,
+        positions,
+        n_init: 4,
+        n_local: 7,
+        top_k: 5,
+        ..small_config()
+    };
+    let whole = Problem::new(&config, &[(112, 12)], Content::Peaked, 4);
+    let mut last = whole.clone();
+    let row = &mut last.rows[0];
+    row.t = 3;
+    row.q.drain(..9 * 18 * 64);
+    let of_block = |ts: &TokenSelect, row: usize| {
+        bits(ts.workspace().buffer(Buffer::Queries))[row * 18 * 64..][..18 * 64].to_vec()
+    };
+    let (together, alone) = (selected_for_blocks(device, &whole, 9), selected_for_blocks(device, &last, 9));
+    assert!(of_block(&together, 1) == of_block(&alone, 0), "{}", device.name());
 }

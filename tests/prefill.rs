@@ -510,6 +510,9 @@ fn the_workspace_is_bounded(device: &Device) {
         fails(PrefillConfig { block_len: 0, ..small }, "block_len");
         fails(PrefillConfig { max_kv_len: 0, ..small }, "max_kv_len");
         fails(PrefillConfig { max_kv_len: usize::MAX, ..small }, "max_kv_len");
+        fails(PrefillConfig { max_piece_len: 0, ..small }, "max_piece_len");
+        let one = PrefillConfig { max_piece_len: 11, ..small }.limits(device, &config).unwrap();
+        assert_eq!((one.max_rows, one.max_block_len), (1, 12), "no less than a block");
         let ts = TokenSelect::for_prefill(device, config.clone(), &small).unwrap();
         assert_eq!((ts.plan().limits().max_rows, ts.plan().limits().max_block_len), (50, 12));
     }
@@ -649,6 +652,38 @@ fn tables_that_are_not_kept() {
     let error = pieces.tokens(7).unwrap_err();
     assert_eq!(error, Error::Index { what: "piece", limit: 7, got: 7 });
     assert!(pieces.batch(7).is_err());
+}
+
+/// More pieces than anybody reads are refused, before there is a list of them; and then nothing grew.
+#[test]
+fn more_pieces_than_a_list_may_have() {
+    let len = 1u32 << 31;
+    let pages = len / 256;
+    let tables =
+        PageTables { indptr: vec![0, pages], indices: (0..pages).collect(), last_page_len: vec![255] };
+    let batch = Batch::new(256, vec![0, len - 1], tables).unwrap();
+    let limits = Limits { max_rows: 3, max_block_len: 1, max_kv_tokens: 3 << 31 };
+    let error = batch.in_pieces(&limits, 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "pieces of a batch", limit: 1 << 24, got: 715_827_883 });
+
+    // Zeros that nobody looks at take no memory.
+    let heads = HeadShape { num_qo_heads: 1, num_kv_heads: 1, head_dim: 8 };
+    let config = SelectConfig { heads, ..config(Positions::Native) };
+    let pages = CacheConfig { num_layers: 1, num_pages: (1 << 16) + 2, page_size: 256, ..PAGES };
+    let mut cache = PagedKvCache::new(&Device::cpu(), &config, &pages).unwrap();
+    let ids = [cache.create().unwrap(), cache.create().unwrap()];
+    let before = cache.extend(&[(ids[0], 3)]).unwrap();
+    let limits = Limits { max_rows: 1, max_block_len: 1, max_kv_tokens: 1 << 31 };
+    let error = cache.extend_in_pieces(&limits, &[(ids[1], 1 << 24), (ids[0], 1)], 1).unwrap_err();
+    assert_eq!(error, Error::Limit { what: "pieces of a batch", limit: 1 << 24, got: (1 << 24) + 1 });
+    assert_eq!((cache.len(ids[0]), cache.len(ids[1])), (Ok(3), Ok(0)));
+    assert_eq!(cache.pages().num_free_pages(), (1 << 16) + 1);
+    let (q, kv, mut out) = (vec![half::bf16::ONE; 24], vec![half::bf16::ONE; 24], vec![0.0f32; 24]);
+    let limits = Limits { max_rows: 1, max_block_len: 3, max_kv_tokens: 256 };
+    let mut ts = plan(&Device::cpu(), &config, limits, Operations::ALL);
+    let (input, output) =
+        (ts.input(&before, &q, &kv, &kv).unwrap(), ts.output(&before, &mut out, None).unwrap());
+    ts.step(&mut cache, 0, &before, input, output).unwrap(); // not stale
 }
 
 /// Nothing to read is no piece.

@@ -323,7 +323,7 @@ fn emulated_votes_of_which_a_part_is_counted() {
     let device = Device::emulated();
     let len = 40_000;
     let config = SelectConfig { n_init: 3, n_local: 5, ..small_config() };
-    let is_counted = |j: usize| (config.n_init + j) / 4 % 2 == 0;
+    let is_counted = |j: usize| ((config.n_init + j) / 4).is_multiple_of(2);
     let large = |j: usize| 1.0 + f64::from(j as f32 / len as f32);
     let small = |j: usize| f64::from((j * 7919 % len) as f32 / len as f32);
     // 1500 large votes, all of them counted: 2048 are expected to be as large.

@@ -2,7 +2,7 @@
 
 use std::sync::{Arc, Mutex, MutexGuard};
 
-use crate::batch::{Batch, MAX_ROWS};
+use crate::batch::{Batch, MAX_PAGES, MAX_ROWS};
 use crate::config::{MAX_SEQUENCE_LEN, SelectConfig};
 use crate::device::Device;
 use crate::dtype::DType;
@@ -312,7 +312,7 @@ impl PagedKvCache {
             return Err(Error::argument("block_len", "at least 1", block_len));
         }
         self.check_growth(limits, growth, block_len)?;
-        self.extend(growth)?.in_blocks(block_len)
+        self.extend_and_cut(growth, |batch| batch.in_blocks(block_len))
     }
 
     /// Makes room for whole prompts: [`extend`](Self::extend) by any number of new tokens of each sequence, cut into blocks of
@@ -337,27 +337,54 @@ impl PagedKvCache {
                 limits.check(1, tokens.min(block_len), len.next_multiple_of(self.shape.page_size))?;
             }
         }
-        self.extend(growth)?.in_pieces(limits, block_len)
+        self.extend_and_cut(growth, |batch| batch.in_pieces(limits, block_len))
     }
 
     /// Checks what a batch of rows that are cut into blocks of `block_len` tokens would be.
     fn check_growth(&self, limits: &Limits, growth: &[(SequenceId, usize)], block_len: usize) -> Result<()> {
-        let (mut rows, mut longest, mut places) = (0usize, 0, 0usize);
-        let rounded = |len: usize| len.div_ceil(self.shape.page_size).saturating_mul(self.shape.page_size);
+        let blocks_of = |tokens: usize| tokens.div_ceil(block_len).max(1);
+        let (mut rows, mut longest, mut is_too_long) = (0usize, 0, false);
+        for &(id, tokens) in growth {
+            is_too_long |= self.pages.len(id)?.saturating_add(tokens) > MAX_SEQUENCE_LEN;
+            longest = tokens.min(block_len).max(longest);
+            rows = rows.saturating_add(blocks_of(tokens));
+        }
+        limits.check(rows, longest, 0)?;
+        if is_too_long {
+            return Ok(()); // the allocator's to refuse
+        }
+        if rows > MAX_ROWS {
+            return Err(Error::Limit { what: "rows of a batch", limit: MAX_ROWS, got: rows });
+        }
+        let mut pages = 0usize;
         for &(id, tokens) in growth {
             let before = self.pages.len(id)?;
-            longest = tokens.min(block_len).max(longest);
-            let blocks = tokens.div_ceil(block_len).max(1);
-            rows = rows.saturating_add(blocks);
-            for block in 0..blocks {
+            for block in 0..blocks_of(tokens) {
                 let end = tokens.min(block_len.saturating_mul(block + 1));
-                places = places.saturating_add(rounded(before.saturating_add(end)));
-                if places > limits.max_kv_tokens {
-                    break; // however many there are, and of whatever length
-                }
+                pages = pages.saturating_add((before + end).div_ceil(self.shape.page_size));
             }
         }
-        limits.check(rows, longest, places)
+        limits.check(rows, longest, pages.saturating_mul(self.shape.page_size))?;
+        if pages > MAX_PAGES {
+            return Err(Error::Limit { what: "pages of a batch", limit: MAX_PAGES, got: pages });
+        }
+        Ok(())
+    }
+
+    /// [`extend`](Self::extend), and what `cut` makes of the batch; where it fails, sequences are as long as they were.
+    fn extend_and_cut<T>(
+        &mut self,
+        growth: &[(SequenceId, usize)],
+        cut: impl FnOnce(&Batch) -> Result<T>,
+    ) -> Result<T> {
+        let cut = cut(&self.extend(growth)?);
+        if cut.is_err() {
+            for &(id, tokens) in growth {
+                self.pages.give_back(id, self.pages.len(id)? - tokens);
+                self.enter(id);
+            }
+        }
+        cut
     }
 
     /// Checks that this cache made the batch, and that no sequence of it was freed, truncated or forked and no page of

@@ -302,16 +302,20 @@ impl PageAllocator {
         if len > sequence.len {
             return Err(Error::TruncateBeyondEnd { id, len: sequence.len, to: len });
         }
-        let kept = len.div_ceil(self.page_size);
-        let sequence = &mut self.sequences[id.index()];
         if len < sequence.len {
-            sequence.revision.changed(SequenceChange::Truncated { to: len });
+            self.sequences[id.index()].revision.changed(SequenceChange::Truncated { to: len });
         }
+        self.give_back(id, len);
+        Ok(())
+    }
+
+    /// Takes back the growth of a sequence that is alive from `len` tokens on, of which no batch was made: older ones stay valid.
+    pub(crate) fn give_back(&mut self, id: SequenceId, len: usize) {
+        let sequence = &mut self.sequences[id.index()];
         sequence.len = len;
-        for page in sequence.pages.drain(kept..).rev() {
+        for page in sequence.pages.drain(len.div_ceil(self.page_size)..).rev() {
             self.free.give(page);
         }
-        Ok(())
     }
 
     /// Ends a sequence; pages that no fork holds become free.

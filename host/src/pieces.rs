@@ -10,6 +10,8 @@ use crate::plan::Limits;
 /// Bytes of page tables that are kept for all layers. A block names all pages before it: tables of a long prompt in short blocks are
 /// larger than its keys.
 const KEPT_TABLES: usize = 64 << 20;
+/// The most pieces: a list of them has 640 MiB.
+const MAX_PIECES: usize = 1 << 24;
 
 /// A batch of prompts, of any number of tokens each, as pieces that one step has room for: what
 /// [`TokenSelect::prefill`](crate::TokenSelect::prefill) takes. Made once for all layers, by
@@ -62,11 +64,17 @@ impl Batch {
     /// it and its pieces with [`PagedKvCache::extend_in_pieces`](crate::PagedKvCache::extend_in_pieces).
     ///
     /// # Errors
-    /// [`Error::Limit`] where a block alone is beyond `limits`; [`Error::Argument`] for blocks of no tokens, [`Error::Missing`] where the
+    /// [`Error::Limit`] where a block alone is beyond `limits`, and for more than 2^24 pieces; [`Error::Argument`] for blocks of no tokens, [`Error::Missing`] where the
     /// rows are parts of sequences, blocks already, or known to a device alone; [`Error::OutOfMemory`].
     pub fn in_pieces(&self, limits: &Limits, block_len: usize) -> Result<Pieces> {
         self.expect_uncut("in_pieces", block_len)?;
+        let num_blocks: usize = (0..self.num_rows()).map(|row| self.block_len(row).div_ceil(block_len)).sum();
         let mut pieces: Vec<Piece> = Vec::new();
+        let refuse = |got| Err(Error::Limit { what: "pieces of a batch", limit: MAX_PIECES, got });
+        let least = num_blocks.div_ceil(limits.max_rows.clamp(1, MAX_ROWS));
+        if least > MAX_PIECES {
+            return refuse(least);
+        }
         for row in 0..self.num_rows() {
             let queries = self.query_range(row);
             for begin in queries.clone().step_by(block_len) {
@@ -75,10 +83,21 @@ impl Batch {
                 let num_places = kv_len.next_multiple_of(self.page_size());
                 let block = Piece { num_blocks: 1, longest_block: tokens.len(), num_places, tokens };
                 block.check(limits)?;
-                match pieces.last_mut() {
-                    Some(last) if let Some(both) = last.with(&block, limits) => *last = both,
-                    _ => pieces.push(block),
+                if let Some(last) = pieces.last_mut()
+                    && let Some(both) = last.with(&block, limits)
+                {
+                    *last = both;
+                    continue;
                 }
+                if pieces.len() == MAX_PIECES {
+                    return refuse(MAX_PIECES + 1);
+                }
+                if pieces.try_reserve(1).is_err() {
+                    let bytes = (pieces.len() + 1) * size_of::<Piece>();
+                    let (device, what) = ("cpu".to_owned(), "the pieces of a batch");
+                    return Err(Error::OutOfMemory { device, what, bytes });
+                }
+                pieces.push(block);
             }
         }
         let mut made = Pieces { whole: self.clone(), block_len, pieces, kept: Vec::new() };

@@ -685,8 +685,8 @@ typedef struct ts_prefill_config {
   size_t block_len;
   /// The most tokens that a sequence has when its prompt has been read. Default 131072.
   size_t max_kv_len;
-  /// The most tokens of a piece, which is the work of one step and of one call of a `ts_progress`; at least a block.
-  /// Default 8192.
+  /// The most tokens of a piece, which is the work of one step and of one call of a `ts_progress`; where it is less
+  /// than a block, a piece is one block. Default 8192.
   size_t max_piece_len;
   /// The most bytes of the workspace; where they have no room for a piece of `max_piece_len`, pieces are shorter. Default
   /// 1 GiB.

@@ -535,6 +535,85 @@ class Steps(unittest.TestCase):
             cache.extend_in_pieces(ctx, [(second, 1), (cache.create(), 40), (cache.create(), 40)], 6)
         self.assertEqual((caught.exception.status, cache.len(second)), ("TS_STATUS_OUT_OF_PAGES", 20))
 
+    def test_what_progress_may_do(self):
+        """Other objects are free; those at work are neither used nor closed."""
+        cfg = config(selection_cache=1)
+        cache = ts.Cache(self.device, cfg, num_layers=1, num_pages=32, page_size=PAGE)
+        ctx, other = (ts.Context.for_prefill(self.device, cfg, block_len=6, max_kv_len=40) for _ in range(2))
+        first, second = cache.create(), cache.create()
+        pieces, selections = cache.extend_in_pieces(ctx, [(first, 13)], 6), cache.selections()
+        q, k, v = (self.draw(13, heads, D) for heads in (HQ, HKV, HKV))
+        for name, forbidden in {
+            "context": lambda: ctx.selected(0),
+            "context` is at work .* must not close": ctx.close,
+            "cache": lambda: cache.extend([(second, 1)]),
+            "cache` is at work .* must not close": cache.close,
+            "pieces` is at work .* must not close": pieces.close,
+            "selections": selections.reset_stats,
+        }.items():
+            with self.assertRaisesRegex(RuntimeError, f"`{name}"):
+                ctx.prefill(cache, 0, pieces, q, k, v, progress=lambda *_: forbidden())
+        pools = [np.zeros((4, PAGE, HKV, D), np.float32) for _ in "kv"]
+        own = ts.Batch(PAGE, [0, 13], [0, 4], range(4), [1]).in_pieces(other, 6)
+        told = []
+        def read_another(*_):
+            told.append(other.prefill_kv(own, ts.KvView(*pools), q, k, v))
+        out = ctx.prefill(cache, 0, pieces, q, k, v, progress=read_another)
+        np.testing.assert_array_equal(told[0], out)
+        for stops in (False, np.bool_(False), 0):
+            told = []
+            ctx.prefill(cache, 0, pieces, q, k, v, progress=lambda done, _: (told.append(done), stops)[1])
+            self.assertEqual(len(told), 1)
+        for closed in (pieces, ctx, cache):
+            closed.close()
+
+    def test_arguments_of_another_kind(self):
+        """Objects of another class, numbers that ctypes would cut off, memory that cannot be written."""
+        cfg = config()
+        cache = ts.Cache(self.device, cfg, num_layers=1, num_pages=8, page_size=PAGE)
+        reader = ts.Context.for_prefill(self.device, cfg, block_len=2, max_kv_len=8)
+        ctx = ts.Context(self.device, cfg, max_rows=2, max_block_len=1, max_kv_tokens=64)
+        sequence = cache.create()
+        batch = cache.extend([(sequence, 1)])
+        pieces = cache.extend_in_pieces(reader, [(cache.create(), 1)], 2)
+        q, k, v = (self.draw(1, heads, D) for heads in (HQ, HKV, HKV))
+        for text, wrong in {
+            "`pieces` must be a Pieces, got Batch": lambda: reader.prefill(cache, 0, batch, q, k, v),
+            "`batch` must be a Batch, got Pieces": lambda: ctx.step(cache, 0, pieces, q, k, v),
+            "`context` must be a Context, got Cache": lambda: cache.extend_in_pieces(cache, [(sequence, 1)], 2),
+            "`cache` must be a Cache, got Device": lambda: ctx.step(self.device, 0, batch, q, k, v),
+            "`cache` must be a Cache, got int": lambda: ctx.step(3, 0, batch, q, k, v),
+            "`device` must be a Device, got Context": lambda: ts.Cache(ctx, cfg),
+            "`block_len` must be a whole number, got float": lambda: batch.in_blocks(1.5),
+        }.items():
+            with self.assertRaisesRegex(TypeError, text):
+                wrong()
+        for text, wrong in {
+            "`block_len` must be from 0 to 18446744073709551615, got -1": lambda: batch.in_blocks(-1),
+            "`layer` must be from 0 to .*, got -1": lambda: cache.written_len(-1, sequence),
+            "`num_tokens` must be from 0 to .*, got -5": lambda: cache.extend([(sequence, -5)]),
+            "`max_workspace_bytes` must be from 0 to .*, got -1": lambda: ts.Context.for_prefill(
+                self.device, cfg, max_workspace_bytes=-1
+            ),
+            "`num_qo_heads` must be from 0 to 4294967295, got 4294967300": lambda: config(num_qo_heads=2**32 + 4),
+        }.items():
+            with self.assertRaisesRegex(ValueError, text):
+                wrong()
+        self.assertEqual(batch.in_blocks(np.int64(1)).num_rows, 1)
+
+        constant = np.zeros_like(q)
+        constant.flags.writeable = False
+        with self.assertRaisesRegex(ValueError, "`out` must be memory that can be written"):
+            ctx.step(cache, 0, batch, q, k, v, out=constant)
+        pool = np.zeros((1, PAGE, HKV, D), np.float32)
+        pool.flags.writeable = False
+        kv, one = ts.KvView(pool, np.zeros_like(pool)), ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
+        for write in (lambda: ctx.append(one, kv, k, v), lambda: ctx.append_select(one, kv, q, k, v)):
+            with self.assertRaisesRegex(ValueError, "`kv` must be memory that can be written"):
+                write()
+        ctx.select(one, kv, q)
+        np.testing.assert_array_equal(ctx.attend(one, kv, constant), 0)
+
     def test_errors(self):
         cfg = config()
         ctx = ts.Context(self.device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)

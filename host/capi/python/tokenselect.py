@@ -65,6 +65,9 @@ def _set(structure, fields):
                 raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value}")
             setattr(structure, name, choices[value])
         else:
+            kind = dict(structure._fields_)[name]
+            if kind in (ctypes.c_size_t, ctypes.c_uint32):
+                value = abi.unsigned(name, value, kind)
             setattr(structure, name, value)
 
 
@@ -95,11 +98,21 @@ class Config:
 class _Handle:
     """Owns a handle of the library."""
 
+    kind_of_handle = None
+    calls = 0  # of `progress` that are under way, in which nothing else may have it, or close it if it is shared
+    is_shared = False
+
     def __init__(self, handle, destroy):
         self.handle, self._destroy = handle, destroy
 
+    def is_lent(self):
+        """Whether a `prefill` that works with it calls its `progress`."""
+        return self.calls > 0 and not self.is_shared
+
     def close(self):
         """Gives the handle back now instead of when the object is dropped."""
+        if self.calls > 0:
+            raise RuntimeError(f"`{self.kind_of_handle}` is at work in `prefill`: its `progress` must not close it")
         handle, self.handle = getattr(self, "handle", None), None
         if handle:
             self._destroy(handle)
@@ -113,6 +126,8 @@ class _Handle:
 
 class Device(_Handle):
     """Where operations run: `Device.cpu()`, `Device.cuda(0)`, `Device.emulated()`."""
+
+    kind_of_handle = "device"
 
     def __init__(self, handle, kind, ordinal=0):
         super().__init__(handle, _lib.device_destroy)
@@ -187,6 +202,8 @@ class Device(_Handle):
 class Graph(_Handle):
     """Work recorded by `Device.capture`."""
 
+    kind_of_handle = "graph"
+
     def launch(self):
         """Does the work, after the device's earlier work. Does not wait."""
         _lib.graph_launch(self)
@@ -194,6 +211,8 @@ class Graph(_Handle):
 
 class Buffer(Memory, _Handle):
     """Memory of a device that the library owns."""
+
+    kind_of_handle = "buffer"
 
     def __init__(self, device, shape, typestr):
         _Handle.__init__(self, None, _lib.buffer_destroy)
@@ -237,7 +256,7 @@ class KvView:
     @classmethod
     def _of(cls, raw, owner):
         view = cls(None, None)
-        view._raw, raw.owner = raw, owner  # the same for every device
+        view._raw, raw.owner, raw.is_read_only = raw, owner, False  # the same for every device
         return view
 
     def raw(self, device, dtype):
@@ -258,12 +277,14 @@ class KvView:
         if k.shape[3] > 1 and (k.strides[3], v.strides[3]) != (1, 1):
             raise ValueError(f"the last strides of k and v pages must be 1, got {k.strides} and {v.strides}")
         token, head = (1, 2) if self.layout == "NHD" else (2, 1)
-        return abi.KvView(
+        raw = abi.KvView(
             k=k.ptr, v=v.ptr, num_pages=k.shape[0], page_size=k.shape[token], num_kv_heads=k.shape[head],
             head_dim=k.shape[3], k_stride_page=k.strides[0], k_stride_token=k.strides[token],
             k_stride_head=k.strides[head], v_stride_page=v.strides[0], v_stride_token=v.strides[token],
             v_stride_head=v.strides[head],
         )  # fmt: skip
+        raw.is_read_only = k.is_read_only or v.is_read_only
+        return raw
 
 
 class Batch(_Handle):
@@ -271,6 +292,8 @@ class Batch(_Handle):
 
     `candidates` is `[rows, 2]`, for parts of sequences.
     """
+
+    kind_of_handle = "batch"
 
     def __init__(self, page_size, qo_indptr, indptr, indices, last_page_len, sequence_indices=None, candidates=None):
         super().__init__(None, _lib.batch_destroy)
@@ -300,7 +323,7 @@ class Batch(_Handle):
 
     def _own(self, handle):
         self.handle = handle
-        self.info = _lib.made("batch_get_info", handle, kind=abi.BatchInfo)
+        self.info = _lib.made("batch_get_info", self, kind=abi.BatchInfo)
         self.num_rows, self.num_query_tokens = self.info.num_rows, self.info.num_query_tokens
 
     def row(self, row):
@@ -325,15 +348,20 @@ class Pieces(_Handle):
     """Prompts cut into pieces that one step of a context has room for, for all layers: `num_pieces`, `num_blocks`,
     `num_query_tokens`, `block_len`."""
 
+    kind_of_handle = "pieces"
+    is_shared = True
+
     def __init__(self, handle):
         super().__init__(handle, _lib.pieces_destroy)
-        info = _lib.made("pieces_get_info", handle, kind=abi.PiecesInfo)
+        info = _lib.made("pieces_get_info", self, kind=abi.PiecesInfo)
         self.num_pieces, self.num_blocks, self.block_len = info.num_pieces, info.num_blocks, info.block_len
         self.num_query_tokens = info.num_query_tokens
 
 
 class BatchSlot(_Handle):
     """A fixed place for the tables of batches with the rows and blocks of `like`, for captured work."""
+
+    kind_of_handle = "batch_slot"
 
     def __init__(self, device, like, max_pages):
         super().__init__(None, _lib.batch_slot_destroy)
@@ -368,9 +396,16 @@ class BatchSlot(_Handle):
 class SelectionCache(_Handle):
     """Cached selections of every layer and sequence, for an engine with a cache of its own."""
 
+    kind_of_handle = "selection_cache"
+
     def __init__(self, device, config, num_layers, num_sequences):
         super().__init__(None, _lib.selection_cache_destroy)
         self.handle = _lib.made("selection_cache_create", device, config.raw, num_layers, num_sequences)
+
+    cache = None  # whose they are
+
+    def is_lent(self):
+        return super().is_lent() or (self.cache is not None and self.cache.is_lent())
 
     def clear(self, sequence):
         """Forgets the selections of a sequence."""
@@ -397,6 +432,8 @@ class SelectionCache(_Handle):
 
 class Cache(_Handle):
     """An owned cache: `num_layers`, `num_pages`, `page_size`, `max_sequences`, `layout` as in `ts_cache_config`."""
+
+    kind_of_handle = "cache"
 
     def __init__(self, device, config, **size):
         super().__init__(None, _lib.cache_destroy)
@@ -442,8 +479,9 @@ class Cache(_Handle):
     @staticmethod
     def _growth(growth):
         rows = len(growth)
-        sequences = (ctypes.c_uint64 * rows)(*(sequence for sequence, _ in growth))
-        num_tokens = (ctypes.c_size_t * rows)(*(tokens for _, tokens in growth))
+        names = [abi.unsigned("sequence", sequence, ctypes.c_uint64) for sequence, _ in growth]
+        lengths = [abi.unsigned("num_tokens", tokens, ctypes.c_size_t) for _, tokens in growth]
+        sequences, num_tokens = (ctypes.c_uint64 * rows)(*names), (ctypes.c_size_t * rows)(*lengths)
         return sequences, num_tokens, rows
 
     def written_len(self, layer, sequence):
@@ -496,6 +534,8 @@ class Context(_Handle):
     default. A GPU scores and attends for some head dimensions, and votes for any.
     """
 
+    kind_of_handle = "context"
+
     def __init__(self, device, config, **limits):
         super().__init__(None, _lib.context_destroy)
         self.device, self.config = device, config
@@ -521,7 +561,7 @@ class Context(_Handle):
         given = self._input(batch, k=k, v=v)
         if isinstance(kv, tuple):
             return _lib.cache_append(self, kv[0], kv[1], batch, given)
-        return _lib.append(self, batch, self._kv(kv), given)
+        return _lib.append(self, batch, self._kv(kv, True), given)
 
     def select(self, batch, kv, q, selection_cache=None, layer=0):
         """`pool`, `score`, `vote` and `top_k` in one."""
@@ -530,7 +570,7 @@ class Context(_Handle):
     def append_select(self, batch, kv, q, k, v, selection_cache=None, layer=0):
         """`append`, then `select`, in fewer launches where blocks are short; with `attend` after it, a step over a
         borrowed cache."""
-        _lib.append_select(self, batch, self._kv(kv), self._input(batch, q=q, k=k, v=v), selection_cache, layer)
+        _lib.append_select(self, batch, self._kv(kv, True), self._input(batch, q=q, k=k, v=v), selection_cache, layer)
 
     def vote_top_k(self, batch, selection_cache=None, layer=0):
         """`vote`, then `top_k` of these votes."""
@@ -605,13 +645,13 @@ class Context(_Handle):
     def prefill(self, cache, layer, pieces, q, k, v, out=None, lse=None, progress=None):
         """Reads prompts in one layer of an owned cache, piece by piece. `pieces` come from `Cache.extend_in_pieces`; `q`, `k` and `v`
         have the query tokens of all of them. `progress(done, total)` is called after each piece; where it answers False or raises,
-        reading stops. The layer and the outputs then have what was read, as where the device fails. See `ts_prefill`. Answers as
-        `attend`."""
+        reading stops. The layer and the outputs then have what was read, as where the device fails. It must not use this context nor
+        the cache. See `ts_prefill`. Answers as `attend`."""
         return self._prefill("prefill", (cache, layer, pieces), (), pieces, (q, k, v), out, lse, progress)
 
     def prefill_kv(self, pieces, kv, q, k, v, selection_cache=None, layer=0, out=None, lse=None, progress=None):
         """As `prefill`, over another engine's memory: `pieces` come from `Batch.in_pieces`."""
-        first, last = (pieces, self._kv(kv)), (selection_cache, layer)
+        first, last = (pieces, self._kv(kv, True)), (selection_cache, layer)
         return self._prefill("prefill_kv", first, last, pieces, (q, k, v), out, lse, progress)
 
     def workspace(self, name):
@@ -643,8 +683,11 @@ class Context(_Handle):
         _lib.made("context_selected", self, row, tokens, length, kind=ctypes.c_size_t)
         return list(tokens)
 
-    def _kv(self, kv):
-        return kv.raw(self.device, self.config.dtype)
+    def _kv(self, kv, written=False):
+        raw = kv.raw(self.device, self.config.dtype)
+        if written and raw.is_read_only:
+            raise ValueError("`kv` must be memory that can be written, it is read-only")
+        return raw
 
     def _input(self, batch, **tensors):
         """The structure of the library with some of `q`, `k` and `v`."""
@@ -665,10 +708,10 @@ class Context(_Handle):
         lse = like(q, heads, "float32") if lse is True else lse
         view = View("out", out, self.device)
         dtypes = list(dict.fromkeys([self.config.dtype, "f32", "f16", "bf16"]))
-        raw = abi.Output(out=view.expect("out", shape, dtypes), out_dtype=_CODES[view.dtype("out", dtypes)])
+        raw = abi.Output(out=view.written("out", shape, dtypes), out_dtype=_CODES[view.dtype("out", dtypes)])
         if lse is None:
             return raw, out
-        raw.lse = View("lse", lse, self.device).expect("lse", heads, ["f32"])
+        raw.lse = View("lse", lse, self.device).written("lse", heads, ["f32"])
         return raw, (out, lse)
 
     def _attend(self, name, batch, kv, q, more, out, lse):
@@ -684,14 +727,20 @@ class Context(_Handle):
         return answer
 
     def _prefill(self, name, first, last, pieces, tensors, out, lse, progress):
-        raised = []
+        raised, at_work = [], [self, *(handle for handle in (*first, *last) if isinstance(handle, _Handle))]
 
         def call(_, done, total):
             try:
-                return int(progress(done, total) is False)
+                for handle in at_work:
+                    handle.calls += 1
+                answer = progress(done, total)
+                return int(answer is not None and not answer)
             except BaseException as error:  # noqa: BLE001: raised again below
                 raised.append(error)
                 return 1
+            finally:
+                for handle in at_work:
+                    handle.calls -= 1
 
         given = self._input(pieces, **dict(zip("qkv", tensors)))
         output, answer = self._output(pieces.num_query_tokens, tensors[0], out, lse)

@@ -4,6 +4,7 @@ Follows include/tokenselect.h; the test compares the size of every structure.
 """
 
 import ctypes
+import operator
 import os
 import threading
 from ctypes import POINTER, c_char_p, c_double, c_float, c_int32, c_size_t, c_uint32, c_uint64, c_void_p
@@ -134,86 +135,160 @@ STRUCTURES = [
 WORK = ctypes.CFUNCTYPE(c_int32, c_void_p)
 PROGRESS = ctypes.CFUNCTYPE(c_int32, c_void_p, c_size_t, c_size_t)
 
-_P = c_void_p  # a handle or address
+_P = c_void_p  # an address
 _OUT = POINTER(c_void_p)  # where a new handle is written
+
+
+class _handle:
+    """An argument that is an object of one class: of another, its handle would be taken for what it is not."""
+
+    ctype = c_void_p
+
+    def __init__(self, kind, name=None):
+        self.kind, self.name = kind, name or kind
+
+    def __call__(self, value):
+        if value is None:
+            return None  # the library knows where there may be none
+        kind = getattr(type(value), "kind_of_handle", None)
+        if kind != self.kind:
+            wanted = "".join(word.capitalize() for word in self.kind.split("_"))
+            raise TypeError(f"`{self.name}` must be a {wanted}, got {type(value).__name__}")
+        if value.is_lent():
+            raise RuntimeError(f"`{self.name}` is at work in `prefill`: its `progress` must not use it")
+        return value
+
+
+class _number:
+    """An argument that is not negative, and fits: ctypes would cut it off."""
+
+    def __init__(self, ctype, name):
+        self.ctype, self.name = ctype, name
+
+    def __call__(self, value):
+        return unsigned(self.name, value, self.ctype)
+
+
+def _size(name):
+    return _number(c_size_t, name)
+
+
+def unsigned(name, value, ctype):
+    """A whole number, which a `ctype` can hold."""
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise TypeError(f"`{name}` must be a whole number, got {type(value).__name__}") from None
+    most = (1 << 8 * ctypes.sizeof(ctype)) - 1
+    if not 0 <= number <= most:
+        raise ValueError(f"`{name}` must be from 0 to {most}, got {number}")
+    return number
+
+
 FUNCTIONS = {
     "ts_device_cpu": [_OUT],
-    "ts_device_cuda": [c_uint32, _OUT],
-    "ts_device_cuda_on_stream": [c_uint32, _P, _OUT],
-    "ts_device_emulated": [c_uint64, _OUT],
-    "ts_device_supports": [_P, POINTER(Config)],
-    "ts_device_synchronize": [_P],
-    "ts_buffer_create": [_P, c_size_t, _OUT],
-    "ts_buffer_data": [_P, _OUT],
-    "ts_memory_write": [_P, _P, _P, c_size_t],
-    "ts_memory_read": [_P, _P, _P, c_size_t],
+    "ts_device_cuda": [_number(c_uint32, "ordinal"), _OUT],
+    "ts_device_cuda_on_stream": [_number(c_uint32, "ordinal"), _P, _OUT],
+    "ts_device_emulated": [_number(c_uint64, "seed"), _OUT],
+    "ts_device_supports": [_handle("device"), POINTER(Config)],
+    "ts_device_synchronize": [_handle("device")],
+    "ts_buffer_create": [_handle("device"), _size("num_bytes"), _OUT],
+    "ts_buffer_data": [_handle("buffer"), _OUT],
+    "ts_memory_write": [_handle("device"), _P, _P, _size("num_bytes")],
+    "ts_memory_read": [_handle("device"), _P, _P, _size("num_bytes")],
     "ts_config_default": [POINTER(Config), c_size_t],
     "ts_limits_default": [POINTER(Limits), c_size_t],
     "ts_cache_config_default": [POINTER(CacheConfig), c_size_t],
     "ts_config_validate": [POINTER(Config)],
-    "ts_context_create": [_P, POINTER(Config), POINTER(Limits), _OUT],
-    "ts_workspace_bytes": [_P, POINTER(Config), POINTER(Limits), POINTER(c_size_t)],
-    "ts_context_workspace": [_P, c_int32, POINTER(Tensor)],
-    "ts_context_provide": [_P, c_int32, _P],
-    "ts_context_logit_index": [_P, _P, c_size_t, c_size_t, c_size_t, POINTER(c_size_t)],
-    "ts_context_selected": [_P, c_size_t, POINTER(c_uint32), c_size_t, POINTER(c_size_t)],
-    "ts_batch_create": [POINTER(BatchTables), _OUT],
-    "ts_batch_padded": [_P, c_size_t, c_size_t, _OUT],
-    "ts_batch_in_blocks": [_P, c_size_t, _OUT],
-    "ts_batch_get_info": [_P, POINTER(BatchInfo)],
-    "ts_batch_get_row": [_P, c_size_t, POINTER(BatchRow)],
-    "ts_batch_slot_create": [_P, _P, c_size_t, _OUT],
-    "ts_batch_slot_put": [_P, _P, _OUT],
-    "ts_batch_slot_translate": [_P, POINTER(DeviceTables), _OUT],
-    "ts_batch_slot_faults": [_P, POINTER(c_uint32)],
-    "ts_append": [_P, _P, POINTER(KvView), POINTER(StepInput)],
-    "ts_append_select": [_P, _P, POINTER(KvView), POINTER(StepInput), _P, c_size_t],
-    "ts_vote_top_k": [_P, _P, _P, c_size_t],
-    "ts_select": [_P, _P, POINTER(KvView), POINTER(StepInput), _P, c_size_t],
-    "ts_pool": [_P, _P, POINTER(StepInput), _P, c_size_t],
-    "ts_compare": [_P, _P, _P, c_size_t],
-    "ts_decide": [_P, _P, _P, c_size_t],
-    "ts_score": [_P, _P, POINTER(KvView)],
-    "ts_vote": [_P, _P],
-    "ts_top_k": [_P, _P, _P, c_size_t],
-    "ts_attend": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output)],
-    "ts_attend_dense": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output)],
-    "ts_attend_to": [_P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Selection), POINTER(Output)],
-    "ts_merge": [_P, POINTER(Parts), POINTER(Output)],
-    "ts_selection_cache_create": [_P, POINTER(Config), c_size_t, c_size_t, _OUT],
-    "ts_selection_cache_clear": [_P, c_size_t],
-    "ts_selection_cache_fork": [_P, c_size_t, c_size_t],
-    "ts_selection_cache_truncate": [_P, c_size_t, c_size_t],
-    "ts_selection_cache_stats": [_P, POINTER(SelectionStats)],
-    "ts_selection_cache_layer_stats": [_P, c_size_t, POINTER(SelectionStats)],
-    "ts_selection_cache_reset_stats": [_P],
-    "ts_cache_create": [_P, POINTER(Config), POINTER(CacheConfig), _OUT],
-    "ts_cache_sequence_create": [_P, POINTER(c_uint64)],
-    "ts_cache_sequence_fork": [_P, c_uint64, POINTER(c_uint64)],
-    "ts_cache_sequence_truncate": [_P, c_uint64, c_size_t],
-    "ts_cache_sequence_free": [_P, c_uint64],
-    "ts_cache_sequence_len": [_P, c_uint64, POINTER(c_size_t)],
-    "ts_cache_written_len": [_P, c_size_t, c_uint64, POINTER(c_size_t)],
-    "ts_cache_num_free_pages": [_P, POINTER(c_size_t)],
-    "ts_cache_extend": [_P, POINTER(c_uint64), POINTER(c_size_t), c_size_t, _OUT],
-    "ts_cache_layer": [_P, c_size_t, POINTER(KvView), c_size_t],
-    "ts_cache_layer_mut": [_P, c_size_t, POINTER(KvView), c_size_t],
-    "ts_cache_selections": [_P, _OUT],
-    "ts_cache_stats": [_P, POINTER(SelectionStats)],
-    "ts_cache_append": [_P, _P, c_size_t, _P, POINTER(StepInput)],
-    "ts_step": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
-    "ts_step_dense": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output)],
-    "ts_prefill_config_default": [POINTER(PrefillConfig), c_size_t],
-    "ts_context_create_prefill": [_P, POINTER(Config), POINTER(PrefillConfig), _OUT],
-    "ts_cache_extend_in_pieces": [_P, _P, POINTER(c_uint64), POINTER(c_size_t), c_size_t, c_size_t, _OUT],
-    "ts_batch_in_pieces": [_P, _P, c_size_t, _OUT],
-    "ts_pieces_get_info": [_P, POINTER(PiecesInfo)],
-    "ts_prefill": [_P, _P, c_size_t, _P, POINTER(StepInput), POINTER(Output), PROGRESS, _P],
-    "ts_prefill_kv": [
-        _P, _P, POINTER(KvView), POINTER(StepInput), POINTER(Output), _P, c_size_t, PROGRESS, _P
+    "ts_context_create": [_handle("device"), POINTER(Config), POINTER(Limits), _OUT],
+    "ts_workspace_bytes": [_handle("device"), POINTER(Config), POINTER(Limits), POINTER(c_size_t)],
+    "ts_context_workspace": [_handle("context"), c_int32, POINTER(Tensor)],
+    "ts_context_provide": [_handle("context"), c_int32, _handle("batch")],
+    "ts_context_logit_index": [
+        _handle("context"), _handle("batch"), _size("row"), _size("token"), _size("qo_head"), POINTER(c_size_t),
     ],
-    "ts_capture": [_P, WORK, _P, _OUT],
-    "ts_graph_launch": [_P],
+    "ts_context_selected": [_handle("context"), _size("row"), POINTER(c_uint32), _size("capacity"), POINTER(c_size_t)],
+    "ts_batch_create": [POINTER(BatchTables), _OUT],
+    "ts_batch_padded": [_handle("batch"), _size("num_rows"), _size("block_len"), _OUT],
+    "ts_batch_in_blocks": [_handle("batch"), _size("block_len"), _OUT],
+    "ts_batch_get_info": [_handle("batch"), POINTER(BatchInfo)],
+    "ts_batch_get_row": [_handle("batch"), _size("row"), POINTER(BatchRow)],
+    "ts_batch_slot_create": [_handle("device"), _handle("batch", "like"), _size("max_pages"), _OUT],
+    "ts_batch_slot_put": [_handle("batch_slot", "slot"), _handle("batch"), _OUT],
+    "ts_batch_slot_translate": [_handle("batch_slot", "slot"), POINTER(DeviceTables), _OUT],
+    "ts_batch_slot_faults": [_handle("batch_slot", "slot"), POINTER(c_uint32)],
+    "ts_append": [_handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput)],
+    "ts_append_select": [
+        _handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput), _handle("selection_cache"),
+        _size("layer"),
+    ],
+    "ts_vote_top_k": [_handle("context"), _handle("batch"), _handle("selection_cache"), _size("layer")],
+    "ts_select": [
+        _handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput), _handle("selection_cache"),
+        _size("layer"),
+    ],
+    "ts_pool": [_handle("context"), _handle("batch"), POINTER(StepInput), _handle("selection_cache"), _size("layer")],
+    "ts_compare": [_handle("context"), _handle("batch"), _handle("selection_cache"), _size("layer")],
+    "ts_decide": [_handle("context"), _handle("batch"), _handle("selection_cache"), _size("layer")],
+    "ts_score": [_handle("context"), _handle("batch"), POINTER(KvView)],
+    "ts_vote": [_handle("context"), _handle("batch")],
+    "ts_top_k": [_handle("context"), _handle("batch"), _handle("selection_cache"), _size("layer")],
+    "ts_attend": [_handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput), POINTER(Output)],
+    "ts_attend_dense": [_handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput), POINTER(Output)],
+    "ts_attend_to": [
+        _handle("context"), _handle("batch"), POINTER(KvView), POINTER(StepInput), POINTER(Selection),
+        POINTER(Output),
+    ],
+    "ts_merge": [_handle("context"), POINTER(Parts), POINTER(Output)],
+    "ts_selection_cache_create": [
+        _handle("device"), POINTER(Config), _size("num_layers"), _size("num_sequences"), _OUT,
+    ],
+    "ts_selection_cache_clear": [_handle("selection_cache", "selections"), _number(c_uint64, "sequence")],
+    "ts_selection_cache_fork": [_handle("selection_cache", "selections"), _size("src"), _size("dst")],
+    "ts_selection_cache_truncate": [_handle("selection_cache", "selections"), _number(c_uint64, "sequence"), _size("len")],
+    "ts_selection_cache_stats": [_handle("selection_cache", "selections"), POINTER(SelectionStats)],
+    "ts_selection_cache_layer_stats": [
+        _handle("selection_cache", "selections"), _size("layer"), POINTER(SelectionStats),
+    ],
+    "ts_selection_cache_reset_stats": [_handle("selection_cache", "selections")],
+    "ts_cache_create": [_handle("device"), POINTER(Config), POINTER(CacheConfig), _OUT],
+    "ts_cache_sequence_create": [_handle("cache"), POINTER(c_uint64)],
+    "ts_cache_sequence_fork": [_handle("cache"), _number(c_uint64, "sequence"), POINTER(c_uint64)],
+    "ts_cache_sequence_truncate": [_handle("cache"), _number(c_uint64, "sequence"), _size("len")],
+    "ts_cache_sequence_free": [_handle("cache"), _number(c_uint64, "sequence")],
+    "ts_cache_sequence_len": [_handle("cache"), _number(c_uint64, "sequence"), POINTER(c_size_t)],
+    "ts_cache_written_len": [_handle("cache"), _size("layer"), _number(c_uint64, "sequence"), POINTER(c_size_t)],
+    "ts_cache_num_free_pages": [_handle("cache"), POINTER(c_size_t)],
+    "ts_cache_extend": [_handle("cache"), POINTER(c_uint64), POINTER(c_size_t), _size("num_rows"), _OUT],
+    "ts_cache_layer": [_handle("cache"), _size("layer"), POINTER(KvView), c_size_t],
+    "ts_cache_layer_mut": [_handle("cache"), _size("layer"), POINTER(KvView), c_size_t],
+    "ts_cache_selections": [_handle("cache"), _OUT],
+    "ts_cache_stats": [_handle("cache"), POINTER(SelectionStats)],
+    "ts_cache_append": [_handle("context"), _handle("cache"), _size("layer"), _handle("batch"), POINTER(StepInput)],
+    "ts_step": [
+        _handle("context"), _handle("cache"), _size("layer"), _handle("batch"), POINTER(StepInput), POINTER(Output),
+    ],
+    "ts_step_dense": [
+        _handle("context"), _handle("cache"), _size("layer"), _handle("batch"), POINTER(StepInput), POINTER(Output),
+    ],
+    "ts_prefill_config_default": [POINTER(PrefillConfig), c_size_t],
+    "ts_context_create_prefill": [_handle("device"), POINTER(Config), POINTER(PrefillConfig), _OUT],
+    "ts_cache_extend_in_pieces": [
+        _handle("cache"), _handle("context"), POINTER(c_uint64), POINTER(c_size_t), _size("num_rows"),
+        _size("block_len"), _OUT,
+    ],
+    "ts_batch_in_pieces": [_handle("batch"), _handle("context"), _size("block_len"), _OUT],
+    "ts_pieces_get_info": [_handle("pieces"), POINTER(PiecesInfo)],
+    "ts_prefill": [
+        _handle("context"), _handle("cache"), _size("layer"), _handle("pieces"), POINTER(StepInput), POINTER(Output),
+        PROGRESS, _P,
+    ],
+    "ts_prefill_kv": [
+        _handle("context"), _handle("pieces"), POINTER(KvView), POINTER(StepInput), POINTER(Output),
+        _handle("selection_cache"), _size("layer"), PROGRESS, _P,
+    ],
+    "ts_capture": [_handle("device"), WORK, _P, _OUT],
+    "ts_graph_launch": [_handle("graph")],
 }
 _HANDLES = ["device", "buffer", "context", "batch", "batch_slot", "selection_cache", "cache", "pieces", "graph"]
 FUNCTIONS.update({f"ts_{handle}_destroy": [_P] for handle in _HANDLES})
@@ -267,14 +342,19 @@ class Library:
 
         for name, types in FUNCTIONS.items():
             function = getattr(library, name)
-            function.argtypes, function.restype, function.errcheck = types, c_int32, check
-            setattr(self, name.removeprefix("ts_"), self._held(function))
+            function.argtypes = [getattr(kind, "ctype", kind) for kind in types]
+            function.restype, function.errcheck = c_int32, check
+            checks = [(i, kind) for i, kind in enumerate(types) if isinstance(kind, (_handle, _number))]
+            setattr(self, name.removeprefix("ts_"), self._held(function, checks))
 
-    def _held(self, function):
-        """The function, whose arguments are held while this thread records."""
+    def _held(self, function, checks):
+        """The function, whose arguments are checked, and held while this thread records."""
         recording = self._recording
 
         def call(*arguments):
+            arguments = list(arguments)
+            for i, check in checks:
+                arguments[i] = check(arguments[i])
             record = getattr(recording, "record", None)
             if record is not None:
                 record.append(arguments)

@@ -16,6 +16,8 @@ _TORCH = {"float16": "f16", "bfloat16": "bf16", "float32": "f32", "int32": "u32"
 class View:
     """Address, types, shape and strides (in elements) of somebody's tensor. The address holds the tensor."""
 
+    is_read_only = False
+
     def __init__(self, what, tensor, device):
         on_cpu = device.kind == "cpu"
         if hasattr(tensor, "data_ptr"):  # PyTorch
@@ -31,6 +33,7 @@ class View:
         if interface is None:
             raise TypeError(f"`{what}` must have `data_ptr` or `{name}` on {device.name}, got {type(tensor).__name__}")
         self.ptr = Address(interface["data"][0] or 0, (tensor, interface))
+        self.is_read_only = bool(interface["data"][1])
         self.shape = tuple(interface["shape"])
         self.dtypes = _TYPESTRS.get(interface["typestr"], [interface["typestr"]])
         strides = interface.get("strides")
@@ -51,6 +54,12 @@ class View:
         if differ and 0 not in shape:
             raise ValueError(f"`{what}` must be contiguous, its strides are {self.strides}")
         return self.ptr
+
+    def written(self, what, shape, dtypes):
+        """As `expect`, of a tensor that can be written."""
+        if self.is_read_only:
+            raise ValueError(f"`{what}` must be memory that can be written, it is read-only")
+        return self.expect(what, shape, dtypes)
 
     def heads(self, what, shape, dtypes):
         """Checks type and shape, `[tokens, heads, dim]`, and that elements of a head are adjacent; answers the address

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use kernels_gpu::limits::COLUMNS;
 use kernels_gpu::ops::score_blocks::blocks_of_group;
 
-use super::{Batch, Identity, MAX_ROWS};
+use super::{Batch, Identity, MAX_PAGES, MAX_ROWS};
 use crate::error::{Error, Result};
 use crate::pages::PageTables;
 
@@ -80,9 +80,8 @@ impl Batch {
         let num_pages = (0..self.num_rows())
             .flat_map(|row| (0..blocks_of(row)).map(move |block| (row, block)))
             .fold(0usize, |sum, (row, block)| sum.saturating_add(pages_of(row, block)));
-        let limit = i32::MAX as usize;
-        if num_pages > limit {
-            return Err(Error::Limit { what: "pages of a batch", limit, got: num_pages });
+        if num_pages > MAX_PAGES {
+            return Err(Error::Limit { what: "pages of a batch", limit: MAX_PAGES, got: num_pages });
         }
         let mut tables = PageTables { indptr: vec![0], ..PageTables::default() };
         if tables.indices.try_reserve_exact(num_pages).is_err() {

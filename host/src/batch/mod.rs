@@ -43,6 +43,8 @@ struct Bounds {
 
 /// The most rows of a batch.
 pub(crate) const MAX_ROWS: usize = 1 << 24;
+/// The most pages of all rows.
+pub(crate) const MAX_PAGES: usize = i32::MAX as usize;
 
 /// The sequence index of a padding row.
 const NO_SEQUENCE: u32 = u32::MAX;

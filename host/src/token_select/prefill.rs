@@ -33,7 +33,8 @@ pub struct PrefillConfig {
     pub block_len: usize,
     /// The most tokens that a sequence has when its prompt has been read. Default 131072.
     pub max_kv_len: usize,
-    /// The most tokens of a piece, which is the work of one step and of one call of the progress function; at least a block.
+    /// The most tokens of a piece, which is the work of one step and of one call of the progress function; where it is
+    /// less than a block, a piece is one block.
     /// Default 8192.
     pub max_piece_len: usize,
     /// The most bytes of the workspace; where they have no room for a piece of `max_piece_len`, pieces are shorter. Default 1 GiB.
@@ -68,6 +69,9 @@ impl PrefillConfig {
             if got == 0 || got > most {
                 return Err(Error::config(field, format!("from 1 to {most}"), got));
             }
+        }
+        if self.max_piece_len == 0 {
+            return Err(Error::config("max_piece_len", "at least 1", 0));
         }
         let places = self.max_kv_len + padding;
         let limits =

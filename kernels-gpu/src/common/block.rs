@@ -116,6 +116,15 @@ impl Gathered {
         warp::shuffle_idx(warp::FULL, self.0, block)
     }
 
+    /// The largest of those that have been read.
+    ///
+    /// # Safety
+    /// - All lanes of the warp call it.
+    #[track_caller]
+    pub unsafe fn max(self) -> u32 {
+        warp::reduce_max(warp::FULL, self.0)
+    }
+
     /// The sum over the blocks before block `block`, which have been read.
     ///
     /// # Safety

@@ -193,14 +193,17 @@ pub fn split_scaled<T: Element>(x: f32, y: f32, [scale, inverse]: [f32; 2]) -> (
 /// `x` as a sum of two numbers of its sign, bits of each: one below it in magnitude, and the rest, nearest. Neither is 0, but for
 /// the smallest numbers: so products of both with an infinite number are infinities of one sign, and can be added up together.
 pub fn split_towards_zero<T: Element>(x: f32) -> [u16; 2] {
-    let rest = |high: u16| x - T::unpack(high as u32)[0];
+    let rest = |high: u16| T::pack(x - T::unpack(high as u32)[0], 0.0) as u16;
     let mut high = T::pack(x, 0.0) as u16;
-    // The magnitude's last bit. Where `x` is `high`, too: the rest is then that bit, exactly.
-    if x.is_finite() && high & 0x7fff > 1 && T::unpack(high as u32)[0].abs() >= x.abs() {
+    if !x.is_finite() {
+        return [high, 0];
+    }
+    // The magnitude's last bit. Where `high` is `x`, too, or so near that the rest would round to 0: the rest is then that bit and more.
+    let is_too_large = T::unpack(high as u32)[0].abs() >= x.abs();
+    if high & 0x7fff > 1 && (is_too_large || rest(high) & 0x7fff == 0) {
         high -= 1;
     }
-    let low = if x.is_finite() { T::pack(rest(high), 0.0) as u16 } else { 0 };
-    [high, low]
+    [high, rest(high)]
 }
 
 /// A product of high halves with that of low halves added. Where a key is infinite or NaN, the low halves (0, or of the

@@ -79,7 +79,8 @@ unsafe fn mean_query<T: Element>(params: &PoolParams<T>, head: u32, row: u32, su
     }
     thread::sync_threads();
     if element < params.head_dim {
-        let mean = sum / queries.len().max(1) as f32;
+        // As `append_pool` does.
+        let mean = sum * (1.0 / queries.len().max(1) as f32);
         sums.add(element).store(mean);
         let out = (row as u64 * params.num_qo_heads as u64 + head as u64) * params.head_dim as u64;
         params.queries.add(out + element as u64).store(mean);

@@ -35,7 +35,8 @@ pub(super) struct Layout {
     pub(super) tokens: Region<u32>,
     /// Few keys in the range, of all blocks.
     pub(super) all: Region<u32>,
-    /// How many are the block's own; its tokens above the range and in it; its keys from some bound on.
+    /// How many are the block's own; its tokens above the range and in it; its keys from some bound on, and the largest
+    /// of them.
     pub(super) counts: Region<u32>,
     pub(super) warps: Region<u32>,
     /// What one thread has found for all.
@@ -52,7 +53,7 @@ pub(super) const LAYOUT: Layout = {
         own: carve.array(KEPT, 16),
         tokens: carve.array(KEPT, 16),
         all: carve.array(FEW, 16),
-        counts: carve.array(4, 16),
+        counts: carve.array(5, 16),
         warps: carve.array(THREADS / 32, 16),
         found: carve.array(3, 16),
         bytes: carve.bytes(),

@@ -149,7 +149,7 @@ impl Chunks {
 
     /// Asks for the number that is taken next.
     unsafe fn ask(&mut self) {
-        if thread::thread_idx_x() % WARPGROUP == 0 {
+        if thread::thread_idx_x().is_multiple_of(WARPGROUP) {
             self.ticket = self.num_places + self.counter.atomic_add(1);
         }
     }
@@ -163,7 +163,7 @@ impl Chunks {
         self.tile += u32::from(tile < self.last_tile);
         if self.tile == self.end {
             let at = self.tickets.add(self.turn);
-            if thread::thread_idx_x() % WARPGROUP == 0 {
+            if thread::thread_idx_x().is_multiple_of(WARPGROUP) {
                 at.store(self.ticket);
             }
             thread::sync_named(self.barrier, WARPGROUP);

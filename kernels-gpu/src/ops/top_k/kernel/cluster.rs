@@ -159,17 +159,18 @@ unsafe fn sampled_range(share: &Share<'_>, stride: u32) -> Range {
     }
 }
 
-/// The range, with the number of its keys, of which the block has `own`; or that of all keys, if the threshold lies below.
+/// The range, with its end and the number of its keys, of which the block has `own`; or that of all keys, if the threshold lies below.
 unsafe fn checked_range(share: &mut Share<'_>, range: Range, own: u32) -> Range {
-    let count = LAYOUT.counts.get().add(3);
+    let (count, largest) = (LAYOUT.counts.get().add(3), LAYOUT.counts.get().add(4));
     if thread::thread_idx_x() == 0 {
         count.store(own);
     }
     cluster::sync();
     let num_blocks = cluster::num_blocks();
     let many = Gathered::load(count, num_blocks).before(num_blocks);
+    let largest = Gathered::load(largest, num_blocks).max();
     if many >= range.rank && range.keys.smallest > 0 {
-        return Range { many, ..range };
+        return Range { many, keys: Keys { largest, ..range.keys }, ..range };
     }
     share.kept = None;
     Range::all(share)
@@ -184,13 +185,28 @@ unsafe fn clear(histogram: Shared<u32>) {
 }
 
 /// Sums of the blocks' histograms in the thread's bins.
+///
+/// *Convergence:* aligned; every thread of the cluster.
 unsafe fn counts_of_cluster() -> [u32; OWN_BINS] {
-    let histogram = LAYOUT.histogram.get();
+    /// Blocks whose counts a thread has in flight.
+    const BLOCKS: usize = 4;
+    const _: () = assert!(OWN_BINS == 4);
+
+    // The thread's bins are adjacent, the last one first.
+    let own = LAYOUT.histogram.get().add(bin_from_top::<OWN_BINS>(BINS, OWN_BINS - 1)).cast::<V4<u32>>();
     cluster::sync();
     let mut counts = [0; OWN_BINS];
-    for block in 0..cluster::num_blocks() {
-        for i in 0..OWN_BINS {
-            counts[i] += histogram.add(bin_from_top::<OWN_BINS>(BINS, i)).of_block(block).load();
+    for first in strided(0, cluster::num_blocks(), BLOCKS as u32) {
+        let mut of_blocks = [V4([0; 4]); BLOCKS];
+        for i in 0..BLOCKS {
+            if first + (i as u32) < cluster::num_blocks() {
+                of_blocks[i] = own.of_block(first + i as u32).load();
+            }
+        }
+        for i in 0..BLOCKS {
+            for bin in 0..OWN_BINS {
+                counts[bin] += of_blocks[i].0[OWN_BINS - 1 - bin];
+            }
         }
     }
     cluster::sync();
@@ -252,6 +268,7 @@ impl<'a> Share<'a> {
     }
 
     /// Keeps all keys from `smallest` on, if that is not the smallest of all and there is room, and says how many they are.
+    /// The largest of them is word 4 of [`counts`](Layout::counts).
     ///
     /// *Convergence:* aligned; every thread of the block.
     unsafe fn keep(&mut self, smallest: u32) -> u32 {
@@ -261,13 +278,19 @@ impl<'a> Share<'a> {
             self.kept = None;
             return 0;
         }
+        let mut largest = 0;
         self.each_vote(smallest, |token, key| {
+            largest = largest.max(key);
             let place = count.atomic_add(1);
             if place < KEPT {
                 keys.add(place).store(key);
                 tokens.add(place).store(token);
             }
         });
+        let largest = warp::reduce_max(warp::FULL, largest);
+        if warp::lane_id() == 0 {
+            count.add(4).atomic_max(largest);
+        }
         thread::sync_threads();
         let own = count.load();
         thread::sync_threads();
@@ -370,6 +393,7 @@ unsafe fn clear_marks(share: &Share<'_>) {
     }
     if thread::thread_idx_x() == 0 {
         LAYOUT.counts.get().store(0);
+        LAYOUT.counts.get().add(4).store(0);
     }
 }
 
