@@ -50,6 +50,12 @@ impl LaunchOrder {
         in_flight.output_is_read |= tensors.iter().any(|it| it.start < output.end && output.start < it.end);
     }
 
+    /// The next launch begins when all before it have ended.
+    pub(crate) fn separates(&self) {
+        // As behind a launch that writes what any reads before it waits.
+        self.in_flight().tables = true;
+    }
+
     /// The last launch writes this tensor.
     pub(crate) fn writes(&self, output: Range<u64>) {
         self.in_flight().output = output;
@@ -98,6 +104,15 @@ mod tests {
         let order = LaunchOrder::default();
         launch(&order, Op::Vote, false);
         ops.iter().fold(true, |_, &op| launch(&order, op, false))
+    }
+
+    #[test]
+    fn a_launch_that_is_separated_does_not_overlap_and_the_next_may() {
+        let order = LaunchOrder::default();
+        launch(&order, Op::Vote, false);
+        order.separates();
+        assert!(!launch(&order, Op::TopKChooseInCluster, false));
+        assert!(launch(&order, Op::AttendDecode, false));
     }
 
     #[test]

@@ -30,7 +30,7 @@
 //! | `score`, `score_stream` | reads tables; `score_stream` also the first stages of keys ([`Overlap::prefetching`]) |
 //! | `vote` | reads tables |
 //! | `vote` of blocks | everything but what needs the sums: behind `fold`, tables, actions, scoring queries and keys are older |
-//! | `top_k` (the launch that writes the lists) | reads tables, actions, scoring queries and cached selections: behind `vote` these are older |
+//! | `top_k` (the launch that writes the lists) | reads tables, actions, scoring queries and cached selections: behind `vote` these are older; else a host lets it not overlap |
 //! | `attend_stream`, `attend_stream_merge` | reads tables |
 //! | others | nothing |
 

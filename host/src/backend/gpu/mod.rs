@@ -332,6 +332,10 @@ impl Backend for GpuPlan {
             return Ok(());
         }
         let params = self.top_k_params(plan, batch, workspace, cached.as_ref())?;
+        if !votes_are_counted {
+            // It reads actions before it waits. `pool` may be the launch before.
+            self.driver.order().separates();
+        }
         self.launch_top_k(&params, votes_are_counted)
     }
 

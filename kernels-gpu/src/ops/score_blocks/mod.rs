@@ -17,8 +17,8 @@
 //! 3. *Rows* are tokens. A warp copies its 16 keys to stages of its own, a line at a time, and loads them as A fragments. On Hopper a
 //!    warpgroup multiplies ([`warpgroup`](crate::simt::warpgroup)), elsewhere each of its warps.
 //! 4. *Statistics* have a reference in place of the largest logit, base 2: the larger of a lane's first two tokens, raised only
-//!    where a sum reaches 2^63. What is not plain takes the slow way: tokens that are no candidates, NaN, infinities, references so
-//!    large that their rounding matters.
+//!    where a sum reaches 2^63. Tokens that are no candidates of a block add 0. What is not plain takes the slow way: NaN, infinities,
+//!    references so large that their rounding matters.
 //! 5. *The same bits, however many blocks share a pass.* Statistics are those of chunks of [`CHUNK`] tokens, counted from token
 //!    0, of each warp; they are folded in an order that depends on the row alone (`fold`). What a column computes does not
 //!    depend on the others, nor on which way they take.
