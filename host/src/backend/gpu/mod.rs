@@ -12,7 +12,7 @@ use std::ops::Range;
 use half::f16;
 use kernels_gpu::common::layout::{BatchTables, PageStrides};
 use kernels_gpu::common::overlap::Overlap;
-use kernels_gpu::common::radix::{COUNTS, NO_COUNTS};
+use kernels_gpu::common::radix::NO_COUNTS;
 use kernels_gpu::entries::{ElementType, Entry, Key, Op};
 use kernels_gpu::launch::Dims;
 use kernels_gpu::ops::append::AppendParams;
@@ -150,7 +150,7 @@ impl GpuPlan {
         // SAFETY: `TokenSelect` has checked shapes and lengths.
         let launch = |kernel, dims| unsafe { self.launch(kernel, dims, params) };
         if let Some(dims) = params.cluster_dims(gpu) {
-            let wanted = if votes_are_counted { COUNTS } else { NO_COUNTS };
+            let wanted = if votes_are_counted { params.wanted } else { NO_COUNTS };
             let params = TopKParams { wanted, ..*params };
             // SAFETY: as above.
             return unsafe { self.launch(kernels.choose_in_cluster, dims, &params) };
