@@ -9,7 +9,7 @@ use kernels_gpu::launch::GpuInfo;
 use kernels_gpu::limits::{MAX_COLUMNS, columns};
 use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
 use kernels_gpu::ops::score::{max_chunks, tile_tokens};
-use kernels_gpu::ops::score_blocks::{num_entries, shared_bytes};
+use kernels_gpu::ops::score_blocks::{num_entries, operand_bytes, shared_bytes};
 use kernels_gpu::ops::top_k::max_shares;
 use kernels_gpu::ops::vote::MAX_HEADS;
 use kernels_gpu::ops::{attend_decode, attend_prefill, attend_stream, attend_warpgroups};
@@ -299,8 +299,8 @@ pub(crate) struct Scratch {
     pub score_partial: u64,
     /// `[num_entries]` pairs of f32.
     pub blocks_partial: u64,
-    /// `[max_rows, num_qo_heads]` pairs of f32.
-    pub blocks_sums: u64,
+    /// `[max_rows, operand_bytes]`.
+    pub blocks_operands: u64,
     /// `[max_rows, num_kv_heads]` u32, zero between launches.
     pub blocks_counters: u64,
     /// `[max_rows, BINS]` u32, zero between launches.
@@ -345,7 +345,7 @@ impl Scratch {
         let score_partial = words(&[max_rows, chunks, hq, 2]);
         let blocks = u64::from(operations.score_blocks);
         let blocks_partial = words(&[2, blocks, num_entries(max_kv_tokens, max_rows, hq)]);
-        let blocks_sums = words(&[2, blocks, max_rows, hq]);
+        let blocks_operands = words(&[blocks, max_rows, operand_bytes(head_dim as u32, hkv) / 4]);
         let blocks_counters = words(&[blocks, max_rows, hkv]);
         let histogram = words(&[max_rows, u64::from(BINS)]);
         let radix_state = words(&[max_rows, 4]);
@@ -367,7 +367,7 @@ impl Scratch {
             pool_partial,
             score_partial,
             blocks_partial,
-            blocks_sums,
+            blocks_operands,
             blocks_counters,
             histogram,
             radix_state,
@@ -394,7 +394,7 @@ impl Scratch {
             pool_partial: base + self.pool_partial,
             score_partial: base + self.score_partial,
             blocks_partial: base + self.blocks_partial,
-            blocks_sums: base + self.blocks_sums,
+            blocks_operands: base + self.blocks_operands,
             blocks_counters: base + self.blocks_counters,
             histogram: base + self.histogram,
             radix_state: base + self.radix_state,

@@ -730,8 +730,7 @@ macro_rules! with_any_accumulators {
 #[cfg(target_feature = "sm_90a")]
 #[inline(always)]
 fn descriptor<T: Pod, const BY_ROWS: bool>(b: Columns<T>) -> u64 {
-    let [start, rows, columns] =
-        [b.start.addr(), b.row_bytes, b.column_bytes].map(|x| (x / 16) as u64 & 0x3fff);
+    let [start, rows, columns] = [b.start.addr(), b.row_bytes, b.column_bytes].map(sixteenths);
     match (b.is_swizzled, BY_ROWS) {
         (false, _) => start | rows << 16 | columns << 32,
         (true, false) => start | columns << 32 | 1 << 62,
@@ -739,11 +738,18 @@ fn descriptor<T: Pod, const BY_ROWS: bool>(b: Columns<T>) -> u64 {
     }
 }
 
+/// 14 bits: addresses of shared memory, and strides, are below 2^18.
+#[cfg(target_feature = "sm_90a")]
+#[inline(always)]
+fn sixteenths(bytes: u32) -> u64 {
+    (bytes / 16) as u64
+}
+
 /// As [`descriptor`] of swizzled lines.
 #[cfg(target_feature = "sm_90a")]
 #[inline(always)]
 fn descriptor_of_rows<T: Pod>(a: Rows<T>) -> u64 {
-    let [start, rows] = [a.start.addr(), a.row_bytes].map(|x| (x / 16) as u64 & 0x3fff);
+    let [start, rows] = [a.start.addr(), a.row_bytes].map(sixteenths);
     start | rows << 32 | 1 << 62
 }
 

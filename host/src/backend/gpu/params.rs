@@ -206,7 +206,7 @@ impl GpuPlan {
             actions: own(&workspace.actions)?,
             groups,
             partial: GlobalMut::from_addr(scratch.blocks_partial),
-            sums: GlobalMut::from_addr(scratch.blocks_sums),
+            operands: GlobalMut::from_addr(scratch.blocks_operands),
             counters: GlobalMut::from_addr(scratch.blocks_counters),
             votes: own_mut(&workspace.votes)?,
             batch: self.tables(batch)?,

@@ -2,7 +2,7 @@
 
 use super::stats::Sum;
 use super::*;
-use crate::simt::global::GlobalMut;
+use crate::limits::{MAX_COLUMNS, columns};
 use crate::simt::grid;
 use crate::simt::shared::{Carve, Region};
 
@@ -16,21 +16,21 @@ impl Entries {
     pub unsafe fn of<T>(params: &ScoreBlocksParams<T>, row: u32, head: u32) -> Entries {
         let chunks = params.batch.token_base(row) / CHUNK as u64 + 2 * row as u64;
         let heads = (params.num_kv_heads * params.group) as u64;
-        let of_head = params.batch.kv_len(row).div_ceil(CHUNK) * ENTRIES;
-        let first = chunks * ENTRIES as u64 * heads + head as u64 * of_head as u64;
+        let of_head = params.batch.kv_len(row).div_ceil(CHUNK);
+        let first = chunks * heads + head as u64 * of_head as u64;
         Entries { first: params.partial.add(first) }
     }
 
-    /// That of a chunk and a warp of a warpgroup.
-    pub fn at(&self, chunk: u32, warp: u32) -> GlobalMut<V2<f32>> {
-        self.first.add((chunk * ENTRIES + warp) as u64)
+    /// That of a chunk.
+    pub fn at(&self, chunk: u32) -> GlobalMut<V2<f32>> {
+        self.first.add(chunk as u64)
     }
 }
 
 /// Shared memory: the sums of the warps.
 const SUMS: Region<V2<f32>> = Carve::new().array(FOLD_THREADS / warp::SIZE, 16);
 
-/// Sets the counters of [`stats`](super::stats()) back to 0, too: there are no more groups than rows.
+/// Sets the counters of [`stats`](super::stats()) back to 0, too.
 ///
 /// Thread `i` takes entries `i`, `i + 128`, ..., counted from token 0; then lanes, then warps.
 ///
@@ -38,23 +38,27 @@ const SUMS: Region<V2<f32>> = Carve::new().array(FOLD_THREADS / warp::SIZE, 16);
 /// - The buffers and tables are as [`ScoreBlocksParams`] says.
 /// - Launched with [`ScoreBlocksParams::fold_dims`], behind [`stats`](super::stats()).
 pub unsafe fn fold<T: Element>(params: ScoreBlocksParams<T>) {
-    let (head, row) = (thread::block_idx_x(), thread::block_idx_y());
+    let (head, block, group) = (thread::block_idx_x(), thread::block_idx_y(), thread::block_idx_z());
+    let [first_row, num_rows] = params.groups.add(group as u64).load().0;
+    // Blocks that the group does not have read the tables of its last.
+    let row = first_row + block.min(num_rows.max(1) - 1);
     let candidates = params.batch.candidates(row, params.n_init, params.n_local);
     grid::wait_for_previous();
     grid::launch_dependents();
-    if row < params.num_groups && head < params.num_kv_heads && thread::thread_idx_x() == 0 {
-        params.counters.add((row * params.num_kv_heads + head) as u64).store(0);
+    if block == 0 && head < params.num_kv_heads && thread::thread_idx_x() == 0 {
+        params.counters.add((group * params.num_kv_heads + head) as u64).store(0);
     }
-    if params.actions.add(row as u64).load() != SCORE || candidates.end <= candidates.begin {
+    let is_scored = block < num_rows && params.actions.add(row as u64).load() == SCORE;
+    if !is_scored || candidates.end <= candidates.begin {
         return;
     }
     let entries = Entries::of(&params, row, head);
-    let (first, end) = (candidates.begin / CHUNK * ENTRIES, candidates.end.div_ceil(CHUNK) * ENTRIES);
+    let (first, end) = (candidates.begin / CHUNK, candidates.end.div_ceil(CHUNK));
     let mut entry = first / FOLD_THREADS * FOLD_THREADS + thread::thread_idx_x();
     let mut sum = Sum::EMPTY;
     while entry < end {
         if entry >= first {
-            let [reference, part] = entries.at(0, entry).load().0;
+            let [reference, part] = entries.at(entry).load().0;
             sum.merge(Sum { reference, sum: part });
         }
         entry += FOLD_THREADS;
@@ -76,7 +80,14 @@ pub unsafe fn fold<T: Element>(params: ScoreBlocksParams<T>) {
             let [reference, part] = warps.add(i).load().0;
             sum.merge(Sum { reference, sum: part });
         }
-        let place = row as u64 * (params.num_kv_heads * params.group) as u64 + head as u64;
-        params.sums.add(place).store(V2([sum.reference, 1.0 / sum.sum]));
+        let columns = columns(params.group).unwrap_or(MAX_COLUMNS);
+        let group_heads = params.group.max(1);
+        let row = Place::row(columns, block, head % group_heads);
+        let slab = first_slab(group, first_row, columns) + row / WARP_ROWS;
+        let number = slab as u64 * params.num_kv_heads as u64 + (head / group_heads) as u64;
+        let bytes = bytes_of_slab(params.head_dim);
+        let of_slab = params.operands.add(number * (bytes / 16) as u64).cast::<V2<f32>>();
+        let first = bytes / 8 - WARP_ROWS; // sums come last
+        of_slab.add((first + row % WARP_ROWS) as u64).store(V2([-sum.reference, 1.0 / sum.sum]));
     }
 }

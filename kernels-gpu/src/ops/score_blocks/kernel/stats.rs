@@ -2,7 +2,7 @@
 
 use super::fold::Entries;
 use super::*;
-use crate::common::fragment::over_rows;
+use crate::common::fragment::over_columns;
 use crate::simt::global::GlobalMut;
 use crate::simt::{grid, math};
 
@@ -26,56 +26,75 @@ pub unsafe fn stats<T: Element, const C: usize, const G: usize>(params: ScoreBlo
 unsafe fn stats_as<T: Element, const C: usize, const G: usize, const WIDE: bool>(
     params: ScoreBlocksParams<T>,
 ) {
-    match (C > 4, WIDE) {
-        (false, _) if G == 16 => thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128, 16) }>(),
-        (false, _) => thread::launch_bounds::<WARPGROUP, { stats_blocks_per_sm(128, 4) }>(),
-        (true, true) => thread::launch_bounds::<{ stats_threads(256, true) }, 1>(),
-        (true, false) => thread::launch_bounds::<{ stats_threads(256, false) }, 1>(),
-    }
+    launch_bounds::<C, WIDE>();
     let layout = const { &Layout::stats(32 * C as u32, WIDE) };
     grid::wait_for_previous();
     grid::launch_dependents();
     let kv_head = thread::block_idx_y();
-    let blocks = 4 * (SLOTS / G) as u32;
-    let group = Group::new(&params, thread::block_idx_z(), blocks, layout.ranges.get());
+    let group = Group::new(&params, thread::block_idx_z(), ROWS / G as u32, layout.ranges.get());
     if group.is_idle() {
         return;
     }
     let stages = Stages::<C>::new(layout.stages.get());
     let counter = params.counters.add((thread::block_idx_z() * params.num_kv_heads + kv_head) as u64);
-    let warpgroups = const { stats_threads(32 * C as u32, WIDE) / WARPGROUP };
+    let warpgroups = const { threads(32 * C as u32, WIDE) / WARPGROUP };
     let mut ahead = Chunks::new(&group, counter, layout.tickets.get(), warpgroups);
-    // Tiles whose keys are in flight, and their pages: all are asked for at once.
-    let mut tiles = [0; STAGES as usize];
-    let mut pages = [0; STAGES as usize];
-    for stage in 0..STAGES as usize {
-        tiles[stage] = ahead.take_tile();
-        pages[stage] = group.load_page(tiles[stage]);
-    }
+    let barrier = ahead.barrier;
+    // The tile whose keys are in flight, and the next one, whose page is looked up.
+    let mut tile = ahead.take_tile();
+    let first_page = group.load_page(tile);
     let mut next = ahead.take_tile();
     let mut page = group.load_page(next);
-    for stage in 0..STAGES {
-        stages.start(&group, stage, tiles[stage as usize], kv_head, pages[stage as usize]);
-    }
+    stages.start(&group, 0, tile, kv_head, first_page);
     let queries = layout.queries.get();
-    group.put_queries::<C, G>(queries, kv_head, 1);
+    group.put_queries::<C, G>(queries, kv_head);
     thread::sync_threads();
-    let mut state = State::new(layout.references.get(), const { stats_threads(32 * C as u32, WIDE) });
-    let mut products = [[0.0; 4]; SLOTS / 2];
+    if thread::block_idx_x() == 0 {
+        keep::<T, C, G>(&group, queries, kv_head);
+    }
+    let mut state = State::new::<T, G>(&group);
+    let mut products = [[0.0; 4]; FRAGMENTS];
     let mut stage = 0;
-    while tiles[0] < ahead.last_tile {
-        let keys = stages.take(stage);
-        multiply::<T, C, WIDE>(&mut products, &keys, queries);
+    while tile < ahead.last_tile {
+        stages.meet(barrier);
+        multiply::<T, C, WIDE>(&mut products, queries, stages.keys(stage));
+        stage ^= 1;
         stages.start(&group, stage, next, kv_head, page);
-        let tile = tiles[0];
-        tiles = [tiles[1], next];
+        let current = tile;
+        tile = next;
         next = ahead.take_tile();
         page = group.load_page(next);
         finish::<WIDE>(&mut products);
-        state.count::<T, G>(&group, &products, tile, ahead.ends_chunk(tile), kv_head);
-        stage = (stage + 1) % STAGES;
+        state.count(&group, &products, current);
+        if ahead.ends_chunk(current) {
+            state.write(&group, current / TILES, kv_head);
+        }
     }
     tensor::cp_async_wait::<0>();
+}
+
+/// Writes the queries of a KV head to memory as [`vote`](super::vote()) reads them, and sums of 0, for rows of no head.
+///
+/// *Convergence:* every thread of the block, behind a barrier.
+unsafe fn keep<T: Element, const C: usize, const G: usize>(
+    group: &Group<'_, T>,
+    queries: Shared<u16>,
+    kv_head: u32,
+) {
+    let slabs = group.slabs::<C, G>();
+    for slab in 0..group.num_slabs::<G>() {
+        let to = slabs.at(slab, kv_head);
+        let end = Slabs::<C>::PIECES * Slabs::<C>::LINES;
+        for item in strided(thread::thread_idx_x(), end, thread::block_dim_x()) {
+            let (line, piece) = (item / Slabs::<C>::PIECES, item % Slabs::<C>::PIECES);
+            let is_used = Slabs::<C>::dimension(line, piece) < 32 * C as u32;
+            let at = Slabs::<C>::piece(queries, slab, line, piece);
+            to.add(item as u64).store(if is_used { at.load() } else { V4([0; 4]) });
+        }
+        if thread::thread_idx_x() < WARP_ROWS / 2 {
+            slabs.sums(slab, kv_head).add(thread::thread_idx_x() as u64).store(V4([0; 4]));
+        }
+    }
 }
 
 /// Tiles of a chunk.
@@ -115,8 +134,7 @@ impl Chunks {
         tickets: Shared<u32>,
         of_block: u32,
     ) -> Chunks {
-        // The same in all lanes, and known to be; so is the number of a barrier, where there is one warpgroup.
-        let own = warp::shuffle_idx(warp::FULL, thread::thread_idx_x() / WARPGROUP, 0) % of_block;
+        let own = own_warpgroup() % of_block; // of one, the compiler knows the number
         let (first_chunk, end) = (group.all.begin / CHUNK, group.all.end.div_ceil(CHUNK));
         let mut chunks = Chunks {
             counter,
@@ -200,9 +218,9 @@ impl Sum {
         reference.abs() >= 4096.0
     }
 
-    /// The reference after the first two logits; none where the larger is no finite number.
-    fn first_reference([x, y]: [f32; 2]) -> f32 {
-        let max = x.max(y);
+    /// The reference after a chunk's first logits: the largest; none where that is no finite number.
+    fn first_reference(logits: &Row) -> f32 {
+        let max = logits.as_flattened().iter().fold(f32::NEG_INFINITY, |max, &x| max.max(x));
         if max.is_finite() { max } else { f32::NEG_INFINITY }
     }
 
@@ -212,20 +230,17 @@ impl Sum {
     }
 
     /// Counts tokens whose logits lie anywhere; NaN is passed over.
-    fn push<const N: usize>(&mut self, logits: [f32; N]) {
-        let mut max = self.reference;
-        for i in 0..N {
-            max = max.max(logits[i]);
-        }
+    fn push(&mut self, logits: &Row) {
+        let max = logits.as_flattened().iter().fold(self.reference, |max, &x| max.max(x));
         let is_first = self.reference == f32::NEG_INFINITY;
         if max == f32::INFINITY || is_first || max > self.reference + 63.0 {
             // Of no sum, or of logits of -inf that weigh nothing beside a number.
             self.sum *= Sum::ratio(self.reference, max);
             self.reference = max;
         }
-        for i in 0..N {
-            let term = Sum::ratio(logits[i], self.reference);
-            self.sum += if logits[i].is_nan() { 0.0 } else { term };
+        for &logit in logits.as_flattened() {
+            let term = Sum::ratio(logit, self.reference);
+            self.sum += if logit.is_nan() { 0.0 } else { term };
         }
     }
 
@@ -237,185 +252,147 @@ impl Sum {
     }
 }
 
-/// The lane's sums of every slot. Registers are scarce: the references, negated, lie in shared memory, and half of the slots are counted at a
-/// time.
+/// The lane's sums of its two rows.
 struct State {
-    sums: [f32; SLOTS],
-    references: Shared<V4<f32>>,
-    /// Threads of the block.
-    stride: u32,
+    place: Place,
+    /// Candidates of the lane's block.
+    range: Tokens,
+    sums: [Sum; 2],
     /// Whether a reference may be [`far`](Sum::is_far).
     is_far: bool,
 }
 
-/// Half of the slots.
-const HALF: usize = SLOTS / 2;
+/// Logits of a row, or what they add to its sum: of the lane's tokens of a tile.
+type Row = [[f32; 2]; FRAGMENTS];
 
 impl State {
-    unsafe fn new(references: Shared<V4<f32>>, stride: u32) -> State {
-        let mut state = State {
-            sums: [0.0; SLOTS],
-            references: references.add(thread::thread_idx_x()),
-            stride,
-            is_far: false,
-        };
-        state.clear();
-        state
+    unsafe fn new<T: Element, const G: usize>(group: &Group<'_, T>) -> State {
+        let place = Place::own::<G>();
+        State { place, range: group.range(place.block), sums: [Sum::EMPTY; 2], is_far: false }
     }
 
-    unsafe fn clear(&mut self) {
-        for quad in 0..SLOTS / 4 {
-            self.references.add(quad as u32 * self.stride).store(V4([-Sum::EMPTY.reference; 4]));
-        }
-        self.sums = [0.0; SLOTS];
-        self.is_far = false;
-    }
-
-    /// Counts a tile's products, and writes the sums of a chunk that ends with it.
+    /// Counts a tile's products.
     #[inline(always)]
-    unsafe fn count<T: Element, const G: usize>(
-        &mut self,
-        group: &Group<'_, T>,
-        products: &Products,
-        tile: u32,
-        ends_chunk: bool,
-        kv_head: u32,
-    ) {
-        let scale = group.params.scale_log2;
+    unsafe fn count<T: Element>(&mut self, group: &Group<'_, T>, products: &Products, tile: u32) {
+        let (scale, starts) = (group.params.scale_log2, tile.is_multiple_of(TILES));
         if group.is_full(tile) {
-            self.count_tile::<G>(scale, products, tile, &[[true; 2]; SLOTS]);
+            self.count_tile(scale, products, starts, &[[true; 2]; FRAGMENTS]);
         } else {
-            self.count_tile::<G>(scale, products, tile, &group.seen::<G>(tile));
-        }
-        if ends_chunk {
-            self.write::<T, G>(group, tile, kv_head);
-            self.clear();
+            self.count_tile(scale, products, starts, &Group::<T>::seen(tile, self.range));
         }
     }
 
+    /// `starts`: the tile is the first of a chunk.
     #[inline(always)]
-    unsafe fn count_tile<const G: usize>(&mut self, scale: f32, products: &Products, tile: u32, seen: &Seen) {
-        if tile.is_multiple_of(TILES) {
-            self.refer_to::<G>(scale, products, seen);
-        }
-        self.count_half::<G, 0>(scale, products, seen);
-        self.count_half::<G, HALF>(scale, products, seen);
-    }
-
-    /// Notes whether a reference is far. (Beside -inf the fast way finds no number, and is left.)
-    fn look_at(&mut self, reference: f32) {
-        self.is_far |= Sum::is_far(reference) && reference != f32::NEG_INFINITY;
-    }
-
-    /// The larger logits of the first two tokens become the references, as far as they are finite.
-    #[inline(always)]
-    unsafe fn refer_to<const G: usize>(&mut self, scale: f32, products: &Products, seen: &Seen) {
-        for quad in 0..SLOTS / 4 {
-            let mut references = [0.0; 4];
-            for i in 0..4 {
-                let reference = Sum::first_reference(logits::<G>(scale, products, 4 * quad + i, seen));
-                self.look_at(reference);
-                references[i] = -reference;
+    unsafe fn count_tile(&mut self, scale: f32, products: &Products, starts: bool, seen: &Seen) {
+        if starts {
+            for half in 0..2 {
+                self.sums[half].reference = Sum::first_reference(&logits(scale, products, half, seen));
+                self.look_at(half);
             }
-            self.references.add(quad as u32 * self.stride).store(V4(references));
         }
-    }
-
-    /// Counts the products of the slots from `FIRST` on.
-    #[inline(always)]
-    unsafe fn count_half<const G: usize, const FIRST: usize>(
-        &mut self,
-        scale: f32,
-        products: &Products,
-        seen: &Seen,
-    ) {
-        let at = self.references.add((FIRST / 4) as u32 * self.stride);
-        let mut references = [at.load().0, at.add(self.stride).load().0];
-        let (mut sums, mut all) = ([0.0; HALF], 0.0);
-        for i in 0..HALF {
-            let terms = terms::<G>(scale, products, FIRST + i, seen, references[i / 4][i % 4]);
-            sums[i] = self.sums[FIRST + i] + (terms[0] + terms[1]);
-            all += sums[i];
+        let mut sums = [0.0; 2];
+        for half in 0..2 {
+            let Sum { reference, sum } = self.sums[half];
+            sums[half] = sum + total(&terms(scale, products, half, seen, -reference));
         }
-        // None of them is negative: each is as small as all together.
-        if all < LARGE && !self.is_far {
-            for i in 0..HALF {
-                self.sums[FIRST + i] = sums[i];
+        // Neither is negative: each is as small as both together.
+        if sums[0] + sums[1] < LARGE && !self.is_far {
+            for half in 0..2 {
+                self.sums[half].sum = sums[half];
             }
             return;
         }
-        for i in 0..HALF {
-            let (slot, reference) = (FIRST + i, -references[i / 4][i % 4]);
-            let mut sum = Sum { reference, sum: self.sums[slot] };
-            count_any::<G>(scale, &mut sum, products, slot, sums[i], seen);
-            self.look_at(sum.reference);
-            (references[i / 4][i % 4], self.sums[slot]) = (-sum.reference, sum.sum);
+        for half in 0..2 {
+            count_any(scale, &mut self.sums[half], products, half, sums[half], seen);
+            self.look_at(half);
         }
-        at.store(V4(references[0]));
-        at.add(self.stride).store(V4(references[1]));
     }
 
-    /// Merges the sums of the lanes that hold the same slots, and writes those of blocks with candidates in the chunk.
-    unsafe fn write<T: Element, const G: usize>(&self, group: &Group<'_, T>, tile: u32, kv_head: u32) {
-        let (params, at) = (group.params, lane());
-        let chunk = tile / TILES;
-        for slot in 0..SLOTS {
-            let own = -self.references.add((slot / 4) as u32 * self.stride).load().0[slot % 4];
-            let reference = over_rows(own, f32::max);
-            let sum = over_rows(self.sums[slot] * Sum::ratio(own, reference), |x, y| x + y);
-            let (block, member) = (block_of::<G>(at, slot), (slot % G) as u32);
-            let range = group.range(block);
-            let has_some = CHUNK * chunk < range.end && CHUNK * (chunk + 1) > range.begin;
-            if at.g == 0 && member < params.group && has_some && range.begin < range.end {
-                let entries = Entries::of(params, group.first_row + block, kv_head * params.group + member);
-                entries.at(chunk, warp::warp_id() % ENTRIES).store(V2([reference, sum]));
+    /// Notes whether a reference is far. (Beside -inf the fast way finds no number, and is left.)
+    fn look_at(&mut self, half: usize) {
+        let reference = self.sums[half].reference;
+        self.is_far |= Sum::is_far(reference) && reference != f32::NEG_INFINITY;
+    }
+
+    /// Merges the sums of the lanes that hold the same rows, writes those of a block with candidates in the chunk, and begins anew.
+    #[inline(always)]
+    unsafe fn write<T: Element>(&mut self, group: &Group<'_, T>, chunk: u32, kv_head: u32) {
+        let (params, Tokens { begin, end }) = (group.params, self.range);
+        for half in 0..2 {
+            let Sum { reference: own, sum } = self.sums[half];
+            let reference = over_columns(own, f32::max);
+            let sum = over_columns(sum * Sum::ratio(own, reference), |x, y| x + y);
+            let member = self.place.members[half];
+            let has_some = CHUNK * chunk < end && CHUNK * (chunk + 1) > begin && begin < end;
+            if lane().t == 0 && member < params.group && has_some {
+                let head = kv_head * params.group + member;
+                let entries = Entries::of(params, group.first_row + self.place.block, head);
+                entries.at(chunk).store(V2([reference, sum]));
             }
         }
+        self.sums = [Sum::EMPTY; 2];
+        self.is_far = false;
     }
 }
 
-/// A slot's logits, base 2: NaN for tokens that are no candidates of its block.
+/// A row's logits, base 2: NaN for tokens that are no candidates of its block.
 #[inline(always)]
-fn logits<const G: usize>(scale: f32, products: &Products, slot: usize, seen: &Seen) -> [f32; 2] {
-    [0, 1].map(|half| if seen[slot / G][half] { product(products, slot, half) * scale } else { f32::NAN })
+fn logits(scale: f32, products: &Products, half: usize, seen: &Seen) -> Row {
+    let mut logits = [[f32::NAN; 2]; FRAGMENTS];
+    for f in 0..FRAGMENTS {
+        for column in 0..2 {
+            let logit = products[f][2 * half + column] * scale;
+            logits[f][column] = if seen[f][column] { logit } else { f32::NAN };
+        }
+    }
+    logits
 }
 
-/// What a slot's tokens add to its sum, with its reference, negated: 0 for tokens that are no candidates of its block.
+/// What a row's tokens add to its sum, with its reference, negated: 0 for tokens that are no candidates of its block.
 #[inline(always)]
-fn terms<const G: usize>(scale: f32, products: &Products, slot: usize, seen: &Seen, minus: f32) -> [f32; 2] {
-    [0, 1].map(|half| {
-        let term = math::ex2(math::fma(product(products, slot, half), scale, minus));
-        if seen[slot / G][half] { term } else { 0.0 }
-    })
+fn terms(scale: f32, products: &Products, half: usize, seen: &Seen, minus: f32) -> Row {
+    let mut terms = [[0.0; 2]; FRAGMENTS];
+    for f in 0..FRAGMENTS {
+        for column in 0..2 {
+            let term = math::ex2(math::fma(products[f][2 * half + column], scale, minus));
+            terms[f][column] = if seen[f][column] { term } else { 0.0 };
+        }
+    }
+    terms
+}
+
+#[inline(always)]
+fn total(terms: &Row) -> f32 {
+    let mut sums = [0.0; 2];
+    for f in 0..FRAGMENTS {
+        for column in 0..2 {
+            sums[column] += terms[f][column];
+        }
+    }
+    sums[0] + sums[1]
 }
 
 /// The slow way: references that are too small or far, logits that are no numbers. `sum` is that of the fast way, which stands where it
-/// is right: what a slot counts must not depend on others.
+/// is right: what a row counts must not depend on others.
 #[inline(always)]
-fn count_any<const G: usize>(
-    scale: f32,
-    state: &mut Sum,
-    products: &Products,
-    slot: usize,
-    sum: f32,
-    seen: &Seen,
-) {
-    if seen[slot / G] == [false; 2] {
+fn count_any(scale: f32, state: &mut Sum, products: &Products, half: usize, sum: f32, seen: &Seen) {
+    if *seen == [[false; 2]; FRAGMENTS] {
         return;
     }
     if sum < LARGE && !Sum::is_far(state.reference) {
         state.sum = sum;
         return;
     }
-    let logits = logits::<G>(scale, products, slot, seen);
+    let logits = logits(scale, products, half, seen);
     if state.reference == f32::NEG_INFINITY && state.sum == 0.0 {
-        // As `refer_to` and the fast way would.
-        let reference = Sum::first_reference(logits);
-        let terms = terms::<G>(scale, products, slot, seen, -reference);
-        if !Sum::is_far(reference) && terms[0] + terms[1] < LARGE {
-            *state = Sum { reference, sum: terms[0] + terms[1] };
+        // As the first tile of a chunk would.
+        let reference = Sum::first_reference(&logits);
+        let sum = total(&terms(scale, products, half, seen, -reference));
+        if !Sum::is_far(reference) && sum < LARGE {
+            *state = Sum { reference, sum };
             return;
         }
     }
-    state.push(logits);
+    state.push(&logits);
 }
