@@ -180,7 +180,7 @@ impl Memory {
     }
 
     /// Somebody has the address from now on, and this object or what it holds as long as that.
-    fn lend(&self) {
+    pub fn lend(&self) {
         match &self.owner {
             Owner::Buffer(slot) => slot.lend(),
             Owner::Context(context) => context.get().lend(),

@@ -9,6 +9,7 @@ use pyo3::types::PyTuple;
 use crate::device::{Device, Where};
 use crate::errors::Result;
 use crate::given::{Given, Source};
+use crate::memory::{Memory, is_on};
 use crate::slot::Slot;
 
 thread_local! {
@@ -65,6 +66,9 @@ impl<'a, 'py> Uses<'a, 'py> {
     pub fn look(&mut self, what: &'static str, object: &Bound<'py, PyAny>) -> Result<Given<'py>> {
         let given = Given::look(what, object, self.device)?;
         if self.records {
+            if let Ok(memory) = object.cast::<Memory>() {
+                memory.get().lend();
+            }
             self.record(owner(&given)?);
         } else if self.is_long || (self.device.is_asynchronous() && self.must_be_kept(&given)?) {
             self.kept.push(owner(&given)?);
@@ -92,8 +96,8 @@ impl<'a, 'py> Uses<'a, 'py> {
     /// and so is that of PyTorch's allocator, if PyTorch works in the same stream.
     fn must_be_kept(&mut self, given: &Given<'py>) -> Result<bool> {
         match given.source {
-            Source::Own => Ok(!crate::memory::is_on(&given.object, self.device)),
-            Source::Interface => Ok(true),
+            Source::Own => Ok(!is_on(&given.object, self.device)),
+            Source::Interface | Source::Struct | Source::LikeTorch => Ok(true),
             Source::Torch => {
                 if self.shares_stream.is_none() {
                     self.shares_stream = Some(shares_stream(self.py, self.device)?);

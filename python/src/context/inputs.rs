@@ -7,7 +7,7 @@ use tokenselect::{DType, HeadShape, StepOutput};
 use super::Context;
 use crate::argument::{Argument, Span, expect_apart};
 use crate::errors::{Failure, Result};
-use crate::given::{like, tuple};
+use crate::given::{Given, like, tuple};
 use crate::kv::{Kv, KvView};
 use crate::numbers::of_class;
 use crate::uses::Uses;
@@ -91,7 +91,10 @@ impl Context {
         shape: &[usize],
         allowed: &[DType],
     ) -> Result<Argument> {
-        let given = uses.look(what, object)?;
+        Context::checked(&uses.look(what, object)?, shape, allowed)
+    }
+
+    fn checked(given: &Given<'_>, shape: &[usize], allowed: &[DType]) -> Result<Argument> {
         given.expect_shape(shape)?;
         let dtype = given.expect_type(allowed)?;
         given.expect_dense()?;
@@ -102,7 +105,7 @@ impl Context {
             [a, b, c, d] => [a, b, c, d].into(),
             _ => [].into(),
         };
-        Ok(Argument { what, addr: given.addr, dtype, shape, strides: None })
+        Ok(Argument { what: given.what, addr: given.addr, dtype, shape, strides: None })
     }
 
     /// As [`dense`](Self::dense), of a tensor that is written.
@@ -113,8 +116,9 @@ impl Context {
         shape: &[usize],
         allowed: &[DType],
     ) -> Result<Argument> {
-        uses.look(what, object)?.expect_writable()?;
-        Context::dense(uses, what, object, shape, allowed)
+        let given = uses.look(what, object)?;
+        given.expect_writable()?;
+        Context::checked(&given, shape, allowed)
     }
 
     /// Where attention of `tokens` query tokens is written: what was passed, or tensors made like `q`.
