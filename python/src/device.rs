@@ -48,8 +48,11 @@ pub(crate) struct Device {
     _stream_object: Option<Py<PyAny>>,
     open: Slot<()>,
     /// What the device may still read, by the moment when it has done so; none where that cannot be told.
-    kept: Mutex<Vec<(Option<Event>, Vec<Py<PyAny>>)>>,
+    kept: Mutex<Vec<Kept>>,
 }
+
+/// Objects, and the moment when the device has read them.
+type Kept = (Option<Event>, Vec<Py<PyAny>>);
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -40,7 +40,7 @@ impl KvView {
         match &self.of {
             Of::Tensors { k, v, layout } => {
                 let (k, v) = (uses.look("k pages", k.bind(py))?, uses.look("v pages", v.bind(py))?);
-                Ok(Kv::Pools(Pools::of(&k, &v, *layout, dtype)?))
+                Ok(Kv::Pools(Box::new(Pools::of(&k, &v, *layout, dtype)?)))
             }
             Of::Layer { cache, layer, is_writable } => {
                 let cache = cache.bind(py);
@@ -111,7 +111,7 @@ impl KvView {
 
 /// Keys and values as they lie during one call.
 pub(crate) enum Kv<'py> {
-    Pools(Pools),
+    Pools(Box<Pools>),
     Layer { cache: Bound<'py, Cache>, layer: usize, is_writable: bool },
 }
 

@@ -1,10 +1,10 @@
 //! The native module of the Python package `tokenselect`, over the library's own interface.
 //!
 //! Rules that hold everywhere:
-//! - A method is fenced ([`errors::fence`]): an error becomes an exception of one family, and so does a panic.
-//! - An object of the library's is behind a place that knows whether it is in use ([`slot::Slot`]): used twice at once is an error.
-//! - Tensors are looked at anew at each call ([`given::Given`]), and live until the device has read them ([`uses::Uses`]).
-//! - Nothing that is written overlaps what is read ([`argument::expect_apart`]), the library's own memory included.
+//! - A method is fenced (`errors::fence`): an error becomes an exception of one family, and so does a panic.
+//! - An object of the library's is behind a place that knows whether it is in use (`slot::Slot`): used twice at once is an error.
+//! - Tensors are looked at anew at each call (`given::Given`), and live until the device has read them (`uses::Uses`).
+//! - Nothing that is written overlaps what is read (`argument::expect_apart`), the library's own memory included.
 //! - Arguments are read here, not by the macros, so that errors name them and their rules.
 
 #![deny(clippy::unwrap_used, clippy::expect_used, clippy::panic)]

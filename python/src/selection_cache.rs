@@ -20,7 +20,7 @@ pub(crate) struct SelectionCache {
 }
 
 enum Of {
-    Own(Slot<tokenselect::SelectionCache>),
+    Own(Box<Slot<tokenselect::SelectionCache>>),
     Cache(Py<Cache>),
 }
 
@@ -151,7 +151,7 @@ impl SelectionCache {
             let (layers, sequences) =
                 (whole("num_layers", num_layers)?, whole("num_sequences", num_sequences)?);
             let made = tokenselect::SelectionCache::new(device, config, layers, sequences)?;
-            Ok(SelectionCache { of: Of::Own(Slot::new("selection_cache", made)) })
+            Ok(SelectionCache { of: Of::Own(Box::new(Slot::new("selection_cache", made))) })
         })
     }
 

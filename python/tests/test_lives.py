@@ -187,7 +187,9 @@ try:
 except KeyboardInterrupt:
     print("interrupted")
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.stdout == "interrupted\n", done.stderr
 
 
@@ -232,7 +234,9 @@ fails(buffer.to_host)
 fails(lambda: device.to_device(pages))
 fails(lambda: ts.Context(device, ts.Config(dtype="f32"), max_kv_tokens=1 << 24))
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd="/", capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr
     kinds = done.stdout.split()
     assert len(kinds) == 4 and set(kinds) <= {"OutOfMemoryError", "MemoryError"}, done.stdout + done.stderr

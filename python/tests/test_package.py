@@ -15,7 +15,7 @@ import tokenselect as ts
 from definitions import HKV, PAGE, D, config
 
 
-def run(code: str, folder: Path | str = ".") -> str:
+def run(code: str, folder: Path | str = "/") -> str:
     """What a process of its own prints."""
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=folder, capture_output=True, text=True, timeout=60, check=False

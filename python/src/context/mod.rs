@@ -574,7 +574,7 @@ impl Context {
     fn _panic(&self, py: Python<'_>) -> PyResult<()> {
         fence(py, || {
             let _at_work = self.slot.write()?;
-            std::panic::panic_any("a test's own")
+            std::panic::resume_unwind(Box::new("a test's own"))
         })
     }
 
