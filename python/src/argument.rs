@@ -16,7 +16,8 @@ pub(crate) struct Span {
 impl Span {
     /// Checks that a span that is written shares no byte with this one.
     pub fn expect_apart(&self, other: &Span) -> Result<()> {
-        if self.begin >= other.end || other.begin >= self.end {
+        let is_apart = self.begin >= other.end || other.begin >= self.end;
+        if is_apart || self.begin == self.end || other.begin == other.end {
             return Ok(());
         }
         let range = |span: &Span| format!("[{:#x}, {:#x})", span.begin, span.end);

@@ -205,6 +205,7 @@ impl<'py> Given<'py> {
             given.strides[dim] = step;
         }
         given.divide_strides(told.itemsize as isize)?;
+        given.interface = Some(capsule);
         Ok(given)
     }
 

@@ -27,6 +27,8 @@ pub(crate) struct Uses<'a, 'py> {
     /// Whether other threads run while this call works.
     is_long: bool,
     kept: Vec<Py<PyAny>>,
+    /// What tells of arrays, which may own their memory, as long as the call.
+    interfaces: Vec<Bound<'py, PyAny>>,
 }
 
 /// Queries times keys from which on other threads run meanwhile. Below, giving the interpreter up and getting it back costs more
@@ -44,7 +46,7 @@ impl<'a, 'py> Uses<'a, 'py> {
         let records = RECORDS.with_borrow(|records| !records.is_empty());
         // A CUDA device works by itself.
         let is_long = work == usize::MAX || (work >= LONG && !matches!(device.place(), Where::Cuda(_)));
-        Uses { py, device, records, shares_stream: None, is_long, kept: Vec::new() }
+        Uses { py, device, records, shares_stream: None, is_long, kept: Vec::new(), interfaces: Vec::new() }
     }
 
     /// Does the work: if it is long, without the interpreter, so that other threads run.
@@ -73,6 +75,7 @@ impl<'a, 'py> Uses<'a, 'py> {
         } else if self.is_long || (self.device.is_asynchronous() && self.must_be_kept(&given)?) {
             self.kept.push(owner(&given)?);
         }
+        self.interfaces.extend(given.interface.clone());
         Ok(given)
     }
 

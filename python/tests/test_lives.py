@@ -108,6 +108,33 @@ def test_addresses_are_read_at_every_call(device: ts.Device, draw: Draw) -> None
         np.testing.assert_array_equal(ctx.attend_dense(batch, kv, q), want)
 
 
+def test_what_tells_of_an_array_may_own_it(device: ts.Device, draw: Draw) -> None:
+    """An array of another library's may be made as it is asked for: what it answers then lives as long as the call."""
+
+    class Made:
+        def __init__(self, array: Any) -> None:
+            self.array = array
+
+        @property
+        def __array_struct__(self) -> object:
+            return self.array.copy().view(Scribbling).__array_struct__
+
+        @property
+        def __array_interface__(self) -> dict[str, Any]:
+            raise AssertionError("there is a structure")
+
+    class Scribbling(np.ndarray[Any, Any]):
+        def __del__(self) -> None:
+            np.asarray(self).fill(np.nan)
+
+    ctx = ts.Context(device, config(), max_rows=1, max_block_len=1, max_kv_tokens=64)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 2], [1, 0], [3]), draw(1, HQ, D)
+    kv = ts.KvView(draw(2, PAGE, HKV, D), draw(2, PAGE, HKV, D))
+    want, out = ctx.attend_dense(batch, kv, q), np.empty_like(q)
+    ctx.attend_dense(batch, kv, Made(q), out)
+    np.testing.assert_array_equal(out, want)
+
+
 def test_temporaries_on_a_device(emulated: ts.Device) -> None:
     """What a device may not have read yet is kept until it has."""
     cfg = config(dtype="bf16", head_dim=64)

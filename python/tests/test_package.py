@@ -39,6 +39,17 @@ def test_any_folder(tmp_path: Path) -> None:
         assert run(code, folder) == "cpu"
 
 
+def test_no_driver() -> None:
+    """Without a driver, or without so many GPUs, making a CUDA device is an error that says so."""
+    with pytest.raises(ts.TokenSelectError, match="cuda:99") as caught:
+        ts.Device.cuda(99)
+    assert caught.value.status == "TS_STATUS_DRIVER"
+    with pytest.raises(ValueError, match="`ordinal` must be from 0 to 2147483647, got -1"):
+        ts.Device.cuda(-1)
+    with pytest.raises(TypeError, match="`stream` must be a whole number, got str"):
+        ts.Device.cuda(0, stream="0")
+
+
 def test_version() -> None:
     assert re.fullmatch(r"\d+\.\d+\.\d+.*", ts.version) and ts.__version__ == ts.version
 
