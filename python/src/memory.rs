@@ -322,11 +322,11 @@ impl Memory {
         &self.typestr
     }
 
-    /// Type of the elements: `f16`, `bf16`, `f32`, `u32`, `u64` or `f64`; None where the library has no name for it.
+    /// Type of the elements: `f16`, `bf16` (as `<u2`, too), `f32`, `u32`, `u64` or `f64`; None where the library has no name for it.
     #[getter]
     fn dtype(&self) -> Option<String> {
         let found = self.dtype.or_else(|| {
-            let all = [DType::F16, DType::F32, DType::U32, DType::U64, DType::F64];
+            let all = [DType::Bf16, DType::F16, DType::F32, DType::U32, DType::U64, DType::F64];
             all.into_iter().find(|&dtype| self.types().has(dtype))
         });
         found.map(|dtype| dtype.to_string())

@@ -67,10 +67,12 @@ impl<'a, 'py> Uses<'a, 'py> {
     /// Looks at a tensor, which is kept as long as it must be.
     pub fn look(&mut self, what: &'static str, object: &Bound<'py, PyAny>) -> Result<Given<'py>> {
         let given = Given::look(what, object, self.device)?;
+        if (self.records || self.is_long)
+            && let Ok(memory) = object.cast::<Memory>()
+        {
+            memory.get().lend(); // closed meanwhile, it is kept
+        }
         if self.records {
-            if let Ok(memory) = object.cast::<Memory>() {
-                memory.get().lend();
-            }
             self.record(owner(&given)?);
         } else if self.is_long || (self.device.is_asynchronous() && self.must_be_kept(&given)?) {
             self.kept.push(owner(&given)?);

@@ -91,6 +91,9 @@ def test_select_and_capture(emulated: ts.Device) -> None:
     bound = slot.put(batch)
     kv = ts.KvView(k, v)
     ctx.select(bound, kv, q)
+    made, lse = ctx.attend(bound, kv, q, lse=True)  # made like `q`
+    assert [(x.shape, x.dtype) for x in (made, lse)] == [((1, HQ, 64), "bf16"), ((1, HQ), "f32")]
+    assert np.isfinite(lse.numpy()).all()
     graph = device.capture(lambda: ctx.select(bound, kv, q))
     slot.put(ts.Batch(PAGE, [0, 1], *tables(31, 8)))
     graph.launch()

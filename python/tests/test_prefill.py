@@ -59,6 +59,28 @@ def test_prefill(device: ts.Device, draw: Draw) -> None:
     assert (caught.value.status, cache.len(second)) == ("TS_STATUS_OUT_OF_PAGES", 20)
 
 
+def test_buffers_that_progress_closes(device: ts.Device, draw: Draw) -> None:
+    """Memory that a call works on is there until it returns."""
+    cfg = config()
+    cache = ts.Cache(device, cfg, num_pages=512, page_size=PAGE)
+    ctx = ts.Context.for_prefill(device, cfg, block_len=4, max_kv_len=512, max_piece_len=4)
+    tensors = [draw(400, heads, D) for heads in (HQ, HKV, HKV)]
+    pieces = cache.extend_in_pieces(ctx, [(cache.create(), 400)], 4)
+    want = ctx.prefill(cache, 0, pieces, tensors[0], tensors[1], tensors[2])
+    q, k, v = (device.to_device(tensor) for tensor in tensors)
+    others: list[ts.Buffer] = []
+
+    def close(done: int, total: int) -> None:
+        for buffer in (q, k, v):
+            buffer.close()
+        others.extend(device.to_device(np.full_like(tensor, np.nan)) for tensor in tensors)
+
+    out = ctx.prefill(cache, 0, pieces, q, k, v, np.empty_like(want), progress=close)
+    np.testing.assert_array_equal(out, want)
+    with pytest.raises(ts.Error, match="`buffer` was closed"):
+        q.numpy()
+
+
 def test_what_progress_may_do(device: ts.Device, draw: Draw) -> None:
     """Other objects are free; those at work are neither used nor closed."""
     cfg = config(selection_cache=1)
