@@ -222,13 +222,12 @@ except KeyboardInterrupt:
 
 def test_out_of_memory(device: ts.Device) -> None:
     """Memory that cannot be had is an exception, whatever asks for it, and never the end of the process."""
-    cfg = config()
+    wide = config(num_qo_heads=2**16, num_kv_heads=2**16, head_dim=256)  # beyond the address space, not only the memory
     batch = ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
     for ask in (
-        lambda: ts.Cache(device, cfg, num_pages=2**31 - 1, page_size=256),
-        lambda: ts.Cache(device, cfg, num_pages=2**22, num_layers=2**14),
-        lambda: ts.Context(device, cfg, max_rows=2**20, max_kv_tokens=2**31 - 1),
-        lambda: ts.SelectionCache(device, cfg, 2**15, 2**32),
+        lambda: ts.Cache(device, wide, num_pages=2**31 - 1, page_size=256),
+        lambda: ts.Context(device, wide, max_rows=2**20, max_kv_tokens=2**31 - 1),
+        lambda: ts.SelectionCache(device, wide, 2**15, 2**32),
         lambda: ts.Buffer(device, (2**46,), "<f4"),
     ):
         with pytest.raises(MemoryError, match="no memory for .* of [0-9]+ bytes") as caught:
