@@ -20,6 +20,7 @@ use tokenselect::{
 };
 
 on_devices! {
+    all: moments_pass;
     gpus:
         tensors_move_between_host_and_device, cached_selections_are_forked_and_forgotten,
         forks_are_copied_on_write, every_layer_caches_selections, what_has_no_kernel_is_refused,
@@ -31,6 +32,17 @@ on_devices! {
 fn config(head_dim: usize, group: usize, dtype: DType) -> SelectConfig {
     let heads = HeadShape { num_qo_heads: 2 * group, num_kv_heads: 2, head_dim };
     SelectConfig { heads, dtype, ..small_config() }
+}
+
+fn moments_pass(device: &Device) {
+    let before = device.record().unwrap();
+    let numbers = Tensor::from_slice_on(device, &[1u32; 1000], [1000]).unwrap();
+    let after = device.record().unwrap();
+    assert_eq!(numbers.to_vec::<u32>().unwrap(), [1; 1000]); // waits
+    assert!(device.has_passed(&before).unwrap());
+    device.synchronize().unwrap();
+    assert!(device.has_passed(&after).unwrap());
+    device.elapsed(&before, &after).unwrap();
 }
 
 fn tensors_move_between_host_and_device(device: &Device) {

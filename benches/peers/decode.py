@@ -1,5 +1,6 @@
 """One decode row: every operation and whole steps, next to those of peers."""
 
+import tokenselect as ts
 import torch
 from checks import attention, compare_lists, compare_outputs, compare_votes
 from context import Context
@@ -11,8 +12,6 @@ class Ours:
     """This library over one context, `config` with a Selection Cache that always reuses."""
 
     def __init__(self, device, size, context, q):
-        import tokenselect as ts
-
         config = ts.Config(
             num_qo_heads=size.hq, num_kv_heads=size.hkv, head_dim=size.dim, dtype="bf16", n_init=size.n_init,
             n_local=size.n_local, top_k=size.top_k, selection_cache=1, similarity_threshold=-1.0, max_reuse=2**32 - 2,

@@ -8,10 +8,11 @@ import traceback
 from pathlib import Path
 from types import SimpleNamespace
 
+import tokenselect as ts
 import torch
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parents[1] / "host" / "capi" / "python")]
+sys.path.insert(0, str(HERE))
 
 import decode  # noqa: E402
 import prefill  # noqa: E402
@@ -36,7 +37,6 @@ def heads(text):
 
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--library", required=True, type=Path, help="libtokenselect_c.so")
     parser.add_argument("--out", required=True, type=Path, help="folder for peers.csv and the plots")
     parser.add_argument("--only", choices=["decode", "prefill"], help="one of the two parts")
     parser.add_argument("--quick", action="store_true", help="the shortest and the longest context only")
@@ -71,7 +71,7 @@ def described(device, size, bandwidth):
     gpu, driver = "processor", "none"
     if device.type == "cuda":
         gpu, driver = torch.cuda.get_device_name(device), driver_version()
-    versions = ", ".join(f"{name} {version(name)}" for name in ["torch", "triton", "flashinfer"])
+    versions = ", ".join(f"{name} {version(name)}" for name in ["tokenselect", "torch", "triton", "flashinfer"])
     commit = os.environ.get("TOKENSELECT_COMMIT", "unknown")
     shape = f"{size.hq} query and {size.hkv} KV heads of {size.dim}, prefill with {size.prefill_local} local tokens"
     how = f"copy {bandwidth / 1e12:.2f} TB/s; cold L2, medians of {REPEATS}, of pieces {prefill.PIECE_REPEATS}"
@@ -95,10 +95,8 @@ def prepare(args):
 
 def ours_on(device):
     """This library's device, with PyTorch's stream."""
-    import tokenselect as ts  # after TOKENSELECT_LIBRARY is set
-
     if device.type == "cuda":
-        return ts.Device.cuda(0, stream=torch.cuda.current_stream().cuda_stream)
+        return ts.Device.cuda(0, stream=torch.cuda.current_stream())
     return ts.Device.cpu()
 
 
@@ -116,9 +114,6 @@ def plots(results, contexts, bandwidth, machine, folder):
 
 def main():
     args = arguments()
-    if not args.library.exists():
-        sys.exit(f"there is no {args.library}")
-    os.environ["TOKENSELECT_LIBRARY"] = str(args.library.resolve())
     device, size, contexts = prepare(args)
     args.out.mkdir(parents=True, exist_ok=True)
     ours_device = ours_on(device)

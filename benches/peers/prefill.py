@@ -1,6 +1,7 @@
 """A block of a prompt by itself, and the blocks of a piece, next to dense attention of peers and the published selection."""
 
 import cudnn_peer
+import tokenselect as ts
 import torch
 from checks import attention, compare_lists, compare_outputs, compare_votes
 from context import Context
@@ -18,8 +19,6 @@ class Ours:
     """This library for the last tokens of a context, those of `q`, `[T, num_qo_heads, D]`: one block, or several in a step."""
 
     def __init__(self, device, size, context, q):
-        import tokenselect as ts
-
         config = ts.Config(
             num_qo_heads=size.hq, num_kv_heads=size.hkv, head_dim=size.dim, dtype="bf16", n_init=size.n_init,
             n_local=size.prefill_local, top_k=size.top_k,

@@ -187,6 +187,15 @@ impl Device {
         self.driver().map_or_else(|| Ok(Event(Box::new(Instant::now()))), |driver| driver.record())
     }
 
+    /// Whether all work before a moment of this device is done. Does not wait.
+    ///
+    /// # Errors
+    /// [`Error::Driver`](crate::Error::Driver) where the device fails, [`Error::Missing`](crate::Error::Missing) for an
+    /// event of another device.
+    pub fn has_passed(&self, event: &Event) -> Result<bool> {
+        self.driver().map_or(Ok(true), |driver| driver.has_passed(event))
+    }
+
     /// The time between two moments of this device, by its own clock. Waits for the later one.
     ///
     /// # Errors

@@ -89,6 +89,9 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     /// Marks this moment.
     fn record(&self) -> Result<Event>;
 
+    /// Whether the work before a moment is done. Does not wait.
+    fn has_passed(&self, event: &Event) -> Result<bool>;
+
     /// Milliseconds between two moments; waits for the later one.
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32>;
 

@@ -289,6 +289,18 @@ impl Driver for CudaDriver {
         Ok(Event(Box::new(event)))
     }
 
+    fn has_passed(&self, event: &Event) -> Result<bool> {
+        let Some(event) = event.0.downcast_ref::<CudaEvent>() else {
+            return Err(Error::Missing { op: "has_passed", needs: "an event of this device" });
+        };
+        let _entered = self.enter()?;
+        // SAFETY: the event is alive.
+        match unsafe { sys::cuEventQuery(event.0) } {
+            CUresult::CUDA_ERROR_NOT_READY => Ok(false),
+            code => check(&self.name, "cuEventQuery", code).map(|()| true),
+        }
+    }
+
     fn elapsed(&self, from: &Event, to: &Event) -> Result<f32> {
         let events = (from.0.downcast_ref::<CudaEvent>(), to.0.downcast_ref::<CudaEvent>());
         let (Some(from), Some(to)) = events else {
