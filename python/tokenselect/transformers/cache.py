@@ -451,6 +451,7 @@ class TokenSelectCache(Cache):
         Raises `ValueError` for a positive number, and where a sliding window would need tokens that are gone: those of more than
         one step, unless `activate_past_recording` was called.
         """
+        tokens_to_remove = int(tokens_to_remove)  # assisted generation has it in a tensor
         if tokens_to_remove > 0:
             raise ValueError(f"`tokens_to_remove` must be 0 or less, minus the tokens to remove, got {tokens_to_remove}")
         num_seen = self._num_seen + tokens_to_remove
