@@ -23,7 +23,7 @@ def options_of(module: torch.nn.Module) -> TokenSelectOptions:
     return options
 
 
-@torch.compiler.disable  # the kernels are not PyTorch's
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # the kernels are not PyTorch's
 def tokenselect_attention(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -55,7 +55,9 @@ def tokenselect_attention(
     if (rope is not None) != (selects and options.positions == "reassigned"):
         rule = "must have RoPE taken away" if rope is None else "must keep its RoPE"
         kind = "selects with reassigned positions" if rope is None else "attends with native positions"
-        raise ValueError(f"layer {layer_idx} {kind} and {rule}: call `tokenselect.transformers.configure(model, options)` with the options of the cache")
+        raise ValueError(
+            f"layer {layer_idx} {kind} and {rule}: call `tokenselect.transformers.configure(model, options)` with the options of the cache"
+        )
     config = LayerConfig.of(query, key, scaling=scaling, softcap=softcap, options=options, layer=layer_idx, rope=rope)
     with torch.no_grad():
         if announced is not None:
@@ -68,7 +70,9 @@ def tokenselect_attention(
     return out, None
 
 
-def _rows(attention_mask: RowMask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, announced: Announced | None) -> RowMask:
+def _rows(
+    attention_mask: RowMask | torch.Tensor | None, query: torch.Tensor, key: torch.Tensor, announced: Announced | None
+) -> RowMask:
     if isinstance(attention_mask, torch.Tensor):
         mask = from_4d(attention_mask, key.shape[2] if announced is None else announced.begin + key.shape[2])
     elif isinstance(attention_mask, RowMask):
@@ -80,7 +84,9 @@ def _rows(attention_mask: RowMask | torch.Tensor | None, query: torch.Tensor, ke
         )
     batch_size, _, q_length, _ = query.shape
     if (mask.batch_size, mask.q_length) != (batch_size, q_length):
-        raise ValueError(f"the mask must be for {batch_size} rows of {q_length} queries, it is for {mask.batch_size} of {mask.q_length}")
+        raise ValueError(
+            f"the mask must be for {batch_size} rows of {q_length} queries, it is for {mask.batch_size} of {mask.q_length}"
+        )
     return mask
 
 
@@ -100,8 +106,10 @@ def _check(
         "`output_attentions`: it never has the weights": bool(more.get("output_attentions")),
         "biases by position (`position_bias`)": more.get("position_bias") is not None,
         "packed sequences (`cu_seq_lens_q`)": more.get("cu_seq_lens_q") is not None,
-        f"values of another head dimension ({value.shape[3]}) than keys ({key.shape[3]})": key.shape[3] != value.shape[3],
-        f"queries of another head dimension ({query.shape[3]}) than keys ({key.shape[3]})": key.shape[3] != query.shape[3],
+        f"values of another head dimension ({value.shape[3]}) than keys ({key.shape[3]})": key.shape[3]
+        != value.shape[3],
+        f"queries of another head dimension ({query.shape[3]}) than keys ({key.shape[3]})": key.shape[3]
+        != query.shape[3],
     }
     for what, is_there in refused.items():
         if is_there:
@@ -117,4 +125,6 @@ class _NoGradient(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
-        raise NotImplementedError("attn_implementation='tokenselect' has no gradient: it is for inference. Train with 'sdpa' or 'eager'")
+        raise NotImplementedError(
+            "attn_implementation='tokenselect' has no gradient: it is for inference. Train with 'sdpa' or 'eager'"
+        )

@@ -16,11 +16,11 @@ import torch
 
 from tokenselect import Batch, Device, KvView
 
-from .cache import pack, unpack
 from .contexts import LayerConfig, kernels_for
 from .masks import RowMask
 from .options import TokenSelectOptions
 from .pages import Ints, Rows
+from .steps import pack, unpack
 from .windows import WindowPlan
 
 __all__ = ["attend_borrowed"]
@@ -61,7 +61,9 @@ def attend_borrowed(
     elif is_dense:
         batch = forward.dense_batch(device)
         dense = kernels_for(device, config.dense())
-        out = dense.step(batch.info.num_rows, batch.info.max_block_len, batch.info.num_token_places).attend_dense(batch, kv, q)
+        out = dense.step(batch.info.num_rows, batch.info.max_block_len, batch.info.num_token_places).attend_dense(
+            batch, kv, q
+        )
     else:
         out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         kernels = kernels_for(device, config)
@@ -113,14 +115,14 @@ class _Forward:
 
     def dense_batch(self, device: Device) -> Batch:
         """The rows with all their tokens."""
-        if ("dense", id(device)) not in self._shared:
-            self._shared["dense", id(device)] = _batch(self.rows.slots, self.rows.num_queries)
-        batch: Batch = self._shared["dense", id(device)]
+        if ("dense", device) not in self._shared:
+            self._shared["dense", device] = _batch(self.rows.slots, self.rows.num_queries)
+        batch: Batch = self._shared["dense", device]
         return batch
 
     def pieces(self, device: Device, config: LayerConfig, options: TokenSelectOptions) -> list[_Piece]:
         """The rows in pieces of blocks that select for themselves: one piece where every row has one query."""
-        key = (id(device), config.num_qo_heads, options.block_len, options.max_piece_len, options.max_workspace_bytes)
+        key = (device, config.num_qo_heads, options.block_len, options.max_piece_len, options.max_workspace_bytes)
         if key not in self._shared:
             self._shared[key] = self._pieces(config.num_qo_heads, options)
         pieces: list[_Piece] = self._shared[key]

@@ -13,8 +13,6 @@ all layers of a kind share.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,13 +20,13 @@ import torch
 from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tokenselect import Batch, Context, Device, KvView, Pieces, SelectionCache
+from tokenselect import Batch, Device, KvView, SelectionCache
 
-from .contexts import Kernels, LayerConfig, device_of, kernels_for
+from .contexts import LayerConfig, device_of, kernels_for
 from .masks import RowMask
 from .options import TokenSelectOptions
-from .pages import PageTables, Rows
-from .windows import WindowPlan
+from .pages import PageTables
+from .steps import Step, unpack
 
 __all__ = ["Announced", "TokenSelectCache", "TokenSelectLayer", "unsupported"]
 
@@ -40,7 +38,7 @@ class Announced:
         self.cache, self.layer_idx, self.begin = cache, layer_idx, begin
 
 
-class TokenSelectLayer(CacheLayerMixin):
+class TokenSelectLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
     """Pools of one layer. Rows, and all that changes them, belong to the `TokenSelectCache`."""
 
     is_compileable = False
@@ -48,7 +46,7 @@ class TokenSelectLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self, is_sliding: bool) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.is_sliding = is_sliding
         self.record_past = False
         self.num_seen = 0  # positions that `update` was called for, padding included
@@ -69,8 +67,9 @@ class TokenSelectLayer(CacheLayerMixin):
             pools.append(pool)
         self.keys, self.values = pools
         self.is_initialized = True
-        self.view = KvView(*pools)
-        self.token_view = KvView(*(pool.view(num_pages * page_size, 1, *like.shape[1:]) for pool in pools))
+        self.view = KvView(pools[0], pools[1])
+        k, v = (pool.view(num_pages * page_size, 1, *like.shape[1:]) for pool in pools)
+        self.token_view = KvView(k, v)
 
     def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
         """Copies whole pages."""
@@ -97,7 +96,9 @@ class TokenSelectLayer(CacheLayerMixin):
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
         """Nothing: the first step makes the pools."""
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Refused."""
         raise self._refused("update")
 
@@ -123,7 +124,10 @@ class TokenSelectLayer(CacheLayerMixin):
 
     @staticmethod
     def _refused(method: str) -> NotImplementedError:
-        return NotImplementedError(f"layers of a TokenSelectCache share their rows: call `{method}` of the cache, which has it for all layers or not at all")
+        return NotImplementedError(
+            f"layers of a TokenSelectCache share their rows: call `{method}` of the cache, which has it for all layers, "
+            "or not at all"
+        )
 
 
 class _Selections:
@@ -136,78 +140,6 @@ class _Selections:
 
     def layer(self, layer_idx: int) -> int:
         return self.layers.setdefault(layer_idx, len(self.layers))
-
-
-class _Step:
-    """One forward: the tokens that it adds to the rows, and what its layers share."""
-
-    def __init__(self, cache: TokenSelectCache, mask: RowMask, old_lens: list[int], kept: np.ndarray[Any, Any] | None) -> None:
-        self.begin, self.q_length = mask.q_offset, mask.q_length
-        self.batch_size = mask.batch_size
-        self.old_lens = old_lens
-        counts = [mask.q_length] * mask.batch_size if kept is None else kept.sum(axis=1).tolist()
-        self.lens = [old + new for old, new in zip(old_lens, counts)]
-        # Rows that grow, in order: those of the batch.
-        self.rows = [row for row, count in enumerate(counts) if count]
-        self.counts = [counts[row] for row in self.rows]
-        self.num_query_tokens = sum(self.counts)
-        self._index = None if kept is None or kept.all() else torch.from_numpy(np.flatnonzero(kept))
-        self._on_device: dict[torch.device, torch.Tensor] = {}
-        self.grown: set[int | None] = set()
-        self._batches: dict[Any, Batch] = {}
-        self._pieces: dict[Any, Pieces] = {}
-        self._windows: dict[Any, WindowPlan] = {}
-
-    def pack(self, states: torch.Tensor) -> torch.Tensor:
-        """`[batch, heads, q_length, head_dim]` to `[num_query_tokens, heads, head_dim]`, without padding."""
-        return pack(states, self.index(states.device))
-
-    def index(self, device: torch.device) -> torch.Tensor | None:
-        """Which of `batch * q_length` tokens are kept; None for all."""
-        if self._index is None:
-            return None
-        if device not in self._on_device:
-            self._on_device[device] = self._index.to(device)
-        return self._on_device[device]
-
-    def batch(self, tables: PageTables, places: Sequence[int], window: int | None, device: Device) -> Batch:
-        """The rows over their pages."""
-        # A batch copies its tables to the first GPU that it meets.
-        key = (window, id(device))
-        if key not in self._batches:
-            pages = [tables.pages(row) for row in self.rows]
-            lens = [self.lens[row] - tables.begin(row) for row in self.rows]
-            self._batches[key] = Batch(
-                tables.page_size,
-                [0, *itertools.accumulate(self.counts)],
-                [0, *itertools.accumulate(len(held) for held in pages)],
-                np.concatenate(pages),
-                [(length - 1) % tables.page_size + 1 for length in lens],
-                sequence_indices=[places[row] for row in self.rows],
-            )
-        return self._batches[key]
-
-    def pieces(self, batch: Batch, context: Context, block_len: int) -> Pieces:
-        """The rows cut into pieces that a context has room for."""
-        key = (id(batch), id(context))
-        if key not in self._pieces:
-            self._pieces[key] = batch.in_pieces(context, block_len)
-        return self._pieces[key]
-
-    def window_plan(self, tables: PageTables, window: int, device: torch.device) -> WindowPlan:
-        """The rows within a sliding window."""
-        key = (window, device)
-        if key not in self._windows:
-            slots = [tables.slots(row) for row in self.rows]
-            rows = Rows(slots, [tables.begin(row) for row in self.rows], self.counts)
-            self._windows[key] = WindowPlan(rows, window, device)
-        return self._windows[key]
-
-
-def pack(states: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """`[batch, heads, tokens, head_dim]` to `[batch * tokens, heads, head_dim]`, those of `index` alone. A view where it can be."""
-    flat = states.transpose(1, 2).reshape(-1, states.shape[1], states.shape[3])
-    return flat if index is None else flat.index_select(0, index)
 
 
 class TokenSelectCache(Cache):
@@ -224,7 +156,9 @@ class TokenSelectCache(Cache):
     Raises `NotImplementedError` for models with layers that it has no place for (see `unsupported`).
     """
 
-    def __init__(self, config: PreTrainedConfig, options: TokenSelectOptions | None = None, *, max_length: int | None = None) -> None:
+    def __init__(
+        self, config: PreTrainedConfig, options: TokenSelectOptions | None = None, *, max_length: int | None = None
+    ) -> None:
         text_config = config.get_text_config(decoder=True)
         reason = unsupported(text_config)
         if reason is not None:
@@ -234,7 +168,8 @@ class TokenSelectCache(Cache):
         self.options.check_layers(num_layers)
         self.max_length = max_length
         sliding = _is_sliding(text_config)
-        super().__init__(layers=[TokenSelectLayer(is_sliding=sliding[layer]) for layer in range(num_layers)])
+        self._layers = [TokenSelectLayer(is_sliding=sliding[layer]) for layer in range(num_layers)]
+        super().__init__(layers=list(self._layers))
         self._clear()
 
     def _clear(self) -> None:
@@ -245,7 +180,7 @@ class TokenSelectCache(Cache):
         self._places: list[int] = []  # of rows in Selection Caches
         self._num_places = 0
         self._selections: dict[Any, _Selections] = {}
-        self._step: _Step | None = None
+        self._step: Step | None = None
 
     @property
     def batch_size(self) -> int:
@@ -262,6 +197,7 @@ class TokenSelectCache(Cache):
         """Whether a step was made."""
         return bool(self._lens)
 
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # tensors of a traced graph would lose the announcement
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -296,10 +232,14 @@ class TokenSelectCache(Cache):
         num_qo_heads, head_dim]`, zeros for padding."""
         layer = self._layer(announced.layer_idx)
         if layer.announced is not announced:
-            raise RuntimeError(f"the keys of layer {announced.layer_idx} were written already, or the cache was cropped or reset since `update`")
+            raise RuntimeError(
+                f"the keys of layer {announced.layer_idx} were written already, or the cache was cropped or reset since `update`"
+            )
         step = self._begin(announced, mask)
         if layer.is_initialized and layer.window != mask.window:
-            raise ValueError(f"layer {announced.layer_idx} must keep its sliding window of {layer.window}, got {mask.window}")
+            raise ValueError(
+                f"layer {announced.layer_idx} must keep its sliding window of {layer.window}, got {mask.window}"
+            )
         layer.window = mask.window
         k, v = step.pack(key), step.pack(value)
         tables = self._room(step, mask.window)
@@ -314,7 +254,14 @@ class TokenSelectCache(Cache):
         return unpack(out, step.index(query.device), step.batch_size, step.q_length)
 
     def _attend_dense(
-        self, step: _Step, layer: TokenSelectLayer, tables: PageTables, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, config: LayerConfig
+        self,
+        step: Step,
+        layer: TokenSelectLayer,
+        tables: PageTables,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        config: LayerConfig,
     ) -> torch.Tensor:
         device = device_of(q, self.options.device)
         kernels = kernels_for(device, config)
@@ -329,7 +276,7 @@ class TokenSelectCache(Cache):
 
     def _attend_selected(
         self,
-        step: _Step,
+        step: Step,
         layer_idx: int,
         layer: TokenSelectLayer,
         tables: PageTables,
@@ -354,7 +301,7 @@ class TokenSelectCache(Cache):
             out = context.prefill_kv(pieces, layer.view, q, k, v, selection_cache=cached[0], layer=cached[1])
         return out
 
-    def _begin(self, announced: Announced, mask: RowMask) -> _Step:
+    def _begin(self, announced: Announced, mask: RowMask) -> Step:
         """The step that a layer's keys belong to, which begins with the first of them."""
         if mask.kv_offset != 0 or mask.q_offset != announced.begin:
             raise ValueError(
@@ -363,24 +310,38 @@ class TokenSelectCache(Cache):
             )
         step = self._step
         if announced.begin < self._num_seen:
-            if step is None or (step.begin, step.q_length, step.batch_size) != (mask.q_offset, mask.q_length, mask.batch_size):
+            if step is None or (step.begin, step.q_length, step.batch_size) != (
+                mask.q_offset,
+                mask.q_length,
+                mask.batch_size,
+            ):
                 raise RuntimeError(
                     f"layer {announced.layer_idx} has {announced.begin} tokens and other layers {self._num_seen}: it was left out of a "
                     "step. `crop` takes all layers back"
                 )
             return step
-        behind = [index for index, layer in enumerate(self.layers) if layer.is_initialized and layer.num_seen < announced.begin]
+        behind = [
+            index
+            for index, layer in enumerate(self._layers)
+            if layer.is_initialized and layer.num_seen < announced.begin
+        ]
         if announced.begin > self._num_seen or behind:
-            raise RuntimeError(f"layers {behind} of a TokenSelectCache have fewer than {announced.begin} tokens: `crop` takes all layers back")
+            raise RuntimeError(
+                f"layers {behind} of a TokenSelectCache have fewer than {announced.begin} tokens: `crop` takes all layers back"
+            )
         return self._new_step(mask)
 
-    def _new_step(self, mask: RowMask) -> _Step:
+    def _new_step(self, mask: RowMask) -> Step:
         if self._lens and mask.batch_size != len(self._lens):
-            raise ValueError(f"a TokenSelectCache of {len(self._lens)} rows got keys of {mask.batch_size}: `reset`, `reorder_cache` or a new cache")
+            raise ValueError(
+                f"a TokenSelectCache of {len(self._lens)} rows got keys of {mask.batch_size}: `reset`, `reorder_cache` or a new cache"
+            )
         kept = mask.kept()
         past = self._kept
         if kept is None and past is not None:
-            raise ValueError("`attention_mask` must be given: rows of the TokenSelectCache have padding, which it leaves out")
+            raise ValueError(
+                "`attention_mask` must be given: rows of the TokenSelectCache have padding, which it leaves out"
+            )
         if kept is not None:
             known = np.ones((mask.batch_size, self._num_seen), bool) if past is None else past
             if not np.array_equal(kept[:, : self._num_seen], known):
@@ -392,20 +353,20 @@ class TokenSelectCache(Cache):
             self._lens = [0] * mask.batch_size
             self._places = list(range(mask.batch_size))
             self._num_places = mask.batch_size
-        step = _Step(self, mask, self._lens, None if kept is None else kept[:, self._num_seen :])
+        step = Step(mask, self._lens, None if kept is None else kept[:, self._num_seen :])
         self._kept = None if kept is None or kept.all() else kept
         self._lens = step.lens
         self._num_seen += mask.q_length
         self._step = step
         return step
 
-    def _room(self, step: _Step, window: int | None) -> PageTables:
+    def _room(self, step: Step, window: int | None) -> PageTables:
         """Page tables of the layers with a window, with room for the step."""
         tables = self._tables.get(window)
         if tables is None:
             tables = self._tables[window] = PageTables(self.options.page_size, step.batch_size)
         if window not in step.grown:
-            if window is not None and not any(layer.record_past for layer in self.layers):
+            if window is not None and not any(layer.record_past for layer in self._layers):
                 # What the window of the first token of this step reaches stays, so that the step can be undone.
                 tables.drop_before([length - window + 1 for length in step.old_lens])
             held = tables
@@ -415,8 +376,8 @@ class TokenSelectCache(Cache):
 
             def copy(sources: list[int], targets: list[int]) -> None:
                 from_pages, to_pages = torch.tensor(sources), torch.tensor(targets)
-                for layer in self.layers:
-                    if layer.is_initialized and layer.window == window:
+                for layer in self._layers:
+                    if layer.keys is not None and layer.window == window:
                         layer.reserve(held.num_pages, held.page_size, layer.keys[0])
                         layer.copy_pages(from_pages, to_pages)
 
@@ -424,7 +385,7 @@ class TokenSelectCache(Cache):
             step.grown.add(window)
         return tables
 
-    def _pages_at_once(self, step: _Step, window: int | None) -> int:
+    def _pages_at_once(self, step: Step, window: int | None) -> int:
         """Pages that are made at first: for `max_length` tokens of each row."""
         if self.max_length is None or window is not None:
             return 0
@@ -434,10 +395,10 @@ class TokenSelectCache(Cache):
     def _selections_of(self, device: Device, config: LayerConfig) -> _Selections | None:
         if config.threshold is None:
             return None
-        key = (id(device), config)
+        key = (device, config)
         if key not in self._selections:
             # Room for forks before the rows that they replace are given back.
-            self._selections[key] = _Selections(device, config, len(self.layers), 2 * self._num_places)
+            self._selections[key] = _Selections(device, config, len(self._layers), 2 * self._num_places)
         return self._selections[key]
 
     def stats(self) -> dict[str, int]:
@@ -453,12 +414,20 @@ class TokenSelectCache(Cache):
         """
         tokens_to_remove = int(tokens_to_remove)  # assisted generation has it in a tensor
         if tokens_to_remove > 0:
-            raise ValueError(f"`tokens_to_remove` must be 0 or less, minus the tokens to remove, got {tokens_to_remove}")
+            raise ValueError(
+                f"`tokens_to_remove` must be 0 or less, minus the tokens to remove, got {tokens_to_remove}"
+            )
         num_seen = self._num_seen + tokens_to_remove
-        written = [layer.num_seen - (layer.num_seen - layer.announced.begin if layer.announced else 0) for layer in self.layers]
-        least = min((seen for seen, layer in zip(written, self.layers) if layer.is_initialized), default=0)
+        written = [
+            layer.announced.begin if layer.announced else layer.num_seen
+            for layer in self._layers
+            if layer.is_initialized
+        ]
+        least = min(written, default=0)
         if num_seen < 0 or num_seen > least:
-            raise ValueError(f"`tokens_to_remove` must leave from 0 to the {least} tokens that all layers have, {num_seen} were left")
+            raise ValueError(
+                f"`tokens_to_remove` must leave from 0 to the {least} tokens that all layers have, {num_seen} were left"
+            )
         lens = [num_seen] * len(self._lens) if self._kept is None else self._kept[:, :num_seen].sum(axis=1).tolist()
         for window, tables in self._tables.items():
             for row, length in enumerate(lens):
@@ -468,12 +437,9 @@ class TokenSelectCache(Cache):
                         f"a sliding window of {window} at {length} tokens of row {row} needs tokens from {reach} on, those before "
                         f"{tables.begin(row)} are gone: call `activate_past_recording` before the steps to undo"
                     )
-        for layer in self.layers:
+        for layer in self._layers:
             layer.announced = None
-            if layer.is_initialized:
-                layer.num_seen = num_seen
-            else:
-                layer.num_seen = min(layer.num_seen, num_seen)
+            layer.num_seen = min(layer.num_seen, num_seen)
         for window, tables in self._tables.items():
             tables.truncate([min(length, tables.length(row)) for row, length in enumerate(lens)])
             if window is not None:
@@ -489,11 +455,17 @@ class TokenSelectCache(Cache):
 
     def reset(self) -> None:
         """Takes all tokens away. Pools stay."""
-        pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self.layers]
+        pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self._layers]
         self._clear()
-        for layer, (keys, values, view, token_view, window) in zip(self.layers, pools):
+        for layer, (keys, values, view, token_view, window) in zip(self._layers, pools):
             layer.num_seen, layer.announced = 0, None
-            layer.keys, layer.values, layer.view, layer.token_view, layer.window = keys, values, view, token_view, window
+            layer.keys, layer.values, layer.view, layer.token_view, layer.window = (
+                keys,
+                values,
+                view,
+                token_view,
+                window,
+            )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `r` becomes what row `beam_idx[r]` was; both share pages until one writes."""
@@ -540,18 +512,11 @@ class TokenSelectCache(Cache):
         self._places = places
 
     def _layer(self, layer_idx: int) -> TokenSelectLayer:
-        if not 0 <= layer_idx < len(self.layers):
-            raise ValueError(f"`layer_idx` must be below {len(self.layers)}, the layers of the TokenSelectCache, got {layer_idx}")
-        layer = self.layers[layer_idx]
-        assert isinstance(layer, TokenSelectLayer)
-        return layer
-
-
-def unpack(out: torch.Tensor, index: torch.Tensor | None, batch_size: int, q_length: int) -> torch.Tensor:
-    """`[tokens, heads, head_dim]` of those of `index` to `[batch_size, q_length, heads, head_dim]`, zeros for others."""
-    if index is not None:
-        out = out.new_zeros((batch_size * q_length, *out.shape[1:])).index_copy_(0, index, out)
-    return out.view(batch_size, q_length, *out.shape[1:])
+        if not 0 <= layer_idx < len(self._layers):
+            raise ValueError(
+                f"`layer_idx` must be below {len(self._layers)}, the layers of the TokenSelectCache, got {layer_idx}"
+            )
+        return self._layers[layer_idx]
 
 
 def unsupported(text_config: PreTrainedConfig) -> str | None:

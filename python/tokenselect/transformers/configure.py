@@ -51,13 +51,21 @@ def configure(model: PreTrainedModel, options: TokenSelectOptions | None = None,
 def _attention_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Those that call the attention function."""
     found = [module for module in model.modules() if hasattr(module, "layer_idx") and hasattr(module, "is_causal")]
-    return [module for module in found if getattr(getattr(module, "config", None), "_attn_implementation", None) == "tokenselect"]
+    return [
+        module
+        for module in found
+        if getattr(getattr(module, "config", None), "_attn_implementation", None) == "tokenselect"
+    ]
 
 
-def _ropes(model: torch.nn.Module, layers: list[torch.nn.Module], options: TokenSelectOptions) -> dict[torch.nn.Module, Any]:
+def _ropes(
+    model: torch.nn.Module, layers: list[torch.nn.Module], options: TokenSelectOptions
+) -> dict[torch.nn.Module, Any]:
     rotaries = {name: module for name, module in model.named_modules() if name.rsplit(".", 1)[-1] == "rotary_emb"}
     if len(rotaries) != 1:
-        raise NotImplementedError(f"positions='reassigned' needs one `rotary_emb` for all layers, the model has {len(rotaries)}: {', '.join(rotaries) or 'none'}")
+        raise NotImplementedError(
+            f"positions='reassigned' needs one `rotary_emb` for all layers, the model has {len(rotaries)}: {', '.join(rotaries) or 'none'}"
+        )
     (rotary,) = rotaries.values()
     ropes = {}
     for layer in layers:
@@ -80,10 +88,19 @@ def make_caches() -> None:
 
     @functools.wraps(original)
     def prepare(
-        self: Any, generation_config: Any, model_kwargs: dict[str, Any], generation_mode: Any, batch_size: int, max_cache_length: int, *args: Any, **kwargs: Any
+        self: Any,
+        generation_config: Any,
+        model_kwargs: dict[str, Any],
+        generation_mode: Any,
+        batch_size: int,
+        max_cache_length: int,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
         given = {name for name in _CACHE_NAMES if model_kwargs.get(name) is not None}
-        answer = original(self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs)
+        answer = original(
+            self, generation_config, model_kwargs, generation_mode, batch_size, max_cache_length, *args, **kwargs
+        )
         config = self.config.get_text_config(decoder=True)
         if given or generation_config.cache_implementation is not None or config._attn_implementation != "tokenselect":
             return answer
@@ -92,9 +109,9 @@ def make_caches() -> None:
             if type(model_kwargs.get(name)) is DynamicCache and unsupported(config) is None:
                 cache = TokenSelectCache(config, options_of(self), max_length=max_cache_length)
                 if generation_config.is_assistant:
-                    cache.activate_past_recording()
+                    cache.activate_past_recording()  # type: ignore[no-untyped-call]
                 model_kwargs[name] = cache
         return answer
 
     prepare._tokenselect = True  # type: ignore[attr-defined]
-    GenerationMixin._prepare_cache_for_generation = prepare
+    GenerationMixin._prepare_cache_for_generation = prepare  # type: ignore[method-assign]

@@ -75,25 +75,32 @@ class LayerConfig:
     def dense(self) -> LayerConfig:
         """The same attention without a selection, which needs no room for lists."""
         return replace(
-            self, score_scale=self.sm_scale, n_init=0, n_local=0, top_k=1, vote_pool_window=1, threshold=None, max_reuse=None
+            self,
+            score_scale=self.sm_scale,
+            n_init=0,
+            n_local=0,
+            top_k=1,
+            vote_pool_window=1,
+            threshold=None,
+            max_reuse=None,
         )
 
     def config(self) -> Config:
         """The library's."""
-        fields: dict[str, Any] = dict(
-            num_qo_heads=self.num_qo_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=self.head_dim,
-            dtype=self.dtype,
-            sm_scale=self.sm_scale,
-            logits_soft_cap=self.logits_soft_cap,
-            score_scale=self.score_scale,
-            n_init=self.n_init,
-            n_local=self.n_local,
-            top_k=self.top_k,
-            vote_pool_window=self.vote_pool_window,
-            selection_cache=int(self.threshold is not None),
-        )
+        fields: dict[str, Any] = {
+            "num_qo_heads": self.num_qo_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "dtype": self.dtype,
+            "sm_scale": self.sm_scale,
+            "logits_soft_cap": self.logits_soft_cap,
+            "score_scale": self.score_scale,
+            "n_init": self.n_init,
+            "n_local": self.n_local,
+            "top_k": self.top_k,
+            "vote_pool_window": self.vote_pool_window,
+            "selection_cache": int(self.threshold is not None),
+        }
         if self.threshold is not None:
             fields["similarity_threshold"] = self.threshold
         if self.max_reuse is not None:
@@ -125,7 +132,9 @@ class Kernels:
             self._step = None  # gives its workspace back first
             dense = self.layer == self.layer.dense()
             more = {"operations": ["append", "attend"]} if dense else {}
-            context = Context(self.device, self.config, max_rows=room[0], max_block_len=room[1], max_kv_tokens=room[2], **more)
+            context = Context(
+                self.device, self.config, max_rows=room[0], max_block_len=room[1], max_kv_tokens=room[2], **more
+            )
             self._step = (context, (room[0], room[1], room[2]))
         return self._step[0]
 
@@ -162,7 +171,9 @@ def device_of(tensor: torch.Tensor, given: Device | None = None) -> Device:
             devices[key] = Device.cpu()
         return devices[key]
     if tensor.device.type != "cuda" or torch.version.hip is not None:
-        raise NotImplementedError(f"attn_implementation='tokenselect' runs on the processor and on CUDA devices, got {tensor.device}")
+        raise NotImplementedError(
+            f"attn_implementation='tokenselect' runs on the processor and on CUDA devices, got {tensor.device}"
+        )
     stream = torch.cuda.current_stream(tensor.device).cuda_stream
     ordinal = tensor.device.index
     if ("cuda", ordinal, stream) not in devices:
@@ -175,7 +186,7 @@ def device_of(tensor: torch.Tensor, given: Device | None = None) -> Device:
 def kernels_for(device: Device, layer: LayerConfig) -> Kernels:
     """The contexts of a configuration on a device, in this thread."""
     kernels: dict[Any, Kernels] = _registry("kernels")
-    key = (id(device), layer)
+    key = (device, layer)
     if key not in kernels:
         kernels[key] = Kernels(device, layer)
     return kernels[key]

@@ -138,7 +138,9 @@ def _window_of(mask_function: Callable[..., Any]) -> int | None:
             windows.append(int(_closed_over(function, "sliding_window")))
         else:
             name = getattr(function, "__qualname__", type(function).__name__)
-            reason = _REFUSED.get(code, f"the mask function `{name}`") if code is not None else f"the mask function `{name}`"
+            reason = (
+                _REFUSED.get(code, f"the mask function `{name}`") if code is not None else f"the mask function `{name}`"
+            )
             raise _refused(reason)
     if not is_causal:
         raise _refused("a mask that is not causal")

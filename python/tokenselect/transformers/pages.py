@@ -58,7 +58,9 @@ class PageTables:
             self._holders = np.pad(self._holders, (0, num_pages - self.num_pages))
             self.num_pages = num_pages
 
-    def grow(self, lens: Sequence[int], copy: Callable[[list[int], list[int]], None], more: Callable[[int], None]) -> None:
+    def grow(
+        self, lens: Sequence[int], copy: Callable[[list[int], list[int]], None], more: Callable[[int], None]
+    ) -> None:
         """Makes room until row `r` has `lens[r]` tokens.
 
         `more(needed)` is called where `needed` pages are wanted and not free, and calls `reserve`. `copy(sources, targets)` is
@@ -128,7 +130,8 @@ class PageTables:
 
     def slots(self, row: int) -> Ints:
         """The slot of every token that the row's pages hold, ascending."""
-        slots = self.pages(row)[:, None] * np.int32(self.page_size) + np.arange(self.page_size, dtype=np.int32)
+        places = np.arange(self.page_size, dtype=np.int32)
+        slots: Ints = np.add.outer(self.pages(row) * np.int32(self.page_size), places, dtype=np.int32)
         return slots.reshape(-1)[: self._lens[row] - self._begins[row]]
 
     def _take(self) -> int:

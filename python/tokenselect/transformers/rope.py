@@ -26,7 +26,7 @@ def library_rope(rotary: torch.nn.Module, attention: torch.nn.Module, layer_type
     Raises `NotImplementedError`, naming the rope type, where the library has none.
     """
     frequencies, factor = _of_model(rotary, layer_type)
-    config = rotary.config
+    config: Any = rotary.config
     parameters: Any = config.rope_parameters
     if layer_type is not None and layer_type in parameters:
         parameters = parameters[layer_type]
@@ -53,17 +53,21 @@ def library_rope(rotary: torch.nn.Module, attention: torch.nn.Module, layer_type
             attention_factor=float(factor),
         )
     elif kind != "default":
-        raise NotImplementedError(f"positions='reassigned' does not have the rope type '{kind}': default, linear, llama3 and yarn are there")
+        raise NotImplementedError(
+            f"positions='reassigned' does not have the rope type '{kind}': default, linear, llama3 and yarn are there"
+        )
     if kind != "yarn" and factor != 1.0:
-        raise NotImplementedError(f"positions='reassigned' takes an attention factor of RoPE with yarn alone, the rope type '{kind}' has {factor}")
-    expected = torch.tensor(_frequencies(rope), dtype=torch.float64)
+        raise NotImplementedError(
+            f"positions='reassigned' takes an attention factor of RoPE with yarn alone, the rope type '{kind}' has {factor}"
+        )
+    expected = torch.tensor(_frequencies(rope), dtype=torch.float64, device=frequencies.device)
     error = ((expected - frequencies) / frequencies.clamp(min=1e-30)).abs().max().item()
     if not error < _TOLERANCE:
         raise NotImplementedError(
             f"positions='reassigned': the frequencies of the model's rope type '{kind}' differ from the library's by {error:.1e} relative, "
             f"{_TOLERANCE:.0e} is allowed"
         )
-    rope["pairing"] = _pairing(attention, 2 * len(frequencies))
+    rope["pairing"] = _pairing(rotary, attention, layer_type, frequencies, factor)
     return tuple(sorted(rope.items()))
 
 
@@ -71,8 +75,10 @@ def _of_model(rotary: torch.nn.Module, layer_type: str | None) -> tuple[torch.Te
     prefix = f"{layer_type}_" if layer_type is not None and hasattr(rotary, f"{layer_type}_inv_freq") else ""
     frequencies = getattr(rotary, f"{prefix}original_inv_freq", getattr(rotary, f"{prefix}inv_freq", None))
     if not isinstance(frequencies, torch.Tensor) or not hasattr(rotary, "config"):
-        raise NotImplementedError(f"positions='reassigned' needs a rotary embedding with `inv_freq` and `config`, {type(rotary).__name__} has none")
-    return frequencies.detach().to("cpu", torch.float64), float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
+        raise NotImplementedError(
+            f"positions='reassigned' needs a rotary embedding with `inv_freq` and `config`, {type(rotary).__name__} has none"
+        )
+    return frequencies.detach().double(), float(getattr(rotary, f"{prefix}attention_scaling", 1.0))
 
 
 def _frequencies(rope: dict[str, Any]) -> list[float]:
@@ -99,30 +105,45 @@ def _frequencies(rope: dict[str, Any]) -> list[float]:
     return plain
 
 
-def _pairing(attention: torch.nn.Module, dim: int) -> str:
-    """Which elements the model rotates with each other, found by rotating once."""
-    rotate = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
+def _pairing(
+    rotary: torch.nn.Module,
+    attention: torch.nn.Module,
+    layer_type: str | None,
+    frequencies: torch.Tensor,
+    factor: float,
+) -> str:
+    """Which elements the model rotates with each other, found by rotating a head once."""
+    module = sys.modules[type(attention).__module__]
+    rotate = getattr(module, "apply_rotary_pos_emb", None)
     if rotate is None:
-        raise NotImplementedError(f"positions='reassigned' needs `apply_rotary_pos_emb` beside {type(attention).__name__}, to see what it pairs")
-    angles = torch.arange(1, dim // 2 + 1, dtype=torch.float64) / dim
-    x = torch.arange(1, dim + 1, dtype=torch.float64).view(1, 1, 1, dim)
-    angles = torch.cat([angles, angles])[None, None]
+        raise NotImplementedError(
+            f"positions='reassigned' needs `apply_rotary_pos_emb` in {module.__name__}, to see which elements it pairs"
+        )
+    dim = 2 * len(frequencies)
+    head = torch.arange(1, int(getattr(attention, "head_dim", dim)) + 1, dtype=torch.float32)
+    like = head.view(1, 1, 1, -1).to(frequencies.device)
+    given = () if layer_type is None or not hasattr(rotary, f"{layer_type}_inv_freq") else (layer_type,)
+    position = 3
     try:
-        rotated = rotate(x, x.clone(), angles.cos(), angles.sin())[0].view(dim)
+        cos, sin = rotary(like[0], torch.tensor([[position]], device=like.device), *given)
+        rotated = rotate(like, like.clone(), cos, sin)[0].to("cpu", torch.float64).view(-1)
     except (TypeError, RuntimeError, ValueError) as error:
-        raise NotImplementedError(f"positions='reassigned' cannot tell what {rotate.__module__}.apply_rotary_pos_emb pairs: {error}") from error
-    cos, sin = angles[0, 0, : dim // 2].cos(), angles[0, 0, : dim // 2].sin()
-    flat = x.view(dim)
-    for name, first, second in (
-        ("half_split", slice(0, dim // 2), slice(dim // 2, dim)),
-        ("interleaved", slice(0, dim, 2), slice(1, dim, 2)),
-    ):
-        expected = torch.empty_like(flat)
-        expected[first] = flat[first] * cos - flat[second] * sin
-        expected[second] = flat[second] * cos + flat[first] * sin
-        if torch.allclose(rotated, expected):
+        raise NotImplementedError(
+            f"positions='reassigned' cannot tell which elements {module.__name__} pairs: {error}"
+        ) from error
+    angles = position * frequencies.to("cpu", torch.float64)
+    flat = head.double()
+    halves = slice(0, dim // 2), slice(dim // 2, dim)
+    neighbours = slice(0, dim, 2), slice(1, dim, 2)
+    for name, (first, second) in (("half_split", halves), ("interleaved", neighbours)):
+        expected = flat.clone()
+        expected[first] = factor * (flat[first] * angles.cos() - flat[second] * angles.sin())
+        expected[second] = factor * (flat[second] * angles.cos() + flat[first] * angles.sin())
+        if torch.allclose(rotated, expected, rtol=1e-4, atol=1e-4):
             return name
-    raise NotImplementedError(f"positions='reassigned': {rotate.__module__}.apply_rotary_pos_emb pairs neither halves nor neighbours")
+    raise NotImplementedError(
+        f"positions='reassigned': {module.__name__} rotates neither halves nor neighbours of the first {dim} elements"
+    )
 
 
 def take_rope_away(attention: torch.nn.Module, rope: Rope) -> torch.utils.hooks.RemovableHandle:
@@ -131,11 +152,14 @@ def take_rope_away(attention: torch.nn.Module, rope: Rope) -> torch.utils.hooks.
     return attention.register_forward_pre_hook(_without_rope, with_kwargs=True)
 
 
-def _without_rope(attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _without_rope(
+    attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     embeddings = kwargs.get("position_embeddings")
     if not isinstance(embeddings, (tuple, list)) or len(embeddings) != 2:
         raise NotImplementedError(
-            f"positions='reassigned' needs attention layers that are given `position_embeddings=(cos, sin)`, {type(attention).__name__} is not"
+            "positions='reassigned' needs attention layers that are given `position_embeddings=(cos, sin)`, "
+            f"{type(attention).__name__} is not"
         )
     cos, sin = embeddings
     return args, {**kwargs, "position_embeddings": (torch.ones_like(cos), torch.zeros_like(sin))}

@@ -82,7 +82,9 @@ class WindowPlan:
         self.max_block_len = max(self.max_block_len, *queries)
         self.max_kv_tokens = max(self.max_kv_tokens, sum(tokens))
         indices = np.concatenate([slots for slots, _ in rows])
-        return Batch(1, [0, *itertools.accumulate(queries)], [0, *itertools.accumulate(tokens)], indices, [1] * len(rows))
+        return Batch(
+            1, [0, *itertools.accumulate(queries)], [0, *itertools.accumulate(tokens)], indices, [1] * len(rows)
+        )
 
 
 @dataclass(frozen=True)
