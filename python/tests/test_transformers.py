@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
@@ -69,7 +69,8 @@ def config_of(kind: str, **changes: Any) -> Any:
 
 def make(config: Any, implementation: str, dtype: Any = None) -> Any:
     torch.manual_seed(1)
-    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(copy.deepcopy(config), attn_implementation=implementation).eval()
     return model if dtype is None else model.to(dtype)
 
 
@@ -308,7 +309,7 @@ def test_pages_behind_a_window_are_used_again() -> None:
     cache = TokenSelectCache(ours.config, TokenSelectOptions(top_k=4096, page_size=4), max_length=200)
     got = steps(ours, ids, mask, cache, [50, *[1] * 20, 13, *[1] * 117])
     close(got, steps(eager, ids, mask, DynamicCache(config=eager.config), [200]), mask)
-    sizes = {layer.window: layer.keys.shape[0] * 4 for layer in cache.layers}
+    sizes = {layer.window: layer.keys.shape[0] * 4 for layer in cache.layers if layer.keys is not None}
     assert sizes[None] == (200 - 5 + 3) // 4 * 4 + 200, "`max_length` makes the pages at once"
     held = [len(cache._tables[5].pages(row)) for row in range(2)]
     assert held == [3, 2] or max(held) <= 3, f"a window of 5 needs at most 3 pages of 4, {held} are held"
@@ -366,7 +367,9 @@ def test_no_step_copies_the_cache() -> None:
     places = set()
     for begin in range(40):
         ours(ids[:, begin : begin + 1], attention_mask=mask[:, : begin + 1], **{CACHE: cache})
-        places.add(cache.layers[0].keys.data_ptr())
+        keys = cache.layers[0].keys
+        assert keys is not None
+        places.add(keys.data_ptr())
     assert len(places) == 1
 
 
@@ -395,10 +398,10 @@ REASSIGNED: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("positions", ["native", "reassigned"])
 @pytest.mark.parametrize("kind", REASSIGNED)
-def test_fewer_tokens_are_selected_by_definition(kind: str, positions: str) -> None:
+def test_fewer_tokens_are_selected_by_definition(kind: str, positions: Literal["native", "reassigned"]) -> None:
     options = TokenSelectOptions(
         top_k=6, n_init=2, n_local=3, block_len=4, thresholds=None, positions=positions, page_size=4
-    )  # type: ignore[arg-type]
+    )
     eager, ours = pair(kind, options, **REASSIGNED[kind])
     ids, mask = prompt(3, 41, "left")
     everything = eager(ids, attention_mask=mask, position_ids=(mask.cumsum(-1) - 1).clamp(min=0)).logits

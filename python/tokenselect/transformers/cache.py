@@ -156,6 +156,8 @@ class TokenSelectCache(Cache):
     Raises `NotImplementedError` for models with layers that it has no place for (see `unsupported`).
     """
 
+    layers: list[TokenSelectLayer]  # type: ignore[assignment]
+
     def __init__(
         self, config: PreTrainedConfig, options: TokenSelectOptions | None = None, *, max_length: int | None = None
     ) -> None:
@@ -168,8 +170,7 @@ class TokenSelectCache(Cache):
         self.options.check_layers(num_layers)
         self.max_length = max_length
         sliding = _is_sliding(text_config)
-        self._layers = [TokenSelectLayer(is_sliding=sliding[layer]) for layer in range(num_layers)]
-        super().__init__(layers=list(self._layers))
+        super().__init__(layers=[TokenSelectLayer(is_sliding=sliding[layer]) for layer in range(num_layers)])
         self._clear()
 
     def _clear(self) -> None:
@@ -322,7 +323,7 @@ class TokenSelectCache(Cache):
             return step
         behind = [
             index
-            for index, layer in enumerate(self._layers)
+            for index, layer in enumerate(self.layers)
             if layer.is_initialized and layer.num_seen < announced.begin
         ]
         if announced.begin > self._num_seen or behind:
@@ -366,7 +367,7 @@ class TokenSelectCache(Cache):
         if tables is None:
             tables = self._tables[window] = PageTables(self.options.page_size, step.batch_size)
         if window not in step.grown:
-            if window is not None and not any(layer.record_past for layer in self._layers):
+            if window is not None and not any(layer.record_past for layer in self.layers):
                 # What the window of the first token of this step reaches stays, so that the step can be undone.
                 tables.drop_before([length - window + 1 for length in step.old_lens])
             held = tables
@@ -376,7 +377,7 @@ class TokenSelectCache(Cache):
 
             def copy(sources: list[int], targets: list[int]) -> None:
                 from_pages, to_pages = torch.tensor(sources), torch.tensor(targets)
-                for layer in self._layers:
+                for layer in self.layers:
                     if layer.keys is not None and layer.window == window:
                         layer.reserve(held.num_pages, held.page_size, layer.keys[0])
                         layer.copy_pages(from_pages, to_pages)
@@ -398,13 +399,18 @@ class TokenSelectCache(Cache):
         key = (device, config)
         if key not in self._selections:
             # Room for forks before the rows that they replace are given back.
-            self._selections[key] = _Selections(device, config, len(self._layers), 2 * self._num_places)
+            self._selections[key] = _Selections(device, config, len(self.layers), 2 * self._num_places)
         return self._selections[key]
 
     def stats(self) -> dict[str, int]:
         """Rows of decoding steps whose selection was `reused`, `scored` anew, or `complete` (all tokens). Waits for the device."""
         stats = [selections.cache.stats() for selections in self._selections.values()]
         return {name: sum(getattr(each, name) for each in stats) for name in ("reused", "scored", "complete")}
+
+    def activate_past_recording(self) -> None:
+        """Keeps what sliding windows leave behind until `crop`, so that any number of steps can be undone."""
+        for layer in self.layers:
+            layer.activate_past_recording()
 
     def crop(self, tokens_to_remove: int) -> None:
         """Takes the last `-tokens_to_remove` positions away, in all layers and rows; also undoes a forward that failed.
@@ -420,7 +426,7 @@ class TokenSelectCache(Cache):
         num_seen = self._num_seen + tokens_to_remove
         written = [
             layer.announced.begin if layer.announced else layer.num_seen
-            for layer in self._layers
+            for layer in self.layers
             if layer.is_initialized
         ]
         least = min(written, default=0)
@@ -437,7 +443,7 @@ class TokenSelectCache(Cache):
                         f"a sliding window of {window} at {length} tokens of row {row} needs tokens from {reach} on, those before "
                         f"{tables.begin(row)} are gone: call `activate_past_recording` before the steps to undo"
                     )
-        for layer in self._layers:
+        for layer in self.layers:
             layer.announced = None
             layer.num_seen = min(layer.num_seen, num_seen)
         for window, tables in self._tables.items():
@@ -455,9 +461,9 @@ class TokenSelectCache(Cache):
 
     def reset(self) -> None:
         """Takes all tokens away. Pools stay."""
-        pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self._layers]
+        pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self.layers]
         self._clear()
-        for layer, (keys, values, view, token_view, window) in zip(self._layers, pools):
+        for layer, (keys, values, view, token_view, window) in zip(self.layers, pools):
             layer.num_seen, layer.announced = 0, None
             layer.keys, layer.values, layer.view, layer.token_view, layer.window = (
                 keys,
@@ -512,11 +518,11 @@ class TokenSelectCache(Cache):
         self._places = places
 
     def _layer(self, layer_idx: int) -> TokenSelectLayer:
-        if not 0 <= layer_idx < len(self._layers):
+        if not 0 <= layer_idx < len(self.layers):
             raise ValueError(
-                f"`layer_idx` must be below {len(self._layers)}, the layers of the TokenSelectCache, got {layer_idx}"
+                f"`layer_idx` must be below {len(self.layers)}, the layers of the TokenSelectCache, got {layer_idx}"
             )
-        return self._layers[layer_idx]
+        return self.layers[layer_idx]
 
 
 def unsupported(text_config: PreTrainedConfig) -> str | None:
