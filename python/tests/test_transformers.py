@@ -312,7 +312,7 @@ def test_pages_behind_a_window_are_used_again() -> None:
     sizes = {layer.window: layer.keys.shape[0] * 4 for layer in cache.layers if layer.keys is not None}
     assert sizes[None] == (200 - 5 + 3) // 4 * 4 + 200, "`max_length` makes the pages at once"
     held = [len(cache._tables[5].pages(row)) for row in range(2)]
-    assert held == [3, 2] or max(held) <= 3, f"a window of 5 needs at most 3 pages of 4, {held} are held"
+    assert max(held) <= 3, f"a window of 5 needs at most 3 pages of 4, {held} are held"
 
 
 def test_a_row_of_padding_has_no_tokens() -> None:

@@ -109,7 +109,7 @@ def make_caches() -> None:
             if type(model_kwargs.get(name)) is DynamicCache and unsupported(config) is None:
                 cache = TokenSelectCache(config, options_of(self), max_length=max_cache_length)
                 if generation_config.is_assistant:
-                    cache.activate_past_recording()  # type: ignore[no-untyped-call]
+                    cache.activate_past_recording()
                 model_kwargs[name] = cache
         return answer
 
