@@ -510,6 +510,20 @@ def test_selections_follow_rows() -> None:
     assert reordered.stats()["scored"] == straight.stats()["scored"] == 6
 
 
+def test_crop_drops_selections_that_are_younger() -> None:
+    options = TokenSelectOptions(**{**vars(FEW), "n_local": 10, "top_k": 1, "thresholds": -1.0, "max_reuse": 100})
+    _, ours = pair("llama", options)
+    ids, mask = prompt(1, 50)
+    cache = TokenSelectCache(ours.config, options)
+    steps(ours, ids, mask, cache, [40, *[1] * 10])
+    assert cache.stats() == {"reused": 18, "scored": 2, "complete": 0}  # selected with 40 tokens before, in two layers
+    for tokens_to_remove, scored in ((-5, 2), (-5, 2), (-3, 4)):
+        cache.crop(tokens_to_remove)
+        length = cache.get_seq_length() + 1
+        ours(ids[:, length - 1 : length], attention_mask=mask[:, :length], **{CACHE: cache})
+        assert cache.stats()["scored"] == scored
+
+
 # What is refused.
 
 
