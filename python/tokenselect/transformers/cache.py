@@ -147,7 +147,7 @@ class TokenSelectCache(Cache):
 
     ```python
     cache = TokenSelectCache(model.config, TokenSelectOptions(top_k=4096))
-    model.generate(**inputs, cache=cache, max_new_tokens=100)  # `past_key_values=cache` before transformers 5.24
+    model.generate(**inputs, cache=cache, max_new_tokens=100)  # `past_key_values=cache` in older transformers
     ```
 
     `max_length` are the most tokens of a row if they are known: its pages are then made at once. With `options.positions =
