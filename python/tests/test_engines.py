@@ -8,6 +8,8 @@ with theirs.
     pytest python/tests/test_engines.py
 """
 
+# ruff: noqa: E402 (what is missing is said before it is imported)
+
 from __future__ import annotations
 
 import ast
@@ -22,6 +24,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 torch = pytest.importorskip(
@@ -880,8 +883,6 @@ def test_vllm_additional_config_that_is_refused() -> None:
 
 
 def test_rows_that_contradict_each_other() -> None:
-    import numpy as np
-
     from tokenselect.engines.host_step import HostStep
 
     pages = np.arange(2, dtype=np.int32)
@@ -908,6 +909,47 @@ def test_slots_must_be_made_before_they_are_captured(on_device: None) -> None:
     for rows in range(3, 20):
         place(rows, False)
     assert place(2, False) is kept and len(slots._loose) == 8
+
+
+@pytest.mark.parametrize("are_slots", [False, True])
+def test_translated_tables_are_those_of_the_emulated_gpu(are_slots: bool) -> None:
+    """`FakeSlot` is true to `BatchSlot`: padding between rows is no fault, writes nothing and has outputs of zero."""
+    try:
+        emulated = tokenselect.Device.emulated()
+    except tokenselect.Error as error:
+        pytest.skip(f"the GPU's kernels are not emulated: {error}")
+    random, size = np.random.default_rng(0), 4
+    arrays = [
+        random.standard_normal(shape).astype(np.float16) for shape in [(12, size, 1, 64)] * 2 + [(4, 2, 64), (4, 1, 64)]
+    ]
+    pages = np.array([[5, 2, 7, 1], [0, 0, 0, 0], [3, 9, 4, 0], [0, 0, 0, 0]], np.int32)
+    entries, rows = pages, None
+    if are_slots:
+        slots = (pages[:, :, None] * size + np.arange(size, dtype=np.int32)).reshape(4, -1)
+        entries, rows = np.ascontiguousarray(slots[[3, 0, 2, 1]]), np.array([1, 0, 2, 3], np.int32)
+    results = []
+    for device, kind, copy in (
+        (emulated, tokenselect.BatchSlot, emulated.to_device),
+        (tokenselect.Device.cpu(), FakeSlot, lambda array: torch.from_numpy(array.copy())),
+    ):
+        config = tokenselect.Config(
+            num_qo_heads=2, num_kv_heads=1, head_dim=64, dtype="f16", top_k=3, n_init=2, n_local=2, selection_cache=0
+        )
+        context = tokenselect.Context(device, config, max_rows=4, max_block_len=1, max_kv_tokens=64)
+        slot = kind(device, tokenselect.Batch(size, [0, 1], [0, 1], [0], [1]).padded(4, 1), 16)
+        lens = copy(np.array([14, 0, 9, 0], np.int32))
+        bound = slot.translate(copy(entries), lens, 12, slots=are_slots, rows=None if rows is None else copy(rows))
+        batch = getattr(bound, "batch", bound)
+        k, v, q, new = (copy(array) for array in arrays)
+        kv, out = tokenselect.KvView(k, v), copy(np.full((4, 2, 64), np.nan, np.float16))
+        context.append_select(batch, kv, q, new, new)
+        context.attend(batch, kv, q, out=out)
+        assert (slot.num_faults if isinstance(slot, FakeSlot) else slot.faults()) == 0
+        results.append([torch.from_numpy(np.asarray(x.numpy())) for x in (k, v, out)])
+    (k, v, out), (other_k, other_v, other_out) = results
+    assert torch.equal(k, other_k) and torch.equal(v, other_v)
+    close(out, other_out.double(), 2e-3)
+    assert not out[[1, 3]].any() and out[[0, 2]].any()
 
 
 def test_imports_need_neither_the_engines_nor_pytorch() -> None:
