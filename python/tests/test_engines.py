@@ -46,7 +46,7 @@ CHOICES = {
     "all": ALL,
     "few": FEW,
     "pooled, other scale": dataclasses.replace(FEW, vote_pool_window=1, score_scale=0.7),
-    "dense below": dataclasses.replace(FEW, dense_below=17),
+    "dense below": dataclasses.replace(FEW, dense_below=14),
     "dense layer": dataclasses.replace(FEW, dense_layers=(1,)),
 }
 
@@ -232,20 +232,21 @@ class Vllm:
         assert self.builder.reorder_batch_threshold == 1
         return dict(sorted(forward.items(), key=lambda item: item[1] > 1))
 
-    def step(self, forward: dict[str, int], padding: int = 0) -> Any:
-        """One forward in eager mode, compared."""
+    def step(self, forward: dict[str, int], padding: int = 0, is_padding_told: bool = False) -> Any:
+        """One forward in eager mode, compared. Graphs of parts of the model pad tokens, which attention may be told of."""
         names = list(forward)
         for name, count in forward.items():
             self.sequences.new(name, count)
         tokens = sum(forward.values())
-        # Graphs of parts of the model pad tokens, but not what attention is told of.
-        metadata = self.builder.build(0, self.common(forward, len(names), tokens))
+        told = tokens + padding if is_padding_told else tokens
+        metadata = self.builder.build(0, self.common(forward, len(names), told))
         for layer in range(LAYERS):
             q, k, v = self.sequences.latest(names, layer, padding)
             out = torch.full(q.shape, torch.nan, dtype=q.dtype)
             answer = self.impls[layer].forward(self.layers[layer], q, k, v, self.caches[layer], metadata, out)
             assert answer is out
             self.compare(out[:tokens], names, layer)
+            assert not out[tokens:told].any(), "padding must have outputs of zero"
         return metadata
 
     def compare(self, out: Any, names: list[str], layer: int) -> None:
@@ -273,6 +274,18 @@ def test_vllm_types(dtype: Any) -> None:
     vllm = Vllm(ALL, "BHLNC", dtype=dtype)
     for forward in FORWARDS:
         vllm.step(forward)
+
+
+def test_vllm_rows_of_the_cache_are_a_key_and_its_value() -> None:
+    """As vLLM's own kernels and its connectors have them."""
+    vllm = Vllm(FEW, "BHLNC")
+    for forward in ({"a": 6, "b": 3}, {"a": 1, "b": 1}):
+        vllm.step(forward)
+    for name in "ab":
+        _, k, v = vllm.sequences._qkv[name][1]
+        for token in range(len(k)):
+            row = vllm.caches[1][vllm.blocks[name][token // 4], :, token % 4]
+            assert torch.equal(row, torch.cat([k[token], v[token]], 1))
 
 
 def test_vllm_strided_queries() -> None:
@@ -348,11 +361,27 @@ def test_vllm_full_graphs(choice: str, on_device: None) -> None:
     assert [slot.num_faults for slot in FakeSlot.made] == [0] * len(FakeSlot.made)
 
 
-def test_vllm_decoding_on_the_device_in_eager_mode(on_device: None) -> None:
+@pytest.mark.parametrize("padding", [0, 3])
+def test_vllm_decoding_on_the_device_in_eager_mode(padding: int, on_device: None) -> None:
     vllm = Vllm(FEW)
     for forward in FORWARDS:
-        metadata = vllm.step(vllm.ordered(forward))
+        metadata = vllm.step(vllm.ordered(forward), padding, is_padding_told=True)
         assert (metadata.on_device is None) == (set(forward.values()) != {1})
+
+
+def test_vllm_tables_in_wider_ones(on_device: None) -> None:
+    """Where vLLM splits blocks for the kernels, tables are the first entries of wider rows."""
+    vllm = Vllm(FEW)
+    vllm.table = torch.full((9, vllm.max_len // vllm.size + 3), -1, dtype=torch.int32)[:8, :-3]
+    for forward in FORWARDS:
+        vllm.step(vllm.ordered(forward))
+    assert FakeSlot.made and not any(slot.num_faults for slot in FakeSlot.made)
+    vllm.table = torch.zeros(16, 8, dtype=torch.int32).t()
+    vllm.sequences.new("a", 1)
+    with pytest.raises(
+        NotImplementedError, match=r"`entries` that are contiguous int32, got torch.int32 with strides \(1, 8\)"
+    ):
+        vllm.builder.build(0, vllm.common({"a": 1, "b": 1}, 2, 2))
 
 
 def test_vllm_room_on_the_device(on_device: None) -> None:
@@ -586,6 +615,11 @@ class Sglang:
         mode = ForwardMode.DECODE if ones == len(names) else mode
         batch = self.batch(forward, mode, with_host_lens)
         self.backend.init_forward_metadata(batch)
+        # From here on the scheduler may write what it shares.
+        kept = self.req_to_token.clone()
+        self.req_to_token.fill_(-1)
+        batch.seq_lens.fill_(-1)
+        batch.req_pool_indices.fill_(-1)
         for layer_id in range(LAYERS):
             q, k, v = self.sequences.latest(names, layer_id)
             layer, packed = self.layer(layer_id), q.reshape(len(q), HQ * D)
@@ -596,6 +630,7 @@ class Sglang:
                 out = self.backend.forward(packed, None, None, layer, batch, save_kv_cache=False)
             assert out.shape == packed.shape
             self.compare(out, names, layer_id)
+        self.req_to_token.copy_(kept)
 
     def compare(self, out: Any, names: list[str], layer: int) -> None:
         expected = self.sequences.expected(names, layer)
@@ -699,6 +734,14 @@ def test_sglang_decoding_on_the_device_in_eager_mode(on_device: None, monkeypatc
     sglang = Sglang(FEW, monkeypatch)
     for forward in FORWARDS:
         sglang.step(forward)
+
+
+def test_inference_mode_and_none(on_device: None, monkeypatch: Any) -> None:
+    """What is made within inference mode is written outside of it, too."""
+    for engine in (Sglang(FEW, monkeypatch), Vllm(FEW)):
+        for number, forward in enumerate([{"a": 9}, {"a": 1}, {"a": 1}, {"a": 3}, {"a": 1}]):
+            with torch.inference_mode(number % 2 == 1):
+                engine.step(forward)
 
 
 def test_sglang_room_on_the_device(on_device: None, monkeypatch: Any) -> None:

@@ -17,7 +17,7 @@ from tokenselect import Batch, BatchSlot, Device
 from .contexts import Contexts
 from .layers import Layer, PagedKv
 
-__all__ = ["DeviceStep", "Slots", "check_room", "is_on_device"]
+__all__ = ["DeviceStep", "Slots", "buffer_like", "check_room", "is_on_device"]
 
 # Slots of steps that no graph has: their tables take 4 bytes a page, and each number of rows has its own.
 _MAX_LOOSE_SLOTS = 8
@@ -42,6 +42,12 @@ class _Place:
     is_row: torch.Tensor
 
 
+def buffer_like(tensor: torch.Tensor, **more: Any) -> torch.Tensor:
+    """Memory that may be written within PyTorch's inference mode and outside of it."""
+    with torch.inference_mode(False):
+        return torch.empty(tensor.shape, **{"dtype": tensor.dtype, "device": tensor.device, **more})
+
+
 class Slots:
     """Places for tables on the device: those that were captured stay for ever, of others the last few."""
 
@@ -63,7 +69,7 @@ class Slots:
                     f"a decoding step of {num_rows} rows must run once in the stream of the capture before it is captured"
                 )
             slot = BatchSlot(device, Batch(page_size, [0, 1], [0, 1], [0], [1]).padded(num_rows, 1), max_pages)
-            place = _Place(slot, torch.empty_like(kv_lens), torch.empty_like(kv_lens, dtype=torch.bool))
+            place = _Place(slot, buffer_like(kv_lens), buffer_like(kv_lens, dtype=torch.bool))
         if is_captured:
             self._captured[key] = place
             return place
@@ -94,11 +100,11 @@ class DeviceStep:
         max_kv_tokens: int,
         null_entry: int | None = None,
     ) -> None:
-        self._slots, self._entries, self._kv_lens, self._rows = slots, entries, kv_lens, rows
+        self._slots, self._entries, self._kv_lens, self._rows = slots, _whole_rows(entries), kv_lens, rows
         self._are_slots, self._null_entry = are_slots, null_entry
         self.num_rows = kv_lens.shape[0]
         self.max_rows, self.max_kv_tokens = max_rows, max_kv_tokens
-        for name, tensor in {"entries": entries, "kv_lens": kv_lens, "rows": rows}.items():
+        for name, tensor in {"entries": self._entries, "kv_lens": kv_lens, "rows": rows}.items():
             if tensor is not None and (tensor.dtype != torch.int32 or not tensor.is_contiguous()):
                 raise NotImplementedError(
                     f"tokenselect translates `{name}` that are contiguous int32, got {tensor.dtype} with strides {tensor.stride()}"
@@ -157,6 +163,16 @@ class DeviceStep:
 
     def _max_pages(self, page_size: int) -> int:
         return -(-self.max_kv_tokens // page_size)
+
+
+def _whole_rows(entries: torch.Tensor) -> torch.Tensor:
+    """A table of which the first entries of each row are given, with all of them: those behind belong to no row's length."""
+    if entries.is_contiguous() or entries.stride(1) != 1 or entries.stride(0) < entries.shape[1]:
+        return entries
+    shape = (entries.shape[0], entries.stride(0))
+    end = (entries.storage_offset() + shape[0] * shape[1]) * entries.element_size()
+    fits = end <= entries.untyped_storage().nbytes()
+    return entries.as_strided(shape, (shape[1], 1)) if fits else entries
 
 
 def check_room(kv_lens: torch.Tensor, page_size: int, max_kv_tokens: int) -> None:

@@ -11,7 +11,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from tokenselect.engines.contexts import device_of, shared_contexts
-from tokenselect.engines.device_step import DeviceStep, Slots, check_room, is_on_device
+from tokenselect.engines.device_step import DeviceStep, Slots, buffer_like, check_room, is_on_device
 from tokenselect.engines.host_step import HostStep
 from tokenselect.engines.layers import Layer, PagedKv
 from tokenselect.engines.options import EngineOptions
@@ -216,8 +216,8 @@ class TokenSelectAttnBackend(AttentionBackend):  # type: ignore[misc]
             check_room(forward_batch.seq_lens_cpu, size, room)
         if count not in self._buffers:
             # Graphs have their addresses.
-            rows, lens = (torch.zeros(count, dtype=torch.int32, device=self.req_to_token.device) for _ in range(2))
-            self._buffers[count] = (rows, lens)
+            rows = forward_batch.req_pool_indices
+            self._buffers[count] = (buffer_like(rows, dtype=torch.int32), buffer_like(rows, dtype=torch.int32))
         rows, lens = self._buffers[count]
         step = DeviceStep(
             self._slots, self.req_to_token, lens, rows, are_slots=True, max_rows=self._max_rows, max_kv_tokens=room

@@ -145,7 +145,7 @@ def _is_decode(query_lens: list[int], num_actual_tokens: int) -> bool:
     """Whether token `r` is request `r`'s only one, for all requests that are no padding."""
     ones = sum(query_lens)
     is_single = query_lens[:ones] == [1] * ones and not any(query_lens[ones:])
-    return is_single and ones > 0 and num_actual_tokens in (ones, len(query_lens))
+    return is_single and ones > 0 and num_actual_tokens >= len(query_lens)
 
 
 def _refuse(common: CommonAttentionMetadata) -> None:
