@@ -21,7 +21,7 @@ _WRITES = {"copy_", "zero_", "fill_", "index_copy_", "__setitem__"}
 _WAITS = {"cpu", "item", "tolist", "numpy", "nonzero", "__bool__", "__int__", "__index__"}
 
 
-class EmulatedGraph(TorchFunctionMode):  # type: ignore[misc]
+class EmulatedGraph(TorchFunctionMode):  # type: ignore[misc, unused-ignore]
     """A recording. One at a time."""
 
     current: EmulatedGraph | None = None

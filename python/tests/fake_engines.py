@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
-import torch
-
 import engine_sources
+import torch
 
 M = TypeVar("M")
 

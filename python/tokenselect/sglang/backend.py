@@ -141,7 +141,7 @@ class TokenSelectAttnBackend(AttentionBackend):  # type: ignore[misc]
             # The pool knows more of its memory than its layout: what it is loaded from, and which stream it is written in.
             self.token_to_kv_pool.set_kv_buffer(layer, KVWriteLoc.for_batch(forward_batch), k, v)
         made, kv = self._of_layer(layer)
-        queries = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
+        queries: torch.Tensor = q.reshape(-1, layer.tp_q_head_num, layer.qk_head_dim)
         if queries.dtype != kv.k.dtype:
             raise NotImplementedError(
                 f"tokenselect needs queries of the pool's type, {kv.k.dtype}, got {queries.dtype}"

@@ -10,21 +10,26 @@ engine is made. Options are those of `EngineOptions`: `TOKENSELECT_TOP_K=4096`, 
 
 from __future__ import annotations
 
+import logging
+
 __all__ = ["register"]
 
 _BACKEND = "tokenselect.vllm.backend.TokenSelectBackend"
 
 
 def register() -> None:
-    """Makes the backend vLLM's `CUSTOM`. May be called any number of times.
+    """Makes the backend vLLM's `CUSTOM`. May be called any number of times. Another package's backend of that name stays, with a
+    warning: vLLM calls this wherever the package is installed, whether it is wanted or not.
 
-    Raises `ImportError` without vLLM, and `RuntimeError` where another package's backend has the name.
+    Raises `ImportError` without vLLM.
     """
     from vllm.v1.attention.backends.registry import AttentionBackendEnum, register_backend
 
     custom = AttentionBackendEnum.CUSTOM
     if custom.is_overridden() and custom.get_path() != _BACKEND:
-        raise RuntimeError(
-            f"vLLM's attention backend CUSTOM is {custom.get_path()} already: choose the plugins that are loaded by VLLM_PLUGINS"
+        logging.getLogger(__name__).warning(
+            "vLLM's attention backend CUSTOM is %s already, tokenselect is left out: VLLM_PLUGINS names the plugins that are loaded",
+            custom.get_path(),
         )
+        return
     register_backend(custom, _BACKEND)
