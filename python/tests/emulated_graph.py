@@ -130,10 +130,15 @@ class RecordedContext:
     def for_prefill(device: Any, config: Any, **limits: Any) -> Any:
         return ts.Context.for_prefill(device, config, **limits)
 
+    def called(self, name: str) -> None:
+        """Is told of every call."""
+
     def __getattr__(self, name: str) -> Any:
         method = getattr(self._real, name)
 
         def call(batch: Any, *args: Any, **kwargs: Any) -> Any:
+            self.called(name)
+
             def work() -> Any:
                 return method(batch.batch if isinstance(batch, _Bound) else batch, *args, **kwargs)
 

@@ -997,6 +997,21 @@ def test_translated_tables_are_those_of_the_emulated_gpu(are_slots: bool) -> Non
     assert not out[[1, 3]].any() and out[[0, 2]].any()
 
 
+def test_launches_are_separated_from_those_before(monkeypatch: Any) -> None:
+    """Once a layer, before anything of the library's but the translation of tables, which reads the engine's tables alone."""
+    from tokenselect.engines import contexts, host_step
+
+    calls: list[str] = []
+    monkeypatch.setattr(host_step, "separate", lambda tensor: calls.append("separate"))
+    monkeypatch.setattr(contexts, "Context", RecordedContext)
+    monkeypatch.setattr(RecordedContext, "called", lambda self, name: calls.append(name))
+    contexts._shared.clear()
+    sglang = Sglang(FEW, monkeypatch)
+    sglang.step({"a": 1})
+    assert calls == ["separate", "select", "attend"] * LAYERS
+    contexts._shared.clear()
+
+
 def test_imports_need_neither_the_engines_nor_pytorch() -> None:
     code = (
         "import sys\n"

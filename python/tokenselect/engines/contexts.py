@@ -11,9 +11,10 @@ from tokenselect import Context, Device
 from .layers import Layer
 from .options import EngineOptions
 
-__all__ = ["Contexts", "device_of", "shared_contexts"]
+__all__ = ["Contexts", "device_of", "separate", "shared_contexts"]
 
 _devices: dict[Any, Device] = {}
+_words: dict[torch.device, torch.Tensor] = {}
 
 
 def device_of(tensor: torch.Tensor) -> Device:
@@ -35,6 +36,19 @@ def device_of(tensor: torch.Tensor) -> Device:
         with torch.cuda.device(tensor.device):
             _devices[key] = Device.cuda(tensor.device.index, stream=stream)
     return _devices[key]
+
+
+def separate(tensor: torch.Tensor) -> None:
+    """Lets the library's next launch begin when all before it have ended, on the GPU of a tensor.
+
+    Its launches may begin before the one in front has ended, if that allows it, and then read what is written by then. Engines have
+    kernels that allow it earlier: SGLang's that writes keys and values does before it writes. A write of PyTorch's in between does not.
+    """
+    if tensor.is_cuda:
+        if tensor.device not in _words:
+            with torch.inference_mode(False):
+                _words[tensor.device] = torch.empty(1, dtype=torch.int32, device=tensor.device)
+        _words[tensor.device].zero_()
 
 
 class Contexts:

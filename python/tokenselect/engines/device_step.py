@@ -14,7 +14,7 @@ import torch
 
 from tokenselect import Batch, BatchSlot, Device
 
-from .contexts import Contexts
+from .contexts import Contexts, separate
 from .layers import Layer, PagedKv
 
 __all__ = ["DeviceStep", "Slots", "buffer_like", "check_room", "is_on_device"]
@@ -143,6 +143,7 @@ class DeviceStep:
     ) -> None:
         """As `HostStep.attend`."""
         batch = self.translate(device, kv.page_size, kv.num_pages)
+        separate(q)
         context = contexts.fixed(device, layer, self.max_rows, self._max_pages(kv.page_size) * kv.page_size)
         count = self.num_rows
         q, to = q[:count], out[:count]

@@ -12,7 +12,7 @@ import torch
 
 from tokenselect import Batch, Context, Device, Pieces
 
-from .contexts import Contexts
+from .contexts import Contexts, separate
 from .layers import Layer, PagedKv
 
 __all__ = ["HostStep", "Ints"]
@@ -71,6 +71,7 @@ class HostStep:
             out.zero_()
         if layer.is_dense not in self._parts:
             self._parts[layer.is_dense] = self._split(layer.is_dense)
+        separate(q)
         for part in self._parts[layer.is_dense]:
             part.attend(contexts, device, layer, kv, q, new, out)
 
