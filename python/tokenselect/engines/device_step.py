@@ -84,8 +84,9 @@ class DeviceStep:
 
     `entries`, `[table_rows, width]`, are pages in token order, or with `are_slots` the slot of each token; `rows`, `[num_rows]`, the row
     of `entries` of each row, None for its own number; `kv_lens`, `[num_rows]`, its tokens with the new one, 0 for padding, for which
-    outputs are zeros. Rows whose first entry is `null_entry` are padding, too. All are int32 and stay where they are. `max_kv_tokens` is what all rows together may have, in whole pages, and
-    `max_rows` what any such step has.
+    outputs are zeros. Rows whose first entry is `null_entry` are padding, too. All are int32 and stay where they are. `max_kv_tokens` is
+    what all rows together may have, in whole pages, and `max_rows` what any such step has. Raises `NotImplementedError` for tables of
+    other types, or that are not rows of adjacent entries.
     """
 
     def __init__(
