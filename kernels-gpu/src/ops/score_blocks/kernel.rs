@@ -94,12 +94,12 @@ struct Group<'a, T> {
     all: Tokens,
     /// Candidates of every block that is scored.
     common: Tokens,
-    /// Whether 16 tokens that a warp multiplies always lie in one page. Of those that are no candidates any keys may be read, of that page.
+    /// Whether 16 tokens that a warp copies always lie in one page. Of those that are no candidates any keys may be read, of that page.
     has_runs: bool,
 }
 
 impl<'a, T: Element> Group<'a, T> {
-    /// Group `index`; `B` blocks at most. Candidates of rows that are not scored are none.
+    /// Group `index`, of `num_blocks` blocks at most. Candidates of rows that are not scored are none.
     ///
     /// *Convergence:* aligned; every thread of the block.
     unsafe fn new(
