@@ -1,0 +1,169 @@
+"""PyTorch's tensors on a GPU. Skipped, aloud, where there is none."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+import tokenselect as ts
+
+torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
+if not torch.cuda.is_available():
+    pytest.skip("no CUDA device", allow_module_level=True)
+
+HQ, HKV, D, PAGE = 8, 2, 64, 16
+
+
+def config(**fields: Any) -> ts.Config:
+    given = dict(num_qo_heads=HQ, num_kv_heads=HKV, head_dim=D, dtype=torch.bfloat16, n_init=16, n_local=16, top_k=4096)
+    return ts.Config(**{**given, **fields})
+
+
+def device() -> ts.Device:
+    return ts.Device.cuda(0, stream=torch.cuda.current_stream())
+
+
+def draw(*shape: int) -> Any:
+    return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
+
+
+class Rows:
+    """Keys and values of one sequence in shuffled pages, among each other in vLLM's `[pages, heads, tokens, 2 D]`."""
+
+    def __init__(self, n: int) -> None:
+        num_pages = (n + PAGE - 1) // PAGE
+        self.n = n
+        self.pages = draw(num_pages, HKV, PAGE, 2 * D)
+        self.table = torch.randperm(num_pages)
+        self.kv = ts.KvView(self.pages[..., :D], self.pages[..., D:], "HND")
+
+    def batch(self, block: int = 1, **more: Any) -> ts.Batch:
+        return ts.Batch(PAGE, [0, block], [0, len(self.table)], self.table, [(self.n - 1) % PAGE + 1], **more)
+
+    def attend(self, q: Any) -> Any:
+        """Dense causal attention, in f32."""
+        rows = self.pages[self.table.cuda()].transpose(1, 2).reshape(-1, HKV, 2 * D)[: self.n].float()
+        k, v = (x.repeat_interleave(HQ // HKV, dim=1) for x in (rows[..., :D], rows[..., D:]))
+        logits = torch.einsum("thd,jhd->htj", q.float(), k) * D**-0.5
+        block = len(q)
+        hidden = torch.ones(block, self.n, dtype=torch.bool, device="cuda").triu(self.n - block + 1)
+        return torch.einsum("htj,jhd->thd", logits.masked_fill(hidden, float("-inf")).softmax(-1), v)
+
+
+def close(got: Any, want: Any) -> None:
+    assert (got.float() - want).abs().max() <= 1e-2 * want.abs().max()
+
+
+def context(where: ts.Device, block: int = 1, **fields: Any) -> ts.Context:
+    return ts.Context(where, config(**fields), max_rows=1, max_block_len=block, max_kv_tokens=8192)
+
+
+@pytest.mark.parametrize("block", [1, 33, 300])
+def test_a_step_over_pages_of_pytorch(block: int) -> None:
+    rows, ctx = Rows(1000), context(device(), block)
+    batch = rows.batch(block)
+    fused = draw(block, HQ + 2 * HKV, D)
+    q, k, v = fused[:, :HQ], fused[:, HQ : HQ + HKV], fused[:, HQ + HKV :]
+    ctx.append_select(batch, rows.kv, q, k, v)
+    out, lse = ctx.attend(batch, rows.kv, q, lse=True)
+    close(out, rows.attend(q))
+    assert lse.shape == (block, HQ) and len(ctx.selected()) == 1000
+    written = rows.pages[rows.table.cuda()].transpose(1, 2).reshape(-1, HKV, 2 * D)[1000 - block : 1000]
+    assert torch.equal(written, torch.cat([k, v], -1))
+
+
+def test_fewer_tokens_are_those_of_the_processor() -> None:
+    rows, q = Rows(3000), draw(1, HQ, D)
+    chosen = []
+    for where, move in ((device(), lambda x: x), (ts.Device.cpu(), lambda x: x.cpu())):
+        pages = move(rows.pages)
+        kv = ts.KvView(pages[..., :D], pages[..., D:], "HND")
+        ctx = context(where, top_k=256)
+        ctx.select(rows.batch(), kv, move(q))
+        chosen.append(ctx.selected().tolist() if hasattr(ctx.selected(), "tolist") else list(ctx.selected()))
+    assert len(chosen[0]) == 256 + 32 and len(set(chosen[0]) & set(chosen[1])) >= 284
+
+
+@pytest.mark.parametrize("own_stream", [False, True])
+def test_temporaries_are_read_before_they_go(own_stream: bool) -> None:
+    where = ts.Device.cuda(0) if own_stream else device()
+    rows, ctx = Rows(4096), context(where, 4096)
+    batch = rows.batch(4096)
+    x = draw(4096, HKV, D)
+    torch.cuda.synchronize()
+    for i in range(20):
+        given = x + i
+        torch.cuda.synchronize()
+        ctx.append(batch, rows.kv, given, given)
+        del given
+        draw(4096, HKV, D).fill_(-1)  # takes the memory that has come free
+    where.synchronize()
+    torch.cuda.synchronize()
+    keys = rows.pages[rows.table.cuda()].transpose(1, 2).reshape(-1, HKV, 2 * D)[..., :D]
+    assert torch.equal(keys, x + 19)
+
+
+def test_a_graph_of_pytorch() -> None:
+    rows, q = Rows(2000), draw(1, HQ, D)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        where = device()
+        ctx = context(where)
+        slot = ts.BatchSlot(where, rows.batch(), 256)
+        batch = slot.put(rows.batch())
+        k, v, out = draw(1, HKV, D), draw(1, HKV, D), torch.empty_like(q)
+
+        def step() -> None:
+            ctx.append_select(batch, rows.kv, q, k, v)
+            ctx.attend(batch, rows.kv, q, out=out)
+
+        step()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+        for n in (2000, 1000, 1999):
+            rows.n = n
+            q.copy_(draw(1, HQ, D))
+            table = rows.table[: (n + PAGE - 1) // PAGE]
+            slot.put(ts.Batch(PAGE, [0, 1], [0, len(table)], table, [(n - 1) % PAGE + 1]))
+            graph.replay()
+            stream.synchronize()
+            close(out, rows.attend(q))
+
+
+def test_another_gpu_or_the_processor_is_refused() -> None:
+    rows, ctx = Rows(100), context(device())
+    with pytest.raises(ValueError, match="`q` must be on cuda:0, it is on cpu"):
+        ctx.select(rows.batch(), rows.kv, draw(1, HQ, D).cpu())
+
+
+@pytest.mark.parametrize("rows, padding", [(1, 0), (3, 7)])
+def test_transformers(rows: int, padding: int) -> None:
+    transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenselect.transformers import TokenSelectOptions, configure
+
+    shape = transformers.LlamaConfig(
+        vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=64, initializer_range=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
+    models = {}
+    for name in ("eager", "tokenselect"):
+        torch.manual_seed(1)
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape), attn_implementation=name)
+        models[name] = model.eval().to("cuda", torch.bfloat16)
+    configure(models["tokenselect"], TokenSelectOptions(top_k=4096))
+    ids = torch.randint(3, 97, (rows, 600), device="cuda")
+    mask = torch.ones_like(ids)
+    if padding:
+        mask[1, :padding] = 0
+    with torch.no_grad():
+        logits = {name: model(ids, attention_mask=mask).logits.float() for name, model in models.items()}
+        error = (logits["eager"] - logits["tokenselect"]).abs() * mask[..., None]
+        assert error.max() <= 0.03 * logits["eager"].abs().max()
+        given = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
+        texts = {name: model.generate(ids, **given)[:, 600:] for name, model in models.items()}
+    # Logits that are nearly equal may be rounded to either order.
+    assert (texts["eager"] == texts["tokenselect"]).float().mean() >= 0.5
