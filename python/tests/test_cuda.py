@@ -82,8 +82,10 @@ def test_fewer_tokens_are_those_of_the_processor() -> None:
         kv = ts.KvView(pages[..., :D], pages[..., D:], "HND")
         ctx = context(where, top_k=256)
         ctx.select(rows.batch(), kv, move(q))
-        chosen.append(ctx.selected().tolist() if hasattr(ctx.selected(), "tolist") else list(ctx.selected()))
-    assert len(chosen[0]) == 256 + 32 and len(set(chosen[0]) & set(chosen[1])) >= 284
+        chosen.append(set(ctx.selected()))
+    assert len(chosen[0]) == len(chosen[1]) == 16 + 256 + 16 + 1
+    # Votes are the same but for rounding: few tokens are so near the last one that is chosen.
+    assert len(chosen[0] & chosen[1]) >= 285
 
 
 @pytest.mark.parametrize("own_stream", [False, True])
@@ -150,10 +152,11 @@ def test_transformers(rows: int, padding: int) -> None:
         num_key_value_heads=2, head_dim=64, initializer_range=0.1, tie_word_embeddings=False,
     )  # fmt: skip
     models = {}
-    for name in ("eager", "tokenselect"):
+    for name, dtype in (("exact", torch.float32), ("eager", torch.bfloat16), ("tokenselect", torch.bfloat16)):
         torch.manual_seed(1)
-        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape), attn_implementation=name)
-        models[name] = model.eval().to("cuda", torch.bfloat16)
+        attention = "eager" if name == "exact" else name
+        model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape), attn_implementation=attention)
+        models[name] = model.eval().to("cuda", torch.bfloat16).to(dtype)
     configure(models["tokenselect"], TokenSelectOptions(top_k=4096))
     ids = torch.randint(3, 97, (rows, 600), device="cuda")
     mask = torch.ones_like(ids)
@@ -161,8 +164,9 @@ def test_transformers(rows: int, padding: int) -> None:
         mask[1, :padding] = 0
     with torch.no_grad():
         logits = {name: model(ids, attention_mask=mask).logits.float() for name, model in models.items()}
-        error = (logits["eager"] - logits["tokenselect"]).abs() * mask[..., None]
-        assert error.max() <= 0.03 * logits["eager"].abs().max()
+        exact = logits.pop("exact")
+        errors = {name: ((x - exact).abs() * mask[..., None]).max() for name, x in logits.items()}
+        assert errors["tokenselect"] <= 1.5 * errors["eager"] < 0.1 * exact.abs().max()
         given = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
         texts = {name: model.generate(ids, **given)[:, 600:] for name, model in models.items()}
     # Logits that are nearly equal may be rounded to either order.
