@@ -24,8 +24,8 @@ pub struct Key {
     pub place: Range<usize>,
 }
 
-/// No key lies before this byte. The first tokens of any text are where attention goes that has nothing to look for: what they hold
-/// is found badly, by dense attention inside the training context, too.
+/// No key lies before this byte. The first tokens of any text are where attention goes that has nothing to look for, and they are in the
+/// initial window of every policy: a key there would ask for something else.
 const BEGIN: usize = 64;
 /// Bytes of a line that holds a key.
 const LINE: usize = b"# The pass key of ABCDE is 12345.\n".len();
