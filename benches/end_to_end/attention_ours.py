@@ -60,7 +60,7 @@ class Ours:
         def select(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             ctx.append_select(blocks, kv[layer], q, k, v)
 
-        stages = {"all": attend}
+        stages: dict[str, Attend] = {"all": attend}
         # A workspace without room for a whole piece reads it in several, which no single call does.
         if pieces.num_pieces == 1:
             stages |= {

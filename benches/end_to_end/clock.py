@@ -18,12 +18,23 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"
 
+    def start(self) -> Callable[[], float]:
+        """Begins to count; what is answered waits for the device and tells the milliseconds until then."""
+
+        def wait() -> float:
+            if self.cuda:
+                torch.cuda.current_stream().synchronize()
+            return time.perf_counter() * 1e3
+
+        begin = wait()
+        return lambda: wait() - begin
+
     def once(self, work: Work) -> float:
         """One run. The GPU waits a little until the host is ahead of it."""
         if not self.cuda:
-            begin = time.perf_counter()
+            began = time.perf_counter()
             work()
-            return (time.perf_counter() - begin) * 1e3
+            return (time.perf_counter() - began) * 1e3
         torch.cuda._sleep(SLEEP_CYCLES)
         begin, end = event(), event()
         begin.record()

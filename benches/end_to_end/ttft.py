@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
-from clock import Budget, Clock, event
+from clock import Budget, Clock
 from model import Attend, Model, NoAttention
 from report import EVERYBODY, LINEAR, Report, Row
 
@@ -120,35 +120,16 @@ class Prefill:
     def full(self, contestant: Contestant, lengths: Sequence[int]) -> dict[int, float]:
         """Every piece of every layer of the longest prompt, one after the other, planning included: milliseconds to the first token of
         each of the lengths."""
-        model, times = self.model, {}
-        tokens = model.draw_tokens(max(lengths))
-        marks, last = [], tokens.new_empty(0)
-        elapsed = 0.0
+        model, clock = self.model, self.clock
+        tokens, times = model.draw_tokens(max(lengths)), {}
+        since = clock.start()
         for begin in range(0, max(lengths), self.piece):
-            if self.clock.cuda:
-                marks.append(event())
-                marks[-1].record()
-
-            def piece(begin: int = begin) -> None:
-                nonlocal last
-                hidden = model.embed(tokens[begin : begin + self.piece])
-                attend = contestant.prefill_at(begin)["all"]
-                rotation = model.rotation(begin, self.piece)
-                last = model.run_layers(hidden, rotation, attend, model.shape.num_layers)
-                if begin + self.piece in lengths:
-                    last = model.logits(last).argmax()
-
-            if self.clock.cuda:
-                piece()
-            else:
-                elapsed += self.clock.once(piece)
+            hidden = model.embed(tokens[begin : begin + self.piece])
+            attend, rotation = contestant.prefill_at(begin)["all"], model.rotation(begin, self.piece)
+            hidden = model.run_layers(hidden, rotation, attend, model.shape.num_layers)
             if begin + self.piece in lengths:
-                if self.clock.cuda:
-                    end = event()
-                    end.record()
-                    end.synchronize()
-                    elapsed = marks[0].elapsed_time(end)
-                times[begin + self.piece] = elapsed
+                model.logits(hidden).argmax()
+                times[begin + self.piece] = since()
         return times
 
     def _expected_seconds(self, curve: Curve, position: int) -> float:
@@ -183,6 +164,5 @@ def report_ttft(
             continue
         how = f"integrated from {curve.points(tokens)} measured pieces, {curve.layers} of {report.num_layers} layers"
         peak = max(bytes for position, bytes in curve.peak_bytes.items() if position < tokens)
-        known = memory is not None and peak > 0
-        sizes = (memory.of(peak, tokens), memory.workspace) if known else (None, None)
+        sizes = (memory.of(peak, tokens), memory.workspace) if memory is not None and peak > 0 else (None, None)
         report.add(Row("ttft", name, tokens, curve.integral(tokens) + ends, "all", curve.layers, how, *sizes))

@@ -35,12 +35,12 @@ Maker = Callable[[Model, PagedCache, int], Contestant]
 class Reference:
     """Attention in f32 over keys and values in the order of the tokens."""
 
-    name, num_layers = "reference", LAYERS
+    name = "reference"
 
     def __init__(self, model: Model, max_tokens: int, piece: int) -> None:
         size = (LAYERS, max_tokens, model.shape.num_kv_heads, model.shape.head_dim)
         self.k, self.v = (torch.zeros(size, dtype=torch.bfloat16, device=model.device) for _ in "kv")
-        self.piece = piece
+        self.piece, self.num_layers = piece, LAYERS
 
     def prefill_at(self, position: int) -> dict[str, Attend]:
         return {"all": self._attend_at(position)}
@@ -69,7 +69,8 @@ class Tap:
     """Keeps the attention of every layer beside passing it on."""
 
     def __init__(self, attend: Attend) -> None:
-        self.attend, self.outs = attend, []
+        self.attend = attend
+        self.outs: list[torch.Tensor] = []
 
     def __call__(self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         out = self.attend(layer, q, k, v)
