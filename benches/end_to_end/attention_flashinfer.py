@@ -1,5 +1,5 @@
-"""FlashInfer's dense attention over the same pages: FA3 for prompts, tensor cores for decoding. Planned once for a length, which is not
-timed."""
+"""FlashInfer's dense attention over the same pages: FA3 for prompts, tensor cores for decoding. Planned once for a
+length, which is not timed."""
 
 from __future__ import annotations
 

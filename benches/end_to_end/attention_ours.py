@@ -15,7 +15,8 @@ MAX_WORKSPACE_BYTES = 4 << 30
 
 @dataclass(frozen=True)
 class Selection:
-    """What is attended to. `local_decode` does not count the token itself; `local_prefill` is before a block of `block`."""
+    """What is attended to. `local_decode` does not count the token itself; `local_prefill` is before a block of
+    `block`."""
 
     n_init: int = 128
     top_k: int = 2048
@@ -51,23 +52,28 @@ class Ours:
         pieces, blocks = batch.in_pieces(self.prefill, self.selection.block), batch.in_blocks(self.selection.block)
         nothing, ctx, kv = NoAttention(self.model, self.piece), self.prefill, self.kv
 
-        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-            return ctx.prefill_kv(pieces, kv[layer], q, k, v)
-
         def append(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             ctx.append(blocks, kv[layer], k, v)
 
         def select(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
             ctx.append_select(blocks, kv[layer], q, k, v)
 
-        stages: dict[str, Attend] = {"all": attend}
-        # A workspace without room for a whole piece reads it in several, which no single call does.
-        if pieces.num_pieces == 1:
-            stages |= {
-                "without selection and attention": nothing.after(append),
-                "without attention": nothing.after(select),
-            }
-        return stages
+        def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            select(layer, q, k, v)
+            return ctx.attend(blocks, kv[layer], q)
+
+        def attend_in_steps(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+            return ctx.prefill_kv(pieces, kv[layer], q, k, v)
+
+        # A workspace without room for all blocks of the piece reads them in several steps.
+        if pieces.num_pieces > 1:
+            return {"all": attend_in_steps}
+        # What `prefill_kv` does. Called so, PyTorch uses the memory of one layer again for the next, as for the others.
+        return {
+            "all": attend,
+            "without selection and attention": nothing.after(append),
+            "without attention": nothing.after(select),
+        }
 
     def decode_at(self, tokens: int) -> dict[str, Attend]:
         """Attention of the last of `tokens` tokens, in all ways."""

@@ -1,5 +1,5 @@
-"""PyTorch's own dense attention over contiguous keys and values of few layers: cuDNN for prompts, the faster of flash and cuDNN for
-decoding."""
+"""PyTorch's own dense attention over contiguous keys and values of few layers: cuDNN for prompts, the faster of flash
+and cuDNN for decoding."""
 
 from __future__ import annotations
 
@@ -47,7 +47,8 @@ class Sdpa:
         return {"all": attend}
 
     def decode_at(self, tokens: int) -> dict[str, Attend]:
-        """Attention of the last of `tokens` tokens, by the fastest backend that runs. Raises what the last one raised where none does."""
+        """Attention of the last of `tokens` tokens, by the fastest backend that runs. Raises what the last one raised
+        where none does."""
 
         def with_backend(choice: SDPBackend | None) -> Attend:
             def attend(layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:

@@ -48,7 +48,8 @@ class Clock:
         return statistics.median([self.once(work) for _ in range(warm + repeats)][warm:])
 
     def steps(self, replay: Work, repeats: int) -> float:
-        """The median of runs right after each other, as in decoding: the host runs ahead, the first run does not count."""
+        """The median of runs right after each other, as in decoding: the host runs ahead, the first run does not
+        count."""
         if not self.cuda:
             return self.pieces(replay, min(repeats, 2))
         torch.cuda._sleep(SLEEP_CYCLES)
@@ -63,7 +64,8 @@ class Clock:
         return statistics.median(times)
 
     def graph(self, work: Work) -> Work:
-        """`work` in a CUDA graph: it runs once outside, then is captured in the current stream. On the processor the work itself."""
+        """`work` in a CUDA graph: it runs once outside, then is captured in the current stream. On the processor the
+        work itself."""
         work()
         if not self.cuda:
             return work

@@ -1,4 +1,5 @@
-"""Whole models with this library, FlashInfer's dense attention and PyTorch's: time to first token and per output token. See README.md."""
+"""Whole models with this library, FlashInfer's dense attention and PyTorch's: time to first token and per output token.
+See README.md."""
 
 from __future__ import annotations
 
@@ -106,8 +107,8 @@ def described(device: torch.device, what: Sizes, layers: int) -> str:
     commit = os.environ.get("TOKENSELECT_COMMIT", "unknown")
     shape, chosen = what.shape, what.selection
     model = (
-        f"{shape.name} with random weights, bf16, {layers} of {shape.num_layers} layers cached, pages of {PAGE_SIZE} in "
-        f"random order, native positions"
+        f"{shape.name} with random weights, bf16, {layers} of {shape.num_layers} layers cached, pages of {PAGE_SIZE} "
+        f"in random order, native positions"
     )
     selection = (
         f"{chosen.n_init} initial and {chosen.top_k} chosen tokens, {chosen.local_decode + 1} local in decoding, "
@@ -235,7 +236,7 @@ class Run:
             if needed <= room:
                 fit.append(tokens)
             else:
-                text = f"keys and values of {self.layers} layers take {needed / GIB:.1f} GiB, there is room for {room / GIB:.1f}"
+                text = f"{self.layers} layers of cache take {needed / GIB:.1f} GiB, there is room for {room / GIB:.1f}"
                 self.report.skip(f"contexts of {named(tokens)}", MemoryError(text))
         if not fit:
             raise SystemExit("no length fits")

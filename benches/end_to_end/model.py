@@ -1,4 +1,5 @@
-"""Decoder-only transformers of well-known shapes with random weights: plain PyTorch around an attention that is passed in."""
+"""Decoder-only transformers of well-known shapes with random weights: plain PyTorch around an attention that is passed
+in."""
 
 from __future__ import annotations
 
@@ -10,8 +11,8 @@ import torch
 from torch.nn import functional as F  # noqa: N812 (its usual name)
 
 Attend = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
-"""`attend(layer, q, k, v)`: appends `k` and `v`, `[T, num_kv_heads, D]`, and answers the attention of `q`, `[T, num_qo_heads, D]`. All are
-rotated already, and may be slices."""
+"""`attend(layer, q, k, v)`: appends `k` and `v`, `[T, num_kv_heads, D]`, and answers the attention of `q`, `[T,
+num_qo_heads, D]`. All are rotated already, and may be slices."""
 
 
 @dataclass(frozen=True)

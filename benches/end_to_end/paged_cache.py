@@ -9,8 +9,9 @@ PAGE_SIZE = 16
 
 
 class PagedCache:
-    """`k` and `v`, a tensor `[pages, PAGE_SIZE, num_kv_heads, D]` for each layer, full of random numbers. A context of `n` tokens has the
-    first pages of `pages`, a random order of all of them, so that each context is the beginning of the longer ones."""
+    """`k` and `v`, a tensor `[pages, PAGE_SIZE, num_kv_heads, D]` for each layer, full of random numbers. A context of
+    `n` tokens has the first pages of `pages`, a random order of all of them, so that each context is the beginning of
+    the longer ones."""
 
     def __init__(self, shape: Shape, num_layers: int, max_tokens: int, device: torch.device) -> None:
         self.shape, self.num_layers, self.device = shape, num_layers, device

@@ -1,4 +1,5 @@
-"""What was measured, checked and skipped: a line on stdout and in the CSV as soon as it is known, and tables at the end."""
+"""What was measured, checked and skipped: a line on stdout and in the CSV as soon as it is known, and tables at the
+end."""
 
 from __future__ import annotations
 
@@ -18,8 +19,8 @@ LINEAR = "linear part alone"
 
 @dataclass(frozen=True)
 class Row:
-    """A measurement. `metric` is "ttft", "tpot", "ttft, all pieces", or for what they consist of "piece" (`tokens` before it) and
-    "step"; `part` is the way of attending or what is left out; `layers` were run, and `ms` is of all."""
+    """A measurement. `metric` is "ttft", "tpot", "ttft, all pieces", or for what they consist of "piece" (`tokens`
+    before it) and "step"; `part` is the way of attending or what is left out; `layers` were run, and `ms` is of all."""
 
     metric: str
     contestant: str

@@ -16,7 +16,8 @@ from ttft import Contestant
 
 
 class Step:
-    """A decoding step of the token at `position`: embedding, layers, logits, and the largest of them as the next token."""
+    """A decoding step of the token at `position`: embedding, layers, logits, and the largest of them as the next
+    token."""
 
     def __init__(self, model: Model, position: int, attend: Attend, layers: int) -> None:
         self.model, self.attend, self.layers = model, attend, layers

@@ -118,8 +118,8 @@ class Prefill:
         return curve
 
     def full(self, contestant: Contestant, lengths: Sequence[int]) -> dict[int, float]:
-        """Every piece of every layer of the longest prompt, one after the other, planning included: milliseconds to the first token of
-        each of the lengths."""
+        """Every piece of every layer of the longest prompt, one after the other, planning included: milliseconds to the
+        first token of each of the lengths."""
         model, clock = self.model, self.clock
         tokens, times = model.draw_tokens(max(lengths)), {}
         since = clock.start()
@@ -133,7 +133,8 @@ class Prefill:
         return times
 
     def _expected_seconds(self, curve: Curve, position: int) -> float:
-        """What a run at `position` will take, by the last one: at most in proportion to the tokens before the end of the piece."""
+        """What a run at `position` will take, by the last one: at most in proportion to the tokens before the end of
+        the piece."""
         if not curve.millis:
             return 0.0
         last = max(curve.millis)
@@ -143,7 +144,8 @@ class Prefill:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that are allocated for keys and values, that a token of all layers needs, and that lie outside of PyTorch's allocator."""
+    """Bytes that are allocated for keys and values, that a token of all layers needs, and that lie outside of PyTorch's
+    allocator."""
 
     allocated: int
     per_token: int

@@ -1,5 +1,5 @@
-"""Before anything is timed: two layers over a short context give the same attention and logits whoever attends, if everything is
-selected."""
+"""Before anything is timed: two layers over a short context give the same attention and logits whoever attends, if
+everything is selected."""
 
 from __future__ import annotations
 
