@@ -3,6 +3,7 @@ in."""
 
 from __future__ import annotations
 
+import importlib.util
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -63,10 +64,24 @@ class Rotation:
     cos: torch.Tensor
     signed_sin: torch.Tensor
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """`x`, `[T, heads, D]`, rotated."""
-        halves_swapped = x.roll(x.shape[-1] // 2, dims=-1)
-        return torch.addcmul(x * self.cos, halves_swapped, self.signed_sin)
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, signed_sin: torch.Tensor) -> torch.Tensor:
+    """`x`, `[T, heads, D]`, rotated."""
+    halves_swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos, halves_swapped, signed_sin)
+
+
+def swiglu(gate_up: torch.Tensor) -> torch.Tensor:
+    """The activation of an MLP, `[T, intermediate]` of `[T, 2 * intermediate]`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def fused(function: Callable[..., torch.Tensor], device: torch.device) -> Callable[..., torch.Tensor]:
+    """One kernel, where PyTorch can compile one: several would pass over memory, and wait, several times."""
+    if device.type == "cuda" and importlib.util.find_spec("triton") is not None:
+        return torch.compile(function, dynamic=False)
+    return function
 
 
 class Layer:
@@ -87,6 +102,7 @@ class Model:
 
     def __init__(self, shape: Shape, device: torch.device) -> None:
         self.shape, self.device = shape, device
+        self.rotate, self.swiglu = fused(rotate, device), fused(swiglu, device)
         self.embedding = random_matrix(shape.vocabulary, shape.hidden, device)
         self.layers = [Layer(shape, device) for _ in range(shape.num_layers)]
         self.norm = torch.ones(shape.hidden, dtype=torch.bfloat16, device=device)
@@ -113,13 +129,13 @@ class Model:
         for index, layer in enumerate(self.layers[:num_layers]):
             normed = F.rms_norm(hidden, size, layer.attention_norm, shape.eps)
             qkv = F.linear(normed, layer.qkv, layer.qkv_bias).view(-1, shape.num_heads, shape.head_dim)
-            qk = rotation(qkv[:, :rotated_heads])
+            qk = self.rotate(qkv[:, :rotated_heads], rotation.cos, rotation.signed_sin)
             q, k, v = qk[:, : shape.num_qo_heads], qk[:, shape.num_qo_heads :], qkv[:, rotated_heads:]
             attended = attend(index, q, k, v).reshape(hidden.shape[0], -1)
-            hidden = hidden + F.linear(attended, layer.out)
+            # Added by the product itself; what was given is kept.
+            hidden = (torch.addmm if index == 0 else torch.Tensor.addmm_)(hidden, attended, layer.out.t())
             normed = F.rms_norm(hidden, size, layer.mlp_norm, shape.eps)
-            gate, up = F.linear(normed, layer.gate_up).chunk(2, dim=-1)
-            hidden = hidden + F.linear(F.silu(gate) * up, layer.down)
+            hidden.addmm_(self.swiglu(F.linear(normed, layer.gate_up)), layer.down.t())
         return hidden
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
