@@ -17,7 +17,7 @@ torch: Any = pytest.importorskip("torch", reason="PyTorch is not installed")
 import tokenselect as ts
 import tokenselect.torch as ops
 from definitions import HKV, HQ, PAGE, D, config
-from tokenselect.torch import handles, operations
+from tokenselect.torch import handles, operators
 
 NUM_PAGES = 16
 LIMITS: dict[str, Any] = {"max_rows": 2, "max_block_len": 8, "max_kv_tokens": NUM_PAGES * PAGE}
@@ -318,7 +318,7 @@ def test_pages_as_inputs_are_written_where_they_are(ctx: Any, backend: str, monk
     module = Attention(ctx, None, False)
     compiled = torch.compile(module, fullgraph=True, backend=backend)
     kept, x = copies(mine), torch.randn(2, HQ * D)
-    monkeypatch.setattr(operations, "KvView", spy)
+    monkeypatch.setattr(operators, "KvView", spy)
     b = ops.handle(batch(18))
     got = compiled(x, b, [tuple(mine[:2]), tuple(mine[2:])])
     if backend == "inductor":
@@ -529,7 +529,7 @@ def test_cuda_graph(compiled: bool) -> None:
 
 
 @on_gpu
-def test_cuda_graph_of_work_that_has_not_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cuda_graph_of_work_that_has_not_run() -> None:
     ctx, (kv, q, k, v) = ops.handle(ops.Contexts(cuda_config(), max_rows=2, max_block_len=1)), cuda_tensors()
     b = ops.handle(batch(18))
     with (
@@ -537,6 +537,21 @@ def test_cuda_graph_of_work_that_has_not_run(monkeypatch: pytest.MonkeyPatch) ->
         torch.cuda.graph(torch.cuda.CUDAGraph()),
     ):
         ops.step_kv(ctx, b, tuple(kv), q, k, v)
+
+
+@on_gpu
+def test_cuda_graph_of_a_batch_that_is_nowhere_yet() -> None:
+    """Its tables would be copied from the host at every replay."""
+    ctx, (kv, q, k, v) = ops.handle(ops.Contexts(cuda_config(), max_rows=2, max_block_len=1)), cuda_tensors()
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        ops.step_kv(ctx, ops.handle(batch(18)), tuple(kv), q, k, v)
+        b = ops.handle(batch(19))
+        with (
+            pytest.raises(ts.TokenSelectError, match="needs to happen before the capture: run the work once first"),
+            torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream),
+        ):
+            ops.step_kv(ctx, b, tuple(kv), q, k, v)
 
 
 @on_gpu

@@ -1,17 +1,17 @@
 """Operations that `torch.compile` and `torch.cuda.graph` take as they are: `torch.ops.tokenselect`.
 
-    import tokenselect.torch as ts
+    import tokenselect.torch as ops
 
-    ctx = ts.handle(ts.Contexts(config, max_rows=4, max_block_len=1, max_kv_tokens=1 << 20))  # once
-    kv = ts.handle(KvView(k_pages, v_pages))  # once a layer
+    ctx = ops.handle(ops.Contexts(config, max_rows=4, max_block_len=1, max_kv_tokens=1 << 20))  # once
+    kv = ops.handle(KvView(k_pages, v_pages))  # once a layer
 
     @torch.compile(fullgraph=True)
     def attention(x, batch, kv):
         q, k, v = project(x)
-        return ts.step_kv(ctx, batch, kv, q, k, v)
+        return ops.step_kv(ctx, batch, kv, q, k, v)
 
     for ...:  # nothing is compiled anew when lengths change
-        batch = ts.handle(Batch(16, qo_indptr, indptr, indices, last_page_len))
+        batch = ops.handle(Batch(16, qo_indptr, indptr, indices, last_page_len))
         out = attention(x, batch, kv)
 
 Contexts, batches and caches are no tensors. A `handle` stands for one: a tensor of one number on the processor, whose value no compiled
