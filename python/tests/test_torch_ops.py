@@ -223,6 +223,11 @@ def test_opcheck_an_own_cache(name: str) -> None:
     torch.library.opcheck(getattr(torch.ops.tokenselect, name).default, arguments)
 
 
+def test_graphs_of_the_compilers_own_go_around_them() -> None:
+    for name in ("attend", "step_kv", "step"):
+        assert torch.Tag.cudagraph_unsafe in getattr(torch.ops.tokenselect, name).default.tags
+
+
 def test_what_is_declared_as_written() -> None:
     written = {
         name: [a.name for a in getattr(torch.ops.tokenselect, name).default._schema.arguments if a.is_write]

@@ -40,6 +40,10 @@ Layout: TypeAlias = Literal["NHD", "HND"]
 _Work = TypeVar("_Work", bound=Callable[..., None])
 
 
+# Graphs that the compiler makes by itself (`mode="reduce-overhead"`) go around the operators: the values of handles would stay in there.
+_TAGS = (torch.Tag.cudagraph_unsafe,) if hasattr(torch.Tag, "cudagraph_unsafe") else ()
+
+
 def _operation(schema: str) -> Callable[[_Work], Any]:
     """Registers an operator that does the work decorated."""
     name, _, arguments = schema.partition("(")
@@ -50,7 +54,9 @@ def _operation(schema: str) -> Callable[[_Work], Any]:
         _check(dict(zip(names, args, strict=True)))
 
     def register(work: _Work) -> Any:
-        made = torch.library.custom_op(f"tokenselect::{name}", work, mutates_args=written, schema=f"({arguments}")
+        made = torch.library.custom_op(
+            f"tokenselect::{name}", work, mutates_args=written, schema=f"({arguments}", tags=_TAGS
+        )
         made.register_fake(check)
         return made
 
