@@ -22,10 +22,10 @@ transformers = pytest.importorskip(
 tokenselect = pytest.importorskip("tokenselect", reason="tokenselect is missing")
 
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers_definitions import ByDefinition, blocks_of
 
 import tokenselect.transformers as ts
 from tokenselect.transformers import TokenSelectCache, TokenSelectOptions, configure
+from transformers_definitions import ByDefinition, blocks_of
 
 VOCAB = 97
 # The argument of a forward and of `generate` that takes a cache.

@@ -156,4 +156,4 @@ def _refused(reason: str) -> NotImplementedError:
 
 def _closed_over(function: Callable[..., Any], name: str) -> Any:
     closure = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, closure))[name].cell_contents
+    return dict(zip(function.__code__.co_freevars, closure, strict=True))[name].cell_contents
