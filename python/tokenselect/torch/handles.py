@@ -57,7 +57,8 @@ def expect_handle(what: str, tensor: torch.Tensor) -> None:
 def resolve(what: str, tensor: torch.Tensor, kind: type[_T]) -> _T:
     """The object that the argument called `what` stands for.
 
-    Raises `TokenSelectError` where it is gone, `ArgumentError` for a tensor that is no handle, `ArgumentTypeError` for one of another class.
+    Raises `TokenSelectError` where it is gone, `ArgumentError` for a tensor that is no handle, `ArgumentTypeError` for a handle of another
+    class.
     """
     expect_handle(what, tensor)
     number = int(tensor)
