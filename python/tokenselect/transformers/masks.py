@@ -94,7 +94,7 @@ def from_4d(mask: torch.Tensor, kv_length: int) -> RowMask:
         raise NotImplementedError(
             f"`attention_mask` must be [batch, keys] or [batch, 1, queries, keys] for {kv_length} keys, got {tuple(mask.shape)}"
         )
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[..., :kv_length].to("cpu")
+    seen = _seen(mask)[..., :kv_length].to("cpu")
     batch_size, heads, q_length, _ = seen.shape
     q_offset = kv_length - q_length
     kept = seen[:, 0, -1]
@@ -110,6 +110,25 @@ def from_4d(mask: torch.Tensor, kv_length: int) -> RowMask:
         )
     return RowMask(batch_size, q_length, kv_length, q_offset, 0, None, None if bool(kept.all()) else kept)
 
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys a 4-D mask lets queries see."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise NotImplementedError(f"a 4-D `attention_mask` must be bool or added to logits, got {mask.dtype}")
+    seen = mask == 0
+    if bool((mask[~seen] > _HIDDEN).any()) or bool(mask.isnan().any()):
+        raise NotImplementedError(
+            "attn_implementation='tokenselect' takes 4-D masks that are added to logits only where they are 0 or hide a token "
+            f"({_HIDDEN} or less), and this `attention_mask` of shape {tuple(mask.shape)} has other values: biases. Give a mask of "
+            "bool, a 2-D mask of padding, or use attn_implementation='sdpa'"
+        )
+    return seen
+
+
+# What is added to a logit for no weight to be left of it.
+_HIDDEN = -1e4
 
 _CAUSAL = masking_utils.causal_mask_function
 _AND = masking_utils.and_masks(_CAUSAL).__code__

@@ -6,10 +6,9 @@ import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tokenselect import Device
+from tokenselect import Device
 
 __all__ = ["TokenSelectOptions"]
 
@@ -20,40 +19,43 @@ _DEFAULT_THRESHOLD = 0.9
 class TokenSelectOptions:
     """How layers select, and how their cache is kept.
 
+    - `top_k`: Tokens chosen by vote, at least 1.
+    - `n_init`: First tokens of a sequence that are always selected.
+    - `n_local`: Last tokens before the current block that are always selected.
+    - `block_len`: Tokens of a prompt that share one selection. Short blocks (4 to 16) are nearer to dense attention
+      and cost more passes over the keys; 512 is the paper's.
+    - `dense_layers`: Layers that attend to all tokens.
+    - `thresholds`: Cosine of scoring queries, from -1 to 1, above which a decoding step uses the last selection
+      again: for all layers, or by layer (others: 0.9). None selects anew at every step.
+    - `max_reuse`: How often one selection may be used again; None for `max(n_local, 1)`.
+    - `vote_pool_window`: Odd width of the max-pool over votes; 1 for none.
+    - `score_scale`: Factor on scoring dot products; None for the layer's own `scaling`.
+    - `positions`: `reassigned`: keys enter the cache before RoPE and are rotated at their rank among the selected
+      tokens, so that no position is beyond what the model was trained on. Takes effect by `configure`, which takes
+      RoPE away from the model.
+    - `page_size`: Tokens of a page, 1 to 256.
+    - `max_piece_len`: Tokens of a prompt that one step works on.
+    - `max_workspace_bytes`: Most bytes of the workspace in which prompts are read, for each configuration of
+      layers.
+    - `device`: Where to run; None for the processor, or PyTorch's current stream, by where the tensors lie.
+
     Raises `ValueError`, which names the option, its rule and what was given.
     """
 
     top_k: int = 2048
-    """Tokens chosen by vote, at least 1."""
     n_init: int = 128
-    """First tokens of a sequence that are always selected."""
     n_local: int = 512
-    """Last tokens before the current block that are always selected."""
     block_len: int = 512
-    """Tokens of a prompt that share one selection. Short blocks (4 to 16) are nearer to dense attention and cost more passes
-    over the keys; 512 is the paper's."""
     dense_layers: Collection[int] = ()
-    """Layers that attend to all tokens."""
     thresholds: float | Mapping[int, float] | None = _DEFAULT_THRESHOLD
-    """Cosine of scoring queries, from -1 to 1, above which a decoding step uses the last selection again: for all layers, or
-    by layer (others: 0.9). None selects anew at every step."""
     max_reuse: int | None = None
-    """How often one selection may be used again; None for `max(n_local, 1)`."""
     vote_pool_window: int = 1
-    """Odd width of the max-pool over votes; 1 for none."""
     score_scale: float | None = None
-    """Factor on scoring dot products; None for the layer's own `scaling`."""
     positions: Literal["native", "reassigned"] = "native"
-    """`reassigned`: keys enter the cache before RoPE and are rotated at their rank among the selected tokens, so that no
-    position is beyond what the model was trained on. Takes effect by `configure`, which takes RoPE away from the model."""
     page_size: int = 16
-    """Tokens of a page, 1 to 256."""
     max_piece_len: int = 8192
-    """Tokens of a prompt that one step works on."""
     max_workspace_bytes: int = 1 << 30
-    """Most bytes of the workspace in which prompts are read, for each configuration of layers."""
     device: Device | None = None
-    """Where to run; None for the processor, or PyTorch's current stream, by where the tensors lie."""
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("n_init", 0), ("n_local", 0), ("block_len", 1), ("max_piece_len", 1)):
@@ -71,8 +73,14 @@ class TokenSelectOptions:
             raise ValueError(f"`score_scale` must be finite, got {self.score_scale}")
         if self.positions not in ("native", "reassigned"):
             raise ValueError(f"`positions` must be native or reassigned, got {self.positions}")
+        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Collection):
+            raise ValueError(f"`dense_layers` must be a list of numbers of layers, got {self.dense_layers!r}")
         for layer in self.dense_layers:
             _at_least("dense_layers", layer, 0)
+        if self.device is not None and not isinstance(self.device, Device):
+            raise ValueError(
+                f"`device` must be a tokenselect.Device, got {self.device!r}; None runs where the tensors of the model lie"
+            )
         object.__setattr__(self, "dense_layers", frozenset(self.dense_layers))
         if isinstance(self.thresholds, Mapping):
             for layer, threshold in self.thresholds.items():

@@ -156,6 +156,12 @@ def take_rope_away(attention: torch.nn.Module, rope: Rope) -> torch.utils.hooks.
 def _without_rope(
     attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "tokenselect":
+        raise RuntimeError(
+            "`configure` with positions='reassigned' has taken RoPE away from this model, which has "
+            f"attn_implementation='{implementation}' now: set 'tokenselect' again, and positions='native' before another one"
+        )
     embeddings = kwargs.get("position_embeddings")
     if not isinstance(embeddings, (tuple, list)) or len(embeddings) != 2:
         raise NotImplementedError(
