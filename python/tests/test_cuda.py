@@ -78,11 +78,11 @@ def test_a_step_over_pages_of_pytorch(block: int) -> None:
 def test_fewer_tokens_are_those_of_the_processor() -> None:
     rows, q = Rows(3000), draw(1, HQ, D)
     chosen = []
-    for where, move in ((device(), lambda x: x), (ts.Device.cpu(), lambda x: x.cpu())):
-        pages = move(rows.pages)
+    for where, place in ((device(), "cuda"), (ts.Device.cpu(), "cpu")):
+        pages = rows.pages.to(place)
         kv = ts.KvView(pages[..., :D], pages[..., D:], "HND")
         ctx = context(where, top_k=256)
-        ctx.select(rows.batch(), kv, move(q))
+        ctx.select(rows.batch(), kv, q.to(place))
         chosen.append(set(ctx.selected()))
     assert len(chosen[0]) == len(chosen[1]) == 16 + 256 + 16 + 1
     # Votes are the same but for rounding: few tokens are so near the last one that is chosen.

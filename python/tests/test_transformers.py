@@ -758,6 +758,25 @@ def test_a_mask_of_biases_is_refused(mask: Any, text: str) -> None:
         ours(torch.randint(3, VOCAB, (1, 9)), attention_mask=mask)
 
 
+def test_a_mask_of_packed_sequences_is_refused() -> None:
+    _, ours = pair("llama")
+    packed = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril() & (torch.arange(9)[:, None] // 4 == torch.arange(9) // 4)
+    with pytest.raises(NotImplementedError, match="takes 4-D masks that are causal with padding"):
+        ours(torch.randint(3, VOCAB, (1, 9)), attention_mask=packed)
+
+
+@pytest.mark.parametrize(
+    "kept", [[1, 1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1, 0]]
+)
+def test_a_mask_of_padding(kept: list[int]) -> None:
+    eager, ours = pair("llama")
+    ids, tokens = torch.randint(3, VOCAB, (1, 9)), torch.tensor(kept).bool()
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril() & tokens
+    for mask in (causal, causal & tokens[:, None], causal | torch.eye(9, dtype=torch.bool)):
+        added = torch.zeros(1, 1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+        close(ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=added).logits, tokens[None].float())
+
+
 @pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
 def test_a_mask_that_is_added(hidden: float) -> None:
     eager, ours = pair("llama")
