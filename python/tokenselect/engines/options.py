@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from tokenselect._options import at_least, finite_or_none, layers, odd
 
 __all__ = ["EngineOptions"]
 
@@ -57,18 +58,10 @@ class EngineOptions:
         for name, least in _LEAST.items():
             value = getattr(self, name)
             if value is not None or name != "max_kv_tokens":
-                _at_least(name, value, least)
-        if self.vote_pool_window % 2 == 0:
-            raise ValueError(f"`vote_pool_window` must be odd, got {self.vote_pool_window}")
-        scale = self.score_scale
-        if scale is not None and not (isinstance(scale, (int, float)) and math.isfinite(scale)):
-            raise ValueError(f"`score_scale` must be finite, got {scale!r}")
-        layers = self.dense_layers
-        if isinstance(layers, str) or not isinstance(layers, Collection):
-            raise ValueError(f"`dense_layers` must be a list of numbers of layers, got {layers!r}")
-        for layer in layers:
-            _at_least("dense_layers", layer, 0)
-        object.__setattr__(self, "dense_layers", frozenset(layers))
+                at_least(name, value, least)
+        odd("vote_pool_window", self.vote_pool_window)
+        finite_or_none("score_scale", self.score_scale)
+        object.__setattr__(self, "dense_layers", layers("dense_layers", self.dense_layers))
         if self.dense_backend is not None and not isinstance(self.dense_backend, str):
             raise ValueError(f"`dense_backend` must be the name of a backend, got {self.dense_backend!r}")
 
@@ -103,7 +96,6 @@ _LEAST = {
     "n_local": 0,
     "block_len": 1,
     "dense_below": 0,
-    "vote_pool_window": 1,
     "max_kv_tokens": 1,
     "max_piece_len": 1,
     "max_workspace_bytes": 1,
@@ -120,10 +112,3 @@ def _layers(text: str) -> tuple[int, ...]:
 
 _PARSE: dict[str, Callable[[str], Any]] = {"score_scale": float, "dense_layers": _layers, "dense_backend": str}
 _WORDS = {"score_scale": "a number", "dense_layers": "numbers of layers, `0,1`"}
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
 from tokenselect import Device
+from tokenselect._options import at_least, finite_or_none, layers, odd
 
 __all__ = ["TokenSelectOptions"]
 
@@ -59,32 +59,25 @@ class TokenSelectOptions:
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("n_init", 0), ("n_local", 0), ("block_len", 1), ("max_piece_len", 1)):
-            _at_least(name, getattr(self, name), least)
-        _at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
+            at_least(name, getattr(self, name), least)
+        at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
         if self.max_reuse is not None:
-            _at_least("max_reuse", self.max_reuse, 0)
-        _at_least("page_size", self.page_size, 1)
+            at_least("max_reuse", self.max_reuse, 0)
+        at_least("page_size", self.page_size, 1)
         if self.page_size > 256:
             raise ValueError(f"`page_size` must be at most 256, got {self.page_size}")
-        _at_least("vote_pool_window", self.vote_pool_window, 1)
-        if self.vote_pool_window % 2 == 0:
-            raise ValueError(f"`vote_pool_window` must be odd, got {self.vote_pool_window}")
-        if self.score_scale is not None and not math.isfinite(self.score_scale):
-            raise ValueError(f"`score_scale` must be finite, got {self.score_scale}")
+        odd("vote_pool_window", self.vote_pool_window)
+        finite_or_none("score_scale", self.score_scale)
         if self.positions not in ("native", "reassigned"):
             raise ValueError(f"`positions` must be native or reassigned, got {self.positions}")
-        if isinstance(self.dense_layers, str) or not isinstance(self.dense_layers, Collection):
-            raise ValueError(f"`dense_layers` must be a list of numbers of layers, got {self.dense_layers!r}")
-        for layer in self.dense_layers:
-            _at_least("dense_layers", layer, 0)
+        object.__setattr__(self, "dense_layers", layers("dense_layers", self.dense_layers))
         if self.device is not None and not isinstance(self.device, Device):
             raise ValueError(
                 f"`device` must be a tokenselect.Device, got {self.device!r}; None runs where the tensors of the model lie"
             )
-        object.__setattr__(self, "dense_layers", frozenset(self.dense_layers))
         if isinstance(self.thresholds, Mapping):
             for layer, threshold in self.thresholds.items():
-                _at_least("thresholds", layer, 0)
+                at_least("thresholds", layer, 0)
                 _cosine(threshold)
             object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
         elif self.thresholds is not None:
@@ -101,17 +94,10 @@ class TokenSelectOptions:
         named = {"dense_layers": self.dense_layers}
         if isinstance(self.thresholds, Mapping):
             named["thresholds"] = self.thresholds
-        for name, layers in named.items():
-            for layer in layers:
+        for name, of_option in named.items():
+            for layer in of_option:
                 if layer >= num_layers:
                     raise ValueError(f"`{name}` must name layers below {num_layers}, got {layer}")
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
 
 
 def _cosine(threshold: object) -> None:
