@@ -17,9 +17,10 @@ use tokenselect::{
 
 on_devices! {
     all: random_rows_in_blocks, a_step_of_blocks_is_steps_one_by_one, what_adds_tokens_drops_cached_selections,
-        an_infinite_key_under_any_query, a_short_block_behind_a_longer_one;
+        an_infinite_key_under_any_query, an_infinite_key_under_an_infinite_query, a_short_block_behind_a_longer_one;
     gpus: kernel_instances, nan_and_infinities, logits_of_every_size, large_logits_that_tie, tiny_queries,
-        votes_by_themselves, alone_or_in_a_group_the_same_bits;
+        votes_by_themselves, alone_or_in_a_group_the_same_bits, batch_after_batch_in_one_workspace,
+        the_largest_scale;
 }
 
 /// A block as a row of its own.
@@ -203,6 +204,66 @@ fn alone_or_in_a_group_the_same_bits(device: &Device) {
                 place += 1;
             }
         }
+    }
+}
+
+/// A batch of exactly as many rows and places as the workspace has, then each of its blocks alone, then all again: nothing is left of
+/// the batch before. Blocks without candidates, of few in the first tile, or of one tile with those of others; queries, keys and
+/// numbers of heads that leave gaps.
+fn batch_after_batch_in_one_workspace(device: &Device) {
+    for (heads, page_size, content, n_init, rows, block_len) in [
+        ([3, 3, 96], 3, Content::Wild, 65, [(100, 30), (0, 0), (131, 1)], 4),
+        ([2, 5, 64], 1, Content::Tied, 3, [(90, 40), (9, 9), (130, 3)], 17),
+        ([1, 11, 64], 24, Content::Wild, 1023, [(1040, 9), (70, 2), (2, 1)], 2),
+        ([1, 7, 256], 64, Content::Peaked, 0, [(66, 4), (65, 2), (1, 1)], 1),
+    ] {
+        let [num_kv_heads, group, head_dim] = heads;
+        let heads = HeadShape { num_qo_heads: num_kv_heads * group, num_kv_heads, head_dim };
+        let config = SelectConfig { heads, dtype: DType::F16, n_init, n_local: 1, ..small_config() };
+        let problem = Problem::new(&config, &rows, content, head_dim as u64);
+        let pool = Pool::full(&problem, page_size, Storage::Hnd, 5).to(device);
+        let all = pool.batch(&problem).in_blocks(block_len).unwrap();
+        let q = Inputs::new(&problem).to(device).q;
+        let mut ts = prefill(device, &config, &all);
+        let mut select = |batch: &Batch, q: &Tensor| {
+            ts.select(batch, pool.view(), q.view(), None).unwrap();
+            (selected_lists(&ts, batch.num_rows()), bits(ts.workspace().buffer(Buffer::Votes)))
+        };
+        let (lists, votes) = select(&all, &q);
+        let (naive, mut place) = (naive_config(&config), 0);
+        let mut scored = Vec::new();
+        for row in problem.rows.iter() {
+            for tokens in cuts(row, block_len) {
+                let of_row = all.row(place).unwrap();
+                place += 1;
+                if row.n == 0 {
+                    continue;
+                }
+                let block = block(&problem, row, tokens.clone());
+                let tables = PageTables {
+                    indptr: vec![0, of_row.pages.len() as u32],
+                    indices: of_row.pages.to_vec(),
+                    last_page_len: vec![(block.n - page_size * (of_row.pages.len() - 1)) as u32],
+                };
+                let one = Problem { config: config.clone(), rows: vec![block.clone()] };
+                let alone = Batch::new(page_size, vec![0, block.t as u32], tables).unwrap();
+                let alone = alone.in_blocks(block_len).unwrap();
+                let (list, own) = select(&alone, &Inputs::new(&one).to(device).q);
+                let what = format!("{}: {heads:?}, block {tokens:?} of {}", device.name(), row.n);
+                assert_eq!(lists[place - 1], list[0], "{what}");
+                let range = naive::candidates(&naive, block.n, block.t);
+                if range.len() > config.top_k {
+                    let range = of_row.token_base + range.start..of_row.token_base + range.end;
+                    let from = range.start - of_row.token_base;
+                    assert!(votes[range.clone()] == own[from..from + range.len()], "{what}");
+                    scored.push(range);
+                }
+            }
+        }
+        assert!(scored.len() > 2, "{heads:?}");
+        let (again, votes_again) = select(&all, &q);
+        assert_eq!(lists, again, "{}: {heads:?}", device.name());
+        assert!(scored.into_iter().all(|range| votes[range.clone()] == votes_again[range]));
     }
 }
 
@@ -443,6 +504,8 @@ fn the_same_without_warpgroups() {
     nan_and_infinities(&device);
     large_logits_that_tie(&device);
     alone_or_in_a_group_the_same_bits(&device);
+    batch_after_batch_in_one_workspace(&device);
+    an_infinite_key_under_an_infinite_query(&device);
 }
 
 /// Many equal large logits of one head, small ones of another: the former share the mass, however large they are.
@@ -467,6 +530,23 @@ fn large_logits_that_tie(device: &Device) {
         for (token, logit) in [(95, 6.0), (97, 5.0)] {
             row.k[token * 128 + 64] = common::round(DType::Bf16, logit / f64::from(scale));
         }
+        check(device, &problem, 16, Storage::Nhd, 1);
+    }
+}
+
+/// A scale at the end of its type makes no NaN of products that are 0.
+fn the_largest_scale(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 2, num_kv_heads: 2, head_dim: 64 };
+    for scale in [f32::MAX, -f32::MAX] {
+        let score_scale = Some(scale);
+        let config =
+            SelectConfig { heads, dtype: DType::Bf16, n_init: 0, n_local: 0, score_scale, ..small_config() };
+        let mut problem = Problem::new(&config, &[(100, 1)], Content::Peaked, 4);
+        let row = &mut problem.rows[0];
+        row.q.fill(0.0);
+        row.k.fill(0.0);
+        row.q[0] = 1.0;
+        (10..90).for_each(|token| row.k[token * 128] = 3.0);
         check(device, &problem, 16, Storage::Nhd, 1);
     }
 }
@@ -547,6 +627,27 @@ fn an_infinite_key_under_any_query(device: &Device) {
     let ts = selected_for_blocks(device, &problem, 2);
     assert_eq!(values(ts.workspace().buffer(Buffer::Votes))[7], 1.0, "{}", device.name());
     assert_eq!(ts.workspace().selected(0).unwrap(), [0, 7, 38, 39]);
+}
+
+/// An infinite query and an infinite key have an infinite logit, too: of both halves.
+fn an_infinite_key_under_an_infinite_query(device: &Device) {
+    let heads = HeadShape { num_qo_heads: 1, num_kv_heads: 1, head_dim: 64 };
+    for dtype in [DType::F16, DType::Bf16] {
+        let config = SelectConfig { heads, dtype, n_init: 0, n_local: 0, top_k: 2, ..small_config() };
+        let mut problem = Problem::new(&config, &[(40, 2)], Content::Peaked, 4);
+        let row = &mut problem.rows[0];
+        row.q.fill(1.0);
+        (row.q[0], row.q[1]) = (f64::INFINITY, f64::NEG_INFINITY);
+        for token in 0..40 {
+            (row.k[token * 64], row.k[token * 64 + 1]) = (-1.0, 1.0);
+        }
+        (row.k[7 * 64], row.k[7 * 64 + 1]) = (f64::INFINITY, -1.0);
+        (row.k[9 * 64], row.k[9 * 64 + 1]) = (1.0, f64::NEG_INFINITY);
+        let ts = selected_for_blocks(device, &problem, 2);
+        let votes = values(ts.workspace().buffer(Buffer::Votes));
+        assert_eq!((votes[7], votes[9], votes[8]), (0.5, 0.5, 0.0), "{}: {dtype}", device.name());
+        assert_eq!(ts.workspace().selected(0).unwrap(), [7, 9, 38, 39]);
+    }
 }
 
 /// A short block by itself is pooled by another kernel than behind a longer one: to the same bits.

@@ -2,7 +2,6 @@
 
 import argparse
 import os
-import subprocess
 import sys
 import traceback
 from pathlib import Path
@@ -16,6 +15,7 @@ sys.path.insert(0, str(HERE))
 
 import decode  # noqa: E402
 import prefill  # noqa: E402
+from machine import driver_version, version  # noqa: E402
 from results import Results, save  # noqa: E402
 from timing import REPEATS, Timer  # noqa: E402
 
@@ -44,26 +44,6 @@ def arguments():
     parser.add_argument("--local", type=int, default=0, help="prefill: tokens before a block that are always listed")
     parser.add_argument("--test-on-cpu", action="store_true", help="tiny, without a GPU, to test this program")
     return parser.parse_args()
-
-
-def version(module):
-    try:
-        return str(__import__(module).__version__)
-    except Exception:  # whatever an import raises
-        return "none"
-
-
-def driver_version():
-    """The driver's version, or that of CUDA it brings."""
-    try:
-        return Path("/sys/module/nvidia/version").read_text().strip()
-    except OSError:
-        pass
-    try:
-        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0"]
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return f"for CUDA {torch._C._cuda_getDriverVersion()}"
 
 
 def described(device, size, bandwidth):

@@ -69,7 +69,7 @@ impl Cache {
 
     /// Checks that it was not closed.
     pub fn expect_open(&self) -> Result<()> {
-        if self.slot.is_closed() { self.slot.read()?.get().map(|_| ()) } else { Ok(()) }
+        self.slot.expect_open()
     }
 
     /// Somebody has addresses of its memory.

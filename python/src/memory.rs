@@ -71,8 +71,8 @@ impl Memory {
         typestr: &str,
         dtype: Option<DType>,
     ) -> Result<Self> {
-        let (_, size) = interface_types(typestr);
-        let num_bytes = shape.iter().try_fold(size.unsigned_abs(), |bytes, &dim| bytes.checked_mul(dim));
+        let size = number_bytes("typestr", typestr)?;
+        let num_bytes = shape.iter().try_fold(size, |bytes, &dim| bytes.checked_mul(dim));
         let too_large = || Failure::argument("shape", "be of bytes that can be counted", tuple(&shape));
         let num_bytes = num_bytes.ok_or_else(too_large)?;
         // Of the widest elements: the memory may be read as any.
@@ -123,9 +123,10 @@ impl Memory {
     /// A copy of an array of the host.
     pub fn copied<'py>(device: &Bound<'py, Device>, host: &Bound<'py, PyAny>) -> Result<Bound<'py, Buffer>> {
         let given = array("host", host)?;
-        let typestr = given.typestr()?;
-        let bf16 = given.types == Types::of(DType::Bf16);
-        let memory = Memory::zeros(device, given.shape().to_vec(), &typestr, bf16.then_some(DType::Bf16))?;
+        let is_bf16 = given.types == Types::of(DType::Bf16);
+        let typestr = if is_bf16 { typestr_of(DType::Bf16).to_owned() } else { given.typestr()? };
+        number_bytes("host", &typestr)?;
+        let memory = Memory::zeros(device, given.shape().to_vec(), &typestr, is_bf16.then_some(DType::Bf16))?;
         memory.write(host.py(), &given)?;
         Buffer::new(host.py(), memory)
     }
@@ -441,8 +442,11 @@ impl Buffer {
         fence(slf.py(), || {
             let (this, given) = (slf.as_super().get(), array("host", host)?);
             given.expect_shape(&this.shape)?;
-            let (got, own) = (given.typestr()?, interface_types(&this.typestr));
-            if interface_types(&got).1 != own.1 || (got != this.typestr && given.types != this.types()) {
+            let got = given.typestr()?;
+            let is_bf16 = given.types == Types::of(DType::Bf16);
+            let size = if is_bf16 { 2 } else { number_bytes("host", &got)? };
+            let own = number_bytes("typestr", &this.typestr)?;
+            if size != own || (got != this.typestr && given.types != this.types()) {
                 return Err(Failure::of_type("host", &this.typestr, got));
             }
             this.write(slf.py(), &given)
@@ -458,16 +462,23 @@ impl Buffer {
     }
 }
 
+/// Bytes of an element of a type string. Others than plain numbers are refused: what they count need not be bytes, and objects are not
+/// what lies in memory.
+fn number_bytes(what: &'static str, typestr: &str) -> Result<usize> {
+    let size = match typestr.as_bytes() {
+        [b'<' | b'|', b'b' | b'f' | b'i' | b'u', digit @ (b'1' | b'2' | b'4' | b'8')] => digit - b'0',
+        _ => return Err(Failure::of_type(what, "plain numbers of 1, 2, 4 or 8 bytes, such as <f4", typestr)),
+    };
+    Ok(usize::from(size))
+}
+
 /// The type string of a type, and what it does not say.
 fn type_of(given: &Bound<'_, PyAny>) -> Result<(String, Option<DType>)> {
     if let Ok(text) = given.extract::<String>() {
         if dtype_of_name(&text).is_none() {
-            let size = text.get(2..).and_then(|size| size.parse::<usize>().ok());
-            let is_plain =
-                text.starts_with(['<', '|']) && matches!(text.as_bytes().get(1), Some(b'f' | b'i' | b'u'));
-            return match size.filter(|size| is_plain && [1, 2, 4, 8].contains(size)) {
-                Some(_) => Ok((text, None)),
-                None => Err(Failure::argument(
+            return match number_bytes("typestr", &text) {
+                Ok(_) => Ok((text, None)),
+                Err(_) => Err(Failure::argument(
                     "typestr",
                     "be a type string such as <f4 or a name such as bf16",
                     text,

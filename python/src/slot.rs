@@ -105,6 +105,11 @@ impl<T> Slot<T> {
         self.state.try_read().is_ok_and(|state| matches!(*state, State::Closed { .. }))
     }
 
+    /// Checks that it was not closed.
+    pub fn expect_open(&self) -> Result<()> {
+        if self.is_closed() { Err(closed(self.what)) } else { Ok(()) }
+    }
+
     fn taken<G>(&self, error: TryLockError<G>, done: &str) -> Failure {
         let what = self.what;
         match error {

@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from enum import Enum, IntEnum
 from typing import Any, ClassVar, Generic, TypeVar
 
-import engine_sources
 import torch
+
+import engine_sources
 
 M = TypeVar("M")
 

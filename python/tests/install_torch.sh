@@ -30,7 +30,7 @@ import sysconfig
 import zipfile
 
 CUDA = ["libtorch_cuda.so", "libtorch_cuda_linalg.so", "libtorch_nvshmem.so", "libcaffe2_nvrtc.so"]
-LEFT_OUT = ("torch/include/", "torch/bin/p", "torch/share/", *(f"torch/lib/{name}" for name in CUDA))
+LEFT_OUT = ("torch/bin/p", "torch/share/", *(f"torch/lib/{name}" for name in CUDA))
 
 site = pathlib.Path(sysconfig.get_paths()["purelib"])
 with zipfile.ZipFile(sys.argv[1]) as archive:

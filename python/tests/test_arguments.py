@@ -327,3 +327,30 @@ def test_exceptions() -> None:
         assert issubclass(kind, also) and issubclass(kind, ts.TokenSelectError)
         again = pickle.loads(pickle.dumps(kind("text", "TS_STATUS_LIMIT")))
         assert (type(again), str(again), again.status) == (kind, "text", "TS_STATUS_LIMIT")
+
+
+@pytest.mark.parametrize("typestr", ["<M8[ns]", "<U1000", "|O", "<c8", "<f0", ">f4", "|V4"])
+def test_memory_is_of_plain_numbers(device: ts.Device, typestr: str) -> None:
+    """What others count need not be bytes, and objects are not what lies in memory."""
+
+    class Type:
+        str = typestr
+
+    with pytest.raises(TypeError, match="`typestr` must be plain numbers of 1, 2, 4 or 8 bytes"):
+        ts.Buffer(device, (4,), Type())  # type: ignore[call-overload, unused-ignore]
+
+
+def test_arrays_of_other_things_are_not_copied(device: ts.Device) -> None:
+    arrays = [
+        np.array(["x" * 1000] * 4),
+        np.array([[], {}], dtype=object),
+        np.zeros(3, "<M8[ns]"),
+        np.zeros(3, complex),
+    ]
+    for array in arrays:
+        with pytest.raises(TypeError, match="`host` must be plain numbers of 1, 2, 4 or 8 bytes"):
+            device.to_device(array)
+        buffer = ts.Buffer(device, array.shape, "<u8")
+        with pytest.raises(TypeError, match="`host` must be plain numbers of 1, 2, 4 or 8 bytes"):
+            buffer.from_host(array)
+    assert device.to_device(np.array([True, False])).numpy().tolist() == [True, False]

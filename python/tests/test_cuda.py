@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -77,11 +78,11 @@ def test_a_step_over_pages_of_pytorch(block: int) -> None:
 def test_fewer_tokens_are_those_of_the_processor() -> None:
     rows, q = Rows(3000), draw(1, HQ, D)
     chosen = []
-    for where, move in ((device(), lambda x: x), (ts.Device.cpu(), lambda x: x.cpu())):
-        pages = move(rows.pages)
+    for where, place in ((device(), "cuda"), (ts.Device.cpu(), "cpu")):
+        pages = rows.pages.to(place)
         kv = ts.KvView(pages[..., :D], pages[..., D:], "HND")
         ctx = context(where, top_k=256)
-        ctx.select(rows.batch(), kv, move(q))
+        ctx.select(rows.batch(), kv, q.to(place))
         chosen.append(set(ctx.selected()))
     assert len(chosen[0]) == len(chosen[1]) == 16 + 256 + 16 + 1
     # Votes are the same but for rounding: few tokens are so near the last one that is chosen.
@@ -145,7 +146,7 @@ def test_another_gpu_or_the_processor_is_refused() -> None:
 @pytest.mark.parametrize("rows, padding", [(1, 0), (3, 7)])
 def test_transformers(rows: int, padding: int) -> None:
     transformers: Any = pytest.importorskip("transformers", reason="transformers is not installed")
-    from tokenselect.transformers import TokenSelectOptions, configure
+    from tokenselect.transformers import TokenSelectCache, TokenSelectOptions, configure
 
     shape = transformers.LlamaConfig(
         vocab_size=97, hidden_size=256, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
@@ -158,16 +159,28 @@ def test_transformers(rows: int, padding: int) -> None:
         model = transformers.AutoModelForCausalLM.from_config(copy.deepcopy(shape), attn_implementation=attention)
         models[name] = model.eval().to("cuda", torch.bfloat16).to(dtype)
     configure(models["tokenselect"], TokenSelectOptions(top_k=4096))
+    cache_name = (
+        "cache" if "cache" in inspect.signature(transformers.LlamaForCausalLM.forward).parameters else "past_key_values"
+    )
     ids = torch.randint(3, 97, (rows, 600), device="cuda")
     mask = torch.ones_like(ids)
     if padding:
         mask[1, :padding] = 0
+    logits = {}
     with torch.no_grad():
-        logits = {name: model(ids, attention_mask=mask).logits.float() for name, model in models.items()}
+        for name, model in models.items():
+            ours = name == "tokenselect"
+            cache = TokenSelectCache(model.config) if ours else transformers.DynamicCache(config=model.config)
+            parts, begin = [], 0
+            for end in [590, *range(591, 601)]:  # a prompt, and steps of one token
+                given = {"attention_mask": mask[:, :end], cache_name: cache, "use_cache": True}
+                parts.append(model(ids[:, begin:end], **given).logits.float())
+                begin = end
+            logits[name] = torch.cat(parts, 1)
         exact = logits.pop("exact")
         errors = {name: ((x - exact).abs() * mask[..., None]).max() for name, x in logits.items()}
         assert errors["tokenselect"] <= 1.5 * errors["eager"] < 0.1 * exact.abs().max()
-        given = dict(attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0)
-        texts = {name: model.generate(ids, **given)[:, 600:] for name, model in models.items()}
-    # Logits that are nearly equal may be rounded to either order.
-    assert (texts["eager"] == texts["tokenselect"]).float().mean() >= 0.5
+        text = models["tokenselect"].generate(
+            ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0
+        )
+    assert text.shape == (rows, 620)

@@ -36,7 +36,6 @@ import fake_engines as fakes
 from emulated_graph import EmulatedGraph, FakeSlot, RecordedContext, is_capturing
 from engines_definitions import attention
 from fake_engines import ForwardMode
-
 from tokenselect.engines import EngineOptions
 
 HQ, HKV, D, LAYERS = 6, 2, 16, 2

@@ -208,6 +208,7 @@ cache = ts.Cache(device, config, num_pages=8192)
 ctx = ts.Context.for_prefill(device, config, block_len=4, max_kv_len=131072, max_piece_len=4)
 pieces = cache.extend_in_pieces(ctx, [(cache.create(), 100_000)], 4)
 q, k, v = (np.ones((100_000, heads, 16), np.float32) for heads in (4, 2, 2))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have turned it off
 threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT)).start()
 try:
     ctx.prefill(cache, 0, pieces, q, k, v)

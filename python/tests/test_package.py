@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import inspect
 import re
 import subprocess
@@ -27,6 +28,15 @@ def run(code: str, folder: Path | str = "/") -> str:
 def test_imports_neither_numpy_nor_torch() -> None:
     code = "import sys, tokenselect as ts; ts.Cache(ts.Device.cpu(), ts.Config()); print({'numpy', 'torch'} & {*sys.modules})"
     assert run(code) == "set()"
+
+
+def test_entry_points() -> None:
+    """The names by which engines find their plugins."""
+    found = importlib.metadata.distribution("tokenselect").entry_points
+    assert {(point.group, point.name, point.value) for point in found} == {
+        ("vllm.general_plugins", "tokenselect", "tokenselect.vllm:register"),
+        ("sglang.srt.plugins", "tokenselect", "tokenselect.sglang:register"),
+    }
 
 
 def test_any_folder(tmp_path: Path) -> None:

@@ -22,10 +22,10 @@ transformers = pytest.importorskip(
 tokenselect = pytest.importorskip("tokenselect", reason="tokenselect is missing")
 
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
-from transformers_definitions import ByDefinition, blocks_of
 
 import tokenselect.transformers as ts
 from tokenselect.transformers import TokenSelectCache, TokenSelectOptions, configure
+from transformers_definitions import ByDefinition, blocks_of
 
 VOCAB = 97
 # The argument of a forward and of `generate` that takes a cache.
@@ -741,3 +741,69 @@ def test_workspaces_are_given_back() -> None:
     expected = ours(ids).logits
     ts.release()
     assert torch.equal(ours(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "mask, text",
+    [
+        (torch.ones(1, 1, 9, 9).tril(), "has other values: biases"),
+        (-torch.ones(1, 1, 9, 9).triu(1), "has other values: biases"),
+        (torch.full((1, 1, 9, 9), -torch.inf).triu(1) - 0.5 * torch.ones(9, 9).tril(-1), "has other values: biases"),
+        (torch.ones(1, 1, 9, 9).tril().long(), "must be bool or added to logits, got torch.int64"),
+    ],
+)
+def test_a_mask_of_biases_is_refused(mask: Any, text: str) -> None:
+    _, ours = pair("llama")
+    with pytest.raises(NotImplementedError, match=text):
+        ours(torch.randint(3, VOCAB, (1, 9)), attention_mask=mask)
+
+
+def test_a_mask_of_packed_sequences_is_refused() -> None:
+    _, ours = pair("llama")
+    packed = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril() & (torch.arange(9)[:, None] // 4 == torch.arange(9) // 4)
+    with pytest.raises(NotImplementedError, match="takes 4-D masks that are causal with padding"):
+        ours(torch.randint(3, VOCAB, (1, 9)), attention_mask=packed)
+
+
+@pytest.mark.parametrize(
+    "kept", [[1, 1, 1, 1, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 0, 1, 1, 1, 0]]
+)
+def test_a_mask_of_padding(kept: list[int]) -> None:
+    eager, ours = pair("llama")
+    ids, tokens = torch.randint(3, VOCAB, (1, 9)), torch.tensor(kept).bool()
+    causal = torch.ones(1, 1, 9, 9, dtype=torch.bool).tril() & tokens
+    for mask in (causal, causal & tokens[:, None], causal | torch.eye(9, dtype=torch.bool)):
+        added = torch.zeros(1, 1, 9, 9).masked_fill(~mask, torch.finfo(torch.float32).min)
+        close(ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=added).logits, tokens[None].float())
+
+
+@pytest.mark.parametrize("hidden", [-torch.inf, torch.finfo(torch.float32).min, -1e4])
+def test_a_mask_that_is_added(hidden: float) -> None:
+    eager, ours = pair("llama")
+    ids, mask = torch.randint(3, VOCAB, (1, 9)), torch.full((1, 1, 9, 9), hidden).triu(1)
+    close(ours(ids, attention_mask=mask).logits, eager(ids, attention_mask=mask).logits)
+
+
+def test_another_implementation_without_rope_is_refused() -> None:
+    _, ours = pair("llama", TokenSelectOptions(positions="reassigned"))
+    ids = torch.randint(3, VOCAB, (1, 9))
+    ours(ids)
+    ours.set_attn_implementation("sdpa")
+    with pytest.raises(RuntimeError, match="has taken RoPE away from this model, which has attn_implementation='sdpa'"):
+        ours(ids)
+    ours.set_attn_implementation("tokenselect")
+    configure(ours, ALL)
+    ours.set_attn_implementation("eager")
+    close(ours(ids).logits, make(config_of("llama"), "eager")(ids).logits)
+
+
+@pytest.mark.parametrize(
+    "options, text",
+    [
+        ({"device": "cpu"}, "`device` must be a tokenselect.Device, got 'cpu'"),
+        ({"dense_layers": 0}, "`dense_layers` must be a list of numbers of layers, got 0"),
+    ],
+)
+def test_options_of_other_types(options: dict[str, Any], text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        TokenSelectOptions(**options)

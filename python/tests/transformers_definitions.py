@@ -47,7 +47,9 @@ def attention(
         n += length
         block = q[:, n - length : n]
         steps = torch.arange(length)
-        tokens = selected(block if rotate is None else rotate(block, options.n_local + steps), k, n, length, options, scale)
+        tokens = selected(
+            block if rotate is None else rotate(block, options.n_local + steps), k, n, length, options, scale
+        )
         m = len(tokens)
         query, keys = block, k[:, tokens]
         if rotate is not None:

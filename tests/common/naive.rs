@@ -43,11 +43,11 @@ pub fn scoring_query(c: &Config, q: &[f64]) -> Vec<f64> {
                 rope.rotate(&mut head, c.n_local + t);
             }
             for i in 0..c.d {
-                mean[h * c.d + i] += head[i] / block as f64;
+                mean[h * c.d + i] += head[i];
             }
         }
     }
-    mean
+    mean.iter().map(|x| x / block as f64).collect()
 }
 
 pub fn candidates(c: &Config, n: usize, block: usize) -> Range<usize> {

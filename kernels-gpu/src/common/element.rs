@@ -196,7 +196,7 @@ pub fn split_towards_zero<T: Element>(x: f32) -> [u16; 2] {
     let rest = |high: u16| T::pack(x - T::unpack(high as u32)[0], 0.0) as u16;
     let mut high = T::pack(x, 0.0) as u16;
     if !x.is_finite() {
-        return [high, 0];
+        return [high, high];
     }
     // The magnitude's last bit. Where `high` is `x`, too, or so near that the rest would round to 0: the rest is then that bit and more.
     let is_too_large = T::unpack(high as u32)[0].abs() >= x.abs();

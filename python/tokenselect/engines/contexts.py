@@ -1,41 +1,21 @@
-"""Devices and contexts of the library, made once for each kind of layer and stream."""
+"""Contexts of the library, made once for each kind of layer and stream."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 
 from tokenselect import Context, Device
+from tokenselect.torch.growing import Growing
 
 from .layers import Layer
 from .options import EngineOptions
 
-__all__ = ["Contexts", "device_of", "separate", "shared_contexts"]
+__all__ = ["Contexts", "separate", "shared_contexts"]
 
-_devices: dict[Any, Device] = {}
 _words: dict[torch.device, torch.Tensor] = {}
-
-
-def device_of(tensor: torch.Tensor) -> Device:
-    """The library's device for a tensor: the processor, or a GPU with PyTorch's current stream.
-
-    Raises `NotImplementedError` for others.
-    """
-    if tensor.device.type == "cpu":
-        key: tuple[Any, ...] = ("cpu",)
-        if key not in _devices:
-            _devices[key] = Device.cpu()
-        return _devices[key]
-    if tensor.device.type != "cuda" or torch.version.hip is not None:
-        raise NotImplementedError(f"tokenselect runs on the processor and on CUDA devices, got {tensor.device}")
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    key = ("cuda", tensor.device.index, stream)
-    if key not in _devices:
-        # The library uses the current context if it is that device's.
-        with torch.cuda.device(tensor.device):
-            _devices[key] = Device.cuda(tensor.device.index, stream=stream)
-    return _devices[key]
 
 
 def separate(tensor: torch.Tensor) -> None:
@@ -56,21 +36,17 @@ class Contexts:
 
     def __init__(self, options: EngineOptions) -> None:
         self.options = options
-        self._growing: dict[Any, tuple[Context, tuple[int, int, int]]] = {}
+        self._growing: dict[Any, Growing] = {}
         self._fixed: dict[Any, Context] = {}
-        self._readers: dict[Any, tuple[Context, int]] = {}
+        self._readers: dict[Any, Growing] = {}
 
     def growing(self, device: Device, layer: Layer, rows: int, block_len: int, kv_tokens: int) -> Context:
         """For batches of up to so many rows, query tokens of a row, and tokens cached by all rows. It is made again, larger, where it
         must be, so that nothing that was captured may use it."""
-        key, need = (device, layer), (rows, block_len, kv_tokens)
-        had = self._growing[key][1] if key in self._growing else (0, 0, 0)
-        if any(got < want for got, want in zip(had, need, strict=True)):
-            # Twice what is needed where it grows, so that sequences which get longer come here seldom.
-            room = tuple(got if got >= want else _round_up(want) for got, want in zip(had, need, strict=True))
-            self._growing.pop(key, None)  # gives its workspace back first
-            self._growing[key] = (_context(device, layer, *room), (room[0], room[1], room[2]))
-        return self._growing[key][0]
+        key = (device, layer)
+        if key not in self._growing:
+            self._growing[key] = Growing(partial(_context, device, layer))
+        return self._growing[key].get(rows, block_len, kv_tokens)
 
     def fixed(self, device: Device, layer: Layer, rows: int, kv_tokens: int) -> Context:
         """For single tokens of up to `rows` rows, and never made again: CUDA graphs have the addresses of its workspace."""
@@ -82,19 +58,9 @@ class Contexts:
     def reader(self, device: Device, layer: Layer, kv_len: int) -> Context:
         """For prompts, until a sequence has `kv_len` tokens."""
         key = (device, layer)
-        if key not in self._readers or self._readers[key][1] < kv_len:
-            room = _round_up(kv_len)
-            self._readers.pop(key, None)
-            context = Context.for_prefill(
-                device,
-                layer.config(),
-                block_len=self.options.block_len,
-                max_piece_len=max(self.options.max_piece_len, self.options.block_len),
-                max_workspace_bytes=self.options.max_workspace_bytes,
-                max_kv_len=room,
-            )
-            self._readers[key] = (context, room)
-        return self._readers[key][0]
+        if key not in self._readers:
+            self._readers[key] = Growing(partial(_reader, device, layer, self.options))
+        return self._readers[key].get(kv_len)
 
 
 _shared: dict[EngineOptions, Contexts] = {}
@@ -112,5 +78,12 @@ def _context(device: Device, layer: Layer, rows: int, block_len: int, kv_tokens:
     return Context(device, layer.config(), max_rows=rows, max_block_len=block_len, max_kv_tokens=kv_tokens, **more)
 
 
-def _round_up(number: int) -> int:
-    return 1 << (number - 1).bit_length() if number > 1 else 1
+def _reader(device: Device, layer: Layer, options: EngineOptions, kv_len: int) -> Context:
+    return Context.for_prefill(
+        device,
+        layer.config(),
+        block_len=options.block_len,
+        max_piece_len=max(options.max_piece_len, options.block_len),
+        max_workspace_bytes=options.max_workspace_bytes,
+        max_kv_len=kv_len,
+    )

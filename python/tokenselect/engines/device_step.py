@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from tokenselect import Batch, BatchSlot, Device
+from tokenselect.torch.devices import is_capturing
 
 from .contexts import Contexts, separate
 from .layers import Layer, PagedKv
@@ -26,11 +27,6 @@ _MAX_LOOSE_SLOTS = 8
 def is_on_device(tensor: torch.Tensor) -> bool:
     """Whether tables that lie where the tensor does are translated there."""
     return bool(tensor.is_cuda)
-
-
-def is_capturing(tensor: torch.Tensor) -> bool:
-    """Whether PyTorch captures the current stream's work."""
-    return bool(tensor.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,11 @@ from typing import Any, Literal
 import torch
 
 from tokenselect import Config, KvView
+from tokenselect.torch.devices import DTYPES
 
 from .options import EngineOptions
 
 __all__ = ["Layer", "PagedKv"]
-
-_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
 
 
 @dataclass(frozen=True)
@@ -45,13 +44,13 @@ class Layer:
         options: EngineOptions,
     ) -> Layer:
         """A layer that selects. Raises `NotImplementedError` for types that the library does not have."""
-        if dtype not in _DTYPES:
+        if dtype not in DTYPES:
             raise NotImplementedError(f"tokenselect takes keys and values of float16, bfloat16 or float32, got {dtype}")
         return cls(
             num_qo_heads=num_qo_heads,
             num_kv_heads=num_kv_heads,
             head_dim=head_dim,
-            dtype=_DTYPES[dtype],
+            dtype=DTYPES[dtype],
             sm_scale=float(scale),
             logits_soft_cap=float(soft_cap or 0.0),
             score_scale=float(scale if options.score_scale is None else options.score_scale),

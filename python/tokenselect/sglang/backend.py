@@ -10,11 +10,12 @@ from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
-from tokenselect.engines.contexts import device_of, shared_contexts
+from tokenselect.engines.contexts import shared_contexts
 from tokenselect.engines.device_step import DeviceStep, Slots, buffer_like, check_room, is_on_device
 from tokenselect.engines.host_step import HostStep
 from tokenselect.engines.layers import Layer, PagedKv
 from tokenselect.engines.options import EngineOptions
+from tokenselect.torch.devices import device_of
 
 from .refusals import reason_against_batch, reason_against_layer, reason_against_runner
 

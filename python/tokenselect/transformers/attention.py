@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 
+from tokenselect.torch.devices import device_of
+
 from .borrowed import attend_borrowed
 from .cache import Announced
-from .contexts import LayerConfig, device_of
+from .contexts import LayerConfig
 from .masks import RowMask, from_4d
 from .options import TokenSelectOptions
 
@@ -63,10 +65,10 @@ def tokenselect_attention(
         if announced is not None:
             out = announced.cache.attend(announced, query, key, value, mask, config, is_dense)
         else:
-            device = device_of(query, options.device)
+            device = options.device or device_of(query)
             out = attend_borrowed(query, key, value, mask, config, options, device, is_dense)
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
-        out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
+        out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call, unused-ignore]
     return out, None
 
 
@@ -116,7 +118,7 @@ def _check(
             raise NotImplementedError(f"attn_implementation='tokenselect' does not serve {what}")
 
 
-class _NoGradient(torch.autograd.Function):
+class _NoGradient(torch.autograd.Function):  # type: ignore[misc, unused-ignore]
     """The output, whose gradient nobody can have."""
 
     @staticmethod

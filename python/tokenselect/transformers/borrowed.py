@@ -134,7 +134,7 @@ class _Forward:
             return [_Piece(0, len(rows.num_queries), _batch(rows.slots, rows.num_queries))]
         pieces = []
         begin = 0
-        for slots, count in zip(rows.slots, rows.num_queries):
+        for slots, count in zip(rows.slots, rows.num_queries, strict=True):
             done = 0
             while done < count:
                 # A block has a logit of each head, a vote and its pooled twin for every token before it, f32.

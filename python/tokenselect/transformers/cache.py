@@ -21,8 +21,9 @@ from transformers import PreTrainedConfig
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tokenselect import Batch, Device, KvView, SelectionCache
+from tokenselect.torch.devices import device_of
 
-from .contexts import LayerConfig, device_of, kernels_for
+from .contexts import LayerConfig, kernels_for
 from .masks import RowMask
 from .options import TokenSelectOptions
 from .pages import PageTables
@@ -38,15 +39,17 @@ class Announced:
         self.cache, self.layer_idx, self.begin = cache, layer_idx, begin
 
 
-class TokenSelectLayer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+class TokenSelectLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call, unused-ignore]
     """Pools of one layer. Rows, and all that changes them, belong to the `TokenSelectCache`."""
 
     is_compileable = False
     is_croppable = True
     supports_early_init = False
+    keys: torch.Tensor | None
+    values: torch.Tensor | None
 
     def __init__(self, is_sliding: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
         self.is_sliding = is_sliding
         self.record_past = False
         self.num_seen = 0  # positions that `update` was called for, padding included
@@ -142,7 +145,7 @@ class _Selections:
         return self.layers.setdefault(layer_idx, len(self.layers))
 
 
-class TokenSelectCache(Cache):
+class TokenSelectCache(Cache):  # type: ignore[misc, unused-ignore]
     """A `transformers` cache over pages that the layers of `attn_implementation="tokenselect"` select from.
 
     ```python
@@ -156,7 +159,7 @@ class TokenSelectCache(Cache):
     Raises `NotImplementedError` for models with layers that it has no place for (see `unsupported`).
     """
 
-    layers: list[TokenSelectLayer]  # type: ignore[assignment]
+    layers: list[TokenSelectLayer]  # type: ignore[assignment, unused-ignore]
 
     def __init__(
         self, config: PreTrainedConfig, options: TokenSelectOptions | None = None, *, max_length: int | None = None
@@ -216,7 +219,7 @@ class TokenSelectCache(Cache):
         layer.announced = Announced(self, layer_idx, layer.num_seen)
         layer.num_seen += key_states.shape[-2]
         # The attention function is given tensors alone.
-        key_states._tokenselect = layer.announced  # type: ignore[attr-defined]
+        key_states._tokenselect = layer.announced  # type: ignore[attr-defined, unused-ignore]
         return key_states, value_states
 
     def attend(
@@ -264,10 +267,11 @@ class TokenSelectCache(Cache):
         v: torch.Tensor,
         config: LayerConfig,
     ) -> torch.Tensor:
-        device = device_of(q, self.options.device)
+        device = self.options.device or device_of(q)
         kernels = kernels_for(device, config)
         batch = step.batch(tables, self._places, layer.window, device)
         context = kernels.step(*_limits(batch))
+        assert layer.view is not None
         context.append(batch, layer.view, k, v)
         if layer.window is None:
             out: torch.Tensor = context.attend_dense(batch, layer.view, q)
@@ -286,11 +290,12 @@ class TokenSelectCache(Cache):
         v: torch.Tensor,
         config: LayerConfig,
     ) -> torch.Tensor:
-        device = device_of(q, self.options.device)
+        device = self.options.device or device_of(q)
         kernels = kernels_for(device, config)
         batch = step.batch(tables, self._places, None, device)
         selections = self._selections_of(device, config)
         cached = (None, 0) if selections is None else (selections.cache, selections.layer(layer_idx))
+        assert layer.view is not None
         out: torch.Tensor
         if max(step.counts) == 1:
             context = kernels.step(*_limits(batch))
@@ -452,7 +457,7 @@ class TokenSelectCache(Cache):
                 tables.drop_before([length - window + 1 for length in lens])
         if tokens_to_remove:
             for selections in self._selections.values():
-                for place, length in zip(self._places, lens):
+                for place, length in zip(self._places, lens, strict=True):
                     selections.cache.truncate(place, length)
         self._num_seen, self._lens = num_seen, lens
         kept = None if self._kept is None else self._kept[:, :num_seen]
@@ -463,7 +468,7 @@ class TokenSelectCache(Cache):
         """Takes all tokens away. Pools stay."""
         pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self.layers]
         self._clear()
-        for layer, (keys, values, view, token_view, window) in zip(self.layers, pools):
+        for layer, (keys, values, view, token_view, window) in zip(self.layers, pools, strict=True):
             layer.num_seen, layer.announced = 0, None
             layer.keys, layer.values, layer.view, layer.token_view, layer.window = (
                 keys,

@@ -41,10 +41,10 @@ def configure(model: PreTrainedModel, options: TokenSelectOptions | None = None,
             handle.remove()
             del module._tokenselect_rope
     for layer in layers:
-        layer._tokenselect_options = options  # type: ignore[assignment]
+        layer._tokenselect_options = options  # type: ignore[assignment, unused-ignore]
         if layer in ropes:
             layer.__dict__["_tokenselect_rope_handle"] = take_rope_away(layer, ropes[layer])
-    model._tokenselect_options = options  # type: ignore[assignment]
+    model._tokenselect_options = options  # type: ignore[assignment, unused-ignore]
     return options
 
 
@@ -113,5 +113,5 @@ def make_caches() -> None:
                 model_kwargs[name] = cache
         return answer
 
-    prepare._tokenselect = True  # type: ignore[attr-defined]
-    GenerationMixin._prepare_cache_for_generation = prepare  # type: ignore[method-assign]
+    prepare._tokenselect = True  # type: ignore[attr-defined, unused-ignore]
+    GenerationMixin._prepare_cache_for_generation = prepare  # type: ignore[method-assign, unused-ignore]

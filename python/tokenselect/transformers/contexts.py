@@ -1,20 +1,21 @@
-"""Devices and contexts of the library, made once for each kind of layer and shared by all models of a thread."""
+"""Contexts of the library, made once for each kind of layer and shared by all models of a thread."""
 
 from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from tokenselect import Config, Context, Device
+from tokenselect.torch.devices import DTYPES
+from tokenselect.torch.growing import Growing
 
 from .options import TokenSelectOptions
 
-__all__ = ["Kernels", "LayerConfig", "device_of", "kernels_for", "release"]
-
-_DTYPES = {torch.float16: "f16", torch.bfloat16: "bf16", torch.float32: "f32"}
+__all__ = ["Kernels", "LayerConfig", "kernels_for", "release"]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class LayerConfig:
         rope: tuple[tuple[str, float | int | str], ...] | None,
     ) -> LayerConfig:
         """From a layer's queries and keys, `[batch, heads, tokens, head_dim]`."""
-        if query.dtype not in _DTYPES or key.dtype != query.dtype:
+        if query.dtype not in DTYPES or key.dtype != query.dtype:
             raise NotImplementedError(
                 "attn_implementation='tokenselect' takes queries and keys of float16, bfloat16 or float32, got "
                 f"{query.dtype} and {key.dtype}"
@@ -59,7 +60,7 @@ class LayerConfig:
             num_qo_heads=query.shape[1],
             num_kv_heads=key.shape[1],
             head_dim=query.shape[3],
-            dtype=_DTYPES[query.dtype],
+            dtype=DTYPES[query.dtype],
             sm_scale=sm_scale,
             logits_soft_cap=float(softcap or 0.0),
             score_scale=sm_scale if options.score_scale is None else options.score_scale,
@@ -119,73 +120,45 @@ class Kernels:
     def __init__(self, device: Device, layer: LayerConfig) -> None:
         self.device, self.layer = device, layer
         self.config = layer.config()
-        self._step: tuple[Context, tuple[int, int, int]] | None = None
-        self._reader: tuple[Context, tuple[int, int, int, int]] | None = None
+        self._step = Growing(self._make_step)
+        self._reader: tuple[tuple[int, int, int], Growing] | None = None
 
     def step(self, rows: int, block_len: int, kv_tokens: int) -> Context:
         """A context for batches of up to so many rows, query tokens of a row, and tokens cached by all rows."""
-        need = (rows, block_len, kv_tokens)
-        if self._step is None or any(got < want for got, want in zip(self._step[1], need)):
-            had = self._step[1] if self._step else (0, 0, 0)
-            # Twice what is needed where it grows, so that a sequence which gets longer comes here seldom.
-            room = tuple(got if got >= want else _round_up(want) for got, want in zip(had, need))
-            self._step = None  # gives its workspace back first
-            dense = self.layer == self.layer.dense()
-            more = {"operations": ["append", "attend"]} if dense else {}
-            context = Context(
-                self.device, self.config, max_rows=room[0], max_block_len=room[1], max_kv_tokens=room[2], **more
-            )
-            self._step = (context, (room[0], room[1], room[2]))
-        return self._step[0]
+        return self._step.get(rows, block_len, kv_tokens)
 
     def reader(self, options: TokenSelectOptions, kv_len: int) -> Context:
         """A context that reads prompts until a sequence has `kv_len` tokens."""
         wanted = (options.block_len, options.max_piece_len, options.max_workspace_bytes)
-        if self._reader is None or self._reader[1][:3] != wanted or self._reader[1][3] < kv_len:
-            room = _round_up(kv_len)
-            self._reader = None
-            context = Context.for_prefill(
-                self.device,
-                self.config,
-                block_len=options.block_len,
-                max_piece_len=options.max_piece_len,
-                max_workspace_bytes=options.max_workspace_bytes,
-                max_kv_len=room,
-            )
-            self._reader = (context, (*wanted, room))
-        return self._reader[0]
+        if self._reader is None or self._reader[0] != wanted:
+            self._reader = None  # gives its workspace back first
+            self._reader = (wanted, Growing(partial(self._make_reader, *wanted)))
+        return self._reader[1].get(kv_len)
+
+    def _make_step(self, rows: int, block_len: int, kv_tokens: int) -> Context:
+        more: dict[str, Any] = {"operations": ["append", "attend"]} if self.layer == self.layer.dense() else {}
+        return Context(
+            self.device, self.config, max_rows=rows, max_block_len=block_len, max_kv_tokens=kv_tokens, **more
+        )
+
+    def _make_reader(self, block_len: int, max_piece_len: int, max_workspace_bytes: int, kv_len: int) -> Context:
+        return Context.for_prefill(
+            self.device,
+            self.config,
+            block_len=block_len,
+            max_piece_len=max_piece_len,
+            max_workspace_bytes=max_workspace_bytes,
+            max_kv_len=kv_len,
+        )
 
 
 # Contexts are used by one thread at a time.
 _of_thread = threading.local()
 
 
-def device_of(tensor: torch.Tensor, given: Device | None = None) -> Device:
-    """The library's device for a tensor: the processor, or a GPU with PyTorch's current stream."""
-    if given is not None:
-        return given
-    devices: dict[Any, Device] = _registry("devices")
-    if tensor.device.type == "cpu":
-        key: tuple[Any, ...] = ("cpu",)
-        if key not in devices:
-            devices[key] = Device.cpu()
-        return devices[key]
-    if tensor.device.type != "cuda" or torch.version.hip is not None:
-        raise NotImplementedError(
-            f"attn_implementation='tokenselect' runs on the processor and on CUDA devices, got {tensor.device}"
-        )
-    stream = torch.cuda.current_stream(tensor.device).cuda_stream
-    ordinal = tensor.device.index
-    if ("cuda", ordinal, stream) not in devices:
-        # The library uses the current context if it is that device's.
-        with torch.cuda.device(tensor.device):
-            devices["cuda", ordinal, stream] = Device.cuda(ordinal, stream=stream)
-    return devices["cuda", ordinal, stream]
-
-
 def kernels_for(device: Device, layer: LayerConfig) -> Kernels:
     """The contexts of a configuration on a device, in this thread."""
-    kernels: dict[Any, Kernels] = _registry("kernels")
+    kernels: dict[Any, Kernels] = _of_thread.__dict__.setdefault("kernels", {})
     key = (device, layer)
     if key not in kernels:
         kernels[key] = Kernels(device, layer)
@@ -195,12 +168,3 @@ def kernels_for(device: Device, layer: LayerConfig) -> Kernels:
 def release() -> None:
     """Gives back the workspaces of this thread's contexts, which models and caches share; the next step makes them anew."""
     _of_thread.__dict__.clear()
-
-
-def _registry(name: str) -> dict[Any, Any]:
-    found: dict[Any, Any] = _of_thread.__dict__.setdefault(name, {})
-    return found
-
-
-def _round_up(number: int) -> int:
-    return 1 << (number - 1).bit_length() if number > 1 else 1

@@ -21,7 +21,7 @@ class RowMask:
     """What the layers of one kind need of a forward's mask.
 
     A query at position `p` (of `q_offset + t`) sees the tokens at positions up to `p` that are not padding, and with a `window`
-    those above `p - window`. Keys given to attention begin at position `kv_offset`.
+    the last `window` of these: padding between them does not count, as it does in transformers' own masks. Keys given to attention begin at position `kv_offset`.
     """
 
     # As of the 4-D mask that it stands for: `generate` makes masks before the forward where caches are static, and the forward
@@ -94,22 +94,52 @@ def from_4d(mask: torch.Tensor, kv_length: int) -> RowMask:
         raise NotImplementedError(
             f"`attention_mask` must be [batch, keys] or [batch, 1, queries, keys] for {kv_length} keys, got {tuple(mask.shape)}"
         )
-    seen = (mask if mask.dtype == torch.bool else mask == 0)[..., :kv_length].to("cpu")
+    seen = _seen(mask)[..., :kv_length].to("cpu")
     batch_size, heads, q_length, _ = seen.shape
     q_offset = kv_length - q_length
-    kept = seen[:, 0, -1]
     positions = torch.arange(kv_length)
     causal = positions <= positions[q_offset:, None]
-    expected = causal & kept[:, None]
-    # What queries of padding see means nothing.
+    seen_by = seen[:, 0]
+    own = seen_by.diagonal(q_offset, 1, 2)
+    # The last query that sees itself is no padding, and sees all that is none.
+    order = torch.arange(1, q_length + 1)
+    last = (own * order).argmax(1)
+    kept = seen_by[torch.arange(batch_size), last] & causal[last] & own.any(1, keepdim=True)
     rows = kept[:, q_offset:, None]
-    if heads != 1 or not torch.equal(seen[:, 0] & rows, expected & rows):
+    expected = causal & kept[:, None]
+    # What queries of padding see means nothing; but what sees other than nothing, all, itself or the tokens before it is none.
+    alone = torch.zeros_like(seen_by)
+    alone.diagonal(q_offset, 1, 2).copy_(own)
+    is_padding = ~seen_by.any(2) | seen_by.all(2)
+    for means_nothing in (alone, expected, expected | alone):
+        is_padding |= (seen_by == means_nothing).all(2)
+    is_right = (seen_by & rows).equal(expected & rows) and bool((is_padding | rows[..., 0]).all())
+    if heads != 1 or not is_right:
         raise NotImplementedError(
             "attn_implementation='tokenselect' takes 4-D masks that are causal with padding; this `attention_mask` of shape "
             f"{tuple(mask.shape)} is not. Give a 2-D mask of padding, or use attn_implementation='sdpa'"
         )
     return RowMask(batch_size, q_length, kv_length, q_offset, 0, None, None if bool(kept.all()) else kept)
 
+
+def _seen(mask: torch.Tensor) -> torch.Tensor:
+    """Which keys a 4-D mask lets queries see."""
+    if mask.dtype == torch.bool:
+        return mask
+    if not mask.is_floating_point():
+        raise NotImplementedError(f"a 4-D `attention_mask` must be bool or added to logits, got {mask.dtype}")
+    seen = mask == 0
+    if bool((mask[~seen] > _HIDDEN).any()) or bool(mask.isnan().any()):
+        raise NotImplementedError(
+            "attn_implementation='tokenselect' takes 4-D masks that are added to logits only where they are 0 or hide a token "
+            f"({_HIDDEN} or less), and this `attention_mask` of shape {tuple(mask.shape)} has other values: biases. Give a mask of "
+            "bool, a 2-D mask of padding, or use attn_implementation='sdpa'"
+        )
+    return seen
+
+
+# What is added to a logit for no weight to be left of it.
+_HIDDEN = -1e4
 
 _CAUSAL = masking_utils.causal_mask_function
 _AND = masking_utils.and_masks(_CAUSAL).__code__
@@ -156,4 +186,4 @@ def _refused(reason: str) -> NotImplementedError:
 
 def _closed_over(function: Callable[..., Any], name: str) -> Any:
     closure = getattr(function, "__closure__", None) or ()
-    return dict(zip(function.__code__.co_freevars, closure))[name].cell_contents
+    return dict(zip(function.__code__.co_freevars, closure, strict=True))[name].cell_contents

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
-if TYPE_CHECKING:
-    from tokenselect import Device
+from tokenselect import Device
+from tokenselect._options import at_least, finite_or_none, layers, odd
 
 __all__ = ["TokenSelectOptions"]
 
@@ -20,63 +19,65 @@ _DEFAULT_THRESHOLD = 0.9
 class TokenSelectOptions:
     """How layers select, and how their cache is kept.
 
+    - `top_k`: Tokens chosen by vote, at least 1.
+    - `n_init`: First tokens of a sequence that are always selected.
+    - `n_local`: Last tokens before the current block that are always selected.
+    - `block_len`: Tokens of a prompt that share one selection. Short blocks (4 to 16) are nearer to dense attention
+      and cost more passes over the keys; 512 is the paper's.
+    - `dense_layers`: Layers that attend to all tokens.
+    - `thresholds`: Cosine of scoring queries, from -1 to 1, above which a decoding step uses the last selection
+      again: for all layers, or by layer (others: 0.9). None selects anew at every step.
+    - `max_reuse`: How often one selection may be used again; None for `max(n_local, 1)`.
+    - `vote_pool_window`: Odd width of the max-pool over votes; 1 for none.
+    - `score_scale`: Factor on scoring dot products; None for the layer's own `scaling`.
+    - `positions`: `reassigned`: keys enter the cache before RoPE and are rotated at their rank among the selected
+      tokens, so that no position is beyond what the model was trained on. Takes effect by `configure`, which takes
+      RoPE away from the model.
+    - `page_size`: Tokens of a page, 1 to 256.
+    - `max_piece_len`: Tokens of a prompt that one step works on.
+    - `max_workspace_bytes`: Most bytes of the workspace in which prompts are read, for each configuration of
+      layers.
+    - `device`: Where to run; None for the processor, or PyTorch's current stream, by where the tensors lie.
+
     Raises `ValueError`, which names the option, its rule and what was given.
     """
 
     top_k: int = 2048
-    """Tokens chosen by vote, at least 1."""
     n_init: int = 128
-    """First tokens of a sequence that are always selected."""
     n_local: int = 512
-    """Last tokens before the current block that are always selected."""
     block_len: int = 512
-    """Tokens of a prompt that share one selection. Short blocks (4 to 16) are nearer to dense attention and cost more passes
-    over the keys; 512 is the paper's."""
     dense_layers: Collection[int] = ()
-    """Layers that attend to all tokens."""
     thresholds: float | Mapping[int, float] | None = _DEFAULT_THRESHOLD
-    """Cosine of scoring queries, from -1 to 1, above which a decoding step uses the last selection again: for all layers, or
-    by layer (others: 0.9). None selects anew at every step."""
     max_reuse: int | None = None
-    """How often one selection may be used again; None for `max(n_local, 1)`."""
     vote_pool_window: int = 1
-    """Odd width of the max-pool over votes; 1 for none."""
     score_scale: float | None = None
-    """Factor on scoring dot products; None for the layer's own `scaling`."""
     positions: Literal["native", "reassigned"] = "native"
-    """`reassigned`: keys enter the cache before RoPE and are rotated at their rank among the selected tokens, so that no
-    position is beyond what the model was trained on. Takes effect by `configure`, which takes RoPE away from the model."""
     page_size: int = 16
-    """Tokens of a page, 1 to 256."""
     max_piece_len: int = 8192
-    """Tokens of a prompt that one step works on."""
     max_workspace_bytes: int = 1 << 30
-    """Most bytes of the workspace in which prompts are read, for each configuration of layers."""
     device: Device | None = None
-    """Where to run; None for the processor, or PyTorch's current stream, by where the tensors lie."""
 
     def __post_init__(self) -> None:
         for name, least in (("top_k", 1), ("n_init", 0), ("n_local", 0), ("block_len", 1), ("max_piece_len", 1)):
-            _at_least(name, getattr(self, name), least)
-        _at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
+            at_least(name, getattr(self, name), least)
+        at_least("max_workspace_bytes", self.max_workspace_bytes, 1)
         if self.max_reuse is not None:
-            _at_least("max_reuse", self.max_reuse, 0)
-        _at_least("page_size", self.page_size, 1)
+            at_least("max_reuse", self.max_reuse, 0)
+        at_least("page_size", self.page_size, 1)
         if self.page_size > 256:
             raise ValueError(f"`page_size` must be at most 256, got {self.page_size}")
-        _at_least("vote_pool_window", self.vote_pool_window, 1)
-        if self.vote_pool_window % 2 == 0:
-            raise ValueError(f"`vote_pool_window` must be odd, got {self.vote_pool_window}")
-        if self.score_scale is not None and not math.isfinite(self.score_scale):
-            raise ValueError(f"`score_scale` must be finite, got {self.score_scale}")
+        odd("vote_pool_window", self.vote_pool_window)
+        finite_or_none("score_scale", self.score_scale)
         if self.positions not in ("native", "reassigned"):
             raise ValueError(f"`positions` must be native or reassigned, got {self.positions}")
-        for layer in self.dense_layers:
-            _at_least("dense_layers", layer, 0)
-        object.__setattr__(self, "dense_layers", frozenset(self.dense_layers))
+        object.__setattr__(self, "dense_layers", layers("dense_layers", self.dense_layers))
+        if self.device is not None and not isinstance(self.device, Device):
+            raise ValueError(
+                f"`device` must be a tokenselect.Device, got {self.device!r}; None runs where the tensors of the model lie"
+            )
         if isinstance(self.thresholds, Mapping):
             for layer, threshold in self.thresholds.items():
-                _at_least("thresholds", layer, 0)
+                at_least("thresholds", layer, 0)
                 _cosine(threshold)
             object.__setattr__(self, "thresholds", MappingProxyType(dict(self.thresholds)))
         elif self.thresholds is not None:
@@ -93,17 +94,10 @@ class TokenSelectOptions:
         named = {"dense_layers": self.dense_layers}
         if isinstance(self.thresholds, Mapping):
             named["thresholds"] = self.thresholds
-        for name, layers in named.items():
-            for layer in layers:
+        for name, of_option in named.items():
+            for layer in of_option:
                 if layer >= num_layers:
                     raise ValueError(f"`{name}` must name layers below {num_layers}, got {layer}")
-
-
-def _at_least(name: str, value: object, least: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool):
-        raise ValueError(f"`{name}` must be a whole number, got {value!r}")
-    if value < least:
-        raise ValueError(f"`{name}` must be at least {least}, got {value}")
 
 
 def _cosine(threshold: object) -> None:

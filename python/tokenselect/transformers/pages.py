@@ -69,7 +69,7 @@ class PageTables:
         size = self.page_size
         shared = [
             row
-            for row, (old, new) in enumerate(zip(self._lens, lens))
+            for row, (old, new) in enumerate(zip(self._lens, lens, strict=True))
             if new > old and (old - self._begins[row]) % size and self._holders[self.pages(row)[-1]] > 1
         ]
         needed = [-((self._begins[row] - new) // size) - self._num_used[row] for row, new in enumerate(lens)]

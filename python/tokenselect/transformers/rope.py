@@ -91,7 +91,8 @@ def _frequencies(rope: dict[str, Any]) -> list[float]:
     if scaling == "llama3":
         low, high = rope["low_freq_factor"], rope["high_freq_factor"]
         keep = [(rope["original_max_position"] * frequency / math.tau - low) / (high - low) for frequency in plain]
-        return [f * (k + (1 - k) / rope["factor"]) for f, k in zip(plain, (min(max(k, 0.0), 1.0) for k in keep))]
+        ramp = [min(max(k, 0.0), 1.0) for k in keep]
+        return [f * (k + (1 - k) / rope["factor"]) for f, k in zip(plain, ramp, strict=True)]
     if scaling == "yarn":
 
         def dim_of(rotations: float) -> float:
@@ -101,7 +102,7 @@ def _frequencies(rope: dict[str, Any]) -> list[float]:
         last = min(math.ceil(dim_of(rope["beta_slow"])), dim - 1)
         width = last - first or 0.001
         ramp = [min(max((i - first) / width, 0.0), 1.0) for i in range(dim // 2)]
-        return [f * (1 - r + r / rope["factor"]) for f, r in zip(plain, ramp)]
+        return [f * (1 - r + r / rope["factor"]) for f, r in zip(plain, ramp, strict=True)]
     return plain
 
 
@@ -148,13 +149,19 @@ def _pairing(
 
 def take_rope_away(attention: torch.nn.Module, rope: Rope) -> torch.utils.hooks.RemovableHandle:
     """Gives an attention layer a cosine of 1 and a sine of 0 until the handle's `remove`."""
-    attention._tokenselect_rope = rope  # type: ignore[assignment]
+    attention._tokenselect_rope = rope  # type: ignore[assignment, unused-ignore]
     return attention.register_forward_pre_hook(_without_rope, with_kwargs=True)
 
 
 def _without_rope(
     attention: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    implementation = getattr(getattr(attention, "config", None), "_attn_implementation", None)
+    if implementation != "tokenselect":
+        raise RuntimeError(
+            "`configure` with positions='reassigned' has taken RoPE away from this model, which has "
+            f"attn_implementation='{implementation}' now: set 'tokenselect' again, and positions='native' before another one"
+        )
     embeddings = kwargs.get("position_embeddings")
     if not isinstance(embeddings, (tuple, list)) or len(embeddings) != 2:
         raise NotImplementedError(

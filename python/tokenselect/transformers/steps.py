@@ -26,7 +26,7 @@ class Step:
         self.batch_size = mask.batch_size
         self.old_lens = old_lens
         counts = [mask.q_length] * mask.batch_size if kept is None else kept.sum(axis=1).tolist()
-        self.lens = [old + new for old, new in zip(old_lens, counts)]
+        self.lens = [old + new for old, new in zip(old_lens, counts, strict=True)]
         # Rows that grow, in order: those of the batch.
         self.rows = [row for row, count in enumerate(counts) if count]
         self.counts = [counts[row] for row in self.rows]

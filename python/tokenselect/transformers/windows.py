@@ -68,7 +68,7 @@ class WindowPlan:
     def _pass(self, blocks: list[_Block], begin: int, end: int, device: torch.device) -> _Pass:
         own = self._batch([(block.own, block.num_queries) for block in blocks])
         starts = [0, *itertools.accumulate(block.num_queries for block in blocks)]
-        banded = [(start, block) for start, block in zip(starts, blocks) if len(block.before)]
+        banded = [(start, block) for start, block in zip(starts, blocks, strict=False) if len(block.before)]
         if not banded:
             return _Pass(begin, end, own, None, None)
         before = self._batch([(block.before, block.num_queries) for _, block in banded])

@@ -8,8 +8,8 @@ import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, AttentionType
 
-from tokenselect.engines.contexts import device_of
 from tokenselect.engines.layers import Layer, PagedKv
+from tokenselect.torch.devices import device_of
 
 from .metadata import TokenSelectMetadata, TokenSelectMetadataBuilder, options_of
 

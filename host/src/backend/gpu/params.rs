@@ -76,6 +76,11 @@ fn rotated_scale(config: &SelectConfig) -> f32 {
     }
 }
 
+/// A factor that may have left its range, brought back: times a product of 0 it is 0.
+fn finite(factor: f32) -> f32 {
+    factor.clamp(-f32::MAX, f32::MAX)
+}
+
 impl GpuPlan {
     /// Places in the workspace's scratch memory.
     fn scratch(&self, workspace: &Workspace) -> Result<Scratch> {
@@ -180,7 +185,7 @@ impl GpuPlan {
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
             rotated_scale,
-            score_scale: config.score_scale() / rotated_scale,
+            score_scale: finite(config.score_scale() / rotated_scale),
             head_dim: config.heads.head_dim as u32,
             overlap: Overlap::NONE,
             top_k: config.top_k as u32,
@@ -216,7 +221,7 @@ impl GpuPlan {
             group: config.heads.group() as u32,
             n_init: config.n_init as u32,
             n_local: config.n_local as u32,
-            scale_log2: config.score_scale() * std::f32::consts::LOG2_E / rotated_scale,
+            scale_log2: finite(config.score_scale() * std::f32::consts::LOG2_E / rotated_scale),
             rotated_scale,
             head_dim: config.heads.head_dim as u32,
         })

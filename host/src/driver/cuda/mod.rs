@@ -113,7 +113,8 @@ impl CudaDriver {
         self.capturing.lock().unwrap_or_else(|poisoned| poisoned.into_inner())
     }
 
-    /// The error for `op` while anybody records what is put in the stream, which it would break.
+    /// The error for `op` while anybody records what is put in the stream, another library among them: it would break that, or be
+    /// done anew at every launch, with memory of the host that is gone by then.
     fn expect_nothing_recorded(&self, op: &'static str) -> Result<()> {
         self.expect_no_capture(op)?;
         let _entered = self.enter()?;
@@ -206,7 +207,7 @@ impl Driver for CudaDriver {
     }
 
     fn alloc(&self, bytes: usize) -> Result<u64> {
-        self.expect_no_capture("allocating")?;
+        self.expect_nothing_recorded("allocating")?;
         let _entered = self.enter()?;
         let mut addr = 0;
         // SAFETY: `addr` is valid for a write.
@@ -238,7 +239,7 @@ impl Driver for CudaDriver {
     }
 
     fn write(&self, addr: u64, from: &[u8]) -> Result<()> {
-        self.expect_no_capture("copying from the host")?;
+        self.expect_nothing_recorded("copying from the host")?;
         let _entered = self.enter()?;
         // The driver copies pageable memory to a buffer of its own before it returns.
         cuda!(&self.name, cuMemcpyHtoDAsync_v2(addr, from.as_ptr().cast(), from.len(), self.stream.raw))

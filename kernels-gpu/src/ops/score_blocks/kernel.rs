@@ -2,6 +2,8 @@
 
 mod fold;
 mod stats;
+#[cfg(test)]
+mod tests;
 mod vote;
 
 pub use self::fold::fold;

@@ -12,6 +12,8 @@ use crate::simt::shared::{Carve, Region};
 pub(super) const FOLD_THREADS: u32 = 128;
 /// Stages of keys of a warpgroup: one is read while the others are in flight.
 pub(super) const STAGES: u32 = 2;
+// The kernels go from one to the other, and wait for all copies but those that come next.
+const _: () = assert!(STAGES == 2);
 /// Rows of a product: scoring queries of a group's blocks, one for each block and head.
 pub(super) const ROWS: u32 = WARPGROUP_ROWS;
 /// Rows that a warp multiplies.
