@@ -74,7 +74,7 @@ impl Progress {
     /// Writes a result to stdout, above the bar.
     ///
     /// # Errors
-    /// As [`print`].
+    /// As [`print()`].
     pub fn print(&self, output: &str) -> Result<()> {
         self.bar.suspend(|| print(output))
     }

@@ -158,12 +158,10 @@ fn read(bytes: Vec<u8>) -> tokenizers::Result<Tokenizer> {
 /// Checks that the templates of what is put around a text know their tokens: the crate panics where they do not.
 fn check_templates(processor: &Value) -> tokenizers::Result<()> {
     for piece in processor["single"].as_array().into_iter().flatten() {
-        if let Some(id) = piece["SpecialToken"]["id"].as_str() {
-            if processor["special_tokens"].get(id).is_none() {
-                return Err(
-                    format!("the template names {id:?}, which is not among its special tokens").into()
-                );
-            }
+        if let Some(id) = piece["SpecialToken"]["id"].as_str()
+            && processor["special_tokens"].get(id).is_none()
+        {
+            return Err(format!("the template names {id:?}, which is not among its special tokens").into());
         }
     }
     processor["processors"].as_array().into_iter().flatten().try_for_each(check_templates)
