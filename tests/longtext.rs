@@ -1,7 +1,7 @@
 //! The example `longtext`, run as a process: its numbers, its report, and every way to use it wrongly.
-//!
-//! `cargo test` builds the example; `cargo test --test longtext` alone does not.
 
+#[path = "common/example.rs"]
+mod example;
 #[path = "longtext/naive.rs"]
 mod naive;
 #[path = "longtext/tiny_model.rs"]
@@ -9,7 +9,7 @@ mod tiny_model;
 
 use std::fs;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::Output;
 
 use safetensors::Dtype;
 use serde_json::{Value, json};
@@ -23,12 +23,8 @@ fn longtext<'a>(args: impl IntoIterator<Item = &'a str>) -> Output {
 }
 
 /// Runs the example.
-fn longtext_on<'a>(device: &str, args: impl IntoIterator<Item = &'a str>) -> Output {
-    let test = std::env::current_exe().expect("path of this test");
-    let profile = test.parent().and_then(Path::parent).expect("target/<profile>/deps");
-    let example = profile.join("examples").join(format!("longtext{}", std::env::consts::EXE_SUFFIX));
-    assert!(example.is_file(), "no {}: run `cargo build --example longtext` first", example.display());
-    Command::new(example).args(["--device", device]).args(args).output().expect("the example starts")
+fn longtext_on<'a>(device: &'a str, args: impl IntoIterator<Item = &'a str>) -> Output {
+    example::run("longtext", ["--device", device].into_iter().chain(args))
 }
 
 /// Runs the example with `--json` and parses what it prints.
@@ -37,7 +33,7 @@ fn json<'a>(args: impl IntoIterator<Item = &'a str>) -> Value {
 }
 
 /// As [`json`], on a device.
-fn json_on<'a>(device: &str, args: impl IntoIterator<Item = &'a str>) -> Value {
+fn json_on<'a>(device: &'a str, args: impl IntoIterator<Item = &'a str>) -> Value {
     let output = longtext_on(device, args.into_iter().chain(["--json"]));
     let stderr = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{stderr}");
@@ -51,16 +47,8 @@ fn fails<'a>(args: impl IntoIterator<Item = &'a str>, words: &[&str]) {
 }
 
 /// As [`fails`], on a device.
-fn fails_on<'a>(device: &str, args: impl IntoIterator<Item = &'a str>, words: &[&str]) {
-    let output = longtext_on(device, args);
-    let stderr = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{stderr}");
-    assert_eq!(String::from_utf8_lossy(&output.stdout), "");
-    assert!(stderr.starts_with("error: ") && stderr.trim_end().lines().count() == 1, "{stderr}");
-    for word in words {
-        assert!(stderr.contains(word), "no `{word}` in: {stderr}");
-    }
-    assert!(!stderr.contains("panicked"), "{stderr}");
+fn fails_on<'a>(device: &'a str, args: impl IntoIterator<Item = &'a str>, words: &[&str]) {
+    example::assert_fails(&longtext_on(device, args), words);
 }
 
 /// Reads a short text with a model folder that must be refused.

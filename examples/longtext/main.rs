@@ -12,54 +12,34 @@
 //! | file | what it does |
 //! |---|---|
 //! | `options.rs` | the command line |
-//! | `text.rs` | the text to read |
-//! | `config.rs`, `rope_scaling.rs` | `config.json` |
-//! | `checkpoint.rs` | tensors of one or more safetensors files, as f32 |
-//! | `linear.rs`, `ops.rs` | matrix product, norm, activation, cross entropy |
-//! | `model.rs` | weights of a Llama model |
-//! | `session.rs` | the forward pass: attention on the device, with this crate's cache, the rest on the processor |
+//! | `session.rs` | a model reading one sequence: attention with this crate's cache, the rest from `examples/common` |
 //! | `device.rs` | the device that attention runs on |
 //! | `pass.rs` | one reading of the text: prefill, decode, generate |
 //! | `sampler.rs` | choice of the next byte |
-//! | `report.rs`, `plot.rs` | table, JSON, SVG |
-//! | `error.rs` | what can go wrong |
+//! | `report.rs`, `plot.rs` | table, JSON, SVG and PNG |
 
-mod checkpoint;
-mod config;
 mod device;
-mod error;
-mod linear;
-mod model;
-mod ops;
 mod options;
 mod pass;
 mod plot;
 mod report;
-mod rope_scaling;
 mod sampler;
 mod session;
-mod text;
 
-use std::io::{self, Write};
 use std::process::ExitCode;
 
 use clap::Parser;
+use tokenselect_examples::error::Result;
+use tokenselect_examples::model::Model;
+use tokenselect_examples::{plot as canvas, terminal, text};
 
-use error::{Error, Result};
-use model::Model;
 use options::Options;
+use plot::Plot;
 use report::Report;
 use session::Attention;
 
 fn main() -> ExitCode {
-    match run(&Options::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            // If even stderr is closed, the exit code has to do.
-            let _ = writeln!(io::stderr(), "error: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    terminal::exit(run(&Options::parse()))
 }
 
 /// The whole job.
@@ -74,18 +54,9 @@ fn run(options: &Options) -> Result<()> {
     let report = Report::new(&device, text.len(), options, &selected, &dense);
 
     let output = if options.json { report.json()? } else { report.table(&model, options) };
-    print(&output)?;
+    terminal::print(&output)?;
     match &options.plot {
-        Some(path) => plot::write(path, &model, &selected, &dense),
+        Some(path) => canvas::write(path, &Plot { model: &model, selected: &selected, dense: &dense }),
         None => Ok(()),
-    }
-}
-
-/// Writes to stdout. A reader that went away, such as `head`, is no error.
-fn print(output: &str) -> Result<()> {
-    let mut stdout = io::stdout().lock();
-    match writeln!(stdout, "{output}").and_then(|()| stdout.flush()) {
-        Err(source) if source.kind() != io::ErrorKind::BrokenPipe => Err(Error::Stdout { source }),
-        _ => Ok(()),
     }
 }

@@ -1,10 +1,10 @@
 //! The command line.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 
-use clap::{Parser, ValueEnum};
-
-use crate::error::{Error, Result};
+use clap::Parser;
+use tokenselect_examples::device::DeviceName;
+use tokenselect_examples::error::{Error, Result, expect_folder};
 
 /// Reads a text with a byte-level Llama model, with token selection and with dense attention, and reports
 /// the bits per byte by position.
@@ -47,25 +47,12 @@ pub struct Options {
     /// Where attention runs
     #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
     pub device: DeviceName,
-    /// Draw bits per byte over position
+    /// Draw bits per byte over position, as SVG or PNG
     #[arg(long, value_name = "FILE.svg")]
     pub plot: Option<PathBuf>,
     /// Print one JSON object in place of the table
     #[arg(long)]
     pub json: bool,
-}
-
-/// A choice of device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum DeviceName {
-    /// The processor
-    Cpu,
-    /// The first NVIDIA GPU
-    Cuda,
-    /// The GPU's kernels, in an emulator: a thousand times slower
-    Emulated,
-    /// The first NVIDIA GPU where there is one that runs the model, else the processor
-    Auto,
 }
 
 impl Options {
@@ -82,12 +69,7 @@ impl Options {
             return Err(Error::option("--temperature", "finite and not negative", self.temperature));
         }
         // A missing folder should not be noticed after the work is done.
-        match self.plot.as_deref().map(folder_of) {
-            Some(folder) if !folder.is_dir() => {
-                Err(Error::option("--plot", "in a folder that exists", folder.display()))
-            }
-            _ => Ok(()),
-        }
+        self.plot.as_deref().map_or(Ok(()), |path| expect_folder("--plot", path))
     }
 
     /// Checks what depends on the length of the text.
@@ -102,13 +84,5 @@ impl Options {
                 Err(Error::option("--generate", rule, self.generate))
             }
         }
-    }
-}
-
-/// The folder that a file lies in.
-fn folder_of(file: &Path) -> &Path {
-    match file.parent() {
-        Some(folder) if !folder.as_os_str().is_empty() => folder,
-        _ => Path::new("."),
     }
 }

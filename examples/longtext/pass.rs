@@ -2,12 +2,12 @@
 
 use std::time::Instant;
 
-use indicatif::{ProgressBar, ProgressStyle};
 use tokenselect::{Device, SelectionStats};
+use tokenselect_examples::error::{Error, Result};
+use tokenselect_examples::model::Model;
+use tokenselect_examples::ops::code_lengths;
+use tokenselect_examples::terminal::progress_bar;
 
-use crate::error::{Error, Result};
-use crate::model::Model;
-use crate::ops::code_lengths;
 use crate::options::Options;
 use crate::sampler::Sampler;
 use crate::session::{Attention, Session};
@@ -72,7 +72,11 @@ pub fn read(
 ) -> Result<Pass> {
     let mut session = Session::new(model, device, attention, text.len() + options.generate, options)?;
     let mut reader = Reader { text, bits: Vec::with_capacity(text.len()), position: 0 };
-    let bar = progress_bar(attention, text.len() + options.generate);
+    let name = match attention {
+        Attention::Selected => "selection",
+        Attention::Dense => "dense",
+    };
+    let bar = progress_bar(name, text.len() + options.generate, "tokens");
 
     let start = Instant::now();
     let split = text.len() - options.decode;
@@ -93,9 +97,7 @@ pub fn read(
     let mut generated = Vec::new();
     let mut sampler = Sampler::new(options.temperature, options.seed);
     while generated.len() < options.generate {
-        // The prediction after the last byte is in the last row of the logits.
-        let last = session.logits().len() - model.config.vocab_size;
-        let byte = sampler.draw(&session.logits()[last..]);
+        let byte = sampler.draw(session.last_logits());
         generated.push(byte);
         session.decode(byte)?;
         bar.inc(1);
@@ -125,18 +127,5 @@ impl Reader<'_> {
         }
         self.bits.extend(bits);
         Ok(())
-    }
-}
-
-/// A progress bar on stderr, hidden where that is no terminal.
-fn progress_bar(attention: Attention, tokens: usize) -> ProgressBar {
-    let name = match attention {
-        Attention::Selected => "selection",
-        Attention::Dense => "dense",
-    };
-    let bar = ProgressBar::new(tokens as u64).with_message(name);
-    match ProgressStyle::with_template("{msg:>9} {wide_bar} {pos}/{len} tokens, {per_sec}, {eta} left") {
-        Ok(style) => bar.with_style(style),
-        Err(_) => bar,
     }
 }

@@ -4,9 +4,9 @@ use std::ops::Range;
 
 use serde::Serialize;
 use tokenselect::Device;
+use tokenselect_examples::error::{Error, Result};
+use tokenselect_examples::model::Model;
 
-use crate::error::{Error, Result};
-use crate::model::Model;
 use crate::options::Options;
 use crate::pass::Pass;
 

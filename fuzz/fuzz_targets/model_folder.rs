@@ -1,21 +1,7 @@
-//! Model folders of the example `longtext`: a damaged one is refused with an error.
+//! Model folders of the examples: a damaged one is refused with an error.
 //!
 //! Input: two bytes with the length of `config.json` (little endian), that file, and the weights file.
 #![no_main]
-#![allow(dead_code)]
-
-#[path = "../../examples/longtext/checkpoint.rs"]
-mod checkpoint;
-#[path = "../../examples/longtext/config.rs"]
-mod config;
-#[path = "../../examples/longtext/error.rs"]
-mod error;
-#[path = "../../examples/longtext/linear.rs"]
-mod linear;
-#[path = "../../examples/longtext/model.rs"]
-mod model;
-#[path = "../../examples/longtext/rope_scaling.rs"]
-mod rope_scaling;
 
 use std::fs;
 use std::sync::OnceLock;
@@ -23,6 +9,7 @@ use std::sync::OnceLock;
 use libfuzzer_sys::fuzz_target;
 use tempfile::TempDir;
 use tokenselect::{Positions, SelectConfig};
+use tokenselect_examples::model::Model;
 
 fuzz_target!(|data: &[u8]| {
     static FOLDER: OnceLock<TempDir> = OnceLock::new();
@@ -31,7 +18,7 @@ fuzz_target!(|data: &[u8]| {
     let (config, weights) = files.split_at(files.len().min(usize::from(u16::from_le_bytes(*len))));
     fs::write(folder.join("config.json"), config).expect("a file of the temporary folder");
     fs::write(folder.join("model.safetensors"), weights).expect("a file of the temporary folder");
-    match model::Model::load(folder) {
+    match Model::load(folder) {
         Err(error) => assert!(!error.to_string().is_empty()),
         Ok(model) => {
             let config = model.config;

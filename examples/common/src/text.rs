@@ -10,6 +10,9 @@ use crate::error::{Error, Result};
 const SOURCES: [&str; 6] = ["benches", "examples", "host", "kernels-gpu", "ptx", "tests"];
 
 /// At most `limit` bytes of the file at `path`, or of the project's own sources.
+///
+/// # Errors
+/// [`Error::Read`], and [`Error::ShortText`] for fewer than two bytes.
 pub fn read(path: Option<&Path>, limit: usize) -> Result<Vec<u8>> {
     let (text, what) = match path {
         Some(path) => (read_file(path, limit)?, path.display().to_string()),
@@ -30,7 +33,7 @@ fn read_file(path: &Path, limit: usize) -> Result<Vec<u8>> {
 
 /// The project's Rust sources, concatenated in the order of their paths.
 fn project_sources(limit: usize) -> Result<Vec<u8>> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut text = Vec::new();
     for folder in SOURCES.iter().map(|name| root.join(name)).filter(|folder| folder.is_dir()) {
         for file in rust_files(&folder)? {

@@ -3,13 +3,13 @@
 use std::io;
 use std::path::{Path, PathBuf};
 
-use plotters::drawing::DrawingAreaErrorKind;
 use safetensors::SafeTensorError;
 
-/// `Result` with this example's [`Error`].
+/// `Result` with the [`Error`] of the examples.
 pub type Result<T, E = Error> = std::result::Result<T, E>;
 
-/// Every error of this example.
+/// Every error of the examples.
+#[expect(missing_docs, reason = "the message of each variant says what its fields are")]
 #[derive(Debug, thiserror::Error)]
 pub enum Error {
     /// An option breaks its rule.
@@ -58,8 +58,8 @@ pub enum Error {
     #[error("the prediction of byte {position} is not finite: are the weights damaged?")]
     NotFinite { position: usize },
     /// The plot cannot be drawn.
-    #[error("cannot draw the plot: {0}")]
-    Plot(#[from] DrawingAreaErrorKind<io::Error>),
+    #[error("cannot draw the plot: {source}")]
+    Plot { source: io::Error },
     /// The library refused.
     #[error(transparent)]
     Library(#[from] tokenselect::Error),
@@ -74,5 +74,21 @@ impl Error {
     /// Makes an [`Error::Read`] of the error of a read of `path`.
     pub fn read(path: &Path) -> impl FnOnce(io::Error) -> Self {
         move |source| Error::Read { path: path.to_owned(), source }
+    }
+}
+
+/// Checks that the folder of a file which will be written exists: that should not be noticed after the work is done.
+///
+/// # Errors
+/// [`Error::Option`].
+pub fn expect_folder(option: &'static str, file: &Path) -> Result<()> {
+    let folder = match file.parent() {
+        Some(folder) if !folder.as_os_str().is_empty() => folder,
+        _ => Path::new("."),
+    };
+    if folder.is_dir() {
+        Ok(())
+    } else {
+        Err(Error::option(option, "in a folder that exists", folder.display()))
     }
 }
