@@ -52,8 +52,8 @@ fn emulated_sm_86_attends_to_blocks() {
 /// Launches have room on the devices that they are meant for, those of the decode kernel on every device.
 #[test]
 fn attention_has_room() {
-    use kernels_gpu::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
-    use kernels_gpu::ops::{attend_decode, attend_prefill, attend_warpgroups};
+    use tokenselect_kernels::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
+    use tokenselect_kernels::ops::{attend_decode, attend_prefill, attend_warpgroups};
     for head_dim in [64, 96, 128, 256] {
         for rotates in [false, true] {
             assert!(attend_decode::shared_bytes(head_dim, rotates) <= SHARED_BYTES_SM_86, "{head_dim}");

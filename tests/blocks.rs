@@ -590,8 +590,8 @@ fn votes_by_themselves(device: &Device) {
 /// more than that.
 #[test]
 fn blocks_have_room() {
-    use kernels_gpu::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
-    use kernels_gpu::ops::score_blocks::shared_bytes;
+    use tokenselect_kernels::limits::{SHARED_BYTES_SM_80, SHARED_BYTES_SM_86, SHARED_BYTES_SM_90};
+    use tokenselect_kernels::ops::score_blocks::shared_bytes;
     for (head_dim, least) in [
         (64, SHARED_BYTES_SM_86),
         (96, SHARED_BYTES_SM_86),

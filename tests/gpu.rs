@@ -11,13 +11,13 @@ use common::run::Inputs;
 use common::{bits, on_devices, tensor, to_device};
 use cust::sys;
 use half::bf16;
-use kernels_gpu::conformance::{INDICES_DIMS, IndicesParams};
-use kernels_gpu::simt::global::GlobalMut;
 use tokenselect::{
     Batch, Buffer, CacheConfig, DType, Device, Dims, HeadShape, KvLayout, KvShape, KvStrides, KvView,
     KvViewMut, Limits, Operations, PageTables, PagedKvCache, Plan, Positions, Rope, RopePairing,
     SelectConfig, SelectionCache, StepOutput, Tensor, TensorView, TokenSelect,
 };
+use tokenselect_kernels::conformance::{INDICES_DIMS, IndicesParams};
+use tokenselect_kernels::simt::global::GlobalMut;
 
 on_devices! {
     all: moments_pass;

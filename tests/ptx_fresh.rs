@@ -3,8 +3,8 @@
 use std::collections::BTreeMap;
 use std::path::Path;
 
-use kernels_gpu::conformance;
-use kernels_gpu::entries::{ENTRIES, Entry};
+use tokenselect_kernels::conformance;
+use tokenselect_kernels::entries::{ENTRIES, Entry};
 use tokenselect_ptx::{ALL, inspect, source};
 
 #[test]

@@ -1,10 +1,10 @@
 //! The race detector against an oracle that compares all pairs of accesses, on random programs.
 
-use kernels_gpu::emu::{Kind, Launch, Memory, Options, Order};
-use kernels_gpu::launch::Dims;
-use kernels_gpu::simt::shared::{Carve, Region};
-use kernels_gpu::simt::thread::*;
-use kernels_gpu::simt::warp::{self, FULL, lane_id, warp_id};
+use tokenselect_kernels::emu::{Kind, Launch, Memory, Options, Order};
+use tokenselect_kernels::launch::Dims;
+use tokenselect_kernels::simt::shared::{Carve, Region};
+use tokenselect_kernels::simt::thread::*;
+use tokenselect_kernels::simt::warp::{self, FULL, lane_id, warp_id};
 
 const THREADS: usize = 96;
 const WORDS: u32 = 8;

@@ -2,9 +2,9 @@
 
 use std::time::Duration;
 
-use kernels_gpu::ops::read_all::ReadAllParams;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use tokenselect::{DType, Device, Event, Result, Tensor};
+use tokenselect_kernels::ops::read_all::ReadAllParams;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
 
 /// Many times larger than any L2.
 const FLUSH_BYTES: usize = 512 << 20;

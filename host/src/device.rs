@@ -7,7 +7,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, ThreadId};
 use std::time::{Duration, Instant};
 
-use kernels_gpu::launch::Dims;
+use tokenselect_kernels::launch::Dims;
 
 use crate::driver::{Captured, Driver, Event, while_capturing};
 use crate::error::{Error, Result};
@@ -103,32 +103,32 @@ impl Device {
     /// divergence. For tests: about a thousand times slower than the processor's own code.
     #[cfg(feature = "emulator")]
     pub fn emulated() -> Self {
-        Device::emulated_with(kernels_gpu::emu::Options::default())
+        Device::emulated_with(tokenselect_kernels::emu::Options::default())
     }
 
     /// [`emulated`](Self::emulated), with the schedule of lanes drawn from `seed`.
     #[cfg(feature = "emulator")]
     pub fn emulated_random(seed: u64) -> Self {
-        Device::emulated_with(kernels_gpu::emu::Options::random(seed))
+        Device::emulated_with(tokenselect_kernels::emu::Options::random(seed))
     }
 
     /// [`emulated`](Self::emulated), as a GPU of compute capability 8.0 (A100) is: with less shared memory, without clusters, bulk
     /// copies and products of warpgroups.
     #[cfg(feature = "emulator")]
     pub fn emulated_sm_80() -> Self {
-        Device::emulated_with(kernels_gpu::emu::Options { warpgroups: false, ..Default::default() })
+        Device::emulated_with(tokenselect_kernels::emu::Options { warpgroups: false, ..Default::default() })
     }
 
     /// [`emulated_sm_80`](Self::emulated_sm_80), as a GPU of compute capability 8.6 or 8.9 is: with still less shared memory.
     #[cfg(feature = "emulator")]
     pub fn emulated_sm_86() -> Self {
-        let options = kernels_gpu::emu::Options { warpgroups: false, ..Default::default() };
-        let limits = kernels_gpu::launch::Limits::SM_86;
+        let options = tokenselect_kernels::emu::Options { warpgroups: false, ..Default::default() };
+        let limits = tokenselect_kernels::launch::Limits::SM_86;
         Device::gpu(Arc::new(crate::driver::emulated::EmulatedDriver::with_limits(options, limits)))
     }
 
     #[cfg(feature = "emulator")]
-    fn emulated_with(options: kernels_gpu::emu::Options) -> Self {
+    fn emulated_with(options: tokenselect_kernels::emu::Options) -> Self {
         Device::gpu(Arc::new(crate::driver::emulated::EmulatedDriver::new(options)))
     }
 
@@ -137,7 +137,7 @@ impl Device {
         Device { gpu: Some(Arc::new(Gpu { driver, recording: Mutex::default() })) }
     }
 
-    /// Puts one kernel of the crate `kernels-gpu` into the device's order of work, with parameters of the caller's own:
+    /// Puts one kernel of the crate `tokenselect-kernels` into the device's order of work, with parameters of the caller's own:
     /// for tests and measurements of a single kernel, and for kernels that no operation uses. Addresses of tensors are
     /// given by [`TensorView::device_addr`](crate::TensorView::device_addr).
     ///

@@ -12,6 +12,13 @@
 //! - [`SelectConfig`] says what is computed, [`Limits`] how large a step may be (one sequence, unless it says more), [`Device`] where
 //!   it runs.
 //!
+//! # Features
+//! None is on by default: the crate then builds on any machine and computes on its processor.
+//! - `cuda`: NVIDIA GPUs of compute capability 8.0 and newer, with a driver found at run time (`Device::cuda`). Kernels are embedded
+//!   as PTX; nothing of a CUDA toolkit is used. But the build script of `cust_raw` asks for one: where none is installed, set the
+//!   environment variable `CUDA_LIBRARY_PATH=/` when building (on AArch64, to any folder with a folder `lib64` in it).
+//! - `emulator`: `Device::emulated`, the same kernels on the processor with every access checked, for tests.
+//!
 //! # Shapes
 //! | name | meaning |
 //! |---|---|
@@ -44,6 +51,7 @@
 //! # Ok(())
 //! # }
 //! ```
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(not(test), deny(clippy::unwrap_used, clippy::expect_used, clippy::panic))]
 
 // In this order: each module uses those above it.
@@ -91,7 +99,6 @@ pub use dtype::{DType, Shape};
 pub use error::{Error, Result};
 /// The crate of the types `half::f16` and `half::bf16`, which are [`Element`]s.
 pub use half;
-pub use kernels_gpu::launch::Dims;
 pub use kv::{KvLayout, KvShape, KvStrides, KvView, KvViewMut};
 pub use pages::{MAX_PAGE_SIZE, PageAllocator, PageCopy, PageTables};
 pub use pieces::Pieces;
@@ -101,9 +108,10 @@ pub use selection_cache::{SelectionCache, SelectionCacheLayer, SelectionStats};
 pub use sequence::{SequenceChange, SequenceId};
 pub use tensor::{Element, Tensor, TensorView, TensorViewMut};
 pub use token_select::{Over, PrefillConfig, PrefillProgress, StepInput, StepOutput, TokenSelect};
+pub use tokenselect_kernels::launch::Dims;
 pub use workspace::{Buffer, RowAction, Workspace};
 
 /// The examples of the README are compiled and run. (One of them is for GPUs.)
 #[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../../README.md")]
+#[doc = include_str!("../README.md")]
 struct Readme;

@@ -4,8 +4,8 @@ use std::f64::consts::TAU;
 use std::fmt;
 use std::sync::{Arc, OnceLock};
 
-use kernels_gpu::common::rope::RopeTables;
-use kernels_gpu::simt::global::GlobalPtr;
+use tokenselect_kernels::common::rope::RopeTables;
+use tokenselect_kernels::simt::global::GlobalPtr;
 
 use crate::driver::Driver;
 use crate::error::{Error, Result};
@@ -197,7 +197,7 @@ pub struct RopeTable {
 }
 
 /// Positions covered by the fine level of a [`RopeTable`].
-const FINE: usize = kernels_gpu::common::rope::FINE as usize;
+const FINE: usize = tokenselect_kernels::common::rope::FINE as usize;
 
 impl RopeTable {
     /// Tables for heads of `head_dim` elements and positions below `max_positions`.
@@ -302,8 +302,8 @@ impl RopeTable {
             fine: GlobalPtr::from_addr(coarse + 8 * self.coarse.len() as u64),
             pairs: self.pairs as u32,
             pairing: match self.pairing {
-                RopePairing::HalfSplit => kernels_gpu::common::rope::HALF_SPLIT,
-                RopePairing::Interleaved => kernels_gpu::common::rope::INTERLEAVED,
+                RopePairing::HalfSplit => tokenselect_kernels::common::rope::HALF_SPLIT,
+                RopePairing::Interleaved => tokenselect_kernels::common::rope::INTERLEAVED,
             },
         })
     }

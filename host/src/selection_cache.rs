@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
-use kernels_gpu::entries::{Key, Op};
-use kernels_gpu::ops::forget::ForgetParams;
-use kernels_gpu::simt::global::GlobalMut;
+use tokenselect_kernels::entries::{Key, Op};
+use tokenselect_kernels::ops::forget::ForgetParams;
+use tokenselect_kernels::simt::global::GlobalMut;
 
 use crate::config::SelectConfig;
 use crate::device::Device;

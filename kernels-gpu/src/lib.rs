@@ -11,6 +11,7 @@
 //!
 //! The device compiler needs three unstable features (the PTX calling convention, the NVPTX intrinsics and inline
 //! PTX); host builds use stable Rust.
+#![cfg_attr(docsrs, feature(doc_cfg))]
 #![cfg_attr(not(feature = "emulator"), no_std)]
 // Parameters link to their kernels, which a host without the emulator does not have.
 #![cfg_attr(not(feature = "kernels"), allow(rustdoc::broken_intra_doc_links))]

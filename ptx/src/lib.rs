@@ -19,6 +19,8 @@
 //! entry points, parameter sizes and the hash of the sources that they were made from. The feature `conformance` adds the
 //! kernels that only tests and benchmarks launch.
 
+#![cfg_attr(docsrs, feature(doc_cfg))]
+
 use std::fmt;
 use std::sync::OnceLock;
 

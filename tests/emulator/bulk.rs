@@ -1,7 +1,7 @@
 //! Faults around barriers in shared memory and bulk copies.
 
 use super::*;
-use kernels_gpu::simt::bulk::{self, MBarrier};
+use tokenselect_kernels::simt::bulk::{self, MBarrier};
 
 /// Shared memory of the kernels below: a tile of 16 quads, one more array, and two barriers.
 struct Ring {

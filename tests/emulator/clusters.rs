@@ -1,7 +1,7 @@
 //! Faults among the blocks of a cluster.
 
 use super::*;
-use kernels_gpu::simt::cluster;
+use tokenselect_kernels::simt::cluster;
 
 const DIMS: Dims = Dims { cluster: 3, ..Dims::linear(6, 64, LAYOUT.bytes) };
 

@@ -10,14 +10,14 @@ mod overlap;
 mod shared;
 mod warpgroup;
 
-use kernels_gpu::emu::{Kind, Launch, Memory, Options, Order, Report, Stats};
-use kernels_gpu::launch::Dims;
-use kernels_gpu::simt::data::V4;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
-use kernels_gpu::simt::shared::{Carve, Region};
-use kernels_gpu::simt::thread::*;
-use kernels_gpu::simt::warp::{self, FULL, lane_id, warp_id};
-use kernels_gpu::simt::{grid, tensor};
+use tokenselect_kernels::emu::{Kind, Launch, Memory, Options, Order, Report, Stats};
+use tokenselect_kernels::launch::Dims;
+use tokenselect_kernels::simt::data::V4;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
+use tokenselect_kernels::simt::shared::{Carve, Region};
+use tokenselect_kernels::simt::thread::*;
+use tokenselect_kernels::simt::warp::{self, FULL, lane_id, warp_id};
+use tokenselect_kernels::simt::{grid, tensor};
 
 /// Shared memory of the kernels below: two neighbouring arrays of 64 words.
 struct Layout {

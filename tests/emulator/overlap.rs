@@ -1,9 +1,9 @@
 //! Launches that overlap: what one does before those before it have ended.
 
 use super::*;
-use kernels_gpu::simt::bulk::{self, MBarrier};
-use kernels_gpu::simt::cluster;
-use kernels_gpu::simt::grid::{launch_dependents, wait_for_previous};
+use tokenselect_kernels::simt::bulk::{self, MBarrier};
+use tokenselect_kernels::simt::cluster;
+use tokenselect_kernels::simt::grid::{launch_dependents, wait_for_previous};
 
 const DIMS: Dims = Dims::linear(2, 64, LAYOUT.bytes);
 const NAMES: [&str; 4] = ["first", "second", "third", "fourth"];

@@ -2,9 +2,9 @@
 
 use super::*;
 use half::bf16;
-use kernels_gpu::simt::bulk::{MBarrier, publish};
-use kernels_gpu::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait};
-use kernels_gpu::simt::warpgroup::{self, Columns, Rows};
+use tokenselect_kernels::simt::bulk::{MBarrier, publish};
+use tokenselect_kernels::simt::tensor::{cp_async_16, cp_async_commit, cp_async_wait};
+use tokenselect_kernels::simt::warpgroup::{self, Columns, Rows};
 
 /// B: 16 rows of 64 columns.
 const COLUMNS: Region<bf16> = Carve::new().array(16 * 64, 128);

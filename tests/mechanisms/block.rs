@@ -1,9 +1,9 @@
 //! Loops, prefix sums, searches, values gathered from a cluster.
 
-use kernels_gpu::common::block::{Gathered, bin_from_top, search_from_top, strided, sums_before};
-use kernels_gpu::simt::shared::{Carve, Region};
-use kernels_gpu::simt::thread::thread_idx_x;
-use kernels_gpu::simt::{cluster, warp};
+use tokenselect_kernels::common::block::{Gathered, bin_from_top, search_from_top, strided, sums_before};
+use tokenselect_kernels::simt::shared::{Carve, Region};
+use tokenselect_kernels::simt::thread::thread_idx_x;
+use tokenselect_kernels::simt::{cluster, warp};
 
 use super::*;
 

@@ -3,8 +3,8 @@
 
 use std::collections::BTreeSet;
 
-use kernels_gpu::common::fragment::{A, Accumulator, B, Lane, lane, over_columns, over_rows};
-use kernels_gpu::simt::warp;
+use tokenselect_kernels::common::fragment::{A, Accumulator, B, Lane, lane, over_columns, over_rows};
+use tokenselect_kernels::simt::warp;
 
 use super::*;
 

@@ -1,4 +1,4 @@
-//! The mechanisms that kernels share (`kernels_gpu::common`), each in the emulator beside plain Rust, under several schedules.
+//! The mechanisms that kernels share (`tokenselect_kernels::common`), each in the emulator beside plain Rust, under several schedules.
 #![allow(unsafe_op_in_unsafe_fn)] // as in kernels
 
 mod block;
@@ -7,8 +7,8 @@ mod paged;
 mod ring;
 mod softmax;
 
-use kernels_gpu::emu::{Launch, Memory, Options, Order, Report};
-use kernels_gpu::launch::Dims;
+use tokenselect_kernels::emu::{Launch, Memory, Options, Order, Report};
+use tokenselect_kernels::launch::Dims;
 
 fn schedules() -> impl Iterator<Item = Options> {
     let fixed = [Order::Forward, Order::Reverse].map(|order| Options { order, ..Options::default() });

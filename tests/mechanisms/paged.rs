@@ -1,12 +1,14 @@
 //! Tiles of pages: every row arrives where the layout says, whatever the pages, heads and strides.
 
-use kernels_gpu::common::layout::{BatchTables, PageStrides, absent, page_division};
-use kernels_gpu::common::paged::{PagedProducer, Pages, Schedule, TILE, TileLayout, WARPS, stage_tiles};
-use kernels_gpu::common::ring::{Ring, Stage};
-use kernels_gpu::simt::data::V4;
-use kernels_gpu::simt::global::GlobalPtr;
-use kernels_gpu::simt::shared::{Carve, Region};
-use kernels_gpu::simt::{bulk, thread, warp};
+use tokenselect_kernels::common::layout::{BatchTables, PageStrides, absent, page_division};
+use tokenselect_kernels::common::paged::{
+    PagedProducer, Pages, Schedule, TILE, TileLayout, WARPS, stage_tiles,
+};
+use tokenselect_kernels::common::ring::{Ring, Stage};
+use tokenselect_kernels::simt::data::V4;
+use tokenselect_kernels::simt::global::GlobalPtr;
+use tokenselect_kernels::simt::shared::{Carve, Region};
+use tokenselect_kernels::simt::{bulk, thread, warp};
 
 use super::*;
 

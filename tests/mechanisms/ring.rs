@@ -1,11 +1,11 @@
 //! A ring: one warp fills its stages by bulk copies, the others read them.
 
-use kernels_gpu::common::ring::{Ring, Stage};
-use kernels_gpu::emu::Kind;
-use kernels_gpu::simt::data::V4;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
-use kernels_gpu::simt::shared::{Carve, Region};
-use kernels_gpu::simt::{bulk, thread, warp};
+use tokenselect_kernels::common::ring::{Ring, Stage};
+use tokenselect_kernels::emu::Kind;
+use tokenselect_kernels::simt::data::V4;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
+use tokenselect_kernels::simt::shared::{Carve, Region};
+use tokenselect_kernels::simt::{bulk, thread, warp};
 
 use super::*;
 

@@ -1,7 +1,7 @@
 //! Softmax states against one pass in f64.
 
-use kernels_gpu::common::softmax::{Partial, Running, VoteSoftmax, log_sum_exp};
-use kernels_gpu::simt::warp;
+use tokenselect_kernels::common::softmax::{Partial, Running, VoteSoftmax, log_sum_exp};
+use tokenselect_kernels::simt::warp;
 
 use super::*;
 

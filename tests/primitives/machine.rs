@@ -1,11 +1,11 @@
 //! Where conformance kernels run: the emulator, under one schedule of many, and a GPU.
 
-use kernels_gpu::emu::{Launch, Memory, Options, Order};
-use kernels_gpu::entries::Entry;
-use kernels_gpu::launch::Dims;
-use kernels_gpu::simt::data::Pod;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
 use tokenselect::{DType, Device, Tensor, TensorView, TensorViewMut};
+use tokenselect_kernels::emu::{Launch, Memory, Options, Order};
+use tokenselect_kernels::entries::Entry;
+use tokenselect_kernels::launch::Dims;
+use tokenselect_kernels::simt::data::Pod;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
 
 use crate::common;
 

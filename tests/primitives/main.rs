@@ -1,7 +1,7 @@
 //! Every primitive, in the emulator and on a GPU, against plain Rust: bit for bit, but for approximations, whose
 //! documented bounds hold on both.
 //!
-//! The kernels are those of `kernels_gpu::conformance`, reached through their table of entries.
+//! The kernels are those of `tokenselect_kernels::conformance`, reached through their table of entries.
 
 mod collectives;
 #[path = "../common/mod.rs"]
@@ -12,13 +12,13 @@ mod memory;
 mod tensor;
 
 use half::{bf16, f16};
-use kernels_gpu::common::element::Element;
-use kernels_gpu::conformance::*;
-use kernels_gpu::emu::Options;
-use kernels_gpu::simt::data::{V2, V4};
-use kernels_gpu::simt::global::GlobalMut;
-use kernels_gpu::simt::shared::{Carve, Region};
 use machine::{Machine, On, on_machines};
+use tokenselect_kernels::common::element::Element;
+use tokenselect_kernels::conformance::*;
+use tokenselect_kernels::emu::Options;
+use tokenselect_kernels::simt::data::{V2, V4};
+use tokenselect_kernels::simt::global::GlobalMut;
+use tokenselect_kernels::simt::shared::{Carve, Region};
 
 const FULL: u32 = u32::MAX;
 

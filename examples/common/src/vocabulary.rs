@@ -187,12 +187,18 @@ fn utf8<'a>(text: &'a [u8], is_cut: bool, what: &str) -> Result<&'a str> {
     }
 }
 
+/// At most `len` bytes, cut between two characters.
+fn beginning(text: &str, len: usize) -> &str {
+    let cut = (0..=len.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..cut.unwrap_or(0)]
+}
+
 /// Tokens of a beginning of `text` that has at least `limit` of them, or of all of it.
 fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> tokenizers::Result<Tokens> {
     // A whole book is not cut into tokens for its first page.
     let mut len = limit.saturating_mul(8);
     loop {
-        let part = &text[..text.floor_char_boundary(len)];
+        let part = beginning(text, len);
         let encoding = tokenizer.encode(part, true)?;
         let mut ids = encoding.get_ids().to_vec();
         // What is put behind a text is no part of one that goes on.

@@ -3,8 +3,8 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use kernels_gpu::limits::COLUMNS;
-use kernels_gpu::ops::score_blocks::blocks_of_group;
+use tokenselect_kernels::limits::COLUMNS;
+use tokenselect_kernels::ops::score_blocks::blocks_of_group;
 
 use super::{Batch, Identity, MAX_PAGES, MAX_ROWS};
 use crate::error::{Error, Result};

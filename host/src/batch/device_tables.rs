@@ -3,7 +3,7 @@
 
 use std::sync::{Arc, OnceLock};
 
-use kernels_gpu::limits::COLUMNS;
+use tokenselect_kernels::limits::COLUMNS;
 
 use super::Batch;
 use crate::driver::Driver;

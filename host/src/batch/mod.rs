@@ -9,11 +9,11 @@ mod translate;
 use std::ops::Range;
 use std::sync::{Arc, OnceLock};
 
-use kernels_gpu::common::layout::{BatchTables, page_division};
-use kernels_gpu::limits::COLUMNS;
-use kernels_gpu::ops::score_blocks::blocks_of_group;
-use kernels_gpu::simt::data::V2;
-use kernels_gpu::simt::global::GlobalPtr;
+use tokenselect_kernels::common::layout::{BatchTables, page_division};
+use tokenselect_kernels::limits::COLUMNS;
+use tokenselect_kernels::ops::score_blocks::blocks_of_group;
+use tokenselect_kernels::simt::data::V2;
+use tokenselect_kernels::simt::global::GlobalPtr;
 
 use self::blocks::Cut;
 use self::device_tables::DeviceTables;

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use kernels_gpu::entries::{Entry, Key, Op};
-use kernels_gpu::ops::translate::TranslateParams;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
+use tokenselect_kernels::entries::{Entry, Key, Op};
+use tokenselect_kernels::ops::translate::TranslateParams;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
 
 use super::{Batch, BatchSlot, Bounds};
 use crate::driver::Driver;

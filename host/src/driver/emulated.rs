@@ -5,9 +5,9 @@ use std::sync::{Mutex, MutexGuard};
 use std::thread::{self, ThreadId};
 use std::time::Instant;
 
-use kernels_gpu::emu::{Launch, Memory, Options};
-use kernels_gpu::entries::Entry;
-use kernels_gpu::launch::{Dims, GpuInfo, Limits};
+use tokenselect_kernels::emu::{Launch, Memory, Options};
+use tokenselect_kernels::entries::Entry;
+use tokenselect_kernels::launch::{Dims, GpuInfo, Limits};
 
 use super::{
     Captured, Driver, Event, LaunchOrder, check_launch, out_of_memory, recorded_by_another, while_capturing,

@@ -12,8 +12,8 @@ mod order;
 use std::fmt;
 use std::time::Duration;
 
-use kernels_gpu::entries::{Entry, Key, Op};
-use kernels_gpu::launch::{Dims, GpuInfo};
+use tokenselect_kernels::entries::{Entry, Key, Op};
+use tokenselect_kernels::launch::{Dims, GpuInfo};
 
 pub(crate) use self::order::LaunchOrder;
 use crate::error::{Error, Result};
@@ -75,7 +75,7 @@ pub(crate) trait Driver: fmt::Debug + Send + Sync {
     fn order(&self) -> &LaunchOrder;
 
     /// Starts a kernel that was [prepared](Self::prepare). `params` are the bytes of the entry's parameter struct. With
-    /// `overlaps` it may begin before the launch before it has ended (see [`kernels_gpu::common::overlap`]).
+    /// `overlaps` it may begin before the launch before it has ended (see [`tokenselect_kernels::common::overlap`]).
     ///
     /// # Safety
     /// - The entry's own rules hold for the parameters: its pointers name memory of this device with the stated

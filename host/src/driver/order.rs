@@ -3,7 +3,7 @@
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
-use kernels_gpu::entries::Op;
+use tokenselect_kernels::entries::Op;
 
 use crate::error::Result;
 

@@ -2,18 +2,18 @@
 
 use std::sync::Arc;
 
-use kernels_gpu::common::layout::LOGIT_TILE;
-use kernels_gpu::common::radix::{BINS, RadixTables};
-use kernels_gpu::entries::{ElementType, Entry, Key, Op, Rotation};
-use kernels_gpu::launch::GpuInfo;
-use kernels_gpu::limits::{MAX_COLUMNS, columns};
-use kernels_gpu::ops::attend_decode::{QUERY_ROWS, max_parts};
-use kernels_gpu::ops::score::{max_chunks, tile_tokens};
-use kernels_gpu::ops::score_blocks::{num_entries, operand_bytes, shared_bytes};
-use kernels_gpu::ops::top_k::max_shares;
-use kernels_gpu::ops::vote::MAX_HEADS;
-use kernels_gpu::ops::{attend_decode, attend_prefill, attend_stream, attend_warpgroups};
-use kernels_gpu::simt::global::GlobalMut;
+use tokenselect_kernels::common::layout::LOGIT_TILE;
+use tokenselect_kernels::common::radix::{BINS, RadixTables};
+use tokenselect_kernels::entries::{ElementType, Entry, Key, Op, Rotation};
+use tokenselect_kernels::launch::GpuInfo;
+use tokenselect_kernels::limits::{MAX_COLUMNS, columns};
+use tokenselect_kernels::ops::attend_decode::{QUERY_ROWS, max_parts};
+use tokenselect_kernels::ops::score::{max_chunks, tile_tokens};
+use tokenselect_kernels::ops::score_blocks::{num_entries, operand_bytes, shared_bytes};
+use tokenselect_kernels::ops::top_k::max_shares;
+use tokenselect_kernels::ops::vote::MAX_HEADS;
+use tokenselect_kernels::ops::{attend_decode, attend_prefill, attend_stream, attend_warpgroups};
+use tokenselect_kernels::simt::global::GlobalMut;
 
 use super::{Limits, Operations};
 use crate::config::{Positions, SelectConfig};

@@ -2,7 +2,7 @@
 
 mod gpu;
 
-use kernels_gpu::common::layout::{LOGIT_TILE, max_logit_tiles};
+use tokenselect_kernels::common::layout::{LOGIT_TILE, max_logit_tiles};
 
 pub(crate) use self::gpu::{FEW_QUERY_ROWS, GpuPlan, PoolKernels, ScoreKernel, Scratch, VoteKernels};
 use crate::batch::Batch;

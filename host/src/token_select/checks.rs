@@ -1,6 +1,6 @@
 //! What arguments must be.
 
-use kernels_gpu::ops::append::PIECE;
+use tokenselect_kernels::ops::append::PIECE;
 
 use super::{StepOutput, TokenSelect};
 use crate::backend::{Ranks, Selection};

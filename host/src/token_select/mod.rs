@@ -6,7 +6,7 @@ mod prefill;
 mod select;
 mod step;
 
-use kernels_gpu::common::layout::{LOGIT_TILE, logit_tile};
+use tokenselect_kernels::common::layout::{LOGIT_TILE, logit_tile};
 
 pub use self::attend::Over;
 pub use self::prefill::{PrefillConfig, PrefillProgress};

@@ -1,9 +1,9 @@
 //! The emulator: runs kernels on the CPU and reports what GPU programmers fear most.
 //!
 //! ```
-//! use kernels_gpu::emu::{Kind, Launch, Memory, Options};
-//! use kernels_gpu::launch::Dims;
-//! use kernels_gpu::simt::thread;
+//! use tokenselect_kernels::emu::{Kind, Launch, Memory, Options};
+//! use tokenselect_kernels::launch::Dims;
+//! use tokenselect_kernels::simt::thread;
 //!
 //! let mut memory = Memory::new();
 //! let input = memory.input("input", &[1.0f32; 64]);

@@ -3,7 +3,7 @@
 //! A kernel's layout is a struct of [`Region`]s, made by a `const fn` from a [`Carve`]. The kernel takes its arrays
 //! from it, the launch its byte count, so the two cannot disagree:
 //! ```
-//! use kernels_gpu::simt::shared::{Carve, Region};
+//! use tokenselect_kernels::simt::shared::{Carve, Region};
 //!
 //! struct Layout {
 //!     keys: Region<u32>,

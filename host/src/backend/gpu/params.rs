@@ -1,23 +1,23 @@
 //! From checked arguments to kernel parameters.
 
-use kernels_gpu::common::layout::{HeadStrides, PageStrides, absent, absent_mut};
-use kernels_gpu::common::overlap::Overlap;
-use kernels_gpu::common::radix::{NO_COUNTS, wanted_counts};
-use kernels_gpu::ops::append::AppendParams;
-use kernels_gpu::ops::attend::{AttendParams, MAX_POSITION};
-use kernels_gpu::ops::compare::CompareParams;
-use kernels_gpu::ops::decide::DecideParams;
-use kernels_gpu::ops::gather::GatherParams;
-use kernels_gpu::ops::merge::MergeParams;
-use kernels_gpu::ops::pool::{CachedTables, PoolParams, ReuseRules};
-use kernels_gpu::ops::score::ScoreParams;
-use kernels_gpu::ops::score_blocks::ScoreBlocksParams;
-use kernels_gpu::ops::smooth::SmoothParams;
-use kernels_gpu::ops::top_k::TopKParams;
-use kernels_gpu::ops::vote::VoteParams;
-use kernels_gpu::simt::global::{GlobalMut, GlobalPtr};
+use tokenselect_kernels::common::layout::{HeadStrides, PageStrides, absent, absent_mut};
+use tokenselect_kernels::common::overlap::Overlap;
+use tokenselect_kernels::common::radix::{NO_COUNTS, wanted_counts};
+use tokenselect_kernels::ops::append::AppendParams;
+use tokenselect_kernels::ops::attend::{AttendParams, MAX_POSITION};
+use tokenselect_kernels::ops::compare::CompareParams;
+use tokenselect_kernels::ops::decide::DecideParams;
+use tokenselect_kernels::ops::gather::GatherParams;
+use tokenselect_kernels::ops::merge::MergeParams;
+use tokenselect_kernels::ops::pool::{CachedTables, PoolParams, ReuseRules};
+use tokenselect_kernels::ops::score::ScoreParams;
+use tokenselect_kernels::ops::score_blocks::ScoreBlocksParams;
+use tokenselect_kernels::ops::smooth::SmoothParams;
+use tokenselect_kernels::ops::top_k::TopKParams;
+use tokenselect_kernels::ops::vote::VoteParams;
+use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
 
-use kernels_gpu::common::rope::RopeTables;
+use tokenselect_kernels::common::rope::RopeTables;
 
 use crate::backend::{AttendArgs, MergeArgs};
 use crate::batch::Batch;
@@ -416,7 +416,7 @@ impl GpuPlan {
         })
     }
 
-    /// What [`gather`](kernels_gpu::ops::gather) needs for these lists; `None` where there are none, or the workspace has no
+    /// What [`gather`](tokenselect_kernels::ops::gather) needs for these lists; `None` where there are none, or the workspace has no
     /// room for lists so long.
     pub(super) fn gather_params<T>(
         &self,

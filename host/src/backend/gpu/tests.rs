@@ -1,7 +1,7 @@
 //! What a step launches.
 
 use half::{bf16, f16};
-use kernels_gpu::ops::score::ScoreParams;
+use tokenselect_kernels::ops::score::ScoreParams;
 
 use super::PREFETCHED_STAGES;
 use crate::driver::emulated::Command;

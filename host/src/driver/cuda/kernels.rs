@@ -6,11 +6,11 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError, Weak};
 use std::time::{Duration, Instant};
 
 use cust::sys::{self, CUresult};
-use kernels_gpu::entries::{self, Entry, Key, Op};
-use kernels_gpu::launch::{GpuInfo, Limits};
-use kernels_gpu::limits::{MAX_CLUSTER, PORTABLE_CLUSTER};
-use kernels_gpu::ops::top_k::cluster_dims;
 use rayon::prelude::*;
+use tokenselect_kernels::entries::{self, Entry, Key, Op};
+use tokenselect_kernels::launch::{GpuInfo, Limits};
+use tokenselect_kernels::limits::{MAX_CLUSTER, PORTABLE_CLUSTER};
+use tokenselect_kernels::ops::top_k::cluster_dims;
 use tokenselect_ptx::Ptx;
 
 use super::context::{Context, cuda};

@@ -4,7 +4,7 @@ use std::ffi::c_void;
 use std::ptr::null_mut;
 
 use cust::sys::{self, CUresult};
-use kernels_gpu::launch::Dims;
+use tokenselect_kernels::launch::Dims;
 
 /// `CU_LAUNCH_ATTRIBUTE_CLUSTER_DIMENSION`.
 const CLUSTER_DIMENSION: u32 = 4;

@@ -17,9 +17,9 @@ use std::thread::{self, ThreadId};
 use std::time::Duration;
 
 use cust::sys::{self, CUresult};
-use kernels_gpu::entries::Entry;
-use kernels_gpu::launch::{Dims, GpuInfo, Limits};
-use kernels_gpu::ops::score_stream::STREAM_BYTES_OF_SM;
+use tokenselect_kernels::entries::Entry;
+use tokenselect_kernels::launch::{Dims, GpuInfo, Limits};
+use tokenselect_kernels::ops::score_stream::STREAM_BYTES_OF_SM;
 use tokenselect_ptx::Ptx;
 
 use self::context::{Context, Entered, check, cuda};
