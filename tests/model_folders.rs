@@ -282,10 +282,10 @@ fn vocabularies() {
     };
     let folder = of_size(257);
     put(&folder, &tokenizer(&words));
-    refused(&folder, &["tokenizer.json", "token \"b\" has the id 300", "vocab_size in config.json is 257"]);
+    refused(&folder, &["tokenizer.json", "token \"b\" must be below vocab_size = 257", "got 300"]);
     for text in ["", "{", "[]", "{}", r#"{"version":"1.0","model":{"type":"Magic"}}"#] {
         put(&folder, text);
-        refused(&folder, &["tokenizer.json", "not a tokenizer that can be read"]);
+        refused(&folder, &["tokenizer.json", "this tokenizer cannot be used"]);
     }
     let folder = of_size(301);
     put(&folder, &tokenizer(&words));
@@ -300,11 +300,11 @@ fn vocabularies() {
         put(&folder, &file.to_string());
     };
     with_template(json!({}));
-    refused(&folder, &["tokenizer.json", "not a tokenizer that can be read", "<s>"]);
+    refused(&folder, &["tokenizer.json", "this tokenizer cannot be used", "<s>"]);
     let special = |id: u32| json!({"<s>": {"id": "<s>", "ids": [id], "tokens": ["<s>"]}});
     with_template(special(999));
     let far = Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(b"a", false, 10, "the text");
-    assert_eq!(far.expect_err("an error").to_string(), "token 999 is not below vocab_size = 301");
+    assert_eq!(far.expect_err("an error").to_string(), "a token must be below vocab_size = 301, got 999");
     with_template(special(7));
     let begun =
         Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(b"a", false, 10, "the text");

@@ -61,10 +61,10 @@ pub enum Error {
     #[error("{}: tensor `{name}` must be bf16, f16 or f32, got {got:?}", .path.display())]
     TensorDType { path: PathBuf, name: String, got: safetensors::Dtype },
     /// The tokenizer is damaged or of a kind that is not read.
-    #[error("{}: not a tokenizer that can be read: {source}", .path.display())]
+    #[error("{}: this tokenizer cannot be used: {source}", .path.display())]
     Tokenizer { path: PathBuf, source: tokenizers::Error },
     /// The tokenizer has tokens that the model has not.
-    #[error("{}: token {token:?} has the id {id}, but vocab_size in config.json is {vocab_size}", .path.display())]
+    #[error("{}: the id of token {token:?} must be below vocab_size = {vocab_size} of config.json, got {id}", .path.display())]
     TokenId { path: PathBuf, token: String, id: u32, vocab_size: usize },
     /// Nothing says what the tokens of the model are.
     #[error(
@@ -79,7 +79,7 @@ pub enum Error {
     #[error("{what} must be UTF-8 for a model with a tokenizer, but is not at byte {at}")]
     NotText { what: String, at: usize },
     /// A token that the model has no embedding of.
-    #[error("token {id} is not below vocab_size = {vocab_size}")]
+    #[error("a token must be below vocab_size = {vocab_size}, got {id}")]
     Token { id: u32, vocab_size: usize },
     /// The text is too short to predict anything.
     #[error("{what} has {got} {unit}, but at least 2 are needed: the first is not predicted")]

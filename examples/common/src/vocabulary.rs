@@ -193,7 +193,7 @@ fn beginning(text: &str, len: usize) -> &str {
     &text[..cut.unwrap_or(0)]
 }
 
-/// Tokens of a beginning of `text` that has at least `limit` of them, or of all of it.
+/// Tokens of a beginning of `text` that has more than `limit` of them, or of all of it.
 fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> tokenizers::Result<Tokens> {
     // A whole book is not cut into tokens for its first page.
     let mut len = limit.saturating_mul(8);
@@ -205,18 +205,19 @@ fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> tokenizers::Result
         while ids.last().is_some() && encoding.get_special_tokens_mask()[ids.len() - 1] == 1 {
             ids.pop();
         }
-        if ids.len() < limit && part.len() < text.len() {
+        // The last token of a part may be half a word.
+        if ids.len() <= limit && part.len() < text.len() {
             len = len.saturating_mul(2);
             continue;
         }
         let mut end = 0;
         let ends = encoding.get_offsets()[..ids.len()].iter().map(|&(_, token_end)| {
             // Tokens that are parts of one character all end where it does; those that stand for no text, at 0.
-            end = token_end.max(end);
+            end = token_end.clamp(end, part.len());
             end
         });
         let mut ends: Vec<usize> = ends.collect();
-        // Blanks that no token stands for belong to the last.
+        // The end of a text that no token stands for, such as blanks, belongs to the last.
         if let Some(last) = ends.last_mut().filter(|_| ids.len() <= limit) {
             *last = part.len();
         }
