@@ -3,20 +3,19 @@
 use tokenselect::Device;
 use tokenselect_examples::error::Result;
 use tokenselect_examples::model::Model;
+use tokenselect_examples::session::{Attention, Session};
 
 use crate::options::Options;
-use crate::session::{Attention, Session};
 
 /// The device that was asked for.
-pub fn open(model: &Model, text: &[u8], options: &Options) -> Result<Device> {
-    options.device.open(|device| probe(model, device, text, options))
+pub fn open(model: &Model, tokens: &[u32], options: &Options) -> Result<Device> {
+    options.device.open(|device| probe(model, device, tokens, options))
 }
 
-/// Reads a first block and one more byte: both ways that the text is read.
-fn probe(model: &Model, device: &Device, text: &[u8], options: &Options) -> Result<()> {
-    let block = options.block.min(text.len());
-    let mut session = Session::new(model, device, Attention::Selected, block + 1, options)?;
-    session.prefill(&text[..block], &mut |_| ())?;
-    session.decode(text[0])?;
-    Ok(())
+/// Reads a first block and one more token: both ways that the text is read.
+fn probe(model: &Model, device: &Device, tokens: &[u32], options: &Options) -> Result<()> {
+    let block = options.block.min(tokens.len());
+    let mut session = Session::new(model, device, Attention::Selected, block + 1, &options.settings())?;
+    session.prefill(&tokens[..block], &mut |_| ())?;
+    session.decode(tokens[0])
 }

@@ -3,21 +3,25 @@
 use std::path::PathBuf;
 
 use clap::Parser;
+use serde::Serialize;
 use tokenselect_examples::device::DeviceName;
 use tokenselect_examples::error::{Error, Result, expect_folder};
+use tokenselect_examples::model::Model;
+use tokenselect_examples::plot::Format;
+use tokenselect_examples::session::Settings;
 
-/// Reads a text with a byte-level Llama model, with token selection and with dense attention, and reports
-/// the bits per byte by position.
-#[derive(Debug, Parser)]
+/// Reads a text with a language model, with token selection and with dense attention, and reports the bits per byte by position.
+#[derive(Debug, Parser, Serialize)]
 #[command(name = "longtext")]
 pub struct Options {
-    /// Model folder in the Hugging Face Llama format: config.json, model.safetensors
+    /// Model folder as Hugging Face has it, of a Llama, Mistral, Qwen2 or Qwen3: config.json, tokenizer.json, model.safetensors in one file
+    /// or several. Without tokenizer.json, tokens are bytes
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama"))]
     pub model: PathBuf,
-    /// Text to read [default: the project's own sources]
-    #[arg(long, value_name = "FILE")]
-    pub text: Option<PathBuf>,
-    /// How many bytes of the text to read, at least 2
+    /// Text to read. The default, the GNU GPL 3, is one that the default model was not trained on
+    #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/gpl-3.0.txt"))]
+    pub text: PathBuf,
+    /// How many tokens of the text to read, at least 2
     #[arg(long, value_name = "N", default_value_t = 8192)]
     pub tokens: usize,
     /// Tokens of a block, which share one list of selected tokens
@@ -32,13 +36,19 @@ pub struct Options {
     /// Tokens selected by vote among the rest
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub top_k: usize,
+    /// Factor on the dot products that vote; attention has 1/√head_dim in any case [default: the same]
+    #[arg(long, value_name = "S")]
+    pub score_scale: Option<f32>,
+    /// Leave out dense attention: its time, and a second cache
+    #[arg(long)]
+    pub no_dense: bool,
     /// Read the last N tokens one at a time, through the Selection Cache
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub decode: usize,
-    /// Continue the text by N bytes
+    /// Continue the text by N tokens
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub generate: usize,
-    /// Randomness of the continuation; 0 takes the most probable byte
+    /// Randomness of the continuation; 0 takes the most probable token
     #[arg(long, value_name = "T", default_value_t = 0.0)]
     pub temperature: f64,
     /// Seed of the continuation, where its temperature is above 0
@@ -47,10 +57,10 @@ pub struct Options {
     /// Where attention runs
     #[arg(long, value_enum, default_value_t = DeviceName::Auto)]
     pub device: DeviceName,
-    /// Draw bits per byte over position, as SVG or PNG
-    #[arg(long, value_name = "FILE.svg")]
+    /// Draw bits per byte over position; the name says as what
+    #[arg(long, value_name = "FILE.svg|FILE.png")]
     pub plot: Option<PathBuf>,
-    /// Print one JSON object in place of the table
+    /// Print one JSON object at the end, in place of the table
     #[arg(long)]
     pub json: bool,
 }
@@ -68,8 +78,28 @@ impl Options {
         if !(self.temperature.is_finite() && self.temperature >= 0.0) {
             return Err(Error::option("--temperature", "finite and not negative", self.temperature));
         }
-        // A missing folder should not be noticed after the work is done.
-        self.plot.as_deref().map_or(Ok(()), |path| expect_folder("--plot", path))
+        // What cannot be drawn should not be noticed after the work is done.
+        if let Some(path) = &self.plot {
+            Format::of("--plot", path)?;
+            expect_folder("--plot", path)?;
+        }
+        Ok(())
+    }
+
+    /// The factor on the dot products that vote.
+    pub fn score_scale_of(&self, model: &Model) -> f32 {
+        self.score_scale.unwrap_or_else(|| (model.config.heads.head_dim as f32).sqrt().recip())
+    }
+
+    /// What is selected.
+    pub fn settings(&self) -> Settings {
+        Settings {
+            block: self.block,
+            n_init: self.n_init,
+            n_local: self.n_local,
+            top_k: self.top_k,
+            score_scale: self.score_scale,
+        }
     }
 
     /// Checks what depends on the length of the text.

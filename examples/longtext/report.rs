@@ -1,44 +1,67 @@
-//! What is printed: a table for people, or one JSON object.
+//! Results as one JSON object.
 
 use std::ops::Range;
 
 use serde::Serialize;
-use tokenselect::Device;
 use tokenselect_examples::error::{Error, Result};
-use tokenselect_examples::model::Model;
+use tokenselect_examples::session::Selections;
+use tokenselect_examples::vocabulary::Vocabulary;
 
 use crate::options::Options;
-use crate::pass::Pass;
+use crate::pass::Found;
+use crate::table::Table;
 
-/// Results of both readings.
+/// Results of the readings.
 #[derive(Debug, Serialize)]
-pub struct Report {
+pub struct Report<'a> {
+    /// Name of the model's folder.
+    model: String,
     device: String,
+    /// Tokens that were read.
     tokens: usize,
-    block: usize,
-    selected: PassReport,
-    dense: PassReport,
+    /// Bytes that they stand for.
+    bytes: usize,
+    options: &'a Options,
+    /// Token selection.
+    pub selected: Reading,
+    /// Dense attention, unless it was left out.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    dense: Option<Reading>,
 }
 
 /// Results of one reading.
 #[derive(Debug, Serialize)]
-struct PassReport {
-    /// Mean over all bytes but the first, which is not predicted.
-    bits_per_byte: f64,
+pub struct Reading {
+    /// Bits of all tokens but the first, which is not predicted, by the bytes that they stand for.
+    pub bits_per_byte: f64,
     buckets: Vec<Bucket>,
-    tokens_per_second: f64,
-    /// Selections of single tokens taken from the Selection Cache, summed over layers.
-    reused: u64,
-    /// Selections of single tokens made anew, summed over layers.
-    scored: u64,
+    /// Over the whole text and its continuation.
+    pub tokens_per_second: f64,
+    /// Of what is read in blocks.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    prefill_tokens_per_second: Option<f64>,
+    /// Of what is read one at a time, the continuation included.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub decode_tokens_per_second: Option<f64>,
+    /// Lists of selected tokens that were made, summed over layers.
+    pub selections: SelectionCounts,
     /// Continuation of the text, where one was asked for.
     #[serde(skip_serializing_if = "Option::is_none")]
-    generated: Option<String>,
-    #[serde(skip)]
-    decode_tokens_per_second: f64,
+    pub generated: Option<String>,
 }
 
-/// Mean over the bytes at positions from `from` to below `to`.
+/// Lists of selected tokens, summed over layers.
+#[derive(Debug, Clone, Copy, Serialize)]
+pub struct SelectionCounts {
+    /// For blocks with more tokens before them than may be chosen.
+    pub for_blocks: u64,
+    /// For single tokens, made anew.
+    pub for_tokens_anew: u64,
+    /// For single tokens, taken from the Selection Cache.
+    pub for_tokens_reused: u64,
+}
+
+/// The tokens at positions from `from` to below `to`.
 #[derive(Debug, Serialize)]
 struct Bucket {
     from: usize,
@@ -47,124 +70,66 @@ struct Bucket {
 }
 
 /// Ranges of positions: 0 to 1024, then each as long as all before it, the last clipped to `tokens`.
-fn bucket_ranges(tokens: usize) -> impl Iterator<Item = Range<usize>> {
+pub fn bucket_ranges(tokens: usize) -> impl Iterator<Item = Range<usize>> {
     let next = |range: &Range<usize>| Some(range.end..range.end.saturating_mul(2));
     std::iter::successors(Some(0..1024), next)
         .take_while(move |range| range.start < tokens)
         .map(move |range| range.start..range.end.min(tokens))
 }
 
-impl PassReport {
-    fn new(pass: &Pass, tokens: usize, options: &Options) -> Self {
-        let bucket =
-            |Range { start: from, end: to }| Bucket { from, to, bits_per_byte: pass.bits_per_byte(from, to) };
-        PassReport {
-            bits_per_byte: pass.bits_per_byte(0, tokens),
-            buckets: bucket_ranges(tokens).map(bucket).collect(),
-            tokens_per_second: pass.speed().tokens_per_second(),
-            reused: pass.stats.reused,
-            scored: pass.stats.scored,
-            generated: (options.generate > 0).then(|| String::from_utf8_lossy(&pass.generated).into_owned()),
-            decode_tokens_per_second: pass.decode.tokens_per_second(),
-        }
+impl Reading {
+    fn new(found: &Found, vocabulary: &Vocabulary, options: &Options) -> Result<Self> {
+        let bucket = |Range { start: from, end: to }| Bucket {
+            from,
+            to,
+            bits_per_byte: found.bits_per_byte(from, to),
+        };
+        let Selections { for_blocks, for_tokens, reused } = found.selections;
+        let generated = (options.generate > 0).then(|| vocabulary.decode(&found.generated)).transpose()?;
+        Ok(Reading {
+            bits_per_byte: found.bits_per_byte(0, found.tokens()),
+            buckets: bucket_ranges(found.tokens()).map(bucket).collect(),
+            tokens_per_second: found.speed().tokens_per_second().unwrap_or(0.0),
+            prefill_tokens_per_second: found.prefill.tokens_per_second(),
+            decode_tokens_per_second: found.decode.tokens_per_second(),
+            selections: SelectionCounts {
+                for_blocks,
+                for_tokens_anew: for_tokens,
+                for_tokens_reused: reused,
+            },
+            generated,
+        })
     }
 }
 
-impl Report {
-    /// Summarises both readings of `tokens` bytes.
-    pub fn new(device: &Device, tokens: usize, options: &Options, selected: &Pass, dense: &Pass) -> Self {
-        Report {
-            device: device.name().to_owned(),
-            tokens,
-            block: options.block,
-            selected: PassReport::new(selected, tokens, options),
-            dense: PassReport::new(dense, tokens, options),
-        }
+impl<'a> Report<'a> {
+    /// Summarises the readings: with selection, and densely if that was not left out.
+    pub fn new(
+        selected: &Found,
+        dense: Option<&Found>,
+        table: &Table<'a>,
+        vocabulary: &Vocabulary,
+    ) -> Result<Self> {
+        let options = table.options;
+        let reading = |found| Reading::new(found, vocabulary, options);
+        Ok(Report {
+            model: table.model.name.clone(),
+            device: table.device.name().to_owned(),
+            tokens: table.tokens.len(),
+            bytes: table.tokens.bytes(0, table.tokens.len()),
+            options,
+            selected: reading(selected)?,
+            dense: dense.map(reading).transpose()?,
+        })
+    }
+
+    /// The readings, selection first.
+    pub fn readings(&self) -> impl Iterator<Item = &Reading> {
+        std::iter::once(&self.selected).chain(&self.dense)
     }
 
     /// One JSON object.
     pub fn json(&self) -> Result<String> {
         serde_json::to_string(self).map_err(|source| Error::ReportJson { source })
     }
-
-    /// A table to read.
-    pub fn table(&self, model: &Model, options: &Options) -> String {
-        let mut lines = self.header(model, options);
-        let row =
-            |name: &str, selected: String, dense: String| format!("{name:>19}  {selected:>10}  {dense:>10}");
-        let number = |value: f64| format!("{value:.3}");
-        lines.push(row("bits per byte at", "selection".into(), "dense".into()));
-        for (selected, dense) in self.selected.buckets.iter().zip(&self.dense.buckets) {
-            let name = format!("{} to {}", selected.from, selected.to - 1);
-            let line = row(&name, number(selected.bits_per_byte), number(dense.bits_per_byte));
-            let beyond = selected.to > model.config.training_context;
-            lines.push(if beyond { format!("{line}   past the training context") } else { line });
-        }
-        lines.push(row("all", number(self.selected.bits_per_byte), number(self.dense.bits_per_byte)));
-        lines.push(String::new());
-
-        let speed = |value: f64| format!("{value:.0}");
-        let (selected, dense) = (&self.selected, &self.dense);
-        lines.push(row(
-            "tokens per second",
-            speed(selected.tokens_per_second),
-            speed(dense.tokens_per_second),
-        ));
-        if options.decode > 0 {
-            let (selected, dense) = (selected.decode_tokens_per_second, dense.decode_tokens_per_second);
-            lines.push(row("one at a time", speed(selected), speed(dense)));
-        }
-        if options.decode + options.generate > 0 {
-            lines.push(format!(
-                "\nSelection Cache: {} selections reused, {} made anew",
-                selected.reused, selected.scored
-            ));
-        }
-        for (name, pass) in [("selection", selected), ("dense attention", dense)] {
-            if let Some(text) = &pass.generated {
-                lines.push(format!("\nContinuation with {name}:\n{}", printable(text)));
-            }
-        }
-        lines.join("\n")
-    }
-
-    /// What was read, by which model, how.
-    fn header(&self, model: &Model, options: &Options) -> Vec<String> {
-        let config = &model.config;
-        let heads = config.heads;
-        let text = match &options.text {
-            Some(path) => path.display().to_string(),
-            None => "the project's own sources".to_owned(),
-        };
-        let mut lines = vec![
-            format!(
-                "model   {}: {} layers, {} query heads, {} KV heads of {}, {} cache, trained on {} tokens",
-                model.name,
-                config.num_layers,
-                heads.num_qo_heads,
-                heads.num_kv_heads,
-                heads.head_dim,
-                config.dtype,
-                config.training_context
-            ),
-            format!("text    {text}: {} bytes in blocks of {}, on {}", self.tokens, self.block, self.device),
-        ];
-        if self.tokens < options.tokens {
-            lines.push(format!("        shorter than the {} tokens asked for", options.tokens));
-        }
-        lines.push(format!(
-            "select  the first {}, {} by vote, {} before the block",
-            options.n_init, options.top_k, options.n_local
-        ));
-        if options.decode > 0 {
-            lines.push(format!("decode  the last {}, one at a time", options.decode));
-        }
-        lines.push(String::new());
-        lines
-    }
-}
-
-/// Text without control characters, which a terminal would obey.
-fn printable(text: &str) -> String {
-    text.chars().map(|c| if c.is_control() && c != '\n' && c != '\t' { '\u{fffd}' } else { c }).collect()
 }

@@ -1,8 +1,8 @@
-//! Choice of the next byte.
+//! Choice of the next token.
 
 use tokenselect_examples::random::Random;
 
-/// Draws bytes from predictions.
+/// Draws tokens from predictions.
 #[derive(Debug, Clone)]
 pub struct Sampler {
     temperature: f64,
@@ -10,31 +10,31 @@ pub struct Sampler {
 }
 
 impl Sampler {
-    /// Temperature 0 always takes the most probable byte; 1 draws from the prediction as it is.
+    /// Temperature 0 always takes the most probable token; 1 draws from the prediction as it is.
     pub fn new(temperature: f64, seed: u64) -> Self {
         Sampler { temperature, random: Random::new(seed) }
     }
 
-    /// A byte from `logits`, `[vocab_size]`, of which the first 256 are bytes.
-    pub fn draw(&mut self, logits: &[f32]) -> u8 {
-        let bytes = || (0..=u8::MAX).zip(logits.iter().map(|&logit| f64::from(logit)));
+    /// A token from `logits`, `[vocab_size]`.
+    pub fn draw(&mut self, logits: &[f32]) -> u32 {
+        let tokens = || (0..).zip(logits.iter().map(|&logit| f64::from(logit)));
         let mut best = (0, f64::NEG_INFINITY);
-        for (byte, logit) in bytes() {
+        for (token, logit) in tokens() {
             if logit > best.1 {
-                best = (byte, logit);
+                best = (token, logit);
             }
         }
         if self.temperature == 0.0 {
             return best.0;
         }
         let (temperature, uniform) = (self.temperature, self.random.uniform());
-        let weights = || bytes().map(|(byte, logit)| (byte, ((logit - best.1) / temperature).exp()));
+        let weights = || tokens().map(|(token, logit)| (token, ((logit - best.1) / temperature).exp()));
         let sum: f64 = weights().map(|(_, weight)| weight).sum();
         let mut rest = uniform * sum;
-        for (byte, weight) in weights() {
+        for (token, weight) in weights() {
             rest -= weight;
             if rest < 0.0 {
-                return byte;
+                return token;
             }
         }
         best.0

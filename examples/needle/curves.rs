@@ -5,7 +5,7 @@ use tokenselect_examples::error::{Error, Result};
 use tokenselect_examples::ops::code_lengths;
 
 use crate::policy::{Policy, Settings};
-use crate::reader::Reader;
+use crate::reader::{Reader, tokens};
 use crate::retrieval::{Bench, Retrieval};
 
 /// One point of the curves.
@@ -35,7 +35,7 @@ pub fn bits_per_byte(bench: &Bench<'_>, text: &[u8], from: usize, settings: Sett
     let mut bits = Vec::with_capacity(text.len());
     reader.read(text, &mut |logits| {
         let next = &text[bits.len() + 1..text.len().min(bits.len() + 1 + logits.len() / vocab)];
-        bits.extend(code_lengths(&logits[..next.len() * vocab], vocab, next));
+        bits.extend(code_lengths(&logits[..next.len() * vocab], vocab, &tokens(next)));
         match bits.iter().position(|bits: &f32| !bits.is_finite()) {
             Some(at) => Err(Error::NotFinite { position: at + 1 }),
             None => Ok(()),
@@ -48,7 +48,7 @@ pub fn bits_per_byte(bench: &Bench<'_>, text: &[u8], from: usize, settings: Sett
 /// Bits per byte of `text`, from half the training context on, of dense attention that never goes beyond that context: each half of a
 /// context is predicted behind the half before it.
 pub fn dense_inside_context(bench: &Bench<'_>, text: &[u8], settings: Settings) -> Result<f64> {
-    let half = bench.model.config.training_context / 2;
+    let half = (bench.model.config.training_context / 2).max(1);
     let settings = Settings { policy: Policy::Dense, ..settings };
     let (mut sum, mut predicted) = (0.0, 0);
     for begin in (half..text.len()).step_by(half) {

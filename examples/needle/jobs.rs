@@ -1,7 +1,7 @@
 //! What is measured, in which order.
 
 use tokenselect::Device;
-use tokenselect_examples::error::Result;
+use tokenselect_examples::error::{Error, Result};
 use tokenselect_examples::model::Model;
 use tokenselect_examples::terminal::Jobs;
 
@@ -125,6 +125,10 @@ impl Run<'_> {
         let options = self.options;
         let text = &self.source[..options.curve_length.min(self.source.len())];
         let from = self.bench.model.config.training_context / 2;
+        if text.len() <= from.max(1) {
+            let rule = format!("more than {}, half the training context", from.max(1));
+            return Err(Error::option("--curve-length", rule, text.len()));
+        }
         let soft = options.settings(Policy::Soft);
         let dense_inside_context = dense_inside_context(&self.bench, text, soft)?;
         let mut points = Vec::new();

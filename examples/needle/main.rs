@@ -44,9 +44,10 @@ use std::process::ExitCode;
 
 use clap::Parser;
 use tokenselect::Device;
-use tokenselect_examples::error::Result;
+use tokenselect_examples::error::{Error, Result};
 use tokenselect_examples::model::Model;
-use tokenselect_examples::plot::{self, Drawing};
+use tokenselect_examples::plot::{self, Drawing, Format};
+use tokenselect_examples::vocabulary::Vocabulary;
 use tokenselect_examples::{terminal, text};
 
 use curve_plot::CurvePlot;
@@ -66,8 +67,17 @@ fn main() -> ExitCode {
 /// The whole job.
 fn run(options: &Options) -> Result<()> {
     options.validate()?;
-    let source = text::read(options.text.as_deref(), SOURCE_LIMIT)?;
+    let source = match &options.text {
+        Some(path) => text::read_file(path, SOURCE_LIMIT)?.0,
+        None => text::project_sources(SOURCE_LIMIT)?,
+    };
+    if source.is_empty() {
+        let what = options.text.as_deref().unwrap_or(Path::new("the project's own sources"));
+        return Err(Error::ShortText { what: what.display().to_string(), got: 0, unit: "bytes" });
+    }
     let model = Model::load(&options.model)?;
+    Vocabulary::load(&options.model, model.config.vocab_size)?
+        .expect_bytes(&options.model, "the hunt for pass keys")?;
     let device = options.device.open(|device| probe(&model, device, &source, options))?;
     let report = jobs::run(options, &source, &model, &device)?;
     let output = if options.json { report.json()? } else { report.tables(&model, options) };
@@ -108,10 +118,10 @@ fn draw(path: &Path, model: &Model, options: &Options, report: &Report) -> Resul
 
 /// Writes a drawing as SVG and as PNG.
 fn write_both(path: &Path, suffix: &str, drawing: &impl Drawing) -> Result<()> {
-    for extension in ["svg", "png"] {
+    for (extension, format) in [("svg", Format::Svg), ("png", Format::Png)] {
         let mut name = path.as_os_str().to_owned();
         name.push(format!("{suffix}.{extension}"));
-        plot::write(&PathBuf::from(name), drawing)?;
+        plot::write(&PathBuf::from(name), format, drawing)?;
     }
     Ok(())
 }

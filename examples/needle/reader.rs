@@ -80,12 +80,12 @@ impl<'a> Reader<'a> {
         if self.prefill.is_some() {
             for part in text.chunks(PART.max(block) / block * block) {
                 self.read_in_pieces(part)?;
-                each(self.forward.logits())?;
+                self.forward.predictions(each)?;
             }
         } else {
             for part in text.chunks(block) {
                 self.step(part, None)?;
-                each(self.forward.logits())?;
+                self.forward.predictions(each)?;
             }
         }
         Ok(())
@@ -113,7 +113,7 @@ impl<'a> Reader<'a> {
         }
         let mut found = true;
         for (index, &digit) in key.digits.iter().enumerate() {
-            let likeliest = most_probable(self.forward.last_logits());
+            let likeliest = most_probable(self.forward.last_prediction());
             if likeliest != usize::from(digit) {
                 found = false;
                 break;
@@ -133,7 +133,7 @@ impl<'a> Reader<'a> {
         let batch = self.cache.extend_within(&limits, &[(self.sequence, text.len())])?;
         let Reader { settings, forward, cache, select, .. } = self;
         let mut observer = observer;
-        forward.run(text, &mut |layer, input, output| {
+        forward.run(&tokens(text), &mut |layer, input, output| {
             match settings.policy {
                 Policy::Dense => select.step_dense(cache, layer, &batch, input, output)?,
                 Policy::Cached { .. } => select.step(cache, layer, &batch, input, output)?,
@@ -155,7 +155,7 @@ impl<'a> Reader<'a> {
         let Reader { settings, forward, cache, prefill: Some(prefill), .. } = self else { return Ok(()) };
         let limits = *prefill.plan().limits();
         let pieces = cache.extend_in_pieces(&limits, &[(self.sequence, text.len())], settings.block)?;
-        forward.run(text, &mut |layer, input, output| {
+        forward.run(&tokens(text), &mut |layer, input, output| {
             if settings.policy == Policy::Dense {
                 return read_densely(prefill, cache, layer, &pieces, input, output);
             }
@@ -170,6 +170,11 @@ impl<'a> Reader<'a> {
         })?;
         Ok(())
     }
+}
+
+/// A token is a byte.
+pub fn tokens(text: &[u8]) -> Vec<u32> {
+    text.iter().map(|&byte| u32::from(byte)).collect()
 }
 
 /// One layer of dense attention, piece by piece.

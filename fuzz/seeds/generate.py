@@ -7,10 +7,10 @@ from pathlib import Path
 VOCAB, HIDDEN, INNER = 256, 2, 1
 
 
-def folder(name, dtype, biases=False, tied=True, **fields):
+def folder(name, dtype, family="Llama", biases=False, tied=True, **fields):
     torch_name, size = {"BF16": ("bfloat16", 2), "F16": ("float16", 2), "F32": ("float32", 4)}[dtype]
     config = {
-        "architectures": ["LlamaForCausalLM"],
+        "architectures": [family + "ForCausalLM"],
         "vocab_size": VOCAB,
         "hidden_size": HIDDEN,
         "intermediate_size": INNER,
@@ -35,8 +35,10 @@ def folder(name, dtype, biases=False, tied=True, **fields):
     linears |= {"mlp.up_proj": (HIDDEN, INNER), "mlp.down_proj": (INNER, HIDDEN)}
     for part, (inputs, outputs) in linears.items():
         shapes[f"{layer}{part}.weight"] = [outputs, inputs]
-        if biases:
+        if biases or family == "Qwen2" and part[:-5].endswith(("q", "k", "v")):
             shapes[f"{layer}{part}.bias"] = [outputs]
+    if family == "Qwen3":
+        shapes |= {f"{layer}self_attn.{part}_norm.weight": [8] for part in "qk"}
     header, end = {}, 0
     for tensor, shape in shapes.items():
         begin, end = end, end + size * (shape[0] * shape[1] if len(shape) == 2 else shape[0])
@@ -54,3 +56,6 @@ yarn = {"type": "yarn", "factor": 4.0, "mscale": 1.0, "mscale_all_dim": 0.5, "be
 folder("yarn_bf16", "BF16", rope_scaling=yarn, max_position_embeddings=64)
 llama3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 folder("untied_llama3", "BF16", tied=False, rope_parameters=llama3 | {"original_max_position_embeddings": 64})
+folder("mistral_bf16", "BF16", family="Mistral", sliding_window=None)
+folder("qwen2_bf16", "BF16", family="Qwen2", use_sliding_window=False, sliding_window=4096)
+folder("qwen3_f32", "F32", family="Qwen3", layer_types=["full_attention"])

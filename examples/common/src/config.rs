@@ -4,16 +4,21 @@ use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use serde::Deserialize;
+use serde::{Deserialize, Deserializer};
 use tokenselect::{DType, HeadShape, Rope};
 
 use crate::error::{Error, Result};
+use crate::family::{Family, Parts};
 use crate::rope_scaling::ScalingFields;
 
-/// Shape and constants of a Llama model.
+/// Shape and constants of a model.
 #[derive(Debug, Clone)]
 pub struct ModelConfig {
-    /// Tokens; those below 256 are bytes.
+    /// Which of the families it is.
+    pub family: Family,
+    /// Where it has biases and norms beyond the usual ones.
+    pub parts: Parts,
+    /// Tokens.
     pub vocab_size: usize,
     /// Elements of the residual stream.
     pub hidden_size: usize,
@@ -31,19 +36,17 @@ pub struct ModelConfig {
     pub dtype: DType,
     /// Whether the output projection is the embedding.
     pub tied_embeddings: bool,
-    /// Whether the four projections of attention have biases.
-    pub attention_bias: bool,
-    /// Whether the three projections of the feed-forward part have biases.
-    pub mlp_bias: bool,
     /// Longest context of the training.
     pub training_context: usize,
 }
 
 /// The fields of `config.json` that are read, as they are written there.
 #[derive(Debug, Deserialize)]
-struct Fields {
-    architectures: Option<Vec<String>>,
-    model_type: Option<String>,
+pub struct Fields {
+    /// Names of classes.
+    pub architectures: Option<Vec<String>>,
+    /// Name of a family.
+    pub model_type: Option<String>,
     vocab_size: Option<usize>,
     hidden_size: Option<usize>,
     intermediate_size: Option<usize>,
@@ -60,11 +63,28 @@ struct Fields {
     max_position_embeddings: Option<usize>,
     hidden_act: Option<String>,
     tie_word_embeddings: Option<bool>,
-    attention_bias: Option<bool>,
-    mlp_bias: Option<bool>,
+    /// Whether the projections of attention have biases; Llama's and Qwen3's.
+    pub attention_bias: Option<bool>,
+    /// Whether those of the feed-forward part have; Llama's.
+    pub mlp_bias: Option<bool>,
+    /// Tokens of an attention window. The outer level says whether the field is there: `null` and nothing differ.
+    #[serde(default, deserialize_with = "there")]
+    pub sliding_window: Option<Option<u64>>,
+    /// Whether there are attention windows; Qwen's.
+    pub use_sliding_window: Option<bool>,
+    /// The first layer with a window; Qwen's.
+    pub max_window_layers: Option<usize>,
+    /// Kind of attention of each layer.
+    pub layer_types: Option<Vec<String>>,
+    quantization_config: Option<serde_json::Value>,
     torch_dtype: Option<String>,
     /// Newer name of `torch_dtype`.
     dtype: Option<String>,
+}
+
+/// A field that is there, be it `null`.
+fn there<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Option<T>, D::Error> {
+    T::deserialize(from).map(Some)
 }
 
 /// Sizes above this are taken for damage, so that products of two of them cannot overflow.
@@ -73,12 +93,26 @@ const MAX_SIZE: usize = 1 << 24;
 impl ModelConfig {
     /// Reads `config.json` in `folder`.
     pub fn load(folder: &Path) -> Result<Self> {
-        let file = ConfigFile { path: folder.join("config.json") };
+        let file = ConfigFile::of(folder);
         let bytes = fs::read(&file.path).map_err(Error::read(&file.path))?;
         let fields: Fields = serde_json::from_slice(&bytes)
             .map_err(|source| Error::Json { path: file.path.clone(), source })?;
-        file.check_architecture(&fields)?;
-        file.interpret(&fields)
+        let family = Family::find(&file, &fields)?;
+        file.check_forms(&fields)?;
+        file.interpret(family, &fields)
+    }
+
+    /// Checks that the weights in `folder` are of as many layers: with fewer it is another model.
+    ///
+    /// # Errors
+    /// [`Error::Config`].
+    pub fn check_layers(&self, folder: &Path, in_weights: usize) -> Result<()> {
+        // Where there is none, the first tensor that is missing says more.
+        if self.num_layers == in_weights || in_weights == 0 {
+            return Ok(());
+        }
+        let rule = format!("{in_weights}, the layers of the weights");
+        Err(ConfigFile::of(folder).error("num_hidden_layers", rule, self.num_layers))
     }
 }
 
@@ -89,6 +123,11 @@ pub struct ConfigFile {
 }
 
 impl ConfigFile {
+    /// That of a model folder.
+    pub fn of(folder: &Path) -> Self {
+        ConfigFile { path: folder.join("config.json") }
+    }
+
     /// The error of a field.
     pub fn error(&self, field: &'static str, rule: impl Into<String>, got: impl ToString) -> Error {
         Error::Config { path: self.path.clone(), field, rule: rule.into(), got: got.to_string() }
@@ -121,32 +160,33 @@ impl ConfigFile {
         self.size(field, self.required(field, value)?)
     }
 
-    fn check_architecture(&self, fields: &Fields) -> Result<()> {
-        match fields.architectures.as_deref() {
-            Some([]) | None => match fields.model_type.as_deref() {
-                Some("llama") => Ok(()),
-                other => Err(self.error("model_type", "llama", other.unwrap_or("nothing"))),
-            },
-            Some(names) if names.iter().any(|name| name == "LlamaForCausalLM") => Ok(()),
-            Some(names) => Err(self.error("architectures", "LlamaForCausalLM", names.join(", "))),
-        }?;
+    /// Refuses what every family may have and none is implemented with.
+    fn check_forms(&self, fields: &Fields) -> Result<()> {
         self.only("hidden_act", fields.hidden_act.as_deref(), "silu")?;
-        self.only("partial_rotary_factor", fields.partial_rotary_factor, 1.0)
+        self.only("partial_rotary_factor", fields.partial_rotary_factor, 1.0)?;
+        match &fields.quantization_config {
+            Some(quantization) => {
+                let method = quantization.get("quant_method").and_then(|method| method.as_str());
+                let rule = "left out, since quantised weights are not read";
+                Err(self.error("quantization_config", rule, method.unwrap_or("a method without a name")))
+            }
+            None => Ok(()),
+        }
     }
 
-    fn interpret(&self, fields: &Fields) -> Result<ModelConfig> {
-        let vocab_size = self.required_size("vocab_size", fields.vocab_size)?;
-        if vocab_size < 256 {
-            return Err(self.error("vocab_size", "at least 256, a token for every byte", vocab_size));
-        }
+    fn interpret(&self, family: Family, fields: &Fields) -> Result<ModelConfig> {
         let hidden_size = self.required_size("hidden_size", fields.hidden_size)?;
-        let heads = self.heads(fields, hidden_size)?;
+        let heads = self.heads(family, fields, hidden_size)?;
         let norm_epsilon = fields.rms_norm_eps.unwrap_or(1e-6);
         if !(norm_epsilon.is_finite() && norm_epsilon > 0.0) {
             return Err(self.error("rms_norm_eps", "finite and above 0", norm_epsilon));
         }
-        let training_context =
-            self.size("max_position_embeddings", fields.max_position_embeddings.unwrap_or(2048))?;
+        let training_context = self.size(
+            "max_position_embeddings",
+            fields.max_position_embeddings.unwrap_or(family.default_context()),
+        )?;
+        let num_layers = self.required_size("num_hidden_layers", fields.num_hidden_layers)?;
+        family.check_windows(self, fields, num_layers)?;
         let scaling = fields.rope_parameters.as_ref().or(fields.rope_scaling.as_ref());
         let theta = fields.rope_theta.or(scaling.and_then(|fields| fields.rope_theta));
         let rope = Rope {
@@ -158,32 +198,36 @@ impl ConfigFile {
             ..Rope::default()
         };
         Ok(ModelConfig {
-            vocab_size,
+            family,
+            parts: family.parts(fields),
+            vocab_size: self.required_size("vocab_size", fields.vocab_size)?,
             hidden_size,
             intermediate_size: self.required_size("intermediate_size", fields.intermediate_size)?,
-            num_layers: self.required_size("num_hidden_layers", fields.num_hidden_layers)?,
+            num_layers,
             heads,
             norm_epsilon,
             rope,
             dtype: self.dtype(fields)?,
             tied_embeddings: fields.tie_word_embeddings.unwrap_or(false),
-            attention_bias: fields.attention_bias.unwrap_or(false),
-            mlp_bias: fields.mlp_bias.unwrap_or(false),
             training_context,
         })
     }
 
-    /// Head geometry; `head_dim` defaults to an equal share of the residual stream.
-    fn heads(&self, fields: &Fields, hidden_size: usize) -> Result<HeadShape> {
+    /// Head geometry. What is not given is an equal share of the residual stream, and Llama's KV heads are as many as its query
+    /// heads; other families have other defaults, which real models give.
+    fn heads(&self, family: Family, fields: &Fields, hidden_size: usize) -> Result<HeadShape> {
         let num_qo_heads = self.required_size("num_attention_heads", fields.num_attention_heads)?;
-        let num_kv_heads =
-            self.size("num_key_value_heads", fields.num_key_value_heads.unwrap_or(num_qo_heads))?;
+        let num_kv_heads = match (family, fields.num_key_value_heads) {
+            (Family::Llama, None) => num_qo_heads,
+            (_, given) => self.required_size("num_key_value_heads", given)?,
+        };
         if !num_qo_heads.is_multiple_of(num_kv_heads) {
             let rule = format!("a divisor of num_attention_heads = {num_qo_heads}");
             return Err(self.error("num_key_value_heads", rule, num_kv_heads));
         }
         let head_dim = match fields.head_dim {
             Some(head_dim) => self.size("head_dim", head_dim)?,
+            None if family == Family::Qwen3 => self.required_size("head_dim", None)?,
             None if hidden_size.is_multiple_of(num_qo_heads) => hidden_size / num_qo_heads,
             None => {
                 let rule = format!("a divisor of hidden_size = {hidden_size} where head_dim is not given");

@@ -3,12 +3,14 @@
 use std::io::{self, Write};
 
 use clap::ValueEnum;
+use serde::Serialize;
 use tokenselect::Device;
 
 use crate::error::{Error, Result};
 
 /// A choice of device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum, Serialize)]
+#[serde(rename_all = "lowercase")]
 pub enum DeviceName {
     /// The processor
     Cpu,

@@ -45,17 +45,47 @@ pub enum Error {
     /// A tensor is in none of the weights files.
     #[error("tensor `{name}` is missing from the weights in {}", .path.display())]
     MissingTensor { path: PathBuf, name: String },
+    /// A file of the index is not in the model folder.
+    #[error("{}: the file of tensor `{tensor}` must be a name without folders, got {file:?}", .path.display())]
+    ShardName { path: PathBuf, tensor: String, file: String },
+    /// Two weights files hold tensors of one name.
+    #[error("tensor `{name}` is in two weights files, {} and {}", .other.display(), .path.display())]
+    TensorTwice { path: PathBuf, name: String, other: PathBuf },
+    /// The weights hold a part of a model that is not implemented.
+    #[error("{}: tensor `{first}` is no part of the model that config.json describes ({count} such tensors in the folder, 0 expected)", .path.display())]
+    UnreadTensors { path: PathBuf, first: String, count: usize },
     /// A tensor has the wrong shape.
     #[error("{}: tensor `{name}` must have shape {expected:?}, got {got:?}", .path.display())]
     TensorShape { path: PathBuf, name: String, expected: Vec<usize>, got: Vec<usize> },
     /// A tensor has a type that is not read.
     #[error("{}: tensor `{name}` must be bf16, f16 or f32, got {got:?}", .path.display())]
     TensorDType { path: PathBuf, name: String, got: safetensors::Dtype },
+    /// The tokenizer is damaged or of a kind that is not read.
+    #[error("{}: this tokenizer cannot be used: {source}", .path.display())]
+    Tokenizer { path: PathBuf, source: tokenizers::Error },
+    /// The tokenizer has tokens that the model has not.
+    #[error("{}: the id of token {token:?} must be below vocab_size = {vocab_size} of config.json, got {id}", .path.display())]
+    TokenId { path: PathBuf, token: String, id: u32, vocab_size: usize },
+    /// Nothing says what the tokens of the model are.
+    #[error(
+        "model folder {} has no tokenizer.json: without one, vocab_size must be 256, a token for each byte, got {vocab_size}",
+        .path.display()
+    )]
+    NoTokenizer { path: PathBuf, vocab_size: usize },
+    /// What is done works with bytes.
+    #[error("model folder {} has a tokenizer, but {what} needs a model whose tokens are bytes", .path.display())]
+    NotBytes { path: PathBuf, what: &'static str },
+    /// The text is not what a tokenizer reads.
+    #[error("{what} must be UTF-8 for a model with a tokenizer, but is not at byte {at}")]
+    NotText { what: String, at: usize },
+    /// A token that the model has no embedding of.
+    #[error("a token must be below vocab_size = {vocab_size}, got {id}")]
+    Token { id: u32, vocab_size: usize },
     /// The text is too short to predict anything.
-    #[error("{what} has {got} bytes, but at least 2 are needed: the first byte is not predicted")]
-    ShortText { what: String, got: usize },
+    #[error("{what} has {got} {unit}, but at least 2 are needed: the first is not predicted")]
+    ShortText { what: String, got: usize, unit: &'static str },
     /// The model computed something that is not a number.
-    #[error("the prediction of byte {position} is not finite: are the weights damaged?")]
+    #[error("the prediction of token {position} is not finite: are the weights damaged?")]
     NotFinite { position: usize },
     /// The plot cannot be drawn.
     #[error("cannot draw the plot: {source}")]

@@ -7,7 +7,7 @@ use tokenselect::{DType, Device, StepInput, StepOutput, Tensor, TensorView, Tens
 use crate::config::ModelConfig;
 use crate::error::Result;
 use crate::model::{Layer, Model};
-use crate::ops::{rms_norm, swiglu};
+use crate::ops::{rms_norm, rms_norm_heads, swiglu};
 
 /// Runs a model over parts of a text. What is remembered of the parts before is the caller's: its attention has the cache.
 pub struct Forward<'a> {
@@ -37,9 +37,13 @@ struct Buffers {
     gate: Vec<f32>,
     /// What is gated, `intermediate_size` wide.
     up: Vec<f32>,
-    /// Logits, `vocab_size` wide.
+    /// Logits of some tokens, `vocab_size` wide.
     logits: Vec<f32>,
 }
+
+/// Logits that are computed together: those of all tokens of a part would take more memory than the rest of the pass where the
+/// vocabulary is large.
+const LOGITS: usize = 1 << 23;
 
 /// What attention reads and writes, where the device works. Made for a number of tokens, and kept while that stays.
 struct Operands {
@@ -69,20 +73,20 @@ impl<'a> Forward<'a> {
         self.model
     }
 
-    /// Reads `text` and returns the predictions after each of its bytes: logits, `[text.len(), vocab_size]`. `attend` is called
-    /// for one layer after the other, with queries and keys before RoPE.
+    /// Reads `tokens`. `attend` is called for one layer after the other, with queries and keys before RoPE.
     ///
     /// # Errors
-    /// Those of `attend`; [`Error::Library`](crate::error::Error::Library) where the device fails.
-    pub fn run(&mut self, text: &[u8], attend: &mut Attend<'_>) -> Result<&[f32]> {
+    /// Those of `attend`; [`Error::Token`](crate::error::Error::Token);
+    /// [`Error::Library`](crate::error::Error::Library) where the device fails.
+    pub fn run(&mut self, tokens: &[u32], attend: &mut Attend<'_>) -> Result<()> {
         let model = self.model;
         let epsilon = model.config.norm_epsilon;
-        self.buffers.resize(model, text.len());
-        model.embed(text, &mut self.buffers.x);
+        self.buffers.resize(model, tokens.len());
+        model.embed(tokens, &mut self.buffers.x)?;
         for (index, layer) in model.layers.iter().enumerate() {
             let b = &mut self.buffers;
             rms_norm(&b.x, &layer.attention_norm, epsilon, &mut b.normed);
-            self.attention(text.len(), index, layer, attend)?;
+            self.attention(tokens.len(), index, layer, attend)?;
             let b = &mut self.buffers;
             layer.o.add(&b.q, &mut b.x);
             rms_norm(&b.x, &layer.mlp_norm, epsilon, &mut b.normed);
@@ -93,19 +97,34 @@ impl<'a> Forward<'a> {
         }
         let b = &mut self.buffers;
         rms_norm(&b.x, &model.final_norm, epsilon, &mut b.normed);
-        model.output.apply(&b.normed, &mut b.logits);
-        Ok(&b.logits)
+        Ok(())
     }
 
-    /// The predictions that were returned last.
-    pub fn logits(&self) -> &[f32] {
-        &self.buffers.logits
+    /// The predictions after each of the tokens that were read last, some tokens at a time: `each` is given logits,
+    /// `[some, vocab_size]`.
+    ///
+    /// # Errors
+    /// Those of `each`.
+    pub fn predictions(&mut self, each: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        let Buffers { normed, logits, .. } = &mut self.buffers;
+        let config = &self.model.config;
+        let rows = (LOGITS / config.vocab_size).max(1);
+        for normed in normed.chunks(rows * config.hidden_size) {
+            logits.resize(normed.len() / config.hidden_size * config.vocab_size, 0.0);
+            self.model.output.apply(normed, logits);
+            each(logits)?;
+        }
+        Ok(())
     }
 
-    /// The prediction after the last byte: `[vocab_size]`. Nothing was read: an empty slice.
-    pub fn last_logits(&self) -> &[f32] {
-        let logits = &self.buffers.logits;
-        &logits[logits.len().saturating_sub(self.model.config.vocab_size)..]
+    /// The prediction after the last token: `[vocab_size]`. Nothing was read: an empty slice.
+    pub fn last_prediction(&mut self) -> &[f32] {
+        let Buffers { normed, logits, .. } = &mut self.buffers;
+        let config = &self.model.config;
+        let last = &normed[normed.len().saturating_sub(config.hidden_size)..];
+        logits.resize(if last.is_empty() { 0 } else { config.vocab_size }, 0.0);
+        self.model.output.apply(last, logits);
+        logits
     }
 
     /// Queries, keys and values of the normed stream, then attention; its output replaces the queries.
@@ -120,6 +139,10 @@ impl<'a> Forward<'a> {
         layer.q.apply(&b.normed, &mut b.q);
         layer.k.apply(&b.normed, &mut b.k);
         layer.v.apply(&b.normed, &mut b.v);
+        if let Some([q_norm, k_norm]) = &layer.head_norms {
+            rms_norm_heads(&mut b.q, q_norm, self.model.config.norm_epsilon);
+            rms_norm_heads(&mut b.k, k_norm, self.model.config.norm_epsilon);
+        }
         if self.operands.tokens != tokens {
             self.operands = Operands::new(&self.device, &self.model.config, tokens)?;
         }
@@ -160,7 +183,6 @@ impl Buffers {
         self.v.resize(tokens * kv_width, 0.0);
         self.gate.resize(tokens * config.intermediate_size, 0.0);
         self.up.resize(tokens * config.intermediate_size, 0.0);
-        self.logits.resize(tokens * config.vocab_size, 0.0);
     }
 }
 

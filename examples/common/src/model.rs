@@ -1,13 +1,13 @@
-//! Weights of a Llama model, in f32.
+//! Weights of a model, in f32.
 
 use std::path::Path;
 
 use crate::checkpoint::{Checkpoint, WeightFiles};
-use crate::config::ModelConfig;
+use crate::config::{ConfigFile, ModelConfig};
 use crate::error::{Error, Result};
 use crate::linear::Linear;
 
-/// A Llama model.
+/// A model: Llama's forward pass, with the parts of its family.
 #[derive(Debug)]
 pub struct Model {
     /// Name of its folder.
@@ -35,6 +35,8 @@ pub struct Layer {
     pub k: Linear,
     /// Residual stream to values.
     pub v: Linear,
+    /// `[head_dim]` each: weights of the norms of every head of queries and of keys, where the family has them.
+    pub head_norms: Option<[Vec<f32>; 2]>,
     /// Attention output to residual stream.
     pub o: Linear,
     /// `[hidden_size]`: weight of the norm before the feed-forward part.
@@ -49,6 +51,9 @@ pub struct Layer {
 
 impl Model {
     /// Reads a model folder.
+    ///
+    /// # Errors
+    /// Folders that are damaged, and models that have parts which are not implemented.
     pub fn load(folder: &Path) -> Result<Self> {
         if !folder.is_dir() {
             return Err(Error::NoFolder { path: folder.to_owned() });
@@ -56,32 +61,59 @@ impl Model {
         let config = ModelConfig::load(folder)?;
         let files = WeightFiles::read(folder)?;
         let checkpoint = files.parse()?;
+        config.check_layers(folder, checkpoint.num_layers())?;
         let (vocab, hidden) = (config.vocab_size, config.hidden_size);
         let embedding = checkpoint.tensor("model.embed_tokens.weight", [vocab, hidden])?;
-        let output = if config.tied_embeddings {
-            Linear::from_weight(embedding.clone(), hidden, vocab)
-        } else {
-            Linear::load(&checkpoint, "lm_head", hidden, vocab)?
-        };
-        Ok(Model {
+        let model = Model {
             name: folder.file_name().unwrap_or(folder.as_os_str()).display().to_string(),
             layers: (0..config.num_layers)
                 .map(|layer| Layer::load(&checkpoint, &config, layer))
                 .collect::<Result<_>>()?,
             final_norm: checkpoint.tensor("model.norm.weight", [hidden])?,
+            output: output(folder, &checkpoint, &config, &embedding)?,
             embedding,
-            output,
             config,
-        })
+        };
+        checkpoint.finish()?;
+        Ok(model)
     }
 
-    /// Copies the embeddings of `bytes` to `x`, `[bytes.len(), hidden_size]`.
-    pub fn embed(&self, bytes: &[u8], x: &mut [f32]) {
-        let width = self.config.hidden_size;
-        for (row, &byte) in x.chunks_exact_mut(width).zip(bytes) {
-            row.copy_from_slice(&self.embedding[usize::from(byte) * width..][..width]);
+    /// Copies the embeddings of `tokens` to `x`, `[tokens.len(), hidden_size]`.
+    ///
+    /// # Errors
+    /// [`Error::Token`].
+    pub fn embed(&self, tokens: &[u32], x: &mut [f32]) -> Result<()> {
+        let (width, vocab_size) = (self.config.hidden_size, self.config.vocab_size);
+        for (row, &id) in x.chunks_exact_mut(width).zip(tokens) {
+            match self.embedding.chunks_exact(width).nth(id as usize) {
+                Some(embedding) => row.copy_from_slice(embedding),
+                None => return Err(Error::Token { id, vocab_size }),
+            }
+        }
+        Ok(())
+    }
+}
+
+/// The projection to logits: the embedding, where the two are tied.
+fn output(
+    folder: &Path,
+    checkpoint: &Checkpoint<'_>,
+    config: &ModelConfig,
+    embedding: &[f32],
+) -> Result<Linear> {
+    let (vocab, hidden) = (config.vocab_size, config.hidden_size);
+    if !config.tied_embeddings {
+        return Linear::load(checkpoint, "lm_head", hidden, vocab);
+    }
+    // Some files hold a copy. Another matrix would mean that the two are not tied.
+    if checkpoint.has("lm_head.weight") {
+        let copy = checkpoint.tensor("lm_head.weight", [vocab, hidden])?;
+        if copy.iter().zip(embedding).any(|(copy, element)| copy.to_bits() != element.to_bits()) {
+            let rule = "false where lm_head.weight is not model.embed_tokens.weight";
+            return Err(ConfigFile::of(folder).error("tie_word_embeddings", rule, true));
         }
     }
+    Ok(Linear::from_weight(embedding.to_vec(), hidden, vocab))
 }
 
 impl Layer {
@@ -94,18 +126,24 @@ impl Layer {
             let name = format!("model.layers.{layer}.{part}");
             Linear::load(checkpoint, &name, inputs, outputs)?.with_bias(checkpoint, &name, has_bias)
         };
-        let attention = |part: &str, inputs, outputs| {
-            linear(&format!("self_attn.{part}_proj"), inputs, outputs, config.attention_bias)
+        let parts = config.parts;
+        let attention = |part: &str, inputs, outputs, has_bias| {
+            linear(&format!("self_attn.{part}_proj"), inputs, outputs, has_bias)
         };
         let mlp = |part: &str, inputs, outputs| {
-            linear(&format!("mlp.{part}_proj"), inputs, outputs, config.mlp_bias)
+            linear(&format!("mlp.{part}_proj"), inputs, outputs, parts.mlp_bias)
+        };
+        let head_norm = |part: &str| {
+            let name = format!("model.layers.{layer}.self_attn.{part}_norm.weight");
+            checkpoint.tensor(&name, [config.heads.head_dim])
         };
         Ok(Layer {
             attention_norm: norm("input_layernorm")?,
-            q: attention("q", hidden, q_width)?,
-            k: attention("k", hidden, kv_width)?,
-            v: attention("v", hidden, kv_width)?,
-            o: attention("o", q_width, hidden)?,
+            q: attention("q", hidden, q_width, parts.qkv_bias)?,
+            k: attention("k", hidden, kv_width, parts.qkv_bias)?,
+            v: attention("v", hidden, kv_width, parts.qkv_bias)?,
+            head_norms: if parts.head_norms { Some([head_norm("q")?, head_norm("k")?]) } else { None },
+            o: attention("o", q_width, hidden, parts.output_bias)?,
             mlp_norm: norm("post_attention_layernorm")?,
             gate: mlp("gate", hidden, config.intermediate_size)?,
             up: mlp("up", hidden, config.intermediate_size)?,

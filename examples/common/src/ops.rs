@@ -1,4 +1,4 @@
-//! The small operations of a Llama model, in parallel over rows.
+//! The small operations of a model, in parallel over rows.
 
 use rayon::prelude::*;
 
@@ -7,12 +7,27 @@ use rayon::prelude::*;
 pub fn rms_norm(x: &[f32], weight: &[f32], epsilon: f32, y: &mut [f32]) {
     let width = weight.len();
     y.par_chunks_exact_mut(width).zip(x.par_chunks_exact(width)).for_each(|(y, x)| {
-        let mean_square = x.iter().map(|x| x * x).sum::<f32>() / width as f32;
-        let scale = (mean_square + epsilon).sqrt().recip();
+        let scale = rms_scale(x, epsilon);
         for ((y, x), w) in y.iter_mut().zip(x).zip(weight) {
             *y = x * scale * w;
         }
     });
+}
+
+/// The same in place, over the heads of every row: `x` is `[rows, num_heads, width]`, `weight` `[width]`.
+pub fn rms_norm_heads(x: &mut [f32], weight: &[f32], epsilon: f32) {
+    x.par_chunks_exact_mut(weight.len()).for_each(|x| {
+        let scale = rms_scale(x, epsilon);
+        for (x, w) in x.iter_mut().zip(weight) {
+            *x *= scale * w;
+        }
+    });
+}
+
+/// `1 / sqrt(mean(x²) + epsilon)`.
+fn rms_scale(x: &[f32], epsilon: f32) -> f32 {
+    let mean_square = x.iter().map(|x| x * x).sum::<f32>() / x.len() as f32;
+    (mean_square + epsilon).sqrt().recip()
 }
 
 /// The gate of SwiGLU: `up = silu(gate) * up` with `silu(x) = x / (1 + exp(-x))`, element by element.
@@ -26,14 +41,14 @@ pub fn swiglu(gate: &[f32], up: &mut [f32]) {
     });
 }
 
-/// Bits that a code built on the prediction needs for the byte that came: `-log2 softmax(logits)[byte]`, for
-/// every row of `logits`, `[bytes.len(), vocab_size]`.
-pub fn code_lengths(logits: &[f32], vocab_size: usize, bytes: &[u8]) -> Vec<f32> {
-    let rows = logits.par_chunks_exact(vocab_size).zip(bytes);
-    rows.map(|(logits, &byte)| {
+/// Bits that a code built on the prediction needs for the token that came: `-log2 softmax(logits)[token]`, for
+/// every row of `logits`, `[tokens.len(), vocab_size]`. Tokens are below `vocab_size`.
+pub fn code_lengths(logits: &[f32], vocab_size: usize, tokens: &[u32]) -> Vec<f32> {
+    let rows = logits.par_chunks_exact(vocab_size).zip(tokens);
+    rows.map(|(logits, &token)| {
         let largest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
         let sum: f64 = logits.iter().map(|&logit| f64::from((logit - largest).exp())).sum();
-        let nats = sum.ln() + f64::from(largest) - f64::from(logits[usize::from(byte)]);
+        let nats = sum.ln() + f64::from(largest) - f64::from(logits[token as usize]);
         (nats / std::f64::consts::LN_2) as f32
     })
     .collect()

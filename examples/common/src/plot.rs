@@ -36,13 +36,39 @@ pub trait Drawing {
 /// Result of drawing on a canvas.
 pub type Drawn<DB> = std::result::Result<(), DrawingAreaErrorKind<<DB as DrawingBackend>::ErrorType>>;
 
-/// Writes a drawing, as PNG where the name of the file says so, else as SVG.
+/// What a drawing is written as.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Format {
+    /// Lines and letters.
+    Svg,
+    /// Pixels.
+    Png,
+}
+
+impl Format {
+    /// That of a file, by the extension of its name.
+    ///
+    /// # Errors
+    /// [`Error::Option`] for another extension.
+    pub fn of(option: &'static str, path: &Path) -> Result<Self> {
+        let is = |name| path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case(name));
+        match () {
+            () if is("svg") => Ok(Format::Svg),
+            () if is("png") => Ok(Format::Png),
+            () => Err(Error::option(option, "a file name that ends in .svg or .png", path.display())),
+        }
+    }
+}
+
+/// Writes a drawing.
 ///
 /// # Errors
 /// [`Error::Plot`], [`Error::Write`].
-pub fn write(path: &Path, drawing: &impl Drawing) -> Result<()> {
-    let is_png = path.extension().is_some_and(|extension| extension.eq_ignore_ascii_case("png"));
-    let bytes = if is_png { png(drawing)? } else { svg(drawing)?.into_bytes() };
+pub fn write(path: &Path, format: Format, drawing: &impl Drawing) -> Result<()> {
+    let bytes = match format {
+        Format::Svg => svg(drawing)?.into_bytes(),
+        Format::Png => png(drawing)?,
+    };
     fs::write(path, bytes).map_err(|source| Error::Write { path: path.to_owned(), source })
 }
 

@@ -25,11 +25,13 @@ pub struct ScalingFields {
     mscale: Option<f64>,
     mscale_all_dim: Option<f64>,
     truncate: Option<bool>,
+    partial_rotary_factor: Option<f64>,
 }
 
 impl ScalingFields {
     /// The scaling that the fields describe, for a model of `training_context` tokens.
     pub fn interpret(&self, file: &ConfigFile, training_context: usize) -> Result<RopeScaling> {
+        file.only("rope_scaling.partial_rotary_factor", self.partial_rotary_factor, 1.0)?;
         let factor = || file.required("rope_scaling.factor", self.factor);
         match self.rope_type.as_deref().or(self.old_type.as_deref()) {
             None | Some("default") => Ok(RopeScaling::None),

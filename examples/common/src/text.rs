@@ -1,4 +1,4 @@
-//! The text to read.
+//! Texts to read.
 
 use std::fs::{self, File};
 use std::io::Read;
@@ -6,38 +6,32 @@ use std::path::{Path, PathBuf};
 
 use crate::error::{Error, Result};
 
-/// Folders of the project whose Rust sources make the default text, in this order.
+/// Folders of the project whose Rust sources make a text, in this order.
 const SOURCES: [&str; 6] = ["benches", "examples", "host", "kernels-gpu", "ptx", "tests"];
 
-/// At most `limit` bytes of the file at `path`, or of the project's own sources.
+/// At most `limit` bytes of a file, and whether it has more.
 ///
 /// # Errors
-/// [`Error::Read`], and [`Error::ShortText`] for fewer than two bytes.
-pub fn read(path: Option<&Path>, limit: usize) -> Result<Vec<u8>> {
-    let (text, what) = match path {
-        Some(path) => (read_file(path, limit)?, path.display().to_string()),
-        None => (project_sources(limit)?, "the text of the project's own sources".to_owned()),
-    };
-    if text.len() < 2 {
-        return Err(Error::ShortText { what, got: text.len() });
-    }
-    Ok(text)
-}
-
-fn read_file(path: &Path, limit: usize) -> Result<Vec<u8>> {
+/// [`Error::Read`].
+pub fn read_file(path: &Path, limit: usize) -> Result<(Vec<u8>, bool)> {
     let mut bytes = Vec::new();
     let file = File::open(path).map_err(Error::read(path))?;
-    file.take(limit as u64).read_to_end(&mut bytes).map_err(Error::read(path))?;
-    Ok(bytes)
+    file.take((limit as u64).saturating_add(1)).read_to_end(&mut bytes).map_err(Error::read(path))?;
+    let is_cut = bytes.len() > limit;
+    bytes.truncate(limit);
+    Ok((bytes, is_cut))
 }
 
-/// The project's Rust sources, concatenated in the order of their paths.
-fn project_sources(limit: usize) -> Result<Vec<u8>> {
+/// At most `limit` bytes of the project's Rust sources, concatenated in the order of their paths.
+///
+/// # Errors
+/// [`Error::Read`].
+pub fn project_sources(limit: usize) -> Result<Vec<u8>> {
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
     let mut text = Vec::new();
     for folder in SOURCES.iter().map(|name| root.join(name)).filter(|folder| folder.is_dir()) {
         for file in rust_files(&folder)? {
-            text.extend(read_file(&file, limit - text.len())?);
+            text.extend(read_file(&file, limit - text.len())?.0);
         }
     }
     Ok(text)

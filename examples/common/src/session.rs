@@ -4,13 +4,12 @@ use std::ops::ControlFlow;
 
 use tokenselect::{
     Batch, CacheConfig, Device, Limits, PagedKvCache, Pieces, Positions, PrefillConfig, SelectConfig,
-    SelectionCacheConfig, SelectionStats, SequenceId, StepInput, StepOutput, TokenSelect,
+    SelectionCacheConfig, SequenceId, StepInput, StepOutput, TokenSelect,
 };
-use tokenselect_examples::error::Result;
-use tokenselect_examples::forward::Forward;
-use tokenselect_examples::model::Model;
 
-use crate::options::Options;
+use crate::error::Result;
+use crate::forward::Forward;
+use crate::model::Model;
 
 /// Tokens in a page of the cache.
 const PAGE_SIZE: usize = 16;
@@ -24,6 +23,32 @@ pub enum Attention {
     Dense,
 }
 
+/// What is selected.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct Settings {
+    /// Tokens of a block, which share one list of selected tokens.
+    pub block: usize,
+    /// The first tokens, always selected.
+    pub n_init: usize,
+    /// The last tokens before a block, always selected.
+    pub n_local: usize,
+    /// Tokens selected by vote among the rest.
+    pub top_k: usize,
+    /// Factor on the dot products that vote; that of attention where it is not given.
+    pub score_scale: Option<f32>,
+}
+
+/// Selections made, summed over layers. Where there are no more tokens than may be chosen, none is made.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct Selections {
+    /// For blocks: always anew.
+    pub for_blocks: u64,
+    /// For single tokens, anew.
+    pub for_tokens: u64,
+    /// For single tokens, those of an earlier one used again: the Selection Cache.
+    pub reused: u64,
+}
+
 /// A sequence that grows by parts of a text, read in blocks, and by single tokens.
 pub struct Session<'a> {
     forward: Forward<'a>,
@@ -35,27 +60,31 @@ pub struct Session<'a> {
     block_len: usize,
     /// For single tokens: goes through the Selection Cache.
     decode: TokenSelect,
-    /// Selections made for blocks, which the Selection Cache does not see.
-    scored_blocks: u64,
+    /// Selections made for blocks, summed over layers: the cache's own counts are of single tokens.
+    selected_blocks: u64,
 }
 
 impl<'a> Session<'a> {
-    /// An empty sequence with room for `capacity` tokens.
+    /// An empty sequence with room for `capacity` tokens, at least 1.
+    ///
+    /// # Errors
+    /// [`Error::Library`](crate::error::Error::Library): what the device cannot run, or has no memory for.
     pub fn new(
         model: &'a Model,
         device: &Device,
         attention: Attention,
         capacity: usize,
-        options: &Options,
+        settings: &Settings,
     ) -> Result<Self> {
         let config = SelectConfig {
             heads: model.config.heads,
             dtype: model.config.dtype,
             // Windows longer than the text change nothing, and need not be paid for.
-            n_init: options.n_init.min(capacity),
-            n_local: options.n_local.min(capacity),
-            top_k: options.top_k.min(capacity),
+            n_init: settings.n_init.min(capacity),
+            n_local: settings.n_local.min(capacity),
+            top_k: settings.top_k.min(capacity),
             positions: Positions::Reassigned(model.config.rope),
+            score_scale: settings.score_scale,
             selection_cache: Some(SelectionCacheConfig::default()),
             ..SelectConfig::default()
         };
@@ -69,7 +98,7 @@ impl<'a> Session<'a> {
         };
         let mut cache = PagedKvCache::new(device, &config, &cache_config)?;
         let sequence = cache.create()?;
-        let block_len = options.block.min(capacity);
+        let block_len = settings.block.min(capacity);
         let reading = PrefillConfig { block_len, max_kv_len: capacity, ..PrefillConfig::default() };
         let prefill = TokenSelect::for_prefill(device, config.clone(), &reading)?;
         let limits = Limits { max_rows: 1, max_block_len: 1, max_kv_tokens: num_pages * PAGE_SIZE };
@@ -82,40 +111,56 @@ impl<'a> Session<'a> {
             prefill,
             block_len,
             decode,
-            scored_blocks: 0,
+            selected_blocks: 0,
         })
     }
 
-    /// Reads a part of the text in blocks and returns the predictions after each of its bytes: logits, `[text.len(), vocab_size]`.
-    /// `progress` is told how many bytes' worth of it is done.
-    pub fn prefill(&mut self, text: &[u8], progress: &mut dyn FnMut(usize)) -> Result<&[f32]> {
+    /// Reads a part of the text in blocks. `progress` is told how many tokens' worth of it is done.
+    ///
+    /// # Errors
+    /// [`Error::Library`](crate::error::Error::Library) beyond the capacity, [`Error::Token`](crate::error::Error::Token).
+    pub fn prefill(&mut self, tokens: &[u32], progress: &mut dyn FnMut(usize)) -> Result<()> {
         let limits = self.prefill.plan().limits();
-        let pieces = self.cache.extend_in_pieces(limits, &[(self.sequence, text.len())], self.block_len)?;
-        self.forward(text, &Work::Prefill(pieces), progress)
+        let pieces = self.cache.extend_in_pieces(limits, &[(self.sequence, tokens.len())], self.block_len)?;
+        self.forward(tokens, &Work::Prefill(pieces), progress)
     }
 
-    /// Reads one byte, through the Selection Cache, and returns the prediction after it: `[vocab_size]`.
-    pub fn decode(&mut self, byte: u8) -> Result<&[f32]> {
+    /// Reads one token, through the Selection Cache.
+    ///
+    /// # Errors
+    /// As [`prefill`](Self::prefill).
+    pub fn decode(&mut self, token: u32) -> Result<()> {
         let batch = self.cache.extend(&[(self.sequence, 1)])?;
-        self.forward(&[byte], &Work::Decode(batch), &mut |_| ())
+        self.forward(&[token], &Work::Decode(batch), &mut |_| ())
     }
 
-    /// The prediction after the last byte.
-    pub fn last_logits(&self) -> &[f32] {
-        self.forward.last_logits()
+    /// The predictions after each of the tokens that were read last, as [`Forward::predictions`].
+    ///
+    /// # Errors
+    /// Those of `each`.
+    pub fn predictions(&mut self, each: &mut dyn FnMut(&[f32]) -> Result<()>) -> Result<()> {
+        self.forward.predictions(each)
     }
 
-    /// How often a selection was used again and made anew, summed over layers. Blocks always select anew.
-    pub fn selection_stats(&self) -> Result<SelectionStats> {
-        let cached = self.cache.selection_stats()?;
-        Ok(SelectionStats { scored: cached.scored + self.scored_blocks, ..cached })
+    /// The prediction after the last token: `[vocab_size]`.
+    pub fn last_prediction(&mut self) -> &[f32] {
+        self.forward.last_prediction()
     }
 
-    fn forward(&mut self, text: &[u8], work: &Work, progress: &mut dyn FnMut(usize)) -> Result<&[f32]> {
+    /// Selections made so far.
+    ///
+    /// # Errors
+    /// [`Error::Library`](crate::error::Error::Library) where the device fails.
+    pub fn selections(&self) -> Result<Selections> {
+        let single = self.cache.selection_stats()?;
+        Ok(Selections { for_blocks: self.selected_blocks, for_tokens: single.scored, reused: single.reused })
+    }
+
+    fn forward(&mut self, tokens: &[u32], work: &Work, progress: &mut dyn FnMut(usize)) -> Result<()> {
         let num_layers = self.forward.model().layers.len();
-        let Session { forward, attention, cache, prefill, decode, scored_blocks, .. } = self;
-        forward.run(text, &mut |index, input, output| {
-            let done_before = index * text.len();
+        let Session { forward, attention, cache, prefill, decode, selected_blocks, .. } = self;
+        forward.run(tokens, &mut |index, input, output| {
+            let done_before = index * tokens.len();
             let progress = &mut |done: usize| progress((done_before + done) / num_layers);
             match (work, *attention) {
                 (Work::Decode(batch), Attention::Selected) => {
@@ -125,7 +170,7 @@ impl<'a> Session<'a> {
                     decode.step_dense(cache, index, batch, input, output)?;
                 }
                 (Work::Prefill(pieces), Attention::Selected) => {
-                    *scored_blocks += self::scored_blocks(pieces, prefill.config())?;
+                    *selected_blocks += self::selected_blocks(pieces, prefill.config())?;
                     prefill.prefill(cache.layer_mut(index)?, pieces, input, output, |at| {
                         progress(at.done);
                         ControlFlow::Continue(())
@@ -134,13 +179,12 @@ impl<'a> Session<'a> {
                 (Work::Prefill(pieces), Attention::Dense) => {
                     let StepOutput { mut out, .. } = output;
                     for piece in 0..pieces.len() {
-                        let tokens = pieces.tokens(piece)?;
-                        let [q, k, v] =
-                            [input.q, input.k, input.v].map(|tensor| tensor.tokens(tokens.clone()));
+                        let part = pieces.tokens(piece)?;
+                        let [q, k, v] = [input.q, input.k, input.v].map(|tensor| tensor.tokens(part.clone()));
                         let input = StepInput { q: q?, k: k?, v: v? };
-                        let output = StepOutput { out: out.reborrow().tokens(tokens.clone())?, lse: None };
+                        let output = StepOutput { out: out.reborrow().tokens(part.clone())?, lse: None };
                         prefill.step_dense(cache, index, &*pieces.batch(piece)?, input, output)?;
-                        progress(tokens.end);
+                        progress(part.end);
                     }
                 }
             }
@@ -150,15 +194,15 @@ impl<'a> Session<'a> {
 }
 
 /// Blocks that select among more tokens than they may choose.
-fn scored_blocks(pieces: &Pieces, config: &SelectConfig) -> Result<u64> {
-    let mut scored = 0;
+fn selected_blocks(pieces: &Pieces, config: &SelectConfig) -> Result<u64> {
+    let mut selected = 0;
     for piece in 0..pieces.len() {
         let batch = pieces.batch(piece)?;
         for row in 0..batch.num_rows() {
-            scored += u64::from(batch.row(row)?.candidates(config).len() > config.top_k);
+            selected += u64::from(batch.row(row)?.candidates(config).len() > config.top_k);
         }
     }
-    Ok(scored)
+    Ok(selected)
 }
 
 /// Tokens to read, and the selector that they go through.
