@@ -602,7 +602,7 @@ fn operations_that_a_plan_leaves_out(device: &Device) {
     let mut refuse = |operations, call: fn(&mut Fixture) -> Result<(), Error>, op: &str, needs: &str| {
         let plan = Plan::new(device, f.ts.config().clone(), *f.ts.plan().limits(), operations).unwrap();
         let whole = std::mem::replace(&mut f.ts, TokenSelect::with_plan(plan).unwrap());
-        f.refuses(call, &format!("`{op}` needs a plan with the operation `{needs}`"));
+        f.refuses(call, &format!("`{op}` needs the operation `{needs}`, which this was made without"));
         f.ts = whole;
     };
     let all = Operations::ALL;

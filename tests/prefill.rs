@@ -350,7 +350,9 @@ fn wrong_arguments_change_nothing(device: &Device) {
         let mut less = plan(device, &config, LIMITS, less);
         let error = refused(&mut less, &mut cache, &pieces, given.step(), output(&mut out, &mut lse));
         assert!(
-            error.to_string().contains(&format!("`prefill` needs a plan with the operation `{name}`")),
+            error
+                .to_string()
+                .contains(&format!("`prefill` needs the operation `{name}`, which this was made without")),
             "{error}"
         );
     }

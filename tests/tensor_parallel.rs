@@ -421,6 +421,12 @@ fn operations_follow_each_other(device: &Device) {
     let vote = Operations { vote: true, ..Operations::NONE };
     let mut without = only(device, &config(0.8, 4), limits(&batch), vote);
     let text = |result: Result<(), Error>| result.unwrap_err().to_string();
-    assert_eq!(text(without.compare(&batch, None)), "`compare` needs a plan with the operation `pool`");
-    assert_eq!(text(without.decide(&batch, None)), "`decide` needs a plan with the operation `pool`");
+    assert_eq!(
+        text(without.compare(&batch, None)),
+        "`compare` needs the operation `pool`, which this was made without"
+    );
+    assert_eq!(
+        text(without.decide(&batch, None)),
+        "`decide` needs the operation `pool`, which this was made without"
+    );
 }

@@ -111,7 +111,11 @@ pub use token_select::{Over, PrefillConfig, PrefillProgress, StepInput, StepOutp
 pub use tokenselect_kernels::launch::Dims;
 pub use workspace::{Buffer, RowAction, Workspace};
 
-/// The examples of the README are compiled and run. (One of them is for GPUs.)
+/// The examples of the README and the guide are compiled and run. (One of them is for GPUs.)
 #[cfg(all(doctest, feature = "cuda"))]
-#[doc = include_str!("../README.md")]
-struct Readme;
+mod documents {
+    #[doc = include_str!("../README.md")]
+    struct Readme;
+    #[doc = include_str!("../guide.md")]
+    struct Guide;
+}

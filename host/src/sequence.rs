@@ -72,6 +72,6 @@ impl Revision {
 
 impl fmt::Display for SequenceId {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "sequence {}.{}", self.index, self.generation)
+        write!(f, "sequence {}", self.to_bits()) // the number that interfaces to other languages hold
     }
 }

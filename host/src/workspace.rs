@@ -186,8 +186,10 @@ impl Workspace {
     /// The selected tokens of one row of the current batch, ascending. Waits for earlier work of the device.
     ///
     /// # Errors
-    /// [`Error::Index`] where the plan has no such row, [`Error::Driver`] where the device fails.
+    /// [`Error::Order`] before the first selection, [`Error::Index`] where the plan has no such row, [`Error::Driver`] where the
+    /// device fails.
     pub fn selected(&self, row: usize) -> Result<Vec<u32>> {
+        self.progress.expect_selected("selected")?;
         let lengths = self.selected_len.to_vec::<u32>()?;
         let limit = lengths.len();
         let len = *lengths.get(row).ok_or(Error::Index { what: "row", limit, got: row })? as usize;

@@ -1,6 +1,8 @@
 //! Batches: which queries belong to which sequence, and in which pages its tokens lie.
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 use tokenselect::{PageTables, TablesOnDevice};
 
 use crate::argument::Argument;
@@ -73,6 +75,16 @@ pub(crate) struct BatchRow {
 
 #[pymethods]
 impl BatchInfo {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        fence(py, || Err(Failure::not_called("BatchInfo", "`Batch.info`")))
+    }
+
     fn __repr__(&self) -> String {
         format!(
             "BatchInfo(num_rows={}, num_query_tokens={}, page_size={}, max_block_len={}, max_kv_len={}, num_token_places={})",
@@ -88,6 +100,16 @@ impl BatchInfo {
 
 #[pymethods]
 impl BatchRow {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        fence(py, || Err(Failure::not_called("BatchRow", "`Batch.row`")))
+    }
+
     fn __repr__(&self) -> String {
         format!(
             "BatchRow(query_begin={}, block_len={}, kv_len={}, token_base={})",
@@ -238,6 +260,7 @@ impl Batch {
             let context = of_class::<Context>("context", context)?.get();
             let (limits, block_len) = (context.limits(), whole("block_len", block_len)?);
             let batch = self.slot.read()?;
+            context.expect_kv_len(self.info.max_kv_len)?;
             Ok(Pieces::new(batch.get()?.in_pieces(&limits, block_len)?))
         })
     }
@@ -294,6 +317,16 @@ impl Pieces {
 
 #[pymethods]
 impl Pieces {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        fence(py, || Err(Failure::not_called("Pieces", "`Cache.extend_in_pieces` and `Batch.in_pieces`")))
+    }
+
     /// Gives the pieces back now instead of when the object is dropped.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         fence(py, || self.slot.close())
@@ -443,6 +476,10 @@ impl BatchSlot {
     /// Gives the place back; where a graph uses it, when that is gone.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         fence(py, || self.slot.close())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.device)
     }
 
     fn __repr__(&self) -> String {

@@ -1,5 +1,6 @@
 //! The owned cache: keys and values of many sequences in shared pages.
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use tokenselect::{CacheConfig, DType, KvLayout, PagedKvCache, SequenceId, TensorView};
 
@@ -8,16 +9,17 @@ use crate::batch::{Batch, Pieces};
 use crate::config::Config;
 use crate::context::Context;
 use crate::device::Device;
-use crate::errors::{Failure, Result, fence};
+use crate::errors::{Failure, Kind, Result, fence};
 use crate::kv::KvView;
 use crate::numbers::{layout, layout_name, of_class, optional_whole, type_name, whole, whole_below};
 use crate::selection_cache::{SelectionCache, SelectionStats};
-use crate::slot::Slot;
+use crate::slot::{Lends, Slot};
 
 /// Keys and values of many sequences in shared pages, with their page tables and their Selection Cache.
 ///
 /// `num_layers`, `num_pages` of every layer, `page_size` (1 to 256 tokens), `max_sequences` alive at once, `layout` of a page:
-/// `"NHD"` or `"HND"`. `2 * num_layers * num_pages * page_size * num_kv_heads * head_dim` elements of the configuration's type.
+/// `"NHD"` or `"HND"`. `2 * num_layers * num_pages * page_size * num_kv_heads * head_dim` elements of the configuration's type, for
+/// `num_pages * page_size` tokens of all sequences together: 16384 by default, where a `Context` has room for 131072.
 /// Raises `OutOfMemoryError`.
 ///
 /// Sequences are whole numbers, none of which is used twice. `create`, `fork`, `truncate` and `free` raise an `ArgumentError`
@@ -30,6 +32,7 @@ pub(crate) struct Cache {
     layout: KvLayout,
     /// Of keys, and of values, of a layer.
     shape: [usize; 4],
+    page_size: usize,
     /// Bytes of keys and of values of each layer, which stay where they are.
     spans: Vec<[Span; 2]>,
 }
@@ -62,19 +65,14 @@ impl Cache {
         self.dtype
     }
 
+    /// Sizes of the keys, and of the values, of a layer.
+    pub fn shape(&self) -> [usize; 4] {
+        self.shape
+    }
+
     /// Order of the dimensions of a page.
     pub fn layout(&self) -> KvLayout {
         self.layout
-    }
-
-    /// Checks that it was not closed.
-    pub fn expect_open(&self) -> Result<()> {
-        self.slot.expect_open()
-    }
-
-    /// Somebody has addresses of its memory.
-    pub fn lend(&self) {
-        self.slot.lend();
     }
 
     /// Bytes of the keys and of the values of a layer.
@@ -86,8 +84,22 @@ impl Cache {
 
     /// Address and shape of a layer's keys, 0, or values, 1.
     pub fn pool(&self, layer: usize, place: usize) -> Result<(usize, [usize; 4])> {
-        self.expect_open()?;
+        self.slot.expect_open()?;
         Ok((self.spans(layer)?[place].begin, self.shape))
+    }
+
+    /// An error of growing: where pages are short, with what there are, since their number has a default.
+    fn explained(&self, error: tokenselect::Error) -> Failure {
+        let (tokenselect::Error::OutOfPages { .. }, [num_pages, ..]) = (&error, self.shape) else {
+            return error.into();
+        };
+        let page_size = self.page_size;
+        let text = format!(
+            "{error}: `num_pages`={num_pages} of `page_size`={page_size} hold {} tokens of all sequences together, make \
+             the cache with more",
+            num_pages * page_size
+        );
+        Failure::Rule { kind: Kind::OutOfPages, status: "TS_STATUS_OUT_OF_PAGES", text }
     }
 
     fn read<R>(&self, work: impl FnOnce(&PagedKvCache) -> Result<R>) -> Result<R> {
@@ -166,6 +178,7 @@ impl Cache {
                 dtype: config.dtype,
                 layout: size.layout,
                 shape: cache.shape().dims(size.layout),
+                page_size: size.page_size,
                 spans: spans.collect::<Result<_>>()?,
                 slot: Slot::new("cache", cache),
             })
@@ -231,7 +244,10 @@ impl Cache {
     fn extend(&self, growth: &Bound<'_, PyAny>) -> PyResult<Batch> {
         fence(growth.py(), || {
             let growth = growth_of(growth)?;
-            self.write(|cache| Ok(Batch::new(cache.extend(&growth)?)))
+            self.write(|cache| {
+                let batch = cache.extend(&growth).map_err(|error| self.explained(error))?;
+                Ok(Batch::new(batch))
+            })
         })
     }
 
@@ -245,9 +261,16 @@ impl Cache {
         block_len: &Bound<'_, PyAny>,
     ) -> PyResult<Pieces> {
         fence(context.py(), || {
-            let limits = of_class::<Context>("context", context)?.get().limits();
-            let (growth, block_len) = (growth_of(growth)?, whole("block_len", block_len)?);
-            self.write(|cache| Ok(Pieces::new(cache.extend_in_pieces(&limits, &growth, block_len)?)))
+            let context = of_class::<Context>("context", context)?.get();
+            let (limits, growth, block_len) =
+                (context.limits(), growth_of(growth)?, whole("block_len", block_len)?);
+            self.write(|cache| {
+                for &(sequence, tokens) in growth.iter().filter(|&&(_, tokens)| tokens > 0) {
+                    context.expect_kv_len(cache.len(sequence)?.saturating_add(tokens))?;
+                }
+                let pieces = cache.extend_in_pieces(&limits, &growth, block_len);
+                Ok(Pieces::new(pieces.map_err(|error| self.explained(error))?))
+            })
         })
     }
 
@@ -268,7 +291,7 @@ impl Cache {
     fn layer(slf: &Bound<'_, Self>, layer: &Bound<'_, PyAny>) -> PyResult<KvView> {
         fence(slf.py(), || {
             let (this, layer) = (slf.get(), whole("layer", layer)?);
-            this.expect_open()?;
+            this.slot.expect_open()?;
             this.spans(layer)?;
             Ok(KvView::of_cache(slf, layer, false))
         })
@@ -298,6 +321,10 @@ impl Cache {
     /// Gives the memory back now instead of when the object is dropped; where an array or a graph uses it, when these are gone.
     fn close(&self, py: Python<'_>) -> PyResult<()> {
         fence(py, || self.slot.close())
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.device)
     }
 
     fn __repr__(&self) -> String {

@@ -1,7 +1,7 @@
 //! What is computed, and how large a step may be.
 
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString};
+use pyo3::types::{PyDict, PyString, PyTuple};
 use tokenselect::{
     HeadShape, Limits, Operations, Positions, Rope, RopePairing, RopeScaling, SelectConfig,
     SelectionCacheConfig,
@@ -145,13 +145,21 @@ fn read_rope(given: &Bound<'_, PyAny>) -> Result<Rope> {
 impl Config {
     #[new]
     #[pyo3(
-        signature = (**fields),
+        signature = (*args, **fields),
         text_signature = "(*, num_qo_heads=32, num_kv_heads=8, head_dim=128, dtype='bf16', n_init=128, n_local=512, \
                           top_k=2048, vote_pool_window=1, score_scale=None, sm_scale=None, logits_soft_cap=None, \
                           positions='native', rope=None, selection_cache=True, similarity_threshold=0.9, max_reuse=None)"
     )]
-    fn make(py: Python<'_>, fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
+    fn make(py: Python<'_>, args: &Bound<'_, PyTuple>, fields: Option<&Bound<'_, PyDict>>) -> PyResult<Self> {
         fence(py, || {
+            if !args.is_empty() {
+                let got = args.len();
+                let text = format!(
+                    "`Config` takes keywords alone, such as `num_qo_heads=32`, got {got} arguments without one"
+                );
+                let (kind, status) = (Kind::ArgumentType, "TS_STATUS_CONFIG");
+                return Err(Failure::Rule { kind, status, text });
+            }
             let mut inner = SelectConfig::default();
             if let Some(fields) = fields {
                 set(&mut inner, fields)?;
@@ -251,16 +259,64 @@ impl Config {
         self.inner.selection_cache.and_then(|cache| cache.max_reuse)
     }
 
+    /// What makes an equal one. All fields, but those of a Selection Cache only where there is one.
     fn __repr__(&self) -> String {
-        let SelectConfig { heads, dtype, n_init, n_local, top_k, .. } = &self.inner;
+        let SelectConfig { heads, dtype, n_init, n_local, top_k, vote_pool_window, .. } = &self.inner;
         let HeadShape { num_qo_heads, num_kv_heads, head_dim } = heads;
-        format!(
+        let mut text = format!(
             "Config(num_qo_heads={num_qo_heads}, num_kv_heads={num_kv_heads}, head_dim={head_dim}, dtype='{dtype}', \
-             n_init={n_init}, n_local={n_local}, top_k={top_k}, positions='{}', selection_cache={})",
+             n_init={n_init}, n_local={n_local}, top_k={top_k}, vote_pool_window={vote_pool_window}, score_scale={}, \
+             sm_scale={}, logits_soft_cap={}, positions='{}'",
+            or_none(self.inner.score_scale),
+            or_none(self.inner.sm_scale),
+            or_none(self.inner.logits_soft_cap),
             self.positions(),
-            if self.selection_cache() { "True" } else { "False" }
-        )
+        );
+        if let Positions::Reassigned(rope) = &self.inner.positions {
+            text += &format!(", rope={}", rope_text(rope));
+        }
+        match self.inner.selection_cache {
+            None => text += ", selection_cache=False)",
+            Some(SelectionCacheConfig { similarity_threshold, max_reuse }) => {
+                let max_reuse = or_none(max_reuse);
+                text += &format!(
+                    ", selection_cache=True, similarity_threshold={similarity_threshold:?}, max_reuse={max_reuse})"
+                );
+            }
+        }
+        text
     }
+}
+
+/// A number as Python writes it.
+fn or_none<T: std::fmt::Debug>(number: Option<T>) -> String {
+    number.map_or_else(|| "None".to_owned(), |number| format!("{number:?}"))
+}
+
+/// The dict that makes an equal one.
+fn rope_text(rope: &Rope) -> String {
+    let Rope { theta, rotary_dim, pairing, scaling } = rope;
+    let pairing = match pairing {
+        RopePairing::HalfSplit => "half_split",
+        RopePairing::Interleaved => "interleaved",
+    };
+    let scaling = match scaling {
+        RopeScaling::None => "'scaling': 'none'".to_owned(),
+        RopeScaling::Linear { factor } => format!("'scaling': 'linear', 'factor': {factor:?}"),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original_max_position } => format!(
+            "'scaling': 'llama3', 'factor': {factor:?}, 'low_freq_factor': {low_freq_factor:?}, \
+             'high_freq_factor': {high_freq_factor:?}, 'original_max_position': {original_max_position:?}"
+        ),
+        RopeScaling::Yarn { factor, original_max_position, beta_fast, beta_slow, attention_factor } => {
+            format!(
+                "'scaling': 'yarn', 'factor': {factor:?}, 'original_max_position': {original_max_position:?}, \
+             'beta_fast': {beta_fast:?}, 'beta_slow': {beta_slow:?}, 'attention_factor': {}",
+                or_none(*attention_factor)
+            )
+        }
+    };
+    let rotary_dim = or_none(*rotary_dim);
+    format!("{{'theta': {theta:?}, 'rotary_dim': {rotary_dim}, 'pairing': '{pairing}', {scaling}}}")
 }
 
 /// Limits, `max_rows`, `max_block_len` and `max_kv_tokens`, and the operations that are asked for.

@@ -2,14 +2,18 @@
 
 use std::ffi::c_void;
 use std::fmt;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, PoisonError};
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 use tokenselect::{Event, Plan, Workspace};
 
 use crate::config::{Config, plan_limits};
 use crate::errors::{Failure, Result, fence};
+use crate::fork::{Once, Process};
 use crate::graph::Graph;
 use crate::memory::{Buffer, Memory};
 use crate::numbers::{of_class, whole_below};
@@ -37,7 +41,8 @@ impl Where {
 
 /// Where operations run: `Device.cpu()`, `Device.cuda(0)`, `Device.emulated()`.
 ///
-/// Devices may be shared by threads, and live as long as anything that was made on them.
+/// Devices may be shared by threads, and live as long as anything that was made on them. They do not live on in a process that was
+/// forked, nor does anything that was made on them: `multiprocessing` must start processes with `spawn`.
 #[pyclass(frozen, weakref, module = "tokenselect")]
 pub(crate) struct Device {
     inner: tokenselect::Device,
@@ -45,14 +50,40 @@ pub(crate) struct Device {
     /// The raw stream, where it is the caller's.
     stream: Option<usize>,
     /// The caller's stream, which must live as long as the device.
-    _stream_object: Option<Py<PyAny>>,
+    stream_object: Option<Py<PyAny>>,
     open: Slot<()>,
     /// What the device may still read, by the moment when it has done so; none where that cannot be told.
     kept: Mutex<Vec<Kept>>,
+    process: Process,
 }
 
 /// Objects, and the moment when the device has read them.
-type Kept = (Option<Event>, Vec<Py<PyAny>>);
+type Kept = (Moment, Vec<Py<PyAny>>);
+
+/// The processor's threads, of which this library has one pool.
+static THREADS: Once = Once::new();
+/// CUDA.
+static CUDA: Once = Once::new();
+
+/// A moment in a device's order of work.
+pub(crate) struct Moment {
+    /// None where it cannot be told whether it has passed.
+    event: Option<Event>,
+    /// What has passed stays so, even where the device fails later: the garbage collector asks twice, and must hear the same.
+    has_passed: AtomicBool,
+}
+
+impl Moment {
+    /// Whether the device's work before it is done. Does not wait.
+    pub fn has_passed(&self, device: &Device) -> bool {
+        if !self.has_passed.load(Ordering::Relaxed) {
+            let ask = |event: &Event| device.inner.has_passed(event).unwrap_or(false);
+            let is_over = device.process.is_gone() || self.event.as_ref().is_some_and(ask);
+            self.has_passed.store(is_over, Ordering::Relaxed);
+        }
+        self.has_passed.load(Ordering::Relaxed)
+    }
+}
 
 impl fmt::Debug for Device {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -67,8 +98,8 @@ impl Device {
         stream: Option<usize>,
         stream_object: Option<Py<PyAny>>,
     ) -> Self {
-        let (open, kept) = (Slot::new("device", ()), Mutex::default());
-        Device { inner, place, stream, _stream_object: stream_object, open, kept }
+        let (open, kept, process) = (Slot::new("device", ()), Mutex::default(), Process::current());
+        Device { inner, place, stream, stream_object, open, kept, process }
     }
 
     /// The library's device, for something new on it.
@@ -104,17 +135,20 @@ impl Device {
 
     /// Keeps objects until the work that was given to the device so far is done, and drops those whose work is.
     pub fn keep(&self, objects: Vec<Py<PyAny>>) {
-        let event = self.inner.record().ok();
+        let now = self.now();
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push((event, objects));
-        let is_done = |event: &Option<Event>| {
-            event.as_ref().is_some_and(|event| self.inner.has_passed(event).unwrap_or(false))
-        };
+        kept.push((now, objects));
         // Moments are in the order of the device's work.
-        let num_done = kept.iter().take_while(|(event, _)| is_done(event)).count();
+        let num_done = kept.iter().take_while(|(moment, _)| moment.has_passed(self)).count();
         let done: Vec<_> = kept.drain(..num_done).collect();
         drop(kept);
         drop(done); // which may run code of the objects' own
+    }
+
+    /// The end of the work that was given to the device so far.
+    pub fn now(&self) -> Moment {
+        let event = if self.process.is_gone() { None } else { self.inner.record().ok() };
+        Moment { event, has_passed: AtomicBool::new(false) }
     }
 
     /// How many objects are kept.
@@ -136,7 +170,7 @@ impl Device {
 impl Drop for Device {
     fn drop(&mut self) {
         let kept = self.kept.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if !kept.is_empty() {
+        if !kept.is_empty() && !self.process.is_gone() {
             // A device that fails works no more.
             let _ = self.inner.synchronize();
         }
@@ -145,10 +179,25 @@ impl Drop for Device {
 
 #[pymethods]
 impl Device {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        let from =
+            "`Device.cpu()`, `Device.cuda(0, stream=torch.cuda.current_stream())` or `Device.emulated()`";
+        fence(py, || Err(Failure::not_called("Device", from)))
+    }
+
     /// The processor. Operations run on all its cores, and are done when they return.
     #[staticmethod]
-    fn cpu() -> Self {
-        Device::new(tokenselect::Device::cpu(), Where::Cpu, None, None)
+    fn cpu(py: Python<'_>) -> PyResult<Self> {
+        fence(py, || {
+            THREADS.begin("device")?;
+            Ok(Device::new(tokenselect::Device::cpu(), Where::Cpu, None, None))
+        })
     }
 
     /// A CUDA device of compute capability 8.0 or newer.
@@ -163,6 +212,7 @@ impl Device {
         stream: Option<&Bound<'_, PyAny>>,
     ) -> PyResult<Self> {
         fence(py, || {
+            CUDA.begin("device")?;
             let most = u64::from(i32::MAX.unsigned_abs());
             let ordinal = ordinal.map_or(Ok(0), |ordinal| whole_below("ordinal", ordinal, most))? as u32;
             let Some(given) = stream.filter(|stream| !stream.is_none()) else {
@@ -303,6 +353,18 @@ impl Device {
     #[getter]
     fn _num_kept(&self) -> usize {
         self.num_kept()
+    }
+
+    /// What the device may still be reading is left out, so that it counts as held by somebody else and is not cleared.
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.stream_object)?;
+        // Nobody changes the list while the collector runs: both need the interpreter.
+        if let Ok(kept) = self.kept.try_lock() {
+            for (_, objects) in kept.iter().filter(|(moment, _)| moment.has_passed(self)) {
+                objects.iter().try_for_each(|object| visit.call(object))?;
+            }
+        }
+        Ok(())
     }
 
     fn __repr__(&self) -> String {

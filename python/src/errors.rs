@@ -138,6 +138,12 @@ impl Failure {
         Failure::Rule { kind: Kind::OutOfMemory, status: "TS_STATUS_OUT_OF_MEMORY", text }
     }
 
+    /// The error for a class whose objects come from elsewhere: `from`.
+    pub fn not_called(class: &str, from: &str) -> Self {
+        let text = format!("`{class}` must not be called, its objects come from {from}");
+        Failure::Rule { kind: Kind::ArgumentType, status: "TS_STATUS_CONFIG", text }
+    }
+
     /// The exception.
     fn raise(self, py: Python<'_>) -> PyErr {
         let (kind, status, text) = match self {

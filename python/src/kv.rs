@@ -1,7 +1,8 @@
 //! Keys and values of one layer, whoever owns them, and cached selections beside them.
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
-use tokenselect::{DType, KvLayout, KvShape, KvStrides, KvViewMut, LayerMut, SelectionCacheLayer};
+use tokenselect::{DType, HeadShape, KvLayout, KvShape, KvStrides, KvViewMut, LayerMut, SelectionCacheLayer};
 
 use crate::argument::{Argument, Span, pages};
 use crate::cache::Cache;
@@ -35,15 +36,16 @@ impl KvView {
     }
 
     /// Where keys and values are now.
-    pub fn look<'py>(&self, uses: &mut Uses<'_, 'py>, dtype: DType) -> Result<Kv<'py>> {
+    pub fn look<'py>(&self, uses: &mut Uses<'_, 'py>, wanted: &Wanted) -> Result<Kv<'py>> {
         let py = uses.py();
         match &self.of {
             Of::Tensors { k, v, layout } => {
                 let (k, v) = (uses.look("k pages", k.bind(py))?, uses.look("v pages", v.bind(py))?);
-                Ok(Kv::Pools(Box::new(Pools::of(&k, &v, *layout, dtype)?)))
+                Ok(Kv::Pools(Box::new(Pools::of(&k, &v, *layout, wanted)?)))
             }
             Of::Layer { cache, layer, is_writable } => {
                 let cache = cache.bind(py);
+                wanted.expect("kv", cache.get().layout(), cache.get().shape())?;
                 uses.hold(cache, cache.get().slot());
                 Ok(Kv::Layer { cache: cache.clone(), layer: *layer, is_writable: *is_writable })
             }
@@ -93,6 +95,16 @@ impl KvView {
         })
     }
 
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.of {
+            Of::Tensors { k, v, .. } => {
+                visit.call(k)?;
+                visit.call(v)
+            }
+            Of::Layer { cache, .. } => visit.call(cache),
+        }
+    }
+
     fn __repr__(&self, py: Python<'_>) -> String {
         match &self.of {
             Of::Tensors { k, layout, .. } => {
@@ -115,6 +127,30 @@ pub(crate) enum Kv<'py> {
     Layer { cache: Bound<'py, Cache>, layer: usize, is_writable: bool },
 }
 
+/// What pages must be for a configuration and a batch.
+pub(crate) struct Wanted {
+    pub heads: HeadShape,
+    pub dtype: DType,
+    pub page_size: usize,
+}
+
+impl Wanted {
+    /// Checks the shape of pages, in the order in which they were given.
+    fn expect(&self, what: &str, layout: KvLayout, got: [usize; 4]) -> Result<()> {
+        let (num_pages, page_size) = (got[0], self.page_size);
+        let HeadShape { num_kv_heads, head_dim, .. } = self.heads;
+        let shape = KvShape { num_pages, page_size, num_kv_heads, head_dim }.dims(layout);
+        if got == shape {
+            return Ok(());
+        }
+        let (dims, shape, got) = (dims_text(layout), tuple(&shape), tuple(&got));
+        let rule = format!(
+            "must have shape {shape}, which is {dims}, for a batch of page_size {page_size}, got {got}"
+        );
+        Err(Failure::tensor("TS_STATUS_SHAPE", what, rule))
+    }
+}
+
 /// Pages of somebody else's.
 pub(crate) struct Pools {
     k: Argument,
@@ -125,18 +161,17 @@ pub(crate) struct Pools {
 }
 
 impl Pools {
-    fn of(k: &Given<'_>, v: &Given<'_>, layout: KvLayout, dtype: DType) -> Result<Self> {
+    fn of(k: &Given<'_>, v: &Given<'_>, layout: KvLayout, wanted: &Wanted) -> Result<Self> {
+        let dtype = wanted.dtype;
         k.expect_type(&[dtype])?;
         v.expect_type(&[dtype])?;
         let (&[num_pages, first, second, head_dim], true) = (k.shape(), k.shape() == v.shape()) else {
-            let rule = "must have the same four dimensions";
+            let rule = format!("must have the same four dimensions, {}", dims_text(layout));
             let got = format!("{} and {}", tuple(k.shape()), tuple(v.shape()));
-            return Err(Failure::tensor(
-                "TS_STATUS_SHAPE",
-                "k pages` and `v pages",
-                format!("{rule}, got {got}"),
-            ));
+            let rule = format!("{rule}, got {got}");
+            return Err(Failure::tensor("TS_STATUS_SHAPE", "k pages` and `v pages", rule));
         };
+        wanted.expect("k pages", layout, [num_pages, first, second, head_dim])?;
         let (page_size, num_kv_heads) =
             if layout == KvLayout::Nhd { (first, second) } else { (second, first) };
         let shape = KvShape { num_pages, page_size, num_kv_heads, head_dim };
@@ -204,18 +239,27 @@ impl Pools {
     }
 }
 
+/// The dimensions of pages, for errors.
+fn dims_text(layout: KvLayout) -> &'static str {
+    match layout {
+        KvLayout::Nhd => "[num_pages, page_size, num_kv_heads, head_dim] with layout=\"NHD\"",
+        KvLayout::Hnd => "[num_pages, num_kv_heads, page_size, head_dim] with layout=\"HND\"",
+    }
+}
+
 /// Strides of pages, tokens and heads. That of a dimension of one place means nothing, and becomes that of dense pages.
 fn strides_of(given: &Given<'_>, shape: KvShape, layout: KvLayout) -> Result<KvStrides> {
-    let &[page, first, second, element] = given.strides() else { return Ok(KvStrides::dense(shape, layout)) };
+    let dense = KvStrides::dense(shape, layout);
+    let (&[page, first, second, element], false) = (given.strides(), given.shape().contains(&0)) else {
+        return Ok(dense); // those of no elements mean nothing
+    };
     let all = tuple(given.strides());
     if shape.head_dim > 1 && element != 1 {
         let rule = format!("must have adjacent elements in the last dimension, its strides are {all}");
         return Err(Failure::tensor("TS_STATUS_CONFIG", given.what, rule));
     }
-    let dense = KvStrides::dense(shape, layout);
-    let is_empty = given.shape().contains(&0);
     let of = |stride: isize, size: usize, dense: usize| {
-        if size <= 1 || is_empty {
+        if size <= 1 {
             return Ok(dense);
         }
         usize::try_from(stride).map_err(|_| {

@@ -2,7 +2,10 @@
 //!
 //! Rules that hold everywhere:
 //! - A method is fenced (`errors::fence`): an error becomes an exception of one family, and so does a panic.
-//! - An object of the library's is behind a place that knows whether it is in use (`slot::Slot`): used twice at once is an error.
+//! - An object of the library's is behind a place that knows whether it is in use (`slot::Slot`): used twice at once is an error, and
+//!   so is used in a process that was forked from its own (`fork`).
+//! - A class that holds objects of Python's shows them to the garbage collector (`__traverse__`). None has a `__clear__`: what they
+//!   hold is given when they are made, so that every ring of references has an object of somebody else's in it, which is cleared.
 //! - Tensors are looked at anew at each call (`given::Given`), and live until the device has read them (`uses::Uses`).
 //! - Nothing that is written overlaps what is read (`argument::expect_apart`), the library's own memory included.
 //! - Arguments are read here, not by the macros, so that errors name them and their rules.
@@ -16,6 +19,7 @@ mod config;
 mod context;
 mod device;
 mod errors;
+mod fork;
 mod given;
 mod graph;
 mod kv;
@@ -29,6 +33,13 @@ mod uses;
 /// Token selection and sparse attention over paged KV caches: what `tokenselect` is made of.
 #[pyo3::pymodule(name = "_native")]
 mod native {
+    use pyo3::prelude::*;
+
+    #[pymodule_init]
+    fn init(module: &Bound<'_, PyModule>) -> PyResult<()> {
+        crate::fork::watch(module.py())
+    }
+
     #[pymodule_export]
     use crate::batch::{Batch, BatchInfo, BatchRow, BatchSlot, Pieces};
     #[pymodule_export]

@@ -3,6 +3,7 @@
 use std::fmt;
 
 use pyo3::exceptions::PyAttributeError;
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::intern;
 use pyo3::prelude::*;
 use pyo3::types::{PyByteArray, PyDict, PyInt, PyTuple};
@@ -15,7 +16,7 @@ use crate::device::{Device, Where};
 use crate::errors::{Failure, Result, fence};
 use crate::given::{Given, Types, interface_types, tuple};
 use crate::numbers::{dtype_of_name, of_class, type_name, whole};
-use crate::slot::Slot;
+use crate::slot::{Lends, Slot};
 
 /// Memory of a device, dense: `ptr`, `shape` and `typestr`. Offers itself to PyTorch, CuPy and NumPy as the same memory.
 ///
@@ -38,6 +39,34 @@ enum Owner {
     Buffer(Slot<Tensor>),
     Context(Py<Context>),
     Cache(Py<Cache>),
+}
+
+impl Owner {
+    /// The place of the object that has it.
+    fn place(&self) -> &dyn Lends {
+        match self {
+            Owner::Buffer(slot) => slot,
+            Owner::Context(context) => context.get().slot(),
+            Owner::Cache(cache) => cache.get().slot(),
+        }
+    }
+}
+
+/// Memory that a call uses, which cannot be closed as long as this lives.
+pub(crate) struct InCall<'py>(Bound<'py, Memory>);
+
+impl<'py> InCall<'py> {
+    /// Until now it was somebody else's to close. Where it is closed or of another process already, nobody asks for its address.
+    pub fn begin(memory: &Bound<'py, Memory>) -> Self {
+        memory.get().owner.place().begin_call();
+        InCall(memory.clone())
+    }
+}
+
+impl Drop for InCall<'_> {
+    fn drop(&mut self) {
+        self.0.get().owner.place().end_call();
+    }
 }
 
 impl fmt::Debug for Memory {
@@ -155,18 +184,13 @@ impl Memory {
 
     /// The address, while the memory is there.
     pub fn addr(&self) -> Result<usize> {
-        match &self.owner {
-            // An owner at work is there.
-            Owner::Buffer(slot) if slot.is_closed() => slot.read()?.get().map(|_| ())?,
-            Owner::Context(context) => context.get().expect_open()?,
-            Owner::Cache(cache) => cache.get().expect_open()?,
-            Owner::Buffer(_) => {}
-        }
+        self.owner.place().expect_open()?;
         Ok(self.addr)
     }
 
     /// Checks that a device can reach it.
     pub fn expect_on(&self, what: &'static str, device: &Device) -> Result<()> {
+        self.owner.place().expect_own_process()?;
         let own = self.device.get();
         let is_there = match (own.place(), device.place()) {
             (Where::Emulated, Where::Emulated) => std::ptr::eq(own, device),
@@ -182,11 +206,7 @@ impl Memory {
 
     /// Somebody has the address from now on, and this object or what it holds as long as that.
     pub fn lend(&self) {
-        match &self.owner {
-            Owner::Buffer(slot) => slot.lend(),
-            Owner::Context(context) => context.get().lend(),
-            Owner::Cache(cache) => cache.get().lend(),
-        }
+        self.owner.place().lend();
     }
 
     fn interface<'py>(&self, py: Python<'py>, on_cpu: bool) -> PyResult<Bound<'py, PyDict>> {
@@ -243,9 +263,13 @@ impl Memory {
     }
 
     /// Copies the bytes to the host. Waits for the device's earlier work.
-    fn read<'py>(&self, py: Python<'py>) -> Result<Bound<'py, PyByteArray>> {
-        let from = self.halves("memory")?;
-        let device = self.device.get().inner();
+    fn read<'py>(slf: &Bound<'py, Self>) -> Result<Bound<'py, PyByteArray>> {
+        let (py, this) = (slf.py(), slf.get());
+        this.owner.place().expect_own_process()?;
+        // Other threads run while a device is waited for.
+        let _in_call = InCall::begin(slf);
+        let from = this.halves("memory")?;
+        let device = this.device.get().inner();
         let copy = |to: &mut [u8]| -> Result<()> {
             let to = Argument { what: "to", addr: to.as_mut_ptr().expose_provenance(), ..from };
             let cpu = tokenselect::Device::cpu();
@@ -254,7 +278,7 @@ impl Memory {
             Ok(to.copy_from(from)?)
         };
         let mut failed = None;
-        let bytes = PyByteArray::new_with(py, self.num_bytes.next_multiple_of(2), |to| {
+        let bytes = PyByteArray::new_with(py, this.num_bytes.next_multiple_of(2), |to| {
             if !to.is_empty() {
                 // Only a device is waited for.
                 let done = if device.is_cpu() { copy(to) } else { py.detach(|| copy(to)) };
@@ -265,8 +289,8 @@ impl Memory {
         if let Some(failure) = failed {
             return Err(failure);
         }
-        if !self.num_bytes.is_multiple_of(2) {
-            bytes.resize(self.num_bytes)?;
+        if !this.num_bytes.is_multiple_of(2) {
+            bytes.resize(this.num_bytes)?;
         }
         Ok(bytes)
     }
@@ -298,6 +322,16 @@ pub(crate) fn address(tensor: TensorViewMut<'_>) -> Result<usize> {
 
 #[pymethods]
 impl Memory {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        fence(py, || Err(Failure::not_called("Memory", "`Context.workspace`, `KvView.k` and `Buffer`")))
+    }
+
     /// The device.
     #[getter]
     fn device(&self, py: Python<'_>) -> Py<Device> {
@@ -350,18 +384,19 @@ impl Memory {
     }
 
     /// A copy of the bytes, a `bytearray`. Waits for the device's earlier work.
-    fn to_host<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyByteArray>> {
-        fence(py, || self.read(py))
+    fn to_host<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyByteArray>> {
+        fence(slf.py(), || Memory::read(slf))
     }
 
     /// A copy as a NumPy array (bf16 as `uint16`). Waits for the device's earlier work.
-    fn numpy<'py>(&self, py: Python<'py>) -> PyResult<Bound<'py, PyAny>> {
+    fn numpy<'py>(slf: &Bound<'py, Self>) -> PyResult<Bound<'py, PyAny>> {
+        let py = slf.py();
         fence(py, || {
             let options = PyDict::new(py);
-            options.set_item(intern!(py, "dtype"), &self.typestr)?;
+            options.set_item(intern!(py, "dtype"), &slf.get().typestr)?;
             let numpy = py.import(intern!(py, "numpy"))?;
-            let flat = numpy.call_method("frombuffer", (self.read(py)?,), Some(&options))?;
-            Ok(flat.call_method1("reshape", (PyTuple::new(py, &self.shape)?,))?)
+            let flat = numpy.call_method("frombuffer", (Memory::read(slf)?,), Some(&options))?;
+            Ok(flat.call_method1("reshape", (PyTuple::new(py, &slf.get().shape)?,))?)
         })
     }
 
@@ -387,6 +422,15 @@ impl Memory {
             }
             Ok(tensor)
         })
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.device)?;
+        match &self.owner {
+            Owner::Buffer(_) => Ok(()),
+            Owner::Context(context) => visit.call(context),
+            Owner::Cache(cache) => visit.call(cache),
+        }
     }
 
     fn __repr__(slf: &Bound<'_, Self>) -> String {
@@ -441,6 +485,7 @@ impl Buffer {
     fn from_host(slf: &Bound<'_, Self>, host: &Bound<'_, PyAny>) -> PyResult<()> {
         fence(slf.py(), || {
             let (this, given) = (slf.as_super().get(), array("host", host)?);
+            this.owner.place().expect_own_process()?;
             given.expect_shape(&this.shape)?;
             let got = given.typestr()?;
             let is_bf16 = given.types == Types::of(DType::Bf16);

@@ -1,7 +1,9 @@
 //! Numbers, names and objects from Python, with errors that name the argument.
 
+use pyo3::exceptions::PyTypeError;
+use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyString;
+use pyo3::types::{PyFloat, PyInt, PyString};
 use pyo3::{PyClass, PyTypeInfo};
 use tokenselect::{DType, KvLayout};
 
@@ -33,15 +35,36 @@ pub(crate) fn whole(what: &str, value: &Bound<'_, PyAny>) -> Result<usize> {
 
 /// A whole number from 0 to `most`.
 pub(crate) fn whole_below(what: &str, value: &Bound<'_, PyAny>, most: u64) -> Result<u64> {
-    if let Ok(number) = value.extract::<u64>()
-        && number <= most
-    {
-        return Ok(number);
+    let Some(number) = index(value)? else {
+        return Err(Failure::of_type(what, "a whole number", type_name(value)));
+    };
+    match number.extract::<u64>() {
+        Ok(number) if number <= most => Ok(number),
+        _ => Err(Failure::argument(what, format!("be from 0 to {most}"), number_text(&number))),
     }
-    let index = value.call_method0("__index__");
-    let Ok(number) = index else { return Err(Failure::of_type(what, "a whole number", type_name(value))) };
-    let text = number.str()?.to_string();
-    Err(Failure::argument(what, format!("be from 0 to {most}"), text))
+}
+
+/// The whole number that an object is or stands for; none for others.
+pub(crate) fn index<'py>(value: &Bound<'py, PyAny>) -> Result<Option<Bound<'py, PyInt>>> {
+    if let Ok(number) = value.cast::<PyInt>() {
+        return Ok(Some(number.clone()));
+    }
+    let Some(index) = value.getattr_opt(intern!(value.py(), "__index__"))? else { return Ok(None) };
+    match index.call0() {
+        Ok(number) => Ok(number.cast_into::<PyInt>().ok()),
+        // As arrays say that they are no single number.
+        Err(error) if error.is_instance_of::<PyTypeError>(value.py()) => Ok(None),
+        Err(error) => Err(error.into()),
+    }
+}
+
+/// A whole number as errors show it: Python writes only so many digits.
+pub(crate) fn number_text(number: &Bound<'_, PyInt>) -> String {
+    if let Ok(text) = number.str() {
+        return text.to_string();
+    }
+    let bits = number.call_method0("bit_length").and_then(|bits| bits.extract::<usize>());
+    bits.map_or_else(|_| "a huge number".to_owned(), |bits| format!("a number of {bits} bits"))
 }
 
 /// A whole number, or none.
@@ -51,7 +74,13 @@ pub(crate) fn optional_whole(what: &str, value: Option<&Bound<'_, PyAny>>) -> Re
 
 /// A number.
 pub(crate) fn real(what: &str, value: &Bound<'_, PyAny>) -> Result<f64> {
-    value.extract::<f64>().map_err(|_| Failure::of_type(what, "a number", type_name(value)))
+    if let Ok(number) = value.cast::<PyFloat>() {
+        return Ok(number.value());
+    }
+    value.extract::<f64>().map_err(|_| match value.cast::<PyInt>() {
+        Ok(number) => Failure::argument(what, "be a number that fits a float", number_text(number)),
+        Err(_) => Failure::of_type(what, "a number", type_name(value)),
+    })
 }
 
 /// A number; none and NaN stand for the default.
@@ -116,19 +145,23 @@ pub(crate) fn dtype(what: &str, value: &Bound<'_, PyAny>) -> Result<DType> {
 /// What an element type is called, without the name of its library.
 fn dtype_text(value: &Bound<'_, PyAny>) -> Result<String> {
     if let Ok(class) = value.cast::<pyo3::types::PyType>() {
-        return Ok(class.name()?.to_string()); // `numpy.float32`
+        let name = class.name()?.to_string();
+        // Those of Python's own, of which a float has 64 bits, are no element types.
+        let is_pythons = class.module()?.to_cow()? == "builtins";
+        return Ok(if is_pythons { format!("Python's {name}") } else { name }); // `numpy.float32`
     }
     let text = value.str()?.to_string();
     Ok(text.strip_prefix("torch.").unwrap_or(&text).to_owned())
 }
 
-/// The element type of a name of this library's, of PyTorch's or of NumPy's.
+/// The element type of a name of this library's, of PyTorch's or of NumPy's. `float` and `int` are none: PyTorch calls types of 32 bits so,
+/// and NumPy those of 64.
 pub(crate) fn dtype_of_name(name: &str) -> Option<DType> {
     Some(match name {
         "f16" | "float16" | "half" => DType::F16,
         "bf16" | "bfloat16" => DType::Bf16,
-        "f32" | "float32" | "float" => DType::F32,
-        "u32" | "int32" | "uint32" | "int" => DType::U32,
+        "f32" | "float32" => DType::F32,
+        "u32" | "int32" | "uint32" => DType::U32,
         "u64" | "int64" | "uint64" | "long" => DType::U64,
         "f64" | "float64" | "double" => DType::F64,
         _ => return None,

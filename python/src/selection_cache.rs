@@ -1,6 +1,8 @@
 //! Reuse of selections between steps.
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
+use pyo3::types::{PyDict, PyTuple};
 use tokenselect::{PagedKvCache, SelectionCacheLayer};
 
 use crate::cache::Cache;
@@ -45,6 +47,16 @@ impl From<tokenselect::SelectionStats> for SelectionStats {
 
 #[pymethods]
 impl SelectionStats {
+    #[new]
+    #[pyo3(signature = (*_args, **_fields))]
+    fn make(
+        py: Python<'_>,
+        _args: &Bound<'_, PyTuple>,
+        _fields: Option<&Bound<'_, PyDict>>,
+    ) -> PyResult<Self> {
+        fence(py, || Err(Failure::not_called("SelectionStats", "`stats` of a `SelectionCache` or a `Cache`")))
+    }
+
     fn __repr__(&self) -> String {
         let SelectionStats { reused, scored, complete } = self;
         format!("SelectionStats(reused={reused}, scored={scored}, complete={complete})")
@@ -208,6 +220,13 @@ impl SelectionCache {
             Of::Own(slot) => slot.close(),
             Of::Cache(_) => Ok(()),
         })
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        match &self.of {
+            Of::Own(_) => Ok(()),
+            Of::Cache(cache) => visit.call(cache),
+        }
     }
 
     fn __repr__(&self) -> String {

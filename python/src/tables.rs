@@ -2,10 +2,11 @@
 
 use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyBool;
 
 use crate::errors::{Failure, Kind, Result};
 use crate::given::{Given, tuple};
-use crate::numbers::type_name;
+use crate::numbers::{index, number_text, type_name};
 
 /// The largest entry of a table.
 const MOST: i128 = i32::MAX as i128;
@@ -74,17 +75,13 @@ fn reserve(what: &str, entries: &mut Vec<u32>, more: usize) -> Result<()> {
 
 /// A whole number of Python's or NumPy's.
 fn number(what: &str, item: &Bound<'_, PyAny>, place: usize) -> Result<u32> {
-    if let Ok(entry) = item.extract::<u32>()
-        && i128::from(entry) <= MOST
-        && !item.is_instance_of::<pyo3::types::PyBool>()
-    {
-        return Ok(entry);
-    }
-    match item.call_method0(intern!(item.py(), "__index__")) {
-        Ok(index) if !item.is_instance_of::<pyo3::types::PyBool>() => {
-            Err(out_of_range(what, place, index.str()?))
-        }
-        _ => Err(Failure::of_type(what, "whole numbers", format!("{} at {place}", type_name(item)))),
+    let found = if item.is_instance_of::<PyBool>() { None } else { index(item)? };
+    let Some(number) = found else {
+        return Err(Failure::of_type(what, "whole numbers", format!("{} at {place}", type_name(item))));
+    };
+    match number.extract::<u32>() {
+        Ok(entry) if i128::from(entry) <= MOST => Ok(entry),
+        _ => Err(out_of_range(what, place, number_text(&number))),
     }
 }
 

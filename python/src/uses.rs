@@ -8,9 +8,9 @@ use pyo3::types::PyTuple;
 
 use crate::device::{Device, Where};
 use crate::errors::Result;
-use crate::given::{Given, Source};
-use crate::memory::{Memory, is_on};
-use crate::slot::Slot;
+use crate::given::{Given, Source, expect_untraced};
+use crate::memory::{InCall, Memory, is_on};
+use crate::slot::{Lends, Slot};
 
 thread_local! {
     /// What this thread passes to the library while it records, the innermost recording last.
@@ -24,11 +24,15 @@ pub(crate) struct Uses<'a, 'py> {
     records: bool,
     /// Whether PyTorch works in the device's stream now; none before that is asked for.
     shares_stream: Option<bool>,
+    /// Whether it is known that PyTorch differentiates and traces nothing now.
+    is_plain: bool,
     /// Whether other threads run while this call works.
     is_long: bool,
     kept: Vec<Py<PyAny>>,
     /// What tells of arrays, which may own their memory, as long as the call.
     interfaces: Vec<Bound<'py, PyAny>>,
+    /// This package's memory: code of a later argument's, or of another thread's, must not close it meanwhile.
+    in_call: Vec<InCall<'py>>,
 }
 
 /// Queries times keys from which on other threads run meanwhile. Below, giving the interpreter up and getting it back costs more
@@ -46,7 +50,8 @@ impl<'a, 'py> Uses<'a, 'py> {
         let records = RECORDS.with_borrow(|records| !records.is_empty());
         // A CUDA device works by itself.
         let is_long = work == usize::MAX || (work >= LONG && !matches!(device.place(), Where::Cuda(_)));
-        Uses { py, device, records, shares_stream: None, is_long, kept: Vec::new(), interfaces: Vec::new() }
+        let (kept, interfaces, in_call) = (Vec::new(), Vec::new(), Vec::new());
+        Uses { py, device, records, shares_stream: None, is_plain: false, is_long, kept, interfaces, in_call }
     }
 
     /// Does the work: if it is long, without the interpreter, so that other threads run.
@@ -67,10 +72,16 @@ impl<'a, 'py> Uses<'a, 'py> {
     /// Looks at a tensor, which is kept as long as it must be.
     pub fn look(&mut self, what: &'static str, object: &Bound<'py, PyAny>) -> Result<Given<'py>> {
         let given = Given::look(what, object, self.device)?;
-        if (self.records || self.is_long)
+        if given.source == Source::Torch && !self.is_plain {
+            self.is_plain = expect_untraced(what, object)?;
+        }
+        if given.source == Source::Own
             && let Ok(memory) = object.cast::<Memory>()
         {
-            memory.get().lend(); // closed meanwhile, it is kept
+            self.in_call.push(InCall::begin(memory));
+            if self.records {
+                memory.get().lend(); // closed later, it is kept
+            }
         }
         if self.records {
             self.record(owner(&given)?);
@@ -102,7 +113,7 @@ impl<'a, 'py> Uses<'a, 'py> {
     fn must_be_kept(&mut self, given: &Given<'py>) -> Result<bool> {
         match given.source {
             Source::Own => Ok(!is_on(&given.object, self.device)),
-            Source::Interface | Source::Struct | Source::LikeTorch => Ok(true),
+            Source::Interface | Source::Struct | Source::Masked | Source::LikeTorch => Ok(true),
             Source::Torch => {
                 if self.shares_stream.is_none() {
                     self.shares_stream = Some(shares_stream(self.py, self.device)?);

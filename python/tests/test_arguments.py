@@ -185,7 +185,9 @@ def test_shapes_types_and_strides(device: ts.Device, draw: Draw) -> None:
     with pytest.raises(TypeError, match="`out` must be f32, got f64"):
         ctx.attend_dense(batch, kv, heads, out=heads.astype(np.float64))
     with pytest.raises(
-        ValueError, match=r"must have the same four dimensions, got \(1, 4, 2, 16\) and \(2, 4, 2, 16\)"
+        ValueError,
+        match=r"must have the same four dimensions, \[num_pages, page_size, num_kv_heads, head_dim\] with layout=\"NHD\", "
+        r"got \(1, 4, 2, 16\) and \(2, 4, 2, 16\)",
     ):
         ctx.score(batch, ts.KvView(draw(1, PAGE, HKV, D), draw(2, PAGE, HKV, D)))
     with pytest.raises(TypeError, match="`v pages` must be f32, got f16"):
@@ -354,3 +356,124 @@ def test_arrays_of_other_things_are_not_copied(device: ts.Device) -> None:
         with pytest.raises(TypeError, match="`host` must be plain numbers of 1, 2, 4 or 8 bytes"):
             buffer.from_host(array)
     assert device.to_device(np.array([True, False])).numpy().tolist() == [True, False]
+
+
+def test_numbers_of_any_size(device: ts.Device) -> None:
+    """Numbers that Python itself does not write out are refused as others are."""
+    huge = 10**5000
+    cfg = config()
+    wrongs: dict[str, Callable[[], object]] = {
+        "`page_size` must be from 0 to 18446744073709551615": lambda: ts.Batch(huge, [0, 1], [0, 1], [0], [1]),
+        r"`qo_indptr\[1\]` must be from 0 to 2147483647": lambda: ts.Batch(PAGE, [0, huge], [0, 1], [0], [1]),
+        "`top_k` must be from 0 to 18446744073709551615": lambda: config(top_k=-huge),
+        "`similarity_threshold` must be a number that fits a float": lambda: config(
+            selection_cache=True, similarity_threshold=huge
+        ),
+        "`sm_scale` must be a number that fits a float": lambda: config(sm_scale=huge),
+        "`shape` must be from 0 to 18446744073709551615": lambda: ts.Buffer(device, huge, "f32"),
+        "`seed` must be from 0 to 18446744073709551615": lambda: ts.Device.emulated(huge),
+        "`ordinal` must be from 0 to 2147483647": lambda: ts.Device.cuda(huge),
+        "`max_rows` must be from 0 to 18446744073709551615": lambda: ts.Context(device, cfg, max_rows=huge),
+    }
+    for text, wrong in wrongs.items():
+        with pytest.raises(ts.ArgumentError, match=f"{text}, got a number of 16610 bits"):
+            wrong()
+
+
+def test_what_a_numbers_own_code_raises(device: ts.Device) -> None:
+    """It comes out as it is; what says that it is no number is told so."""
+
+    class Number:
+        def __init__(self, error: Exception) -> None:
+            self.error = error
+
+        def __index__(self) -> int:
+            raise self.error
+
+    batch = ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
+    with pytest.raises(ZeroDivisionError):
+        batch.row(Number(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        ts.Batch(PAGE, [0, Number(ZeroDivisionError())], [0, 1], [0], [1])  # type: ignore[list-item]
+    for wrong in (Number(TypeError()), np.array([1, 2]), 1.0, "1", None):
+        with pytest.raises(ts.ArgumentTypeError, match="`row` must be a whole number, got"):
+            batch.row(wrong)  # type: ignore[arg-type]
+
+
+def test_interfaces_that_are_malformed(device: ts.Device, draw: Draw) -> None:
+    """Whatever an array says of itself, the error is of this package's family and names the argument."""
+    ctx = ts.Context(device, config(), max_rows=1, max_block_len=1, max_kv_tokens=64)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 1], [0], [1]), draw(1, HQ, D)
+    good = {"data": (q.ctypes.data, False), "shape": q.shape, "typestr": "<f4", "version": 3}
+
+    class Told:
+        def __init__(self, interface: Any) -> None:
+            self.__array_interface__ = interface
+
+    ctx.pool(batch, Told(good))
+    wrongs: list[tuple[str, Any]] = [
+        ("must be an array whose interface is a dict, got int", 5),
+        ("must be an array whose interface has `data`, got none", {}),
+        (
+            "must be an array whose interface has an address and whether it is read-only as its `data`, got 5",
+            {"data": 5},
+        ),
+        ("has an address and .*, got \\(-8, False\\)", {"data": (-8, False)}),
+        (f"has an address and .*, got \\({2**64}, False\\)", {"data": (2**64, False)}),
+        ("a type string as its `typestr`, got 5", {"typestr": 5}),
+        ("`q` must be f32, got é", {"typestr": "é"}),
+        ("a tuple of sizes as its `shape`, got \\[1, 4, 16\\]", {"shape": [1, 4, 16]}),
+        ("a tuple of sizes as its `shape`, got \\(-1, 4, 16\\)", {"shape": (-1, 4, 16)}),
+        (f"a tuple of sizes as its `shape`, got \\(1, 4, {2**70}\\)", {"shape": (1, 4, 2**70)}),
+        ("a tuple of sizes as its `shape`, got \\(1, 4, 'x'\\)", {"shape": (1, 4, "x")}),
+        ("must have at most 8 dimensions, got 20", {"shape": (1,) * 20}),
+        ("must be of at most isize::MAX bytes, its shape is", {"shape": (2**40, 2**40, 16)}),
+        ("a tuple of 3 steps, one for each dimension, as its strides, got \\(4,\\)", {"strides": (4,)}),
+        ("a tuple of 3 steps, one for each dimension, as its strides, got \\(\\)", {"strides": ()}),
+        ("a tuple of 3 steps, .*, got \\[256, 64, 4\\]", {"strides": [256, 64, 4]}),
+        (f"a tuple of 3 steps, .*, got \\({2**70}, 64, 4\\)", {"strides": (2**70, 64, 4)}),
+        ("must have strides of whole elements, 4 bytes", {"strides": (1, 2, 3)}),
+        ("must have memory, its address is 0", {"data": (0, False)}),
+        ("must have memory, its address is 0", {"data": (None, False)}),
+        ("must be an array without a mask", {"mask": q}),
+    ]
+    for text, fields in wrongs:
+        given = {**good, **fields} if fields and isinstance(fields, dict) else fields
+        with pytest.raises(ts.TokenSelectError, match=f"`q`.*{text}|{text}") as caught:
+            ctx.pool(batch, Told(given))
+        assert "`q`" in str(caught.value)
+
+    class Structured(np.ndarray[Any, Any]):
+        told: Any = None
+
+        @property
+        def __array_struct__(self) -> Any:
+            return self.told
+
+    import datetime
+
+    for told in (5, None, datetime.datetime_CAPI):
+        array = q.view(Structured)
+        array.told = told
+        with pytest.raises(
+            ts.ArgumentTypeError, match="`q` must be an array whose `__array_struct__` is a capsule of the protocol"
+        ):
+            ctx.pool(batch, array)
+
+
+def test_masked_arrays(device: ts.Device, draw: Draw) -> None:
+    """No operation heeds a mask, so that an array with one is not taken for its elements."""
+    ctx = ts.Context(device, config(), max_rows=1, max_block_len=1, max_kv_tokens=64)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 1], [0], [1]), draw(1, HQ, D)
+    pages = draw(1, PAGE, HKV, D)
+    text = "must be an array without a mask, it is masked: pass one with its masked elements filled"
+    for mask in (True, np.ma.nomask):
+        with pytest.raises(ts.ArgumentError, match=f"`q` {text}"):
+            ctx.pool(batch, np.ma.masked_array(q, mask=mask))
+        with pytest.raises(ts.ArgumentError, match=f"`v pages` {text}"):
+            ctx.attend_dense(batch, ts.KvView(pages, np.ma.masked_array(pages, mask=mask)), q)
+        with pytest.raises(ts.ArgumentError, match=f"`indices` {text}"):
+            ts.Batch(PAGE, [0, 1], [0, 1], np.ma.masked_array([0], mask=mask), [1])
+        with pytest.raises(ts.ArgumentError, match=f"`host` {text}"):
+            device.to_device(np.ma.masked_array(q, mask=mask))
+    ctx.pool(batch, np.ma.masked_array(q, mask=True).filled(0))

@@ -279,3 +279,77 @@ def test_a_panic_stays_inside(device: ts.Device) -> None:
         ctx.selected()
     ctx.close()
     assert repr(ctx)
+
+
+def test_closed_by_a_later_argument(device: ts.Device, draw: Draw) -> None:
+    """Code of an argument's own runs within a call: what the call has looked at by then cannot be closed, and its memory stays."""
+    ctx = ts.Context(device, config(), max_rows=2, max_block_len=1, max_kv_tokens=64)
+    other = ts.Context(device, config(), max_rows=2, max_block_len=1, max_kv_tokens=1 << 16)
+    cache = ts.Cache(device, config(), num_pages=1 << 8, page_size=PAGE)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 2], [1, 0], [3]), draw(1, HQ, D)
+    pages = ts.Buffer(device, (1 << 14, PAGE, HKV, D), "f32")
+    pages.from_host(draw(*pages.shape))
+    queries = device.to_device(q)
+    kv = ts.KvView(pages, pages)
+    want = ctx.attend_dense(batch, kv, q)
+    told: list[str] = []
+
+    class Closing:
+        """An output that closes other arguments when it is asked where it lies."""
+
+        def __init__(self, shape: tuple[int, ...], *closed: Any) -> None:
+            self.array, self.closed = np.zeros(shape, np.float32), closed
+
+        @property
+        def __array_interface__(self) -> dict[str, Any]:
+            for each in self.closed:
+                with pytest.raises(
+                    ts.BusyError, match="is at work in another call.*must not be closed meanwhile"
+                ) as caught:
+                    each.close()
+                told.append(str(caught.value).split("`")[1])
+            found: dict[str, Any] = self.array.__array_interface__
+            return found
+
+    out = Closing(q.shape, pages, queries, ctx, batch)
+    ctx.attend_dense(batch, kv, queries, out)
+    assert told == ["buffer", "buffer", "context", "batch"]
+    np.testing.assert_array_equal(out.array, want)
+
+    told.clear()
+    keys, actions = cache.layer_mut(0).k, other.workspace("actions")
+    ctx.attend_dense(batch, ts.KvView(keys, keys), q, Closing(q.shape, cache))
+    two = ts.Batch(PAGE, [0, 1, 2], [0, 2, 3], [1, 0, 2], [3, 1])
+    ctx.attend_to(two, kv, draw(2, HQ, D), np.zeros((2, 1), np.int32), actions, out=Closing((2, HQ, D), other))
+    assert told == ["cache", "context"]
+
+    # A call that has returned, or failed, holds nothing.
+    with pytest.raises(ts.ArgumentError):
+        ctx.attend_dense(batch, kv, queries, Closing((1,), queries))
+    for each in (pages, queries, cache, other):
+        each.close()
+    with pytest.raises(ts.Error, match="`buffer` was closed"):
+        ctx.attend_dense(batch, kv, q)
+
+
+def test_closed_by_a_number(device: ts.Device, draw: Draw) -> None:
+    """So does `__index__` of a number's own."""
+    ctx = ts.Context(device, config(), max_rows=1, max_block_len=1, max_kv_tokens=64)
+    cache = ts.Cache(device, config(), num_pages=4, page_size=PAGE)
+    batch = cache.extend([(cache.create(), 1)])
+
+    class Closing:
+        def __init__(self, closed: Any) -> None:
+            self.closed = closed
+
+        def __index__(self) -> int:
+            self.closed.close()
+            return 0
+
+    q, k, v = (draw(1, heads, D) for heads in (HQ, HKV, HKV))
+    with pytest.raises(ts.BusyError, match="`batch` is at work"):
+        batch.row(Closing(batch))
+    with pytest.raises(ts.BusyError, match="`context` is at work"):
+        ctx.append(batch, (cache, Closing(ctx)), k, v)  # type: ignore[arg-type]
+    with pytest.raises(ts.Error, match="`cache` was closed"):
+        ctx.step(cache, Closing(cache), batch, q, k, v)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -99,10 +100,63 @@ def test_every_class_has_a_repr(device: ts.Device, emulated: ts.Device) -> None:
         assert type(each).__name__ in text and " object at 0x" not in text, text
         assert type(each).__module__ == "tokenselect" and type(each).__doc__
     assert repr(cfg) == (
-        "Config(num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype='f32', n_init=2, n_local=3, top_k=5, "
-        "positions='native', selection_cache=True)"
+        "Config(num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype='f32', n_init=2, n_local=3, top_k=5, vote_pool_window=1, "
+        "score_scale=None, sm_scale=None, logits_soft_cap=None, positions='native', selection_cache=True, "
+        "similarity_threshold=0.9, max_reuse=None)"
     )
     assert repr(batch.row(0)) == "BatchRow(query_begin=0, block_len=5, kv_len=5, token_base=0)"
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"vote_pool_window": 3, "score_scale": 0.1, "sm_scale": 1e-7, "logits_soft_cap": 50.0, "dtype": "bf16"},
+        {"selection_cache": True, "similarity_threshold": 0.123, "max_reuse": 7},
+        {"positions": "reassigned"},
+        {"positions": "reassigned", "rope": {"theta": 5e5, "rotary_dim": 8, "pairing": "interleaved"}},
+        {"positions": "reassigned", "rope": {"scaling": "linear", "factor": 3.0}},
+        {
+            "positions": "reassigned",
+            "rope": {
+                "scaling": "llama3",
+                "factor": 8.0,
+                "low_freq_factor": 1.5,
+                "high_freq_factor": 3.5,
+                "original_max_position": 4096.0,
+            },
+        },
+        {"positions": "reassigned", "rope": {"scaling": "yarn", "factor": 4.0, "beta_fast": 30.0, "beta_slow": 2.0}},
+        {"positions": "reassigned", "rope": {"scaling": "yarn", "factor": 4.0, "attention_factor": 1.25}},
+    ],
+)
+def test_repr_of_a_configuration_makes_an_equal_one(fields: dict[str, Any]) -> None:
+    cfg = config(**fields)
+    assert eval(repr(cfg), {"Config": ts.Config}) == cfg  # all fields are in it
+    assert repr(cfg) != repr(config(top_k=6, **fields))
+
+
+def test_classes_that_are_not_called() -> None:
+    """What is made elsewhere says where, in this package's family."""
+    calls: dict[str, Any] = {
+        r"`Device` must not be called, its objects come from `Device.cpu\(\)`, `Device.cuda\(0": ts.Device,
+        "`Graph` must not be called, its objects come from `Device.capture`": ts.Graph,
+        "`Memory` must not be called, its objects come from `Context.workspace`": ts.Memory,
+        "`Pieces` must not be called, its objects come from `Cache.extend_in_pieces` and `Batch.in_pieces`": ts.Pieces,
+        "`BatchInfo` must not be called, its objects come from `Batch.info`": ts.BatchInfo,
+        "`BatchRow` must not be called, its objects come from `Batch.row`": ts.BatchRow,
+        "`SelectionStats` must not be called": ts.SelectionStats,
+    }
+    for text, kind in calls.items():
+        for given in ((), ("cpu",), (0, 1)):
+            with pytest.raises(ts.ArgumentTypeError, match=text):
+                kind(*given)
+        with pytest.raises(TypeError, match=text):
+            kind(ordinal=0)
+    with pytest.raises(
+        ts.ArgumentTypeError, match="`Config` takes keywords alone, such as .*, got 3 arguments without one"
+    ):
+        ts.Config(32, 8, 128)  # type: ignore[call-arg]
 
 
 def test_signatures() -> None:
@@ -138,6 +192,15 @@ def test_defaults_are_the_librarys() -> None:
 def test_types_of_elements(device: ts.Device) -> None:
     for dtype, name in ((np.float32, "f32"), (np.dtype(np.float16), "f16"), ("bfloat16", "bf16"), ("half", "f16")):
         assert config(dtype=dtype).dtype == name
+    for python in (float, int, bool):
+        text = f"`dtype` must be one of f16, bf16, f32, a `torch.dtype` or a `numpy.dtype` of these, got Python's {python.__name__}"
+        with pytest.raises(ts.ArgumentTypeError, match=text):
+            config(dtype=python)
+        with pytest.raises(ts.ArgumentTypeError, match=f"`typestr` must be .*, got Python's {python.__name__}"):
+            ts.Buffer(device, 3, python)
+    for unclear in ("float", "int"):  # of other sizes in PyTorch than in NumPy
+        with pytest.raises(ts.ArgumentError, match=f"`dtype` must be one of .*, got {unclear}"):
+            config(dtype=unclear)
     assert config() == config() and config() != config(top_k=6)
     for given, typestr in (
         ("bf16", "<u2"),

@@ -53,14 +53,15 @@ def test_prefill(device: ts.Device, draw: Draw) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'block'"):
         ts.Context.for_prefill(device, cfg, block=6)  # type: ignore[call-arg]
     with pytest.raises(ts.Error, match="`max_block_len` is limited to 6, the batch needs 7"):
-        cache.extend_in_pieces(ctx, [(first, 8)], 7)
-    with pytest.raises(ts.Error, match="out of pages") as caught:
+        cache.extend_in_pieces(ctx, [(cache.create(), 8)], 7)
+    text = "out of pages: .* free: `num_pages`=32 of `page_size`=4 hold 128 tokens of all sequences together, make the cache with more"
+    with pytest.raises(ts.OutOfPagesError, match=text) as caught:
         cache.extend_in_pieces(ctx, [(second, 1), (cache.create(), 40), (cache.create(), 40)], 6)
     assert (caught.value.status, cache.len(second)) == ("TS_STATUS_OUT_OF_PAGES", 20)
 
 
 def test_buffers_that_progress_closes(device: ts.Device, draw: Draw) -> None:
-    """Memory that a call works on is there until it returns."""
+    """Memory that a call works on cannot be closed before it returns."""
     cfg = config()
     cache = ts.Cache(device, cfg, num_pages=512, page_size=PAGE)
     ctx = ts.Context.for_prefill(device, cfg, block_len=4, max_kv_len=512, max_piece_len=4)
@@ -72,13 +73,59 @@ def test_buffers_that_progress_closes(device: ts.Device, draw: Draw) -> None:
 
     def close(done: int, total: int) -> None:
         for buffer in (q, k, v):
-            buffer.close()
+            with pytest.raises(
+                ts.BusyError, match="`buffer` is at work in another call.* must not be closed meanwhile"
+            ):
+                buffer.close()
         others.extend(device.to_device(np.full_like(tensor, np.nan)) for tensor in tensors)
 
     out = ctx.prefill(cache, 0, pieces, q, k, v, np.empty_like(want), progress=close)
     np.testing.assert_array_equal(out, want)
+    q.close()
     with pytest.raises(ts.Error, match="`buffer` was closed"):
         q.numpy()
+
+
+def test_longest_sequence(device: ts.Device, draw: Draw) -> None:
+    """`max_kv_len` is a limit, by its own name, whatever room is left by the pages."""
+    cfg = config()
+    cache = ts.Cache(device, cfg, num_pages=512, page_size=PAGE)
+    ctx = ts.Context.for_prefill(device, cfg, block_len=4, max_kv_len=100)
+    longer = ts.Context.for_prefill(device, cfg, block_len=4, max_kv_len=101)
+    assert (ctx.max_kv_len, ts.Context(device, cfg, max_kv_tokens=64).max_kv_len) == (100, None)
+    sequence, other = cache.create(), cache.create()
+    q, k, v = (draw(101, heads, D) for heads in (HQ, HKV, HKV))
+    text = "`max_kv_len` is limited to 100, a sequence would have {} tokens: make the limit of `Context.for_prefill` larger"
+    with pytest.raises(ts.ArgumentError, match=text.format(101)) as caught:
+        cache.extend_in_pieces(ctx, [(other, 1), (sequence, 101)], 4)
+    assert (caught.value.status, cache.len(other), cache.len(sequence)) == ("TS_STATUS_LIMIT", 0, 0)
+    pieces = cache.extend_in_pieces(ctx, [(sequence, 100)], 4)
+    ctx.prefill(cache, 0, pieces, q[:100], k[:100], v[:100])
+    with pytest.raises(ts.ArgumentError, match=text.format(2**60 + 100)):
+        cache.extend_in_pieces(ctx, [(sequence, 2**60)], 4)
+    with pytest.raises(ts.ArgumentError, match=text.format(101)):
+        ctx.prefill(cache, 0, cache.extend_in_pieces(longer, [(sequence, 1)], 4), q[:1], k[:1], v[:1])
+    pools = [np.zeros((26, PAGE, HKV, D), np.float32) for _ in "kv"]
+    batch = ts.Batch(PAGE, [0, 101], [0, 26], range(26), [1])
+    with pytest.raises(ts.ArgumentError, match=text.format(101)):
+        batch.in_pieces(ctx, 4)
+    with pytest.raises(ts.ArgumentError, match=text.format(101)):
+        ctx.prefill_kv(batch.in_pieces(longer, 4), view(pools), q, k, v)
+    longer.prefill_kv(batch.in_pieces(longer, 4), view(pools), q, k, v)
+    # One that stays as long as it is may be longer.
+    assert cache.extend_in_pieces(ctx, [(sequence, 0), (other, 5)], 4).num_query_tokens == 5
+
+
+def test_step_of_a_reader(device: ts.Device, draw: Draw) -> None:
+    """What reads prompts cannot decode, and says what is missing in words that the caller knows."""
+    cfg = config()
+    cache = ts.Cache(device, cfg, num_pages=512, page_size=PAGE)
+    ctx = ts.Context.for_prefill(device, cfg, block_len=4, max_kv_len=100)
+    batch = cache.extend([(cache.create(), 1)])
+    text = "`step` needs the operation `score`, which this was made without: what reads prompts selects for long blocks alone"
+    with pytest.raises(ts.Error, match=text) as caught:
+        ctx.step(cache, 0, batch, draw(1, HQ, D), draw(1, HKV, D), draw(1, HKV, D))
+    assert caught.value.status == "TS_STATUS_MISSING"
 
 
 def test_what_progress_may_do(device: ts.Device, draw: Draw) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -276,7 +277,7 @@ def test_operations(device: ts.Device, draw: Draw) -> None:
     q, batch = draw(1, HQ, D), ts.Batch(PAGE, [0, 1], [0, 1], [0], [1])
     kv = ts.KvView(draw(1, PAGE, HKV, D), draw(1, PAGE, HKV, D))
     ctx.select(batch, kv, q)
-    with pytest.raises(ts.Error, match="`attend` needs a plan with the operation `attend`") as caught:
+    with pytest.raises(ts.Error, match="`attend` needs the operation `attend`, which this was made without") as caught:
         ctx.attend(batch, kv, q)
     assert caught.value.status == "TS_STATUS_MISSING"
     for operations in ([], ["append", "step"]):
@@ -307,3 +308,93 @@ def test_written_len(device: ts.Device, draw: Draw) -> None:
     cache.extend([(sequence, 8)])
     cache.layer_mut(0)
     assert [cache.written_len(layer, sequence) for layer in (0, 1)] == [24, 16]
+
+
+def test_selected_before_a_selection(device: ts.Device, draw: Draw) -> None:
+    """No list is not an empty one."""
+    ctx = ts.Context(device, config(), max_rows=2, max_block_len=1, max_kv_tokens=64)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 2], [1, 0], [3]), draw(1, HQ, D)
+    kv = view((draw(2, PAGE, HKV, D), draw(2, PAGE, HKV, D)))
+    text = "`selected` needs `select` of the same batch before it, the workspace holds no selected lists"
+    for use in (lambda: None, lambda: ctx.attend_dense(batch, kv, q), lambda: ctx.pool(batch, q)):
+        use()
+        with pytest.raises(ts.Error, match=text) as caught:
+            ctx.selected()
+        assert caught.value.status == "TS_STATUS_ORDER"
+    ctx.select(batch, kv, q)
+    assert ctx.selected() == list(range(7)) and ctx.selected(1) == []
+
+
+def test_errors_name_sequences_as_the_caller_does(device: ts.Device) -> None:
+    """By the number that `create` answered."""
+    cache = ts.Cache(device, config(), num_pages=4, page_size=PAGE)
+    cache.free(cache.create())
+    sequence = cache.create()
+    assert sequence > 2**32  # the place of the first one, used again
+    cache.extend([(sequence, 3)])
+    uses: dict[str, Callable[[], object]] = {
+        "holds 3 tokens and cannot be truncated to 4": lambda: cache.truncate(sequence, 4),
+        "appears in rows 0 and 1 of one batch": lambda: cache.extend([(sequence, 1), (sequence, 1)]),
+        "cannot grow to": lambda: cache.extend([(sequence, 2**40)]),
+    }
+    for text, use in uses.items():
+        with pytest.raises(ts.ArgumentError, match=f"^sequence {sequence} {text}"):
+            use()
+    cache.free(sequence)
+    with pytest.raises(ts.ArgumentError, match=f"^sequence {sequence} is not in this cache"):
+        cache.len(sequence)
+
+
+def test_out_of_pages_says_what_there_are(device: ts.Device) -> None:
+    """A cache holds fewer tokens by default than a context has room for."""
+    cache = ts.Cache(device, config())
+    sequence = cache.create()
+    text = (
+        "out of pages: 1025 needed, 1024 free: `num_pages`=1024 of `page_size`=16 hold 16384 tokens of all sequences together, "
+        "make the cache with more"
+    )
+    with pytest.raises(ts.OutOfPagesError, match=text) as caught:
+        cache.extend([(sequence, 16385)])
+    assert caught.value.status == "TS_STATUS_OUT_OF_PAGES"
+    cache.extend([(sequence, 16384)])
+
+
+def test_pages_of_another_shape(device: ts.Device, draw: Draw) -> None:
+    """The error has the sizes in the order in which they were given, and says which is which."""
+    cfg = config()
+    ctx = ts.Context(device, cfg, max_rows=1, max_block_len=1, max_kv_tokens=64)
+    batch, q = ts.Batch(PAGE, [0, 1], [0, 2], [1, 0], [3]), draw(1, HQ, D)
+    nhd, hnd = draw(2, PAGE, HKV, D), draw(2, HKV, PAGE, D)
+    ctx.attend_dense(batch, ts.KvView(hnd, hnd, "HND"), q)
+    for pages, layout, shape, dims in (
+        (hnd, "NHD", (2, 4, 2, 16), "num_pages, page_size, num_kv_heads, head_dim"),
+        (nhd, "HND", (2, 2, 4, 16), "num_pages, num_kv_heads, page_size, head_dim"),
+        (nhd[:, :2], "NHD", (2, 4, 2, 16), "num_pages, page_size, num_kv_heads, head_dim"),
+    ):
+        text = f'`k pages` must have shape {shape}, which is [{dims}] with layout="{layout}", for a batch of page_size 4, got {pages.shape}'
+        with pytest.raises(ts.ArgumentError, match=re.escape(text)) as caught:
+            ctx.attend_dense(batch, ts.KvView(pages, pages, layout), q)  # type: ignore[arg-type]
+        assert caught.value.status == "TS_STATUS_SHAPE"
+    cache = ts.Cache(device, cfg, num_pages=2, page_size=8, layout="HND")
+    text = (
+        '`kv` must have shape (2, 2, 4, 16), which is [num_pages, num_kv_heads, page_size, head_dim] with layout="HND"'
+    )
+    with pytest.raises(ts.ArgumentError, match=re.escape(text)):
+        ctx.attend_dense(batch, cache.layer(0), q)
+
+
+def test_no_pages(device: ts.Device, draw: Draw) -> None:
+    """Pools without pages, whose strides mean nothing, are what batches without tokens need."""
+    cfg = config()
+    ctx = ts.Context(device, cfg, max_rows=2, max_block_len=1, max_kv_tokens=64)
+    pools = np.zeros((0, PAGE, HKV, D), np.float32)
+    odd = np.lib.stride_tricks.as_strided(pools, pools.shape, (-7 * 4, 4, -4, 12))
+    empty, padding = ts.Batch(PAGE, [0], [0], [], []), ts.Batch(PAGE, [0, 0], [0, 0], [], [0])
+    q = np.zeros((0, HQ, D), np.float32)
+    for pages in (pools, odd, pools[:, :, ::-1], np.zeros((0, HKV, PAGE, D), np.float32).transpose(0, 2, 1, 3)):
+        kv = ts.KvView(pages, pages)
+        for batch in (empty, padding):
+            ctx.select(batch, kv, q)
+            assert ctx.attend(batch, kv, q).shape == ctx.attend_dense(batch, kv, q).shape == (0, HQ, D)
+        with pytest.raises(ts.ArgumentError, match="`page` must be below 0, got 1"):
+            ctx.attend_dense(ts.Batch(PAGE, [0, 1], [0, 2], [1, 0], [3]), kv, draw(1, HQ, D))

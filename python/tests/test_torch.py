@@ -140,6 +140,65 @@ def test_gradients(ctx: ts.Context, batch: ts.Batch) -> None:
     ctx.select(batch, view, q.detach())
 
 
+def test_forward_derivatives(ctx: ts.Context, batch: ts.Batch) -> None:
+    """Dual tensors are refused, their tangents would be lost; others are not."""
+    kv, q = pages(), torch.randn(8, HQ, D)
+    view = ts.KvView(kv[0], kv[1])
+    ad = torch.autograd.forward_ad
+    with ad.dual_level():
+        dual = ad.make_dual(q, torch.ones_like(q))
+        text = r"`{}` is a dual tensor, whose derivatives this library does not compute: pass `torch.autograd.forward_ad.unpack_dual"
+        for given in (dual, dual * 2):
+            with pytest.raises(ts.ArgumentError, match=text.format("q")):
+                ctx.attend_dense(batch, view, given)
+        with pytest.raises(ts.ArgumentError, match=text.format("v pages")):
+            ctx.attend_dense(batch, ts.KvView(kv[0], ad.make_dual(kv[1], kv[1])), q)
+        want = ctx.attend_dense(batch, view, ad.unpack_dual(dual).primal)
+        assert torch.equal(ctx.attend_dense(batch, view, q), want)
+    with pytest.raises(ts.TokenSelectError, match="`q`"):
+        torch.func.jvp(lambda q: ctx.attend_dense(batch, view, q), (q,), (q,))
+    assert torch.equal(ctx.attend_dense(batch, view, q), want)
+
+
+def test_forward_derivatives_of_operators() -> None:
+    import tokenselect.torch as ops
+
+    kv, q = pages(), torch.randn(8, HQ, D)
+    given = (
+        ops.handle(ops.Contexts(config(), max_rows=1, max_block_len=8, max_kv_tokens=64)),
+        ops.handle(ts.Batch(PAGE, [0, 8], [0, 2], torch.tensor([1, 0]), [PAGE])),
+        ops.handle(ts.KvView(kv[0], kv[1])),
+    )
+    ad = torch.autograd.forward_ad
+    with (
+        torch.no_grad(),
+        ad.dual_level(),
+        pytest.raises(ts.ArgumentError, match=r"is given within `torch.autograd.forward_ad.dual_level\(\)`"),
+    ):
+        ops.attend_dense(*given, ad.make_dual(q, q))
+
+
+def test_traces(ctx: ts.Context, batch: ts.Batch) -> None:
+    """A trace would hold the results as constants."""
+    kv, q = pages(), torch.randn(8, HQ, D)
+    view = ts.KvView(kv[0], kv[1])
+    with pytest.raises(
+        ts.ArgumentError,
+        match="`k pages` is given within `torch.jit.trace`, which would take the results for constants",
+    ):
+        torch.jit.trace(lambda q: ctx.attend_dense(batch, view, q), q)
+    ctx.attend_dense(batch, view, q)
+
+
+@pytest.mark.filterwarnings("ignore:.*MaskedTensors is in prototype.*")
+def test_masked_tensors(ctx: ts.Context, batch: ts.Batch) -> None:
+    from torch.masked import masked_tensor
+
+    kv, q = pages(), torch.randn(8, HQ, D)
+    with pytest.raises(ts.ArgumentError, match="`q` must be an array without a mask, it is masked"):
+        ctx.attend_dense(batch, ts.KvView(kv[0], kv[1]), masked_tensor(q, q > 0))
+
+
 def test_page_tables() -> None:
     def batch(indices: Any) -> ts.Batch:
         return ts.Batch(PAGE, [0, 1], [0, 2], indices, [1])

@@ -15,7 +15,8 @@ PyTorch nor NumPy is needed to import this.
 
 Nothing waits for a GPU but `synchronize`, `selected`, `stats`, `faults`, `numpy` and `to_host`. Tensors that are
 passed may be temporaries: what the device has not read yet is kept. Objects may be dropped, or closed, in any order. One object is used
-by one call at a time; `Device`, `Config`, `Batch` and `Pieces` may be shared. A call that fails raises a `TokenSelectError` and has
+by one call at a time; `Device`, `Config`, `Batch` and `Pieces` may be shared. Nothing lives on in a forked process: `multiprocessing` must
+start processes with `spawn`. A call that fails raises a `TokenSelectError` and has
 changed nothing (but see `Context.prefill`).
 """
 

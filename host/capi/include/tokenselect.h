@@ -22,6 +22,15 @@
 /// Version of the interface. Raised when a function or structure changes in a way that old programs do not survive.
 #define TS_ABI_VERSION 2
 
+/// Version of the library that this header is of, `0.1.0` being 0, 1 and 0: for `#if`.
+#define TS_VERSION_MAJOR 0
+
+/// See `TS_VERSION_MAJOR`.
+#define TS_VERSION_MINOR 1
+
+/// See `TS_VERSION_MAJOR`.
+#define TS_VERSION_PATCH 0
+
 /// What a function answers. 0 is success; anything else comes with a text, `ts_last_error_message`.
 ///
 /// A call that fails has changed nothing, except for `TS_STATUS_PANIC`, and for `ts_prefill` and `ts_prefill_kv` where the

@@ -132,6 +132,10 @@ pub struct Plan {
     gpu: Option<GpuPlan>,
 }
 
+/// What is missing where short blocks are asked of what reads prompts.
+const SCORES_BLOCKS_ALONE: &str =
+    "the operation `score`, which this was made without: what reads prompts selects for long blocks alone";
+
 impl Plan {
     /// Checks configuration and limits, finds the device's kernels and sizes the buffers.
     ///
@@ -198,12 +202,16 @@ impl Plan {
     pub(crate) fn expect(&self, op: &'static str, needed: Operations) -> Result<()> {
         let has = self.operations;
         let left_out = [
-            (needed.append && !has.append, "a plan with the operation `append`"),
-            (needed.pool && !has.pool, "a plan with the operation `pool`"),
-            (needed.score && !has.score, "a plan with the operation `score`"),
-            (needed.score_blocks && !has.score_blocks, "a plan with the operation `score_blocks`"),
-            (needed.vote && !has.vote, "a plan with the operation `vote`"),
-            (needed.attend && !has.attend, "a plan with the operation `attend`"),
+            (needed.append && !has.append, "the operation `append`, which this was made without"),
+            (needed.pool && !has.pool, "the operation `pool`, which this was made without"),
+            (needed.score && !has.score && has.score_blocks, SCORES_BLOCKS_ALONE),
+            (needed.score && !has.score, "the operation `score`, which this was made without"),
+            (
+                needed.score_blocks && !has.score_blocks,
+                "the operation `score_blocks`, which this was made without",
+            ),
+            (needed.vote && !has.vote, "the operation `vote`, which this was made without"),
+            (needed.attend && !has.attend, "the operation `attend`, which this was made without"),
         ];
         match left_out.into_iter().find(|&(is_left_out, _)| is_left_out) {
             None => Ok(()),
@@ -219,7 +227,7 @@ impl Plan {
         if self.operations.keeps_logits(&self.device) {
             Ok(())
         } else {
-            Err(Error::Missing { op, needs: "a plan with the operation `score`" })
+            Err(Error::Missing { op, needs: "the operation `score`, which this was made without" })
         }
     }
 
@@ -287,5 +295,5 @@ impl Device {
 
 /// The error for an operation that a plan leaves out.
 pub(crate) fn missing(op: &'static str) -> Error {
-    Error::Missing { op, needs: "a plan with this operation" }
+    Error::Missing { op, needs: "this operation, which this was made without" }
 }

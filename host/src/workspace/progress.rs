@@ -76,6 +76,17 @@ impl Progress {
         Err(Error::Order { op, needs: stage.operation(), holds })
     }
 
+    /// Checks that there are selected lists of some batch.
+    ///
+    /// # Errors
+    /// [`Error::Order`].
+    pub fn expect_selected(&self, op: &'static str) -> Result<()> {
+        match self.done.lock().unwrap_or_else(PoisonError::into_inner).stages[Stage::Selected as usize] {
+            Some(_) => Ok(()),
+            None => Err(Error::Order { op, needs: "select", holds: "no selected lists" }),
+        }
+    }
+
     /// What a stage writes is about to be replaced, and what was made from it with it. Selected lists stay: they are read
     /// together with no other buffer.
     pub fn begin(&self, stage: Stage) {

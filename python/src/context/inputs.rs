@@ -8,7 +8,7 @@ use super::Context;
 use crate::argument::{Argument, Span, expect_apart};
 use crate::errors::{Failure, Result};
 use crate::given::{Given, like, tuple};
-use crate::kv::{Kv, KvView};
+use crate::kv::{Kv, KvView, Wanted};
 use crate::numbers::of_class;
 use crate::uses::Uses;
 
@@ -158,8 +158,14 @@ impl Context {
     }
 
     /// Where the keys and values of a view are now.
-    pub(super) fn kv<'py>(&self, uses: &mut Uses<'_, 'py>, kv: &Bound<'py, PyAny>) -> Result<Kv<'py>> {
-        of_class::<KvView>("kv", kv)?.get().look(uses, self.dtype)
+    pub(super) fn kv<'py>(
+        &self,
+        uses: &mut Uses<'_, 'py>,
+        kv: &Bound<'py, PyAny>,
+        page_size: usize,
+    ) -> Result<Kv<'py>> {
+        let wanted = Wanted { heads: self.heads, dtype: self.dtype, page_size };
+        of_class::<KvView>("kv", kv)?.get().look(uses, &wanted)
     }
 
     /// Checks that nothing written shares a byte with what is read or with the workspace, which has nothing of what is read either.

@@ -7,6 +7,7 @@ mod inputs;
 mod operations;
 mod steps;
 
+use pyo3::gc::{PyTraverseError, PyVisit};
 use pyo3::prelude::*;
 use pyo3::types::PyList;
 use tokenselect::{Buffer, HeadShape, Limits, Plan, PrefillConfig, TokenSelect};
@@ -17,7 +18,7 @@ use crate::argument::Span;
 use crate::batch::Batch;
 use crate::config::{Config, plan_limits};
 use crate::device::Device;
-use crate::errors::{Result, fence};
+use crate::errors::{self, Failure, Result, fence};
 use crate::memory::{Memory, address};
 use crate::numbers::{choose, of_class, optional_whole, whole};
 use crate::selection_cache::Reuse;
@@ -49,6 +50,8 @@ pub(crate) struct Context {
     heads: HeadShape,
     dtype: tokenselect::DType,
     limits: Limits,
+    /// Of one that reads prompts: the most tokens of a sequence.
+    max_kv_len: Option<usize>,
     /// Bytes of the workspace, which stays where it is.
     workspace: Vec<Span>,
 }
@@ -68,7 +71,12 @@ const BUFFERS: [(&str, Buffer); 11] = [
 ];
 
 impl Context {
-    fn new(device: &Bound<'_, Device>, config: &Bound<'_, Config>, mut select: TokenSelect) -> Result<Self> {
+    fn new(
+        device: &Bound<'_, Device>,
+        config: &Bound<'_, Config>,
+        mut select: TokenSelect,
+        max_kv_len: Option<usize>,
+    ) -> Result<Self> {
         let mut workspace = Vec::new();
         for buffer in Buffer::ALL {
             let tensor = select.buffer_mut(buffer);
@@ -80,7 +88,8 @@ impl Context {
         }
         let (heads, dtype, limits) = (select.config().heads, select.config().dtype, *select.plan().limits());
         let (device, config) = (device.clone().unbind(), config.clone().unbind());
-        Ok(Context { slot: Slot::new("context", select), device, config, heads, dtype, limits, workspace })
+        let slot = Slot::new("context", select);
+        Ok(Context { slot, device, config, heads, dtype, limits, max_kv_len, workspace })
     }
 
     /// The largest batch.
@@ -88,14 +97,24 @@ impl Context {
         self.limits
     }
 
-    /// Checks that it was not closed.
-    pub fn expect_open(&self) -> Result<()> {
-        self.slot.expect_open()
+    /// Checks that sequences are no longer than it reads: the workspace has places for some tokens more, since pages may be partly
+    /// used, but no promise was made of these.
+    pub fn expect_kv_len(&self, longest: usize) -> Result<()> {
+        match self.max_kv_len {
+            Some(most) if longest > most => {
+                let text = format!(
+                    "`max_kv_len` is limited to {most}, a sequence would have {longest} tokens: make the limit of \
+                     `Context.for_prefill` larger"
+                );
+                Err(Failure::Rule { kind: errors::Kind::Argument, status: "TS_STATUS_LIMIT", text })
+            }
+            _ => Ok(()),
+        }
     }
 
-    /// Somebody has addresses of its memory.
-    pub fn lend(&self) {
-        self.slot.lend();
+    /// Where the library's object is.
+    pub fn slot(&self) -> &Slot<TokenSelect> {
+        &self.slot
     }
 
     /// What a call of a batch uses.
@@ -150,7 +169,7 @@ impl Context {
             let (on, of) = (device.get().get()?, config.get().inner().clone());
             // Loading kernels takes seconds.
             let select = py.detach(|| TokenSelect::with_plan(Plan::new(on, of, limits, operations)?))?;
-            Context::new(device, config, select)
+            Context::new(device, config, select, None)
         })
     }
 
@@ -189,7 +208,7 @@ impl Context {
             }
             let (on, of) = (device.get().get()?, config.get().inner().clone());
             let select = py.detach(|| TokenSelect::for_prefill(on, of, &prefill))?;
-            Context::new(device, config, select)
+            Context::new(device, config, select, Some(prefill.max_kv_len))
         })
     }
 
@@ -215,6 +234,12 @@ impl Context {
     #[getter]
     fn max_block_len(&self) -> usize {
         self.limits.max_block_len
+    }
+
+    /// The most tokens of a sequence that one `for_prefill` reads; None for others.
+    #[getter(max_kv_len)]
+    fn longest(&self) -> Option<usize> {
+        self.max_kv_len
     }
 
     /// Tokens cached by all rows of the largest batch together.
@@ -576,6 +601,10 @@ impl Context {
             let _at_work = self.slot.write()?;
             std::panic::resume_unwind(Box::new("a test's own"))
         })
+    }
+
+    fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
+        visit.call(&self.device)
     }
 
     fn __repr__(&self) -> String {

@@ -67,7 +67,7 @@ impl Context {
                 let (k, v) = unsafe { (k.view(device)?, v.view(device)?) };
                 return uses.run(|| select.fill(cache, layer, batch, k, v));
             }
-            let kv = this.kv(uses, kv)?;
+            let kv = this.kv(uses, kv, batch.page_size())?;
             let (k, v) = (this.heads(uses, "k", k, tokens)?, this.heads(uses, "v", v, tokens)?);
             this.expect_pages_apart(&kv.spans()?, &[k.span()?, v.span()?])?;
             // SAFETY: tensors of the device, pages apart from what is written into them, which live until it has done so.
@@ -89,7 +89,8 @@ impl Context {
         Context::with_batch(slf, batch, |select, batch, uses| {
             let device = uses.device().inner();
             reuse.hold(uses);
-            let (kv, q) = (this.kv(uses, kv)?, this.heads(uses, "q", q, batch.num_query_tokens())?);
+            let (kv, q) =
+                (this.kv(uses, kv, batch.page_size())?, this.heads(uses, "q", q, batch.num_query_tokens())?);
             this.expect_pages_apart(&kv.spans()?, &[])?;
             this.expect_apart(&[], &[q.span()?])?;
             // SAFETY: tensors of the device, none of which is the workspace, which live until it has read them.
@@ -111,7 +112,7 @@ impl Context {
         Context::with_batch(slf, batch, |select, batch, uses| {
             let (tokens, device) = (batch.num_query_tokens(), uses.device().inner());
             reuse.hold(uses);
-            let kv = this.kv(uses, kv)?;
+            let kv = this.kv(uses, kv, batch.page_size())?;
             let q = this.heads(uses, "q", q, tokens)?;
             let (k, v) = (this.heads(uses, "k", k, tokens)?, this.heads(uses, "v", v, tokens)?);
             this.expect_pages_apart(&kv.spans()?, &[k.span()?, v.span()?, q.span()?])?;
@@ -149,7 +150,7 @@ impl Context {
         let this = slf.get();
         Context::with_batch(slf, batch, |select, batch, uses| {
             let device = uses.device().inner();
-            let kv = this.kv(uses, kv)?;
+            let kv = this.kv(uses, kv, batch.page_size())?;
             this.expect_pages_apart(&kv.spans()?, &[])?;
             // SAFETY: pages of the device, apart from the workspace, which live until they have been read.
             unsafe { kv.read(device, &Reuse::NONE, |kv, _| uses.run(|| select.score(batch, kv))) }
@@ -167,7 +168,7 @@ impl Context {
         let this = slf.get();
         Context::with_batch(slf, batch, |select, batch, uses| {
             let (tokens, device) = (batch.num_query_tokens(), uses.device().inner());
-            let (kv, queries) = (this.kv(uses, kv)?, this.heads(uses, "q", q, tokens)?);
+            let (kv, queries) = (this.kv(uses, kv, batch.page_size())?, this.heads(uses, "q", q, tokens)?);
             let lists = match over {
                 Over::Lists { tokens, length, ranks, total_len } => {
                     lists(uses, tokens, length, ranks, total_len)?

@@ -71,6 +71,7 @@ impl Context {
         let (pieces, told) = (of_class::<Pieces>("pieces", pieces)?.get(), Told::new(progress)?);
         let (mut select, guard) = (this.slot.write()?, pieces.slot().read()?);
         let (select, all) = (select.get()?, guard.get()?);
+        this.expect_kv_len(all.whole().max_kv_len())?;
         let tokens = pieces.num_query_tokens;
         let mut uses = Context::uses(slf, usize::MAX);
         let uses = &mut uses;
@@ -108,11 +109,12 @@ impl Context {
         let (pieces, told) = (of_class::<Pieces>("pieces", pieces)?.get(), Told::new(progress)?);
         let (mut select, guard) = (this.slot.write()?, pieces.slot().read()?);
         let (select, all) = (select.get()?, guard.get()?);
+        this.expect_kv_len(all.whole().max_kv_len())?;
         let tokens = pieces.num_query_tokens;
         let mut uses = Context::uses(slf, usize::MAX);
         let uses = &mut uses;
         let device = uses.device().inner();
-        let kv = this.kv(uses, kv)?;
+        let kv = this.kv(uses, kv, all.whole().page_size())?;
         let queries = this.heads(uses, "q", q, tokens)?;
         let (k, v) = (this.heads(uses, "k", k, tokens)?, this.heads(uses, "v", v, tokens)?);
         let output = this.output(uses, tokens, q, outputs, this.output_types())?;

@@ -13,9 +13,10 @@ as with any implementation. What is not served is refused with a reason (`NotImp
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import tokenselect_attention
-from .cache import TokenSelectCache, TokenSelectLayer
+from .cache import TokenSelectCache
 from .configure import configure, make_caches
 from .contexts import release
+from .layer import TokenSelectLayer
 from .masks import RowMask, tokenselect_mask
 from .options import TokenSelectOptions
 

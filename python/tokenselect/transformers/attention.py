@@ -9,8 +9,8 @@ import torch
 from tokenselect.torch.devices import device_of
 
 from .borrowed import attend_borrowed
-from .cache import Announced
 from .contexts import LayerConfig
+from .layer import Announced
 from .masks import RowMask, from_4d
 from .options import TokenSelectOptions
 

@@ -13,124 +13,27 @@ all layers of a kind share.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedConfig
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
-from tokenselect import Batch, Device, KvView, SelectionCache
+from tokenselect import Batch, Device, SelectionCache
+from tokenselect._options import at_least
 from tokenselect.torch.devices import device_of
 
 from .contexts import LayerConfig, kernels_for
+from .layer import Announced, TokenSelectLayer
 from .masks import RowMask
 from .options import TokenSelectOptions
 from .pages import PageTables
 from .steps import Step, unpack
 
-__all__ = ["Announced", "TokenSelectCache", "TokenSelectLayer", "unsupported"]
-
-
-class Announced:
-    """What `TokenSelectCache.update` leaves on a key tensor: whose keys these are, until attention writes them."""
-
-    def __init__(self, cache: TokenSelectCache, layer_idx: int, begin: int) -> None:
-        self.cache, self.layer_idx, self.begin = cache, layer_idx, begin
-
-
-class TokenSelectLayer(CacheLayerMixin):  # type: ignore[misc, no-untyped-call, unused-ignore]
-    """Pools of one layer. Rows, and all that changes them, belong to the `TokenSelectCache`."""
-
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-    keys: torch.Tensor | None
-    values: torch.Tensor | None
-
-    def __init__(self, is_sliding: bool) -> None:
-        super().__init__()  # type: ignore[no-untyped-call, unused-ignore]
-        self.is_sliding = is_sliding
-        self.record_past = False
-        self.num_seen = 0  # positions that `update` was called for, padding included
-        self.announced: Announced | None = None
-        self.window: int | None = None
-        self.view: KvView | None = None  # pages as they are
-        self.token_view: KvView | None = None  # the same memory as pages of one token
-
-    def reserve(self, num_pages: int, page_size: int, like: torch.Tensor) -> None:
-        """Makes the pools, or larger ones with the same contents. `like` is `[tokens, num_kv_heads, head_dim]`."""
-        if self.keys is not None and self.keys.shape[0] >= num_pages:
-            return
-        pools = []
-        for old in (self.keys, self.values):
-            pool = like.new_empty((num_pages, page_size, *like.shape[1:]))
-            if old is not None:
-                pool[: old.shape[0]].copy_(old)
-            pools.append(pool)
-        self.keys, self.values = pools
-        self.is_initialized = True
-        self.view = KvView(pools[0], pools[1])
-        k, v = (pool.view(num_pages * page_size, 1, *like.shape[1:]) for pool in pools)
-        self.token_view = KvView(k, v)
-
-    def copy_pages(self, sources: torch.Tensor, targets: torch.Tensor) -> None:
-        """Copies whole pages."""
-        for pool in (self.keys, self.values):
-            if pool is not None:
-                pool.index_copy_(0, targets.to(pool.device), pool.index_select(0, sources.to(pool.device)))
-
-    def activate_past_recording(self) -> None:
-        """Keeps what a sliding window leaves behind, until `TokenSelectCache.crop`."""
-        self.record_past = True
-
-    def get_seq_length(self) -> int:
-        """Positions so far, padding included."""
-        return self.num_seen
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Length and offset of the keys that a mask is for: all positions."""
-        return self.num_seen + query_length, 0
-
-    def get_max_length(self) -> int:
-        """-1: it grows."""
-        return -1
-
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Nothing: the first step makes the pools."""
-
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Refused."""
-        raise self._refused("update")
-
-    def offload(self) -> None:
-        """Refused."""
-        raise self._refused("offload")
-
-    def prefetch(self) -> None:
-        """Refused."""
-        raise self._refused("prefetch")
-
-    def reset(self) -> None:
-        """Refused."""
-        raise self._refused("reset")
-
-    def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
-        """Refused."""
-        raise self._refused("reorder_cache")
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refused."""
-        raise self._refused("crop")
-
-    @staticmethod
-    def _refused(method: str) -> NotImplementedError:
-        return NotImplementedError(
-            f"layers of a TokenSelectCache share their rows: call `{method}` of the cache, which has it for all layers, "
-            "or not at all"
-        )
+__all__ = ["TokenSelectCache", "unsupported"]
 
 
 class _Selections:
@@ -155,6 +58,9 @@ class TokenSelectCache(Cache):  # type: ignore[misc, unused-ignore]
 
     `max_length` are the most tokens of a row if they are known: its pages are then made at once. With `options.positions =
     "reassigned"`, the model needs `tokenselect.transformers.configure` with the same positions.
+
+    `copy.deepcopy` copies the pools, so that a prompt that was read once is gone on with many times; the copy selects anew at its first
+    step. `copy.copy`, after which two caches would write into the same pages, is refused.
 
     Raises `NotImplementedError` for models with layers that it has no place for (see `unsupported`).
     """
@@ -247,6 +153,8 @@ class TokenSelectCache(Cache):  # type: ignore[misc, unused-ignore]
         layer.window = mask.window
         k, v = step.pack(key), step.pack(value)
         tables = self._room(step, mask.window)
+        if not any(step.old_lens):
+            layer.forget_others(k)
         layer.reserve(tables.num_pages, tables.page_size, k)
         if not step.rows:
             out = query.new_zeros((0, query.shape[1], query.shape[3]))
@@ -465,37 +373,65 @@ class TokenSelectCache(Cache):  # type: ignore[misc, unused-ignore]
         self._step = None
 
     def reset(self) -> None:
-        """Takes all tokens away. Pools stay."""
-        pools = [(layer.keys, layer.values, layer.view, layer.token_view, layer.window) for layer in self.layers]
+        """Takes all tokens away. Pools stay for keys like those that they were made for, and are made anew for others."""
         self._clear()
-        for layer, (keys, values, view, token_view, window) in zip(self.layers, pools, strict=True):
+        for layer in self.layers:
             layer.num_seen, layer.announced = 0, None
-            layer.keys, layer.values, layer.view, layer.token_view, layer.window = (
-                keys,
-                values,
-                view,
-                token_view,
-                window,
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> TokenSelectCache:
+        behind = [index for index, layer in enumerate(self.layers) if layer.announced is not None]
+        if behind:
+            raise RuntimeError(
+                f"a TokenSelectCache must not be copied within a step: the keys of layers {behind} were not written yet"
             )
+        made = type(self).__new__(type(self))
+        memo[id(self)] = made
+        # Contexts of a device, and cached selections, cannot be copied; options never change.
+        own = {
+            "options": self.options,
+            "layers": [layer.copied() for layer in self.layers],
+            "_selections": {},
+            "_step": None,
+        }
+        made.__dict__.update(own)
+        made.__dict__.update(
+            (name, copy.deepcopy(value, memo)) for name, value in vars(self).items() if name not in own
+        )
+        return made
+
+    def __copy__(self) -> TokenSelectCache:
+        raise NotImplementedError(
+            "a TokenSelectCache must be copied by `copy.deepcopy`: after `copy.copy` two caches would write into the same pages"
+        )
 
     def reorder_cache(self, beam_idx: torch.LongTensor) -> None:
         """Row `r` becomes what row `beam_idx[r]` was; both share pages until one writes."""
-        self._take(beam_idx.tolist())
+        self._take("beam_idx", _numbers("beam_idx", beam_idx))
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Every row `repeats` times, one after the other."""
-        self._take([row for row in range(len(self._lens)) for _ in range(repeats)])
+        at_least("repeats", repeats, 1)
+        self._take("repeats", [row for row in range(len(self._lens)) for _ in range(repeats)])
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        """The rows of `indices` alone, which are numbers or, for each row, whether it stays."""
-        self._take((indices.nonzero().flatten() if indices.dtype == torch.bool else indices).tolist())
+    def batch_select_indices(self, indices: torch.Tensor | Sequence[int]) -> None:
+        """The rows of `indices` alone, which are numbers or, for each row, whether it stays. At least one stays."""
+        given = torch.as_tensor(indices)
+        if given.dtype == torch.bool:
+            if self._lens and given.shape != (len(self._lens),):
+                raise ValueError(
+                    f"`indices` must say for each of {len(self._lens)} rows whether it stays, got shape {tuple(given.shape)}"
+                )
+            given = given.nonzero().flatten()
+        self._take("indices", _numbers("indices", given))
 
-    def _take(self, rows: list[int]) -> None:
+    def _take(self, name: str, rows: list[int]) -> None:
         if not self._lens:
             return
+        if not rows:
+            raise ValueError(f"`{name}` must name at least one row, got none: `reset` takes all rows away")
         for row in rows:
             if not 0 <= row < len(self._lens):
-                raise ValueError(f"`beam_idx` must name rows from 0 to {len(self._lens) - 1}, got {row}")
+                raise ValueError(f"`{name}` must name rows from 0 to {len(self._lens) - 1}, got {row}")
         for tables in self._tables.values():
             tables.take(rows)
         self._lens = [self._lens[row] for row in rows]
@@ -528,6 +464,18 @@ class TokenSelectCache(Cache):  # type: ignore[misc, unused-ignore]
                 f"`layer_idx` must be below {len(self.layers)}, the layers of the TokenSelectCache, got {layer_idx}"
             )
         return self.layers[layer_idx]
+
+
+def _numbers(name: str, rows: torch.Tensor | Sequence[int]) -> list[int]:
+    """Whole numbers in a list, or in a tensor of one dimension."""
+    given = torch.as_tensor(rows)
+    if given.numel() == 0:
+        return []  # of whatever type: an empty list has none
+    if given.dim() != 1 or given.is_floating_point() or given.is_complex() or given.dtype == torch.bool:
+        raise ValueError(
+            f"`{name}` must be whole numbers in one dimension, got shape {tuple(given.shape)} of {given.dtype}"
+        )
+    return [int(row) for row in given.tolist()]
 
 
 def unsupported(text_config: PreTrainedConfig) -> str | None:

@@ -23,7 +23,7 @@ use tokenselect_kernels::ops::score_stream::STREAM_BYTES_OF_SM;
 use tokenselect_ptx::Ptx;
 
 use self::context::{Context, Entered, check, cuda};
-use self::event::CudaEvent;
+use self::event::{CudaEvent, Relaxed};
 use self::graph::CudaGraph;
 use self::kernels::Kernels;
 use self::launch::Launch;
@@ -282,6 +282,10 @@ impl Driver for CudaDriver {
 
     fn record(&self) -> Result<Event> {
         self.expect_own_thread("recording an event")?;
+        if self.capturing().by.is_none() {
+            // An event in another library's capture would never pass, and asking for it would end the capture.
+            self.expect_nothing_recorded("recording an event")?;
+        }
         let _entered = self.enter()?;
         let mut raw = null_mut();
         cuda!(&self.name, cuEventCreate(&mut raw, 0))?;
@@ -295,6 +299,7 @@ impl Driver for CudaDriver {
             return Err(Error::Missing { op: "has_passed", needs: "an event of this device" });
         };
         let _entered = self.enter()?;
+        let _relaxed = Relaxed::begin();
         // SAFETY: the event is alive.
         match unsafe { sys::cuEventQuery(event.0) } {
             CUresult::CUDA_ERROR_NOT_READY => Ok(false),

@@ -2,13 +2,21 @@
 //!
 //! Everything is read anew at each call: a tensor may have got other memory since (`Tensor.set_`).
 
-use std::sync::{Mutex, PoisonError};
+mod class;
+mod torch;
+mod types;
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::{PyDict, PyString, PyTuple, PyType};
+use pyo3::types::{PyDict, PyString, PyTuple};
 use tokenselect::DType;
 
+pub(crate) use self::class::Source;
+use self::class::source_of;
+pub(crate) use self::torch::expect_untraced;
+use self::torch::{expect_place, expect_plain, is_at, torch_types};
+use self::types::{ArrayStruct, extension_types};
+pub(crate) use self::types::{Types, interface_types};
 use crate::device::{Device, Where};
 use crate::errors::{Failure, Kind, Result};
 use crate::memory::Memory;
@@ -16,53 +24,6 @@ use crate::numbers::type_name;
 
 /// The most dimensions of a tensor that is looked at.
 const MAX_RANK: usize = 8;
-
-/// Element types that the elements may be read as, one bit each.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Types(u8);
-
-impl Types {
-    /// None that this library has.
-    const NONE: Types = Types(0);
-
-    pub fn of(dtype: DType) -> Self {
-        Types(1 << Types::bit(dtype))
-    }
-
-    fn or(self, dtype: DType) -> Self {
-        Types(self.0 | Types::of(dtype).0)
-    }
-
-    pub fn has(self, dtype: DType) -> bool {
-        self.0 & Types::of(dtype).0 != 0
-    }
-
-    fn bit(dtype: DType) -> u8 {
-        match dtype {
-            DType::F16 => 0,
-            DType::Bf16 => 1,
-            DType::F32 => 2,
-            DType::U32 => 3,
-            DType::U64 => 4,
-            _ => 5,
-        }
-    }
-}
-
-/// Whose methods a tensor has.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Source {
-    /// PyTorch's.
-    Torch,
-    /// Those of PyTorch's that say where the elements are, and not all others.
-    LikeTorch,
-    /// NumPy's, which tell all of it in a structure.
-    Struct,
-    /// Those of the array interfaces.
-    Interface,
-    /// This package's memory.
-    Own,
-}
 
 /// A tensor as it is now.
 pub(crate) struct Given<'py> {
@@ -91,6 +52,7 @@ impl<'py> Given<'py> {
             Some(Source::Own) => Given::own(what, object, device),
             Some(Source::Torch) => Given::torch(what, object, Source::Torch, Some(device)),
             Some(Source::LikeTorch) => Given::torch(what, object, Source::LikeTorch, Some(device)),
+            Some(Source::Masked) => Err(masked(what)),
             Some(Source::Struct) if device.place() == Where::Cpu => Given::numpy(what, object),
             Some(Source::Struct | Source::Interface) | None => {
                 let name = if device.place() == Where::Cpu {
@@ -116,6 +78,7 @@ impl<'py> Given<'py> {
                 return Given::torch(what, object, source, None).map(Some);
             }
             Some(Source::Struct) => return Given::numpy(what, object).map(Some),
+            Some(Source::Masked) => return Err(masked(what)),
             _ => {}
         }
         let interface = object.getattr_opt(intern!(object.py(), "__array_interface__"))?;
@@ -172,11 +135,21 @@ impl<'py> Given<'py> {
                 Failure::of_type(what, rule, type_name(tensor))
             })
         };
-        let addr = strided(intern!(py, "data_ptr"))?.extract::<usize>()?;
+        let addr = strided(intern!(py, "data_ptr"))?;
+        let Ok(addr) = addr.extract::<usize>() else {
+            return Err(Failure::of_type(what, "a tensor with an address as its `data_ptr`", shown(&addr)));
+        };
         let mut given = Given::new(what, tensor, source, addr, torch_types(&dtype)?);
         given.type_object = Some(dtype);
         given.set_shape(&tensor.getattr(intern!(py, "shape"))?)?;
         given.set_strides(&strided(intern!(py, "stride"))?)?;
+        if addr == 0 && !given.shape().contains(&0) {
+            return Err(Failure::tensor(
+                "TS_STATUS_NULL_POINTER",
+                what,
+                "must have memory, its address is 0",
+            ));
+        }
         Ok(given)
     }
 
@@ -186,11 +159,16 @@ impl<'py> Given<'py> {
         // SAFETY: the pointer of a capsule without a name, or null and an exception.
         let found = unsafe { pyo3::ffi::PyCapsule_GetPointer(capsule.as_ptr(), std::ptr::null()) };
         if found.is_null() {
-            return Err(PyErr::fetch(array.py()).into());
+            drop(PyErr::fetch(array.py()));
+            let rule = "an array whose `__array_struct__` is a capsule of the protocol";
+            return Err(Failure::of_type(what, rule, type_name(&capsule)));
         }
         // SAFETY: the protocol's structure, which the capsule owns, and which is copied here.
         let told: ArrayStruct = unsafe { found.cast::<ArrayStruct>().read() };
-        let rank = usize::try_from(told.nd).unwrap_or(0);
+        let (ArrayStruct::TWO, Ok(rank)) = (told.two, usize::try_from(told.nd)) else {
+            let rule = "an array whose `__array_struct__` begins with 2 and a number of dimensions";
+            return Err(Failure::of_type(what, rule, format!("{} and {}", told.two, told.nd)));
+        };
         let mut given =
             Given::new(what, array, Source::Struct, told.data.expose_provenance(), told.types(array));
         if rank > MAX_RANK {
@@ -215,7 +193,9 @@ impl<'py> Given<'py> {
         interface: Bound<'py, PyAny>,
     ) -> Result<Self> {
         let py = object.py();
-        let table = interface.cast::<PyDict>().map_err(PyErr::from)?;
+        let Ok(table) = interface.cast::<PyDict>() else {
+            return Err(Failure::of_type(what, "an array whose interface is a dict", type_name(&interface)));
+        };
         let field = |name: &Bound<'py, PyString>| {
             let missing = || Failure::of_type(what, format!("an array whose interface has `{name}`"), "none");
             table.get_item(name)?.ok_or_else(missing)
@@ -223,22 +203,27 @@ impl<'py> Given<'py> {
         let data = field(intern!(py, "data"))?;
         let Ok((addr, is_read_only)) = data.extract::<(Option<usize>, bool)>() else {
             let rule = "an array whose interface has an address and whether it is read-only as its `data`";
-            return Err(Failure::of_type(what, rule, type_name(&data)));
+            return Err(Failure::of_type(what, rule, shown(&data)));
         };
         if table.get_item(intern!(py, "mask"))?.is_some_and(|mask| !mask.is_none()) {
-            return Err(Failure::tensor(
-                "TS_STATUS_CONFIG",
-                what,
-                "must be an array without a mask, it has one",
-            ));
+            return Err(masked(what));
         }
         let typestr = field(intern!(py, "typestr"))?;
-        let (types, size) = interface_types(&typestr.cast::<PyString>().map_err(PyErr::from)?.to_cow()?);
+        let Ok(text) = typestr.cast::<PyString>() else {
+            let rule = "an array whose interface has a type string as its `typestr`";
+            return Err(Failure::of_type(what, rule, shown(&typestr)));
+        };
+        let (types, size) = interface_types(&text.to_cow()?);
         let types = if types == Types::NONE { extension_types(object) } else { types };
         let mut given = Given::new(what, object, Source::Interface, addr.unwrap_or(0), types);
         given.type_object = Some(typestr);
         given.is_read_only = is_read_only;
         given.set_shape(&field(intern!(py, "shape"))?)?;
+        let num_bytes = given.shape().iter().try_fold(size.unsigned_abs(), |all, &dim| all.checked_mul(dim));
+        if num_bytes.is_none_or(|bytes| isize::try_from(bytes).is_err()) {
+            let rule = format!("must be of at most isize::MAX bytes, its shape is {}", tuple(given.shape()));
+            return Err(Failure::tensor("TS_STATUS_SHAPE", what, rule));
+        }
         match table.get_item(intern!(py, "strides"))?.filter(|strides| !strides.is_none()) {
             Some(strides) => {
                 given.set_strides(&strides)?;
@@ -257,21 +242,30 @@ impl<'py> Given<'py> {
     }
 
     fn set_shape(&mut self, shape: &Bound<'py, PyAny>) -> Result<()> {
-        let dims = shape.cast::<PyTuple>().map_err(PyErr::from)?;
+        let wrong =
+            || Failure::of_type(self.what, "a tensor with a tuple of sizes as its `shape`", shown(shape));
+        let dims = shape.cast::<PyTuple>().map_err(|_| wrong())?;
         self.rank = dims.len();
         if self.rank > MAX_RANK {
             return Err(too_many_dimensions(self.what, self.rank));
         }
         for (size, dim) in self.shape.iter_mut().zip(dims.iter_borrowed()) {
-            *size = dim.extract()?;
+            *size = dim.extract().map_err(|_| wrong())?;
         }
         Ok(())
     }
 
     fn set_strides(&mut self, strides: &Bound<'py, PyAny>) -> Result<()> {
-        let steps = strides.cast::<PyTuple>().map_err(PyErr::from)?;
+        let rank = self.rank;
+        let rule =
+            || format!("a tensor with a tuple of {rank} steps, one for each dimension, as its strides");
+        let wrong = || Failure::of_type(self.what, rule(), shown(strides));
+        let steps = strides.cast::<PyTuple>().map_err(|_| wrong())?;
+        if steps.len() != rank {
+            return Err(wrong());
+        }
         for (stride, step) in self.strides.iter_mut().zip(steps.iter_borrowed()) {
-            *stride = step.extract()?;
+            *stride = step.extract().map_err(|_| wrong())?;
         }
         Ok(())
     }
@@ -356,59 +350,26 @@ impl<'py> Given<'py> {
     }
 }
 
-/// What an array tells of itself: `PyArrayInterface` of the array interface protocol, version 3.
-#[derive(Clone, Copy)]
-#[repr(C)]
-struct ArrayStruct {
-    two: i32,
-    nd: i32,
-    typekind: u8,
-    itemsize: i32,
-    flags: i32,
-    /// `[nd]`.
-    shape: *const isize,
-    /// `[nd]`, in bytes.
-    strides: *const isize,
-    data: *mut u8,
-    descr: *mut pyo3::ffi::PyObject,
-}
-
-impl ArrayStruct {
-    /// Elements are in the machine's order of bytes.
-    const NOT_SWAPPED: i32 = 0x200;
-    /// Elements may be written.
-    const WRITEABLE: i32 = 0x400;
-
-    fn order(&self) -> char {
-        if self.itemsize == 1 {
-            '|'
-        } else if self.flags & ArrayStruct::NOT_SWAPPED == 0 {
-            '>'
-        } else {
-            '<'
-        }
-    }
-
-    fn types(&self, array: &Bound<'_, PyAny>) -> Types {
-        if self.order() == '>' {
-            return Types::NONE;
-        }
-        match (self.typekind, self.itemsize) {
-            (b'f', 2) => Types::of(DType::F16),
-            (b'u', 2) => Types::of(DType::Bf16).or(DType::F16),
-            (b'f', 4) => Types::of(DType::F32),
-            (b'u' | b'i', 4) => Types::of(DType::U32),
-            (b'u' | b'i', 8) => Types::of(DType::U64),
-            (b'f', 8) => Types::of(DType::F64),
-            (b'V', 2) => extension_types(array),
-            _ => Types::NONE,
-        }
-    }
-}
-
 fn too_many_dimensions(what: &'static str, rank: usize) -> Failure {
     let rule = format!("must have at most {MAX_RANK} dimensions, got {rank}");
     Failure::tensor("TS_STATUS_SHAPE", what, rule)
+}
+
+/// An array of NumPy's with a mask, which no operation would heed.
+fn masked(what: &'static str) -> Failure {
+    let rule = "must be an array without a mask, it is masked: pass one with its masked elements filled";
+    Failure::tensor("TS_STATUS_CONFIG", what, rule)
+}
+
+/// What was given instead, where it may be anything.
+fn shown(object: &Bound<'_, PyAny>) -> String {
+    const MOST: usize = 80;
+    let Ok(text) = object.repr() else { return type_name(object) };
+    let text = text.to_string_lossy();
+    if text.chars().count() <= MOST {
+        return text.into_owned();
+    }
+    format!("{}…", text.chars().take(MOST).collect::<String>())
 }
 
 /// Numbers as Python writes a tuple.
@@ -428,138 +389,8 @@ fn dense(shape: &[usize; MAX_RANK]) -> [isize; MAX_RANK] {
     strides
 }
 
-/// Classes whose kind is known: looking for attributes that are not there costs more than the rest of a call.
-static CLASSES: Mutex<Vec<(Py<PyType>, Source)>> = Mutex::new(Vec::new());
-/// Element types of PyTorch, each of which is one object.
-static TORCH_TYPES: Mutex<Vec<(Py<PyAny>, Types)>> = Mutex::new(Vec::new());
-/// The most entries of such a list.
+/// The most entries of a list of what is known of classes, or of types.
 const MAX_KNOWN: usize = 64;
-
-/// Whose methods an object has: none where only the object itself, not its class, may have them.
-fn source_of(object: &Bound<'_, PyAny>) -> Result<Option<Source>> {
-    let (py, class) = (object.py(), object.get_type());
-    {
-        let known = CLASSES.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, source)) = known.iter().find(|(known, _)| known.as_ptr() == class.as_ptr()) {
-            return Ok(Some(*source));
-        }
-    }
-    let source = if object.is_instance_of::<Memory>() {
-        Source::Own
-    } else if class.hasattr(intern!(py, "data_ptr"))? {
-        let is_whole =
-            class.hasattr(intern!(py, "is_neg"))? && class.hasattr(intern!(py, "requires_grad"))?;
-        if is_whole { Source::Torch } else { Source::LikeTorch }
-    } else if class.hasattr(intern!(py, "__array_struct__"))? {
-        Source::Struct
-    } else if class.hasattr(intern!(py, "__array_interface__"))?
-        || class.hasattr(intern!(py, "__cuda_array_interface__"))?
-    {
-        Source::Interface
-    } else {
-        return Ok(None);
-    };
-    let mut known = CLASSES.lock().unwrap_or_else(PoisonError::into_inner);
-    if known.len() < MAX_KNOWN {
-        known.push((class.unbind(), source));
-    }
-    Ok(Some(source))
-}
-
-/// Whether a tensor of PyTorch's lies where a device works, on the host where there is none. Costs a quarter of asking for its
-/// `device`.
-fn is_at(tensor: &Bound<'_, PyAny>, device: Option<&Device>) -> Result<bool> {
-    let py = tensor.py();
-    Ok(match device.map_or(Where::Cpu, Device::place) {
-        Where::Cpu => tensor.getattr(intern!(py, "is_cpu"))?.is_truthy()?,
-        Where::Cuda(ordinal) => {
-            tensor.getattr(intern!(py, "is_cuda"))?.is_truthy()?
-                && tensor.call_method0(intern!(py, "get_device"))?.extract::<i64>()? == i64::from(ordinal)
-        }
-        Where::Emulated => false,
-    })
-}
-
-/// Checks where a tensor of PyTorch's lies: on the host where there is no device.
-fn expect_place(what: &'static str, found: &Bound<'_, PyAny>, device: Option<&Device>) -> Result<()> {
-    let place = device.map_or(Where::Cpu, Device::place);
-    let (found, expected) = (found.str()?.to_string(), place.torch_name());
-    if expected.as_deref() == Some(found.as_str()) {
-        return Ok(());
-    }
-    let expected = expected.unwrap_or_else(|| "no PyTorch device".to_owned());
-    Err(Failure::tensor("TS_STATUS_WRONG_DEVICE", what, format!("must be on {expected}, it is on {found}")))
-}
-
-/// Checks that the memory of a tensor of PyTorch's is what its elements are, and that nothing is to be differentiated. (Only complex
-/// numbers are conjugated, which no operation takes.)
-fn expect_plain(what: &'static str, tensor: &Bound<'_, PyAny>, source: Source) -> Result<()> {
-    if source == Source::LikeTorch {
-        return Ok(());
-    }
-    let py = tensor.py();
-    if tensor.call_method0(intern!(py, "is_neg"))?.is_truthy()? {
-        let rule =
-            format!("must have its elements in memory, it is lazily negated: pass `{what}.resolve_neg()`");
-        return Err(Failure::tensor("TS_STATUS_CONFIG", what, rule));
-    }
-    if tensor.getattr(intern!(py, "requires_grad"))?.is_truthy()?
-        && py.import(intern!(py, "torch"))?.call_method0(intern!(py, "is_grad_enabled"))?.is_truthy()?
-    {
-        let rule = format!(
-            "requires gradients, which this library does not compute: call it under `torch.no_grad()`, or pass `{what}.detach()`"
-        );
-        return Err(Failure::tensor("TS_STATUS_CONFIG", what, rule));
-    }
-    Ok(())
-}
-
-/// Element types of a `torch.dtype`, or of its name.
-fn torch_types(dtype: &Bound<'_, PyAny>) -> Result<Types> {
-    {
-        let known = TORCH_TYPES.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some((_, types)) = known.iter().find(|(known, _)| known.as_ptr() == dtype.as_ptr()) {
-            return Ok(*types);
-        }
-    }
-    let text = dtype.str()?.to_string();
-    let types = match text.strip_prefix("torch.").unwrap_or(&text) {
-        "float16" => Types::of(DType::F16),
-        "bfloat16" => Types::of(DType::Bf16),
-        "float32" => Types::of(DType::F32),
-        "int32" | "uint32" => Types::of(DType::U32),
-        "int64" | "uint64" => Types::of(DType::U64),
-        "float64" => Types::of(DType::F64),
-        _ => Types::NONE,
-    };
-    let mut known = TORCH_TYPES.lock().unwrap_or_else(PoisonError::into_inner);
-    if known.len() < MAX_KNOWN && !dtype.is_instance_of::<PyString>() {
-        known.push((dtype.clone().unbind(), types));
-    }
-    Ok(types)
-}
-
-/// Element types of a type string of the array interfaces, and bytes of an element. Without PyTorch bf16 is `uint16`.
-pub(crate) fn interface_types(typestr: &str) -> (Types, isize) {
-    let types = match typestr {
-        "<f2" => Types::of(DType::F16),
-        "<u2" => Types::of(DType::Bf16).or(DType::F16),
-        "<f4" => Types::of(DType::F32),
-        "<u4" | "<i4" => Types::of(DType::U32),
-        "<u8" | "<i8" => Types::of(DType::U64),
-        "<f8" => Types::of(DType::F64),
-        _ => Types::NONE,
-    };
-    let size = typestr.get(2..).and_then(|size| size.parse().ok()).filter(|&size| size > 0);
-    (types, size.unwrap_or(1))
-}
-
-/// Element types that NumPy has by an extension: `ml_dtypes.bfloat16`.
-fn extension_types(object: &Bound<'_, PyAny>) -> Types {
-    let name = object.getattr("dtype").and_then(|dtype| dtype.getattr("name"));
-    let is_bf16 = name.is_ok_and(|name| name.eq("bfloat16").unwrap_or(false));
-    if is_bf16 { Types::of(DType::Bf16) } else { Types::NONE }
-}
 
 /// An empty tensor of the same kind as another: of its type, or of f32.
 pub(crate) fn like<'py>(
