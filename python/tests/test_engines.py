@@ -379,7 +379,7 @@ def test_vllm_tables_in_wider_ones(on_device: None) -> None:
     vllm.table = torch.zeros(16, 8, dtype=torch.int32).t()
     vllm.sequences.new("a", 1)
     with pytest.raises(
-        NotImplementedError, match=r"`entries` that are contiguous int32, got torch.int32 with strides \(1, 8\)"
+        NotImplementedError, match=r"`entries` that are int32 or int64 in rows of adjacent entries, got torch.int32 with strides \(1, 8\)"
     ):
         vllm.builder.build(0, vllm.common({"a": 1, "b": 1}, 2, 2))
 
@@ -1001,7 +1001,7 @@ def test_launches_are_separated_from_those_before(monkeypatch: Any) -> None:
     from tokenselect.engines import contexts, host_step
 
     calls: list[str] = []
-    monkeypatch.setattr(host_step, "separate", lambda tensor: calls.append("separate"))
+    monkeypatch.setattr(host_step, "separate", lambda device: calls.append("separate"))
     monkeypatch.setattr(contexts, "Context", RecordedContext)
     monkeypatch.setattr(RecordedContext, "called", lambda self, name: calls.append(name))
     contexts._shared.clear()
