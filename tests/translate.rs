@@ -392,8 +392,8 @@ fn tables_of_other_integers(device: &Device) {
             num_sequences: 0,
         };
         let limits = Limits { max_rows: 3, max_block_len: 1, max_kv_tokens: 80 * page_size };
-        let mut ts = TokenSelect::new(device, config.clone(), limits).unwrap();
-        let mut attend = |tables: TablesOnDevice<'_>| {
+        let ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+        let attend = |tables: TablesOnDevice<'_>| {
             let mut slot = BatchSlot::new(device, &host, 80).unwrap();
             let batch = slot.translate(&tables).unwrap();
             let (mut out, _) = outputs_on(device, &problem, DType::F32);

@@ -193,6 +193,7 @@ impl Device {
     /// Marks this moment in the device's order of work.
     ///
     /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing) while another library or another thread records what is put in the stream,
     /// [`Error::Driver`](crate::Error::Driver) where the device fails.
     pub fn record(&self) -> Result<Event> {
         self.driver().map_or_else(|| Ok(Event(Box::new(Instant::now()))), |driver| driver.record())

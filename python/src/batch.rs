@@ -76,7 +76,7 @@ pub(crate) struct BatchRow {
 #[pymethods]
 impl BatchInfo {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -101,7 +101,7 @@ impl BatchInfo {
 #[pymethods]
 impl BatchRow {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -318,7 +318,7 @@ impl Pieces {
 #[pymethods]
 impl Pieces {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,

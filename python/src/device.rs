@@ -183,7 +183,7 @@ impl Drop for Device {
 #[pymethods]
 impl Device {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,

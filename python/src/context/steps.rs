@@ -9,7 +9,7 @@ use super::Context;
 use super::inputs::Outputs;
 use crate::batch::Pieces;
 use crate::cache::Cache;
-use crate::errors::{Failure, Result};
+use crate::errors::{self, Failure, Result};
 use crate::numbers::{of_class, type_name, whole};
 use crate::selection_cache::Reuse;
 
@@ -20,6 +20,21 @@ pub(super) enum Kind {
 }
 
 impl Context {
+    /// Checks that sequences are no longer than it reads: the workspace has places for some tokens more, since pages may be partly
+    /// used, but no promise was made of these.
+    pub fn expect_kv_len(&self, longest: usize) -> Result<()> {
+        match self.max_kv_len {
+            Some(most) if longest > most => {
+                let text = format!(
+                    "`max_kv_len` is limited to {most}, a sequence would have {longest} tokens: make the limit of \
+                     `Context.for_prefill` larger"
+                );
+                Err(Failure::Rule { kind: errors::Kind::Argument, status: "TS_STATUS_LIMIT", text })
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn run_step<'py>(
         slf: &Bound<'py, Self>,
         (cache, layer): (&Bound<'py, PyAny>, &Bound<'py, PyAny>),
