@@ -602,7 +602,13 @@ fn operations_that_a_plan_leaves_out(device: &Device) {
     let mut refuse = |operations, call: fn(&mut Fixture) -> Result<(), Error>, op: &str, needs: &str| {
         let plan = Plan::new(device, f.ts.config().clone(), *f.ts.plan().limits(), operations).unwrap();
         let whole = std::mem::replace(&mut f.ts, TokenSelect::with_plan(plan).unwrap());
-        f.refuses(call, &format!("`{op}` needs the operation `{needs}`, which this was made without"));
+        // Who plans for prompts is told of what these leave out.
+        let hint = if operations == (Operations { score: false, ..Operations::ALL }) {
+            ": what reads prompts selects for long blocks alone"
+        } else {
+            ""
+        };
+        f.refuses(call, &format!("`{op}` needs the operation `{needs}`, which this was made without{hint}"));
         f.ts = whole;
     };
     let all = Operations::ALL;
@@ -610,6 +616,7 @@ fn operations_that_a_plan_leaves_out(device: &Device) {
     refuse(Operations::SELECTION, step, "step", "attend");
     refuse(Operations { append: false, ..all }, step, "step", "append");
     refuse(Operations { score: false, ..all }, step, "step", "score");
+    refuse(Operations { score: false, score_blocks: false, ..all }, step, "step", "score");
     refuse(Operations::SELECTION, |f| f.step_dense(&f.batch.clone()), "step_dense", "attend");
     refuse(Operations { append: false, ..all }, |f| f.fill(0, &f.batch.clone()), "fill", "append");
     refuse(Operations { vote: false, ..all }, |f| f.ts.vote_top_k(&f.batch, None), "vote_top_k", "vote");

@@ -9,7 +9,8 @@ use std::process::Output;
 use serde_json::Value;
 
 /// No comparisons: what a test is about is added.
-const PLAIN: [&str; 5] = ["--ablate-top-k", "--ablate-threshold", "--ablate-scale", "--device", "cpu"];
+const PLAIN: [&str; 6] =
+    ["--ablate-top-k", "--ablate-threshold", "--ablate-scale", "--ablate-vote-pool", "--device", "cpu"];
 
 fn needle<'a>(args: impl IntoIterator<Item = &'a str>) -> Output {
     example::run("needle", PLAIN.into_iter().chain(args))

@@ -9,7 +9,8 @@ use common::run::{Inputs, outputs_on};
 use common::{Random, on_devices, values};
 use tokenselect::{
     Batch, BatchSlot, DType, Device, Error, HeadShape, LayerMut, Limits, Over, PageTables, SelectConfig,
-    SelectionCache, SelectionCacheConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TokenSelect,
+    SelectionCache, SelectionCacheConfig, StepInput, StepOutput, TablesOnDevice, Tensor, TensorView,
+    TokenSelect,
 };
 
 fn config() -> SelectConfig {
@@ -236,7 +237,8 @@ fn steps_agree(device: &Device, page_size: usize, slots: bool, shuffles: bool) {
 }
 
 on_devices! {
-    gpus: steps_with_tables_on_the_device, tables_that_are_wrong, faults_are_counted;
+    gpus: steps_with_tables_on_the_device, tables_that_are_wrong, faults_are_counted, tables_of_other_integers,
+        numbers_beyond_32_bits;
 }
 
 fn steps_with_tables_on_the_device(device: &Device) {
@@ -339,6 +341,121 @@ fn faults_are_counted(device: &Device) {
     assert_eq!(faults([8, 8, 8], 10), 3, "six pages where there is room for five: no row has tokens");
 }
 
+/// 64-bit integers on a device.
+fn longs(device: &Device, values: &[u64]) -> Tensor {
+    Tensor::from_slice_on(device, values, [values.len()]).unwrap()
+}
+
+/// Tables of 64-bit integers, and rows that are parts of longer ones, are those of 32 bits next to each other.
+fn tables_of_other_integers(device: &Device) {
+    let config = SelectConfig { selection_cache: None, ..config() };
+    let problem = Problem::new(&config, &[(21, 1), (40, 1), (0, 0)], Content::Peaked, 5);
+    let input = Inputs::new(&problem).to(device);
+    for (page_size, slots) in [(4, false), (4, true), (1, false)] {
+        let pool = Pool::full(&problem, page_size, Storage::Nhd, 3).to(device);
+        let host = pool.batch(&problem);
+        let num_pages = pool.view().shape().num_pages;
+        let width = if slots { 41usize.next_multiple_of(page_size) } else { 41usize.div_ceil(page_size) };
+        let engine = Engine::new(&host, width, slots, true, &mut Random(9));
+        let narrow = engine.on(device);
+        let wide =
+            |numbers: &[u32]| longs(device, &numbers.iter().map(|&n| u64::from(n)).collect::<Vec<_>>());
+        let (rows, lens) = (wide(engine.rows.as_ref().unwrap()), wide(&engine.lens));
+        // Each row behind three numbers that belong to none, and five behind it.
+        let (first, stride, table_rows) = (3, width + 8, engine.entries.len() / width);
+        let mut gaps = vec![u32::MAX; table_rows * stride];
+        for (to, from) in gaps.chunks_mut(stride).zip(engine.entries.chunks(width)) {
+            to[first..first + width].copy_from_slice(from);
+        }
+        let (short_gaps, long_gaps) = (ints(device, &gaps, &[gaps.len()]), wide(&gaps));
+        let part = |table: &Tensor, dtype: DType| {
+            let addr = table.view().device_addr().unwrap() + (first * dtype.size()) as u64;
+            // SAFETY: within the table, which lives longer than what reads it.
+            unsafe {
+                TensorView::strided_from_device_addr(
+                    device,
+                    addr,
+                    dtype,
+                    [table_rows, 1, width],
+                    [stride, width],
+                )
+            }
+            .unwrap()
+        };
+        let right = TablesOnDevice {
+            entries: narrow.entries.view(),
+            slots,
+            rows: narrow.rows.as_ref().map(Tensor::view),
+            kv_lens: narrow.lens.view(),
+            sequences: None,
+            num_pages,
+            num_sequences: 0,
+        };
+        let limits = Limits { max_rows: 3, max_block_len: 1, max_kv_tokens: 80 * page_size };
+        let ts = TokenSelect::new(device, config.clone(), limits).unwrap();
+        let attend = |tables: TablesOnDevice<'_>| {
+            let mut slot = BatchSlot::new(device, &host, 80).unwrap();
+            let batch = slot.translate(&tables).unwrap();
+            let (mut out, _) = outputs_on(device, &problem, DType::F32);
+            let output = StepOutput { out: out.view_mut(), lse: None };
+            ts.attend(&batch, pool.view(), input.q.view(), Over::All, output).unwrap();
+            (values(&out), slot.faults().unwrap())
+        };
+        let want = attend(right);
+        assert!(want.0.iter().any(|&x| x != 0.0) && want.1 == 0, "the tables say nothing");
+        for (name, tables) in [
+            ("lengths", TablesOnDevice { kv_lens: lens.view(), ..right }),
+            ("rows", TablesOnDevice { rows: Some(rows.view()), ..right }),
+            ("strided", TablesOnDevice { entries: part(&short_gaps, DType::U32), ..right }),
+            ("strided, 64 bits", TablesOnDevice { entries: part(&long_gaps, DType::U64), ..right }),
+            (
+                "all of 64 bits",
+                TablesOnDevice {
+                    entries: part(&long_gaps, DType::U64),
+                    rows: Some(rows.view()),
+                    kv_lens: lens.view(),
+                    ..right
+                },
+            ),
+        ] {
+            assert!(attend(tables) == want, "{}: {name}, pages of {page_size}, slots {slots}", device.name());
+        }
+    }
+}
+
+/// A number of 64 bits is not cut to the 32 that a table of the batch has.
+fn numbers_beyond_32_bits(device: &Device) {
+    let like = PageTables { indptr: vec![0; 3], indices: vec![], last_page_len: vec![0; 2] };
+    let like = Batch::new(4, vec![0, 1, 2], like).unwrap().with_sequence_indices(vec![0, 1]).unwrap();
+    let mut slot = BatchSlot::new(device, &like, 8).unwrap();
+    let mut faults = |entries: [u64; 4], rows: [u64; 2], lens: [u64; 2], sequences: [u64; 2]| {
+        let before = slot.faults().unwrap();
+        let table = Tensor::from_slice_on(device, &entries, [2, 2]).unwrap();
+        let [rows, lens, sequences] = [rows, lens, sequences].map(|numbers| longs(device, &numbers));
+        let tables = TablesOnDevice {
+            entries: table.view(),
+            slots: false,
+            rows: Some(rows.view()),
+            kv_lens: lens.view(),
+            sequences: Some(sequences.view()),
+            num_pages: 4,
+            num_sequences: 2,
+        };
+        slot.translate(&tables).unwrap();
+        slot.faults().unwrap() - before
+    };
+    let (entries, rows, lens, sequences) = ([0, 1, 2, 3], [0, 1], [8, 8], [0, 1]);
+    let minus_one = u64::MAX;
+    assert_eq!(faults(entries, rows, lens, sequences), 0);
+    for beyond in [1 << 32, (1 << 32) + 1, 1 << 63, minus_one] {
+        assert_eq!(faults([0, beyond, 2, 3], rows, lens, sequences), 1, "page {beyond}");
+        assert_eq!(faults(entries, [0, beyond], lens, sequences), 1, "row {beyond}");
+        assert_eq!(faults(entries, rows, [8, beyond | 8], sequences), 1, "length {}", beyond | 8);
+        let is_none = beyond == minus_one;
+        assert_eq!(faults(entries, rows, lens, [0, beyond]), u32::from(!is_none), "sequence {beyond}");
+    }
+}
+
 #[test]
 fn wrong_arguments() {
     let device = Device::emulated();
@@ -363,6 +480,10 @@ fn wrong_arguments() {
     says(TablesOnDevice { rows: Some(short.view()), ..right }, "`rows` must have shape [2], got [1]");
     let text = "argument `entries` must be two-dimensional, got [2]";
     says(TablesOnDevice { entries: lens.view(), ..right }, text);
+    let floats = Tensor::zeros_on(&device, DType::F32, [2, 3]).unwrap();
+    says(TablesOnDevice { entries: floats.view(), ..right }, "`entries` must be u32 or u64, got f32");
+    let floats = Tensor::zeros_on(&device, DType::F32, [2]).unwrap();
+    says(TablesOnDevice { kv_lens: floats.view(), ..right }, "`kv_lens` must be u32 or u64, got f32");
     let text = "batch: `sequences` must be left out, as in the slot's first batch, got given";
     says(TablesOnDevice { sequences: Some(lens.view()), ..right }, text);
     says(TablesOnDevice { num_pages: 0, ..right }, "argument `num_pages` must be at least 1, got 0");

@@ -52,7 +52,7 @@ pub struct Options {
     #[arg(long, value_name = "S", default_value_t = 1.0)]
     pub score_scale: f32,
     /// Odd width of the max-pool over votes
-    #[arg(long, value_name = "N", default_value_t = 1)]
+    #[arg(long, value_name = "N", default_value_t = 5)]
     pub vote_pool: usize,
     /// Values of top_k that are compared; none leaves the table out
     #[arg(long, value_name = "N,…", value_delimiter = ',', num_args = 0.., default_values_t = [16, 32, 64, 128, 256, 512, 1024])]
@@ -64,7 +64,7 @@ pub struct Options {
     #[arg(long, value_name = "S,…", value_delimiter = ',', num_args = 0.., default_values_t = [0.0625, 0.125, 0.25, 0.5, 1.0, 2.0])]
     pub ablate_scale: Vec<f32>,
     /// Windows of the max-pool that are compared
-    #[arg(long, value_name = "N,…", value_delimiter = ',', num_args = 0..)]
+    #[arg(long, value_name = "N,…", value_delimiter = ',', num_args = 0.., default_values_t = [1, 3, 5, 9])]
     pub ablate_vote_pool: Vec<usize>,
     /// Lengths of parts of a block that vote for themselves, of which the largest vote counts
     #[arg(long, value_name = "N,…", value_delimiter = ',', num_args = 0..)]

@@ -159,18 +159,20 @@ impl SelectConfig {
         }
     }
 
-    /// The same configuration for finding single passages in long contexts: dot products vote unscaled (`score_scale` 1), as in the
-    /// paper's released code.
+    /// The same configuration for finding single passages in long contexts: dot products vote unscaled (`score_scale` 1), and a token has the
+    /// largest vote of the five around it (`vote_pool_window` 5), both as in the paper's released code.
     ///
     /// A head's vote is a softmax over all candidates. With the default scale, `1 / sqrt(head_dim)`, that of a head which looks for
     /// nothing spreads over most of them, and the sum of many such votes hides what one head looks for; the more, the longer the
-    /// context. `docs/retrieval.md` of the repository has the figures. Attention keeps its own scale.
+    /// context. And what is looked for is a passage, whose tokens are found together or not at all. `docs/retrieval.md` of the repository has
+    /// the figures. Attention keeps its own scale.
     /// ```
     /// # use tokenselect::SelectConfig;
-    /// assert_eq!(SelectConfig::default().for_retrieval().score_scale(), 1.0);
+    /// let config = SelectConfig::default().for_retrieval();
+    /// assert_eq!((config.score_scale(), config.vote_pool_window), (1.0, 5));
     /// ```
     pub fn for_retrieval(self) -> Self {
-        SelectConfig { score_scale: Some(1.0), ..self }
+        SelectConfig { score_scale: Some(1.0), vote_pool_window: 5, ..self }
     }
 
     /// The factor on scoring dot products.

@@ -88,7 +88,7 @@ impl Device {
     /// - `stream` is null or a stream of that context, not `CU_STREAM_PER_THREAD`, and lives as long as the device and all its
     ///   clones and memory.
     /// - A kernel of the caller's own that lets the next launch begin early (`griddepcontrol.launch_dependents`) has by then
-    ///   written all that this device reads: queries, keys, values, pages, lists.
+    ///   written all that this device reads: queries, keys, values, pages, lists. Or [`separate`](Self::separate) is called between the two.
     ///
     /// # Errors
     /// As [`cuda`](Self::cuda).
@@ -179,9 +179,21 @@ impl Device {
         self.driver().map_or(Ok(()), |driver| driver.synchronize())
     }
 
+    /// The next kernel begins when all work before it has ended, as kernels do elsewhere. Costs nothing but that.
+    ///
+    /// Without it a kernel of this library may begin while the one in front ends, if that lets the next begin early
+    /// (`griddepcontrol.launch_dependents`), and reads what that one has written by then. Call it where a kernel of the caller's own in
+    /// front does so before it has written queries, keys or values: those of SGLang that write keys, Triton's with programmatic launches.
+    pub fn separate(&self) {
+        if let Some(driver) = self.driver() {
+            driver.order().separates();
+        }
+    }
+
     /// Marks this moment in the device's order of work.
     ///
     /// # Errors
+    /// [`Error::Missing`](crate::Error::Missing) while another library or another thread records what is put in the stream,
     /// [`Error::Driver`](crate::Error::Driver) where the device fails.
     pub fn record(&self) -> Result<Event> {
         self.driver().map_or_else(|| Ok(Event(Box::new(Instant::now()))), |driver| driver.record())

@@ -615,6 +615,11 @@ impl<'a> TensorView<'a> {
         self.expect_dense(what)
     }
 
+    /// Checks the type of the argument called `what`.
+    pub(crate) fn expect_type(&self, what: &'static str, allowed: &[DType]) -> Result<()> {
+        expect(what, self.dtype(), allowed, self.shape, self.shape)
+    }
+
     /// [`expect`](Self::expect) of a tensor `[tokens, heads, dim]` that may be strided.
     pub(crate) fn expect_heads(&self, what: &'static str, dtype: DType, shape: [usize; 3]) -> Result<()> {
         expect(what, self.dtype(), &[dtype], self.shape, shape.into())

@@ -9,7 +9,7 @@ use crate::argument::Argument;
 use crate::context::Context;
 use crate::device::Device;
 use crate::errors::{Failure, Result, fence};
-use crate::given::tuple;
+use crate::given::{Given, tuple};
 use crate::numbers::{of_class, switch, whole};
 use crate::slot::Slot;
 use crate::tables::table;
@@ -76,7 +76,7 @@ pub(crate) struct BatchRow {
 #[pymethods]
 impl BatchInfo {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -101,7 +101,7 @@ impl BatchInfo {
 #[pymethods]
 impl BatchRow {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -318,7 +318,7 @@ impl Pieces {
 #[pymethods]
 impl Pieces {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -347,6 +347,36 @@ pub(crate) struct BatchSlot {
     slot: Slot<tokenselect::BatchSlot>,
     device: Py<Device>,
     num_rows: usize,
+}
+
+/// Types of tables on the device.
+const INTEGERS: [DType; 2] = [DType::U32, DType::U64];
+
+/// A table on the device: rows of adjacent entries, in any stride.
+fn table_of(given: &Given<'_>) -> Result<Argument> {
+    let &[rows, width] = given.shape() else {
+        let rule = format!("must have two dimensions, got {}", tuple(given.shape()));
+        return Err(Failure::tensor("TS_STATUS_SHAPE", given.what, rule));
+    };
+    let dtype = given.expect_type(&INTEGERS)?;
+    let whole =
+        Argument { what: given.what, addr: given.addr, dtype, shape: [rows, width].into(), strides: None };
+    let (&[row, entry], false) = (given.strides(), rows == 0 || width == 0) else { return Ok(whole) };
+    let steps = tuple(given.strides());
+    if width > 1 && entry != 1 {
+        let rule = format!("must have adjacent entries in its rows, its strides are {steps}");
+        return Err(Failure::tensor("TS_STATUS_CONFIG", given.what, rule));
+    }
+    // The stride of a dimension of one place means nothing.
+    let row = if rows > 1 { row } else { width as isize };
+    let Ok(row) = usize::try_from(row) else {
+        let rule = format!("must have strides of 0 or more, its strides are {steps}");
+        return Err(Failure::tensor("TS_STATUS_CONFIG", given.what, rule));
+    };
+    if row == width {
+        return Ok(whole);
+    }
+    Ok(Argument { shape: [rows, 1, width].into(), strides: Some([row, width]), ..whole })
 }
 
 #[pymethods]
@@ -391,15 +421,16 @@ impl BatchSlot {
     }
 
     /// Puts the batch there that an engine's tables on the device describe, in the device's order of work; this can be captured.
-    /// All are 32-bit integers, read when the device comes to them.
+    /// Each is of integers of 32 or of 64 bits, read when the device comes to them: a number that does not fit 32 bits, or is negative,
+    /// is no page, row or length, as one beyond the limits is none (`faults`).
     ///
     /// - `entries`, `[table_rows, entries]`: pages in token order; with `slots`, the slot of each token, its page times the page
-    ///   size and its place in the page.
+    ///   size and its place in the page. Rows may have any stride; entries of a row are adjacent.
     /// - `kv_lens`, `[num_rows]`: tokens of each row, its block included.
     /// - `num_pages`: pages of the pool.
     /// - `rows`, `[num_rows]`: the row of `entries` of each row; None for the row of the same number.
-    /// - `sequence_indices`, `[num_rows]`, and `num_sequences`: rows of the Selection Cache; exactly if the slot's batches have
-    ///   them.
+    /// - `sequence_indices`, `[num_rows]`, and `num_sequences`: rows of the Selection Cache, -1 for none; exactly if the slot's batches
+    ///   have them.
     ///
     /// The batch that is answered has rows that only the device knows.
     #[pyo3(
@@ -421,21 +452,13 @@ impl BatchSlot {
             let this = slf.get();
             let mut uses = Uses::new(slf.py(), this.device.get());
             uses.hold(slf, &this.slot);
-            let given = uses.look("entries", entries)?;
-            if given.shape().len() != 2 {
-                let rule = format!("must have two dimensions, got {}", tuple(given.shape()));
-                return Err(Failure::tensor("TS_STATUS_SHAPE", "entries", rule));
-            }
-            given.expect_dense()?;
-            let shape = [given.shape()[0], given.shape()[1]].into();
-            let dtype = given.expect_type(&[DType::U32])?;
-            let entries = Argument { what: "entries", addr: given.addr, dtype, shape, strides: None };
+            let entries = table_of(&uses.look("entries", entries)?)?;
             let mut per_row = |what, object: Option<&Bound<'py, PyAny>>| -> Result<Option<Argument>> {
                 let Some(object) = object else { return Ok(None) };
                 let given = uses.look(what, object)?;
                 given.expect_shape(&[this.num_rows])?;
                 given.expect_dense()?;
-                let dtype = given.expect_type(&[DType::U32])?;
+                let dtype = given.expect_type(&INTEGERS)?;
                 Ok(Some(Argument {
                     what,
                     addr: given.addr,

@@ -136,13 +136,16 @@ impl Device {
     /// Keeps objects until the work that was given to the device so far is done, and drops those whose work is.
     pub fn keep(&self, objects: Vec<Py<PyAny>>) {
         let now = self.now();
+        self.kept.lock().unwrap_or_else(PoisonError::into_inner).push((now, objects));
+        drop(self.take_done()); // which may run code of the objects' own
+    }
+
+    /// What was kept and the device has read.
+    fn take_done(&self) -> Vec<Kept> {
         let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push((now, objects));
         // Moments are in the order of the device's work.
         let num_done = kept.iter().take_while(|(moment, _)| moment.has_passed(self)).count();
-        let done: Vec<_> = kept.drain(..num_done).collect();
-        drop(kept);
-        drop(done); // which may run code of the objects' own
+        kept.drain(..num_done).collect()
     }
 
     /// The end of the work that was given to the device so far.
@@ -180,7 +183,7 @@ impl Drop for Device {
 #[pymethods]
 impl Device {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,
@@ -275,6 +278,18 @@ impl Device {
         })
     }
 
+    /// The next kernel of this package begins when all work before it in the stream has ended.
+    ///
+    /// Without it, it may begin while the kernel in front ends, if that lets the next begin early (programmatic dependent launch), and reads
+    /// what is written by then. Call it before the calls that follow a kernel of somebody else's that lets others begin before it has
+    /// written `q`, `k` or `v`: SGLang's that write keys, Triton's where `torch._inductor.config.triton.enable_pdl` is set.
+    fn separate(&self, py: Python<'_>) -> PyResult<()> {
+        fence(py, || {
+            self.get()?.separate();
+            Ok(())
+        })
+    }
+
     /// A copy of an array or tensor of the host in memory of the device: a `Buffer` of the same shape and type.
     #[pyo3(text_signature = "($self, host)")]
     fn to_device<'py>(slf: &Bound<'py, Self>, host: &Bound<'py, PyAny>) -> PyResult<Bound<'py, Buffer>> {
@@ -355,12 +370,17 @@ impl Device {
         self.num_kept()
     }
 
+    /// Two devices can hold each other by what they have read, with nobody else's object in the ring.
+    fn __clear__(&self) {
+        drop(self.take_done());
+    }
+
     /// What the device may still be reading is left out, so that it counts as held by somebody else and is not cleared.
     fn __traverse__(&self, visit: PyVisit<'_>) -> Result<(), PyTraverseError> {
         visit.call(&self.stream_object)?;
         // Nobody changes the list while the collector runs: both need the interpreter.
         if let Ok(kept) = self.kept.try_lock() {
-            for (_, objects) in kept.iter().filter(|(moment, _)| moment.has_passed(self)) {
+            for (_, objects) in kept.iter().take_while(|(moment, _)| moment.has_passed(self)) {
                 objects.iter().try_for_each(|object| visit.call(object))?;
             }
         }

@@ -45,7 +45,7 @@ impl Drop for Captured {
 #[pymethods]
 impl Graph {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,

@@ -4,7 +4,7 @@
 //! - A method is fenced (`errors::fence`): an error becomes an exception of one family, and so does a panic.
 //! - An object of the library's is behind a place that knows whether it is in use (`slot::Slot`): used twice at once is an error, and
 //!   so is used in a process that was forked from its own (`fork`).
-//! - A class that holds objects of Python's shows them to the garbage collector (`__traverse__`). None has a `__clear__`: what they
+//! - A class that holds objects of Python's shows them to the garbage collector (`__traverse__`). But for a device's, what they
 //!   hold is given when they are made, so that every ring of references has an object of somebody else's in it, which is cleared.
 //! - Tensors are looked at anew at each call (`given::Given`), and live until the device has read them (`uses::Uses`).
 //! - Nothing that is written overlaps what is read (`argument::expect_apart`), the library's own memory included.

@@ -323,7 +323,7 @@ pub(crate) fn address(tensor: TensorViewMut<'_>) -> Result<usize> {
 #[pymethods]
 impl Memory {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,

@@ -48,7 +48,7 @@ impl From<tokenselect::SelectionStats> for SelectionStats {
 #[pymethods]
 impl SelectionStats {
     #[new]
-    #[pyo3(signature = (*_args, **_fields))]
+    #[pyo3(signature = (*_args, **_fields), text_signature = "()")]
     fn make(
         py: Python<'_>,
         _args: &Bound<'_, PyTuple>,

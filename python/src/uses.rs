@@ -8,6 +8,7 @@ use pyo3::types::PyTuple;
 
 use crate::device::{Device, Where};
 use crate::errors::Result;
+use crate::fork::Process;
 use crate::given::{Given, Source, expect_untraced};
 use crate::memory::{InCall, Memory, is_on};
 use crate::slot::{Lends, Slot};
@@ -22,6 +23,7 @@ pub(crate) struct Uses<'a, 'py> {
     py: Python<'py>,
     device: &'a Device,
     records: bool,
+    process: Process,
     /// Whether PyTorch works in the device's stream now; none before that is asked for.
     shares_stream: Option<bool>,
     /// Whether it is known that PyTorch differentiates and traces nothing now.
@@ -51,11 +53,25 @@ impl<'a, 'py> Uses<'a, 'py> {
         // A CUDA device works by itself.
         let is_long = work == usize::MAX || (work >= LONG && !matches!(device.place(), Where::Cuda(_)));
         let (kept, interfaces, in_call) = (Vec::new(), Vec::new(), Vec::new());
-        Uses { py, device, records, shares_stream: None, is_plain: false, is_long, kept, interfaces, in_call }
+        let process = Process::current();
+        Uses {
+            py,
+            device,
+            records,
+            process,
+            shares_stream: None,
+            is_plain: false,
+            is_long,
+            kept,
+            interfaces,
+            in_call,
+        }
     }
 
     /// Does the work: if it is long, without the interpreter, so that other threads run.
     pub fn run<T: Send>(&self, work: impl FnOnce() -> tokenselect::Result<T> + Send) -> Result<T> {
+        // Code of an argument's own may have forked.
+        self.process.expect_current("context")?;
         Ok(if self.is_long { self.py.detach(work) } else { work() }?)
     }
 

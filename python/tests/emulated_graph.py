@@ -90,7 +90,8 @@ class FakeSlot:
 
     def translate(self, entries: Any, kv_lens: Any, num_pages: int, slots: bool = False, rows: Any = None) -> Any:
         for tensor in (entries, kv_lens, rows):
-            assert tensor is None or (tensor.dtype == torch.int32 and tensor.is_contiguous())
+            assert tensor is None or tensor.dtype in (torch.int32, torch.int64)
+            assert tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1
         assert kv_lens.shape == (self.num_rows,) and (rows is None or rows.shape == (self.num_rows,))
         bound = _Bound()
 

@@ -411,6 +411,9 @@ def test_interfaces_that_are_malformed(device: ts.Device, draw: Draw) -> None:
             self.__array_interface__ = interface
 
     ctx.pool(batch, Told(good))
+    kv = ts.KvView(draw(1, PAGE, HKV, D), draw(1, PAGE, HKV, D))
+    with pytest.raises(ts.ArgumentTypeError, match="`out` must be given where tensors are Told"):
+        ctx.attend_dense(batch, kv, Told(good))
     wrongs: list[tuple[str, Any]] = [
         ("must be an array whose interface is a dict, got int", 5),
         ("must be an array whose interface has `data`, got none", {}),

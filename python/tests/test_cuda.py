@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import inspect
 from typing import Any
 
 import pytest
+from test_processes import run
 
 import tokenselect as ts
 
@@ -184,3 +186,46 @@ def test_transformers(rows: int, padding: int) -> None:
             ids, attention_mask=mask, max_new_tokens=20, do_sample=False, pad_token_id=0
         )
     assert text.shape == (rows, 620)
+
+
+def test_forked_child_is_told() -> None:
+    """CUDA's contexts do not live on in it."""
+    lines = run("""
+device = ts.Device.cuda(0)
+buffer = device.to_device(np.arange(4, dtype=np.float32))
+
+def work():
+    print(told(buffer.numpy))
+    print(told(lambda: ts.Device.cuda(0)))
+    print(told(device.synchronize), flush=True)
+
+in_child(work)
+print(buffer.numpy().tolist())
+""")
+    gone = "was made in the process that this one was forked from"
+    assert lines == [
+        f"`buffer` {gone}",
+        "`device` cannot be made where the process that this one was forked from made one",
+        f"`device` {gone}",
+        "[0.0, 1.0, 2.0, 3.0]",
+    ]
+
+
+def test_collections_leave_captures_alone() -> None:
+    """The garbage collector asks what a device has read; within a capture of PyTorch's that must not end it."""
+    rows, stream = Rows(100), torch.cuda.Stream()
+    own = ts.Device.cuda(0)  # of another stream, so that it keeps what it was given
+    ctx = context(own)
+    q = draw(1, HQ, D)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        ctx.select(rows.batch(), rows.kv, q)
+        graph, x = torch.cuda.CUDAGraph(), torch.zeros(4, device="cuda")
+        with torch.cuda.graph(graph, stream=stream):
+            gc.collect()
+            x += 1
+        graph.replay()
+        stream.synchronize()
+    assert x.tolist() == [1.0] * 4
+    own.synchronize()
+    assert not own._num_kept

@@ -128,6 +128,64 @@ def test_graph_holds_what_it_uses(emulated: ts.Device) -> None:
     assert [ref() for ref in used] == [None] * len(used)
 
 
+def test_launches_may_be_separated(emulated: ts.Device) -> None:
+    """From what is in front of them in the stream: results are the same."""
+    ctx, kv, q = decoding(emulated, seed=3, max_kv_tokens=64)
+    batch, chosen = ts.Batch(PAGE, [0, 1], *tables(30, 8)), []
+    for _ in range(2):
+        ctx.select(batch, kv, q)
+        chosen.append((ctx.selected(), ctx.attend(batch, kv, q).numpy().tolist()))
+        emulated.separate()
+    assert chosen[0] == chosen[1]
+    ts.Device.cpu().separate()
+    emulated.close()
+    with pytest.raises(ts.Error, match="`device` was closed"):
+        emulated.separate()
+
+
+def test_tables_of_other_integers(emulated: ts.Device) -> None:
+    """Of 64 bits, and in rows that are parts of longer ones; numbers beyond 32 bits are found, not cut off."""
+    device = emulated
+    ctx, kv, q = decoding(device, seed=5, max_kv_tokens=64)
+    like = ts.Batch(PAGE, [0, 1], *tables(30, 8))
+    ctx.select(like, kv, q)
+    want = ctx.selected()
+    pages = np.array([[9] * 8, [*range(7, -1, -1)]], np.int64)
+    slot = ts.BatchSlot(device, like, max_pages=16)
+
+    def copy(array: Any) -> ts.Buffer:
+        return device.to_device(np.ascontiguousarray(array))
+
+    for dtype in (np.int32, np.uint32, np.int64, np.uint64):
+        wider = np.full((2, 13), 2**31 - 1, dtype)
+        wider[:, 2:10] = pages
+        whole = copy(wider)
+        for entries in (copy(pages.astype(dtype)), Slice(whole, wider, wider[:, 2:10])):
+            for other in (np.int32, np.int64):
+                rows, length = copy(np.array([1], other)), copy(np.array([30], other))
+                ctx.select(slot.translate(entries, length, 8, rows=rows), kv, q)
+                assert ctx.selected() == want
+    assert slot.faults() == 0
+    length = copy(np.array([30], np.int64))
+    for entries, given in (
+        (copy(pages[1:] | (pages[1:] == 3) * 2**32), length),
+        (copy(pages[1:]), copy(np.array([2**32 + 30]))),
+    ):
+        before = slot.faults()
+        slot.translate(entries, given, 8)
+        assert slot.faults() == before + 1
+    columns = np.asfortranarray(pages)
+    text = r"`entries` must have adjacent entries in its rows, its strides are \(1, 2\)"
+    with pytest.raises(ts.ArgumentError, match=text):
+        slot.translate(Slice(copy(columns.T), columns.T, columns), length, 8)
+    with pytest.raises(ts.ArgumentError, match=r"`entries` must have strides of 0 or more, its strides are \(-8, 1\)"):
+        slot.translate(Slice(copy(pages), pages, pages[::-1]), length, 8)
+    with pytest.raises(ts.ArgumentError, match="`entries` must have two dimensions, got"):
+        slot.translate(length, length, 8)
+    with pytest.raises(ts.ArgumentTypeError, match="`kv_lens` must be u32 or u64, got f64"):
+        slot.translate(copy(pages), copy(np.array([30.0])), 8)
+
+
 def test_tables_on_the_device(emulated: ts.Device) -> None:
     """Block tables and slots of tokens become a batch's, directly and in recorded work."""
     device = emulated

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use tokenselect_kernels::entries::{Entry, Key, Op};
-use tokenselect_kernels::ops::translate::TranslateParams;
+use tokenselect_kernels::ops::translate::{self, TranslateParams};
 use tokenselect_kernels::simt::global::{GlobalMut, GlobalPtr};
 
 use super::{Batch, BatchSlot, Bounds};
@@ -14,22 +14,24 @@ use crate::tensor::TensorView;
 
 /// Page tables of another engine in the device's memory: vLLM's block tables, SGLang's slots of tokens.
 ///
-/// All entries are 32-bit integers, signed or not (a negative one is beyond every limit). They are read when the device comes
+/// Each table is of 32-bit integers, [`DType::U32`], or of 64-bit ones, [`DType::U64`], signed or not (a negative one, and one of more than
+/// 32 bits, is beyond every limit). They are read when the device comes
 /// to it, after its earlier work, and the host never looks at them: a row that breaks a rule is left without tokens, and
 /// [`BatchSlot::faults`] counts it. Two rows whose blocks lie in one page, or that name one sequence, are not found: what
 /// is written there is then one's or the other's.
 #[derive(Debug, Clone, Copy)]
 pub struct TablesOnDevice<'a> {
-    /// `[table_rows, entries]` u32: pages in token order ([`slots`](Self::slots) unset), or the slot of each token, which is
-    /// its page times the page size and its place in the page.
+    /// `[table_rows, entries]`: pages in token order ([`slots`](Self::slots) unset), or the slot of each token, which is
+    /// its page times the page size and its place in the page. Or `[table_rows, 1, entries]`, whose rows may be parts of longer
+    /// ones ([`TensorView::strided_from_device_addr`]).
     pub entries: TensorView<'a>,
     /// Whether the entries are slots of tokens.
     pub slots: bool,
-    /// `[rows]` u32: the row of `entries` of each row of the batch. `None`: the row with the same number.
+    /// `[rows]`: the row of `entries` of each row of the batch. `None`: the row with the same number.
     pub rows: Option<TensorView<'a>>,
-    /// `[rows]` u32: tokens of each row, its block included; at least its block, or 0.
+    /// `[rows]`: tokens of each row, its block included; at least its block, or 0.
     pub kv_lens: TensorView<'a>,
-    /// `[rows]` u32: the entry of the Selection Cache of each row, all different (`u32::MAX` for none). Given exactly if the
+    /// `[rows]`: the entry of the Selection Cache of each row, all different (`u32::MAX`, or -1, for none). Given exactly if the
     /// slot's batches name sequences.
     pub sequences: Option<TensorView<'a>>,
     /// Pages of the pool. A page number beyond it is a fault, and becomes the last page.
@@ -37,6 +39,9 @@ pub struct TablesOnDevice<'a> {
     /// Entries of the Selection Cache. A sequence beyond it is a fault, and becomes none.
     pub num_sequences: usize,
 }
+
+/// Types of tables.
+const INTEGERS: [DType; 2] = [DType::U32, DType::U64];
 
 impl BatchSlot {
     /// Puts the batch that an engine's tables on the device describe in this place, in the device's order of work, and returns it
@@ -82,8 +87,10 @@ impl BatchSlot {
         let driver = self.memory.slice().driver();
         let rows = self.num_rows();
         let dims = tables.entries.shape();
-        let &[table_rows, entries] = dims.dims() else {
-            return Err(Error::argument("entries", "two-dimensional", dims));
+        let (table_rows, entries, stride) = match *dims.dims() {
+            [table_rows, entries] => (table_rows, entries, entries),
+            [table_rows, 1, entries] => (table_rows, entries, tables.entries.head_strides()[0]),
+            _ => return Err(Error::argument("entries", "two-dimensional", dims)),
         };
         if tables.num_pages == 0 {
             return Err(Error::argument("num_pages", "at least 1", tables.num_pages));
@@ -92,12 +99,20 @@ impl BatchSlot {
             return Err(Error::Missing { op: "translate", needs: "a slot for whole sequences" });
         }
         self.expect_given("sequences", self.like.has_sequences(), tables.sequences.is_some())?;
-        tables.entries.expect("entries", &[DType::U32], [table_rows, entries])?;
+        match dims.dims() {
+            [_, _] => tables.entries.expect("entries", &INTEGERS, dims)?,
+            // In any strides, of which that of the one head means nothing.
+            _ => tables.entries.expect_type("entries", &INTEGERS)?,
+        }
         let lens = [Some(("kv_lens", &tables.kv_lens)), tables.rows.as_ref().map(|rows| ("rows", rows))];
         let sequences = tables.sequences.as_ref().map(|sequences| ("sequences", sequences));
         for (what, tensor) in lens.into_iter().flatten().chain(sequences) {
-            tensor.expect(what, &[DType::U32], [rows])?;
+            tensor.expect(what, &INTEGERS, [rows])?;
         }
+        let wide = |bit, tensor: Option<&TensorView<'_>>| match tensor {
+            Some(tensor) if tensor.dtype() == DType::U64 => bit,
+            _ => 0,
+        };
         let at = |what, tensor: &TensorView<'_>| pointer(driver, what, tensor);
         let optional = |what, tensor: Option<&TensorView<'_>>| {
             tensor.map_or(Ok(GlobalPtr::from_addr(0)), |tensor| at(what, tensor))
@@ -114,7 +129,7 @@ impl BatchSlot {
             last_page_len: GlobalMut::from_addr(own.last_page_len),
             sequence_indices: GlobalMut::from_addr(own.sequence_indices),
             faults: GlobalMut::from_addr(own.faults),
-            entry_stride: entries as u64,
+            entry_stride: stride as u64,
             num_entries: saturated(entries),
             num_table_rows: saturated(table_rows),
             num_rows: saturated(rows),
@@ -123,6 +138,11 @@ impl BatchSlot {
             num_pages: saturated(tables.num_pages),
             max_pages: saturated(self.max_pages),
             num_sequences: saturated(tables.num_sequences),
+            wide: wide(translate::ENTRIES, Some(&tables.entries))
+                | wide(translate::ROWS, tables.rows.as_ref())
+                | wide(translate::KV_LENS, Some(&tables.kv_lens))
+                | wide(translate::SEQUENCES, tables.sequences.as_ref()),
+            reserved: 0,
         })
     }
 }

@@ -116,6 +116,19 @@ mod tests {
     }
 
     #[test]
+    #[cfg(feature = "emulator")]
+    fn a_device_separates_its_next_launch_alone() {
+        let device = crate::Device::emulated();
+        let driver = device.driver().unwrap();
+        let may_overlap = || launch(driver.order(), Op::Vote, false);
+        launch(driver.order(), Op::Gather, false);
+        assert!(may_overlap());
+        device.clone().separate();
+        assert!(!may_overlap() && may_overlap());
+        crate::Device::cpu().separate(); // nothing is launched there
+    }
+
+    #[test]
     fn what_reads_pages_waits_for_what_writes_them() {
         for reads in [Op::Score, Op::AttendDecode, Op::Gather] {
             assert!(overlaps(&[reads]) && overlaps(&[Op::Append, Op::Vote, reads]));

@@ -295,5 +295,5 @@ impl Device {
 
 /// The error for an operation that a plan leaves out.
 pub(crate) fn missing(op: &'static str) -> Error {
-    Error::Missing { op, needs: "this operation, which this was made without" }
+    Error::Missing { op, needs: "the operation of that name, which this was made without" }
 }

@@ -18,7 +18,7 @@ use crate::argument::Span;
 use crate::batch::Batch;
 use crate::config::{Config, plan_limits};
 use crate::device::Device;
-use crate::errors::{self, Failure, Result, fence};
+use crate::errors::{Result, fence};
 use crate::memory::{Memory, address};
 use crate::numbers::{choose, of_class, optional_whole, whole};
 use crate::selection_cache::Reuse;
@@ -95,21 +95,6 @@ impl Context {
     /// The largest batch.
     pub fn limits(&self) -> Limits {
         self.limits
-    }
-
-    /// Checks that sequences are no longer than it reads: the workspace has places for some tokens more, since pages may be partly
-    /// used, but no promise was made of these.
-    pub fn expect_kv_len(&self, longest: usize) -> Result<()> {
-        match self.max_kv_len {
-            Some(most) if longest > most => {
-                let text = format!(
-                    "`max_kv_len` is limited to {most}, a sequence would have {longest} tokens: make the limit of \
-                     `Context.for_prefill` larger"
-                );
-                Err(Failure::Rule { kind: errors::Kind::Argument, status: "TS_STATUS_LIMIT", text })
-            }
-            _ => Ok(()),
-        }
     }
 
     /// Where the library's object is.

@@ -9,7 +9,8 @@ use super::Context;
 use super::inputs::Outputs;
 use crate::batch::Pieces;
 use crate::cache::Cache;
-use crate::errors::{Failure, Result};
+use crate::errors::{self, Failure, Result, fence};
+use crate::fork::Process;
 use crate::numbers::{of_class, type_name, whole};
 use crate::selection_cache::Reuse;
 
@@ -20,6 +21,21 @@ pub(super) enum Kind {
 }
 
 impl Context {
+    /// Checks that sequences are no longer than it reads: the workspace has places for some tokens more, since pages may be partly
+    /// used, but no promise was made of these.
+    pub fn expect_kv_len(&self, longest: usize) -> Result<()> {
+        match self.max_kv_len {
+            Some(most) if longest > most => {
+                let text = format!(
+                    "`max_kv_len` is limited to {most}, a sequence would have {longest} tokens: make the limit of \
+                     `Context.for_prefill` larger"
+                );
+                Err(Failure::Rule { kind: errors::Kind::Argument, status: "TS_STATUS_LIMIT", text })
+            }
+            _ => Ok(()),
+        }
+    }
+
     pub(super) fn run_step<'py>(
         slf: &Bound<'py, Self>,
         (cache, layer): (&Bound<'py, PyAny>, &Bound<'py, PyAny>),
@@ -138,7 +154,11 @@ impl Context {
 }
 
 /// Who is told of progress.
-struct Told(Option<Py<PyAny>>);
+struct Told {
+    progress: Option<Py<PyAny>>,
+    /// The process that reads, which the one that is told may have forked.
+    process: Process,
+}
 
 impl Told {
     fn new(progress: Option<&Bound<'_, PyAny>>) -> Result<Self> {
@@ -147,15 +167,24 @@ impl Told {
             Some(progress) if !progress.is_callable() => {
                 Err(Failure::of_type("progress", "a function of `done` and `total`", type_name(progress)))
             }
-            _ => Ok(Told(progress.map(|progress| progress.clone().unbind()))),
+            _ => {
+                let progress = progress.map(|progress| progress.clone().unbind());
+                Ok(Told { progress, process: Process::current() })
+            }
         }
     }
 
     /// Whether to go on. Where nobody is told, an interrupt from the keyboard is looked for.
     fn goes_on(&self, py: Python<'_>, at: PrefillProgress) -> PyResult<bool> {
-        let Some(progress) = &self.0 else { return py.check_signals().map(|()| true) };
-        let answer = progress.bind(py).call1((at.done, at.total))?;
-        Ok(answer.is_none() || answer.is_truthy()?)
+        let goes_on = match &self.progress {
+            None => py.check_signals().map(|()| true)?,
+            Some(progress) => {
+                let answer = progress.bind(py).call1((at.done, at.total))?;
+                answer.is_none() || answer.is_truthy()?
+            }
+        };
+        fence(py, || self.process.expect_current("context"))?;
+        Ok(goes_on)
     }
 
     /// Reads prompts, without the interpreter but where somebody is told.

@@ -416,7 +416,9 @@ pub(crate) fn like<'py>(
             }
             Ok(tensor.call_method(intern!(py, "new_empty"), (shape,), Some(&options))?)
         }
-        _ if tensor.hasattr(intern!(py, "__array_interface__"))? => {
+        _ if tensor.hasattr(intern!(py, "__array_interface__"))?
+            && (is_f32 || tensor.hasattr(intern!(py, "dtype"))?) =>
+        {
             let numpy = py.import(intern!(py, "numpy"))?;
             let dtype = if is_f32 {
                 numpy.getattr(intern!(py, "float32"))?

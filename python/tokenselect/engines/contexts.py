@@ -5,8 +5,6 @@ from __future__ import annotations
 from functools import partial
 from typing import Any
 
-import torch
-
 from tokenselect import Context, Device
 from tokenselect.torch.growing import Growing
 
@@ -15,20 +13,14 @@ from .options import EngineOptions
 
 __all__ = ["Contexts", "separate", "shared_contexts"]
 
-_words: dict[torch.device, torch.Tensor] = {}
 
-
-def separate(tensor: torch.Tensor) -> None:
-    """Lets the library's next launch begin when all before it have ended, on the GPU of a tensor.
+def separate(device: Device) -> None:
+    """Lets the library's next launch begin when all before it have ended.
 
     Its launches may begin before the one in front has ended, if that allows it, and then read what is written by then. Engines have
-    kernels that allow it earlier: SGLang's that writes keys and values does before it writes. A write of PyTorch's in between does not.
+    kernels that allow it too early: SGLang's that writes keys and values does before it writes.
     """
-    if tensor.is_cuda:
-        if tensor.device not in _words:
-            with torch.inference_mode(False):
-                _words[tensor.device] = torch.empty(1, dtype=torch.int32, device=tensor.device)
-        _words[tensor.device].zero_()
+    device.separate()
 
 
 class Contexts:

@@ -80,9 +80,9 @@ class DeviceStep:
 
     `entries`, `[table_rows, width]`, are pages in token order, or with `are_slots` the slot of each token; `rows`, `[num_rows]`, the row
     of `entries` of each row, None for its own number; `kv_lens`, `[num_rows]`, its tokens with the new one, 0 for padding, for which
-    outputs are zeros. Rows whose first entry is `null_entry` are padding, too. All are int32 and stay where they are. `max_kv_tokens` is
-    what all rows together may have, in whole pages, and `max_rows` what any such step has. Raises `NotImplementedError` for tables of
-    other types, or that are not rows of adjacent entries.
+    outputs are zeros. Rows whose first entry is `null_entry` are padding, too. All are int32 or int64 and stay where they are; rows of
+    `entries` may be parts of longer ones. `max_kv_tokens` is what all rows together may have, in whole pages, and `max_rows` what any
+    such step has. Raises `NotImplementedError` for tables of other types, or that are not rows of adjacent entries.
     """
 
     def __init__(
@@ -97,14 +97,15 @@ class DeviceStep:
         max_kv_tokens: int,
         null_entry: int | None = None,
     ) -> None:
-        self._slots, self._entries, self._kv_lens, self._rows = slots, _whole_rows(entries), kv_lens, rows
+        self._slots, self._entries, self._kv_lens, self._rows = slots, entries, kv_lens, rows
         self._are_slots, self._null_entry = are_slots, null_entry
         self.num_rows = kv_lens.shape[0]
         self.max_rows, self.max_kv_tokens = max_rows, max_kv_tokens
         for name, tensor in {"entries": self._entries, "kv_lens": kv_lens, "rows": rows}.items():
-            if tensor is not None and (tensor.dtype != torch.int32 or not tensor.is_contiguous()):
+            if tensor is not None and not (tensor.dtype in (torch.int32, torch.int64) and _is_of_rows(tensor)):
                 raise NotImplementedError(
-                    f"tokenselect translates `{name}` that are contiguous int32, got {tensor.dtype} with strides {tensor.stride()}"
+                    f"tokenselect translates `{name}` that are int32 or int64 in rows of adjacent entries, got {tensor.dtype} with strides "
+                    f"{tensor.stride()}"
                 )
         self._batches: dict[Any, Batch] = {}
 
@@ -140,7 +141,7 @@ class DeviceStep:
     ) -> None:
         """As `HostStep.attend`."""
         batch = self.translate(device, kv.page_size, kv.num_pages)
-        separate(q)
+        separate(device)
         context = contexts.fixed(device, layer, self.max_rows, self._max_pages(kv.page_size) * kv.page_size)
         count = self.num_rows
         q, to = q[:count], out[:count]
@@ -163,14 +164,9 @@ class DeviceStep:
         return -(-self.max_kv_tokens // page_size)
 
 
-def _whole_rows(entries: torch.Tensor) -> torch.Tensor:
-    """A table of which the first entries of each row are given, with all of them: those behind belong to no row's length."""
-    if entries.is_contiguous() or entries.stride(1) != 1 or entries.stride(0) < entries.shape[1]:
-        return entries
-    shape = (entries.shape[0], entries.stride(0))
-    end = (entries.storage_offset() + shape[0] * shape[1]) * entries.element_size()
-    fits = end <= entries.untyped_storage().nbytes()
-    return entries.as_strided(shape, (shape[1], 1)) if fits else entries
+def _is_of_rows(tensor: torch.Tensor) -> bool:
+    """Whether entries of a row, or of a table of one dimension, are adjacent."""
+    return bool(tensor.is_contiguous() or (tensor.dim() == 2 and tensor.stride(1) == 1))
 
 
 def check_room(kv_lens: torch.Tensor, page_size: int, max_kv_tokens: int) -> None:

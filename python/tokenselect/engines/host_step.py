@@ -71,7 +71,7 @@ class HostStep:
             out.zero_()
         if layer.is_dense not in self._parts:
             self._parts[layer.is_dense] = self._split(layer.is_dense)
-        separate(q)
+        separate(device)
         for part in self._parts[layer.is_dense]:
             part.attend(contexts, device, layer, kv, q, new, out)
 

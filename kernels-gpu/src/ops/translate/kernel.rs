@@ -2,6 +2,7 @@
 
 use super::params::*;
 use crate::common::block::{strided, sums_before};
+use crate::simt::global::GlobalPtr;
 use crate::simt::{grid, thread};
 
 /// See the module.
@@ -32,8 +33,8 @@ pub unsafe fn translate(params: TranslateParams) {
     let end = pages.min((chunk + 1) * CHUNK);
     for page in strided(chunk * CHUNK + thread::thread_idx_x(), end, THREADS) {
         let at = table_row as u64 * params.entry_stride + page as u64 * params.slots_per_page as u64;
-        let entry = params.entries.add(at).load();
-        let number = entry / params.slots_per_page;
+        let (entry, high) = params.load(params.entries, ENTRIES, at);
+        let number = if high == 0 { entry / params.slots_per_page } else { u32::MAX };
         if number >= params.num_pages {
             params.count_fault();
         }
@@ -42,14 +43,29 @@ pub unsafe fn translate(params: TranslateParams) {
 }
 
 impl TranslateParams {
+    /// The lower and the upper half of a number of a table, whose bit in `wide` is `bit`.
+    unsafe fn load(&self, table: GlobalPtr<u32>, bit: u32, at: u64) -> (u32, u32) {
+        if self.wide & bit == 0 {
+            return (table.add(at).load(), 0);
+        }
+        let number = table.add(2 * at);
+        (number.load(), number.add(1).load())
+    }
+
+    /// A number of a table of one dimension. One that has no place in 32 bits is beyond every limit, and only -1 is [`NO_SEQUENCE`].
+    unsafe fn number(&self, table: GlobalPtr<u32>, bit: u32, at: u32) -> u32 {
+        let (low, high) = self.load(table, bit, at as u64);
+        if high == 0 || (low & high) == u32::MAX { low } else { u32::MAX - 1 }
+    }
+
     /// The row of the table; beyond its end for none.
     unsafe fn table_row(&self, row: u32) -> u32 {
-        if self.rows.addr() == 0 { row } else { self.rows.add(row as u64).load() }
+        if self.rows.addr() == 0 { row } else { self.number(self.rows, ROWS, row) }
     }
 
     /// Tokens of a row, and whether it keeps the rules; 0 if not.
     unsafe fn kv_len(&self, row: u32) -> (u32, bool) {
-        let kv_len = self.kv_lens.add(row as u64).load();
+        let kv_len = self.number(self.kv_lens, KV_LENS, row);
         let queries = self.qo_indptr.add(row as u64);
         let block_len = queries.add(1).load() - queries.load();
         let longest = self.max_row_pages() as u64 * self.page_size as u64;
@@ -88,7 +104,7 @@ impl TranslateParams {
         let last = if pages == 0 { 0 } else { kv_len - (pages - 1) * self.page_size };
         self.last_page_len.add(row as u64).store(last);
         if self.sequences.addr() != 0 {
-            let sequence = self.sequences.add(row as u64).load();
+            let sequence = self.number(self.sequences, SEQUENCES, row);
             if sequence >= self.num_sequences && sequence != NO_SEQUENCE {
                 self.count_fault();
             }

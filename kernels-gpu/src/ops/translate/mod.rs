@@ -8,7 +8,7 @@
 //!     for each page i: kv_indices[kv_indptr[row] + i] = entries[rows[row], i slots_per_page] / slots_per_page
 //! ```
 //! The rules: a row's block is not longer than `n`; the table has so many entries for it; the entries lie in a row of the
-//! table. A row that breaks one is left without tokens, and so are all where they have more pages than the batch has room
+//! table; a number of 64 bits that has no place in 32, negative ones among them, is beyond every limit. A row that breaks one is left without tokens, and so are all where they have more pages than the batch has room
 //! for. Page numbers beyond the pool become its last page, sequences beyond the limit none. What follows works on valid tables
 //! whatever the engine's hold; `faults` counts what was wrong.
 //!

@@ -29,13 +29,14 @@ pub const NO_SEQUENCE: u32 = u32::MAX;
 #[derive(Clone, Copy, Debug)]
 #[repr(C)]
 pub struct TranslateParams {
-    /// \[num_table_rows, entry_stride\] u32, read: pages, or slots of tokens.
+    /// \[num_table_rows, num_entries\] in rows of `entry_stride`, read: pages, or slots of tokens. Integers of 32 bits, or where
+    /// [`wide`](Self::wide) says so of 64, aligned to 4 bytes; so are the other tables that are read.
     pub entries: GlobalPtr<u32>,
-    /// \[num_rows\] u32, read: row of `entries` of each row. Address 0: the same.
+    /// \[num_rows\], read: row of `entries` of each row. Address 0: the same.
     pub rows: GlobalPtr<u32>,
-    /// \[num_rows\] u32, read: tokens of each row, its block included.
+    /// \[num_rows\], read: tokens of each row, its block included.
     pub kv_lens: GlobalPtr<u32>,
-    /// \[num_rows\] u32, read: sequence of each row. Address 0: none.
+    /// \[num_rows\], read: sequence of each row. Address 0: none.
     pub sequences: GlobalPtr<u32>,
     /// \[num_rows + 1\] u32, read.
     pub qo_indptr: GlobalPtr<u32>,
@@ -67,9 +68,22 @@ pub struct TranslateParams {
     pub max_pages: u32,
     /// The first sequence that is too large.
     pub num_sequences: u32,
+    /// Which tables are of integers of 64 bits: [`ENTRIES`], [`ROWS`], [`KV_LENS`], [`SEQUENCES`].
+    pub wide: u32,
+    /// 0.
+    pub reserved: u32,
 }
 
-const _: () = assert!(size_of::<TranslateParams>() == 120);
+const _: () = assert!(size_of::<TranslateParams>() == 128);
+
+/// Bit of [`TranslateParams::wide`] for `entries`.
+pub const ENTRIES: u32 = 1;
+/// Bit of [`TranslateParams::wide`] for `rows`.
+pub const ROWS: u32 = 2;
+/// Bit of [`TranslateParams::wide`] for `kv_lens`.
+pub const KV_LENS: u32 = 4;
+/// Bit of [`TranslateParams::wide`] for `sequences`.
+pub const SEQUENCES: u32 = 8;
 
 impl TranslateParams {
     /// Pages that a row can have.
