@@ -43,7 +43,13 @@ def in_child(work, method="fork"):
 def run(code: str) -> list[str]:
     """Lines that a process and its children print."""
     done = subprocess.run(
-        [sys.executable, "-c", COMMON + code], cwd="/", capture_output=True, text=True, timeout=300, check=False
+        # From 3.12 on Python warns of what these tests do.
+        [sys.executable, "-W", "ignore::DeprecationWarning", "-c", COMMON + code],
+        cwd="/",
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     assert not done.stderr, done.stderr
