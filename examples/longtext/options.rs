@@ -37,7 +37,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub top_k: usize,
     /// Factor on the dot products that vote; attention has 1/√head_dim in any case [default: the same]
-    #[arg(long, value_name = "S")]
+    #[arg(long, value_name = "S", allow_negative_numbers = true)]
     pub score_scale: Option<f32>,
     /// Leave out dense attention: its time, and a second cache
     #[arg(long)]
@@ -49,7 +49,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub generate: usize,
     /// Randomness of the continuation; 0 takes the most probable token
-    #[arg(long, value_name = "T", default_value_t = 0.0)]
+    #[arg(long, value_name = "T", default_value_t = 0.0, allow_negative_numbers = true)]
     pub temperature: f64,
     /// Seed of the continuation, where its temperature is above 0
     #[arg(long, value_name = "SEED", default_value_t = 0)]

@@ -27,6 +27,14 @@ pub fn run(options: &Options, source: &[u8], model: &Model, device: &Device) -> 
         jobs: Jobs::new(policies.len() * options.lengths.len() + compared + points),
         done: Vec::new(),
     };
+    let settings = policies.iter().map(|&policy| options.settings(policy));
+    run.check(&settings.collect::<Vec<_>>(), &options.lengths)?;
+    for (_, rows) in &plans {
+        run.check(
+            &rows.iter().map(|&(_, settings)| settings).collect::<Vec<_>>(),
+            &[options.ablation_length],
+        )?;
+    }
     let mut retrievals = Vec::new();
     for &policy in &policies {
         for &length in &options.lengths {
@@ -106,6 +114,17 @@ impl Run<'_> {
             haystack(self.source, length, self.options.depths, seed)
         };
         (0..self.options.samples).map(text).collect()
+    }
+
+    /// Finds what cannot be run before anything is: minutes may have passed when its turn comes.
+    fn check(&self, settings: &[Settings], lengths: &[usize]) -> Result<()> {
+        for &length in lengths {
+            self.texts(length)?;
+            for settings in settings {
+                settings.config(self.bench.model, length).validate()?;
+            }
+        }
+        Ok(())
     }
 
     fn retrieve(&mut self, length: usize, settings: Settings) -> Result<Retrieval> {

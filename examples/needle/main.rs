@@ -116,12 +116,16 @@ fn draw(path: &Path, model: &Model, options: &Options, report: &Report) -> Resul
     }
 }
 
-/// Writes a drawing as SVG and as PNG.
+/// Writes a drawing as SVG and as PNG. An extension of either is no part of the name.
 fn write_both(path: &Path, suffix: &str, drawing: &impl Drawing) -> Result<()> {
+    let is_ours = path.extension().is_some_and(|extension| extension == "svg" || extension == "png");
+    let stem = if is_ours { path.with_extension("") } else { path.to_path_buf() };
     for (extension, format) in [("svg", Format::Svg), ("png", Format::Png)] {
-        let mut name = path.as_os_str().to_owned();
+        let mut name = stem.as_os_str().to_owned();
         name.push(format!("{suffix}.{extension}"));
-        plot::write(&PathBuf::from(name), format, drawing)?;
+        let path = PathBuf::from(name);
+        plot::write(&path, format, drawing)?;
+        eprintln!("wrote {}", path.display());
     }
     Ok(())
 }

@@ -49,7 +49,7 @@ pub struct Options {
     #[arg(long, value_name = "N", default_value_t = 256)]
     pub top_k: usize,
     /// Factor on the dot products that vote; attention has 1/√head_dim in any case
-    #[arg(long, value_name = "S", default_value_t = 1.0)]
+    #[arg(long, value_name = "S", default_value_t = 1.0, allow_negative_numbers = true)]
     pub score_scale: f32,
     /// Odd width of the max-pool over votes
     #[arg(long, value_name = "N", default_value_t = 5)]

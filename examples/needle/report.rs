@@ -55,8 +55,13 @@ impl Report {
                 options.samples, options.depths, self.seed
             ),
             format!(
-                "select  the first {}, {} by vote (scores times {}), {} before a block of {}",
-                options.n_init, options.top_k, options.score_scale, options.n_local, options.block
+                "select  the first {}, {} by vote (scores times {}, pooled over {}), {} before a block of {}",
+                options.n_init,
+                options.top_k,
+                options.score_scale,
+                options.vote_pool,
+                options.n_local,
+                options.block
             ),
         ];
         self.policy_table(options, &mut lines);

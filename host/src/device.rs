@@ -60,7 +60,7 @@ impl Device {
     /// or newer; else the processor.
     ///
     /// A GPU takes less than the processor: f16 and bf16, head dimensions 64, 96, 128 and 256, groups of up to 16 heads.
-    /// [`cuda`](Self::cuda) tells why a GPU is not used.
+    /// `Device::cuda` tells why a GPU is not used.
     pub fn auto() -> Self {
         #[cfg(feature = "cuda")]
         if let Ok(device) = Device::cuda(0) {

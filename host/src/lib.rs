@@ -111,7 +111,7 @@ pub use token_select::{Over, PrefillConfig, PrefillProgress, StepInput, StepOutp
 pub use tokenselect_kernels::launch::Dims;
 pub use workspace::{Buffer, RowAction, Workspace};
 
-/// The examples of the README and the guide are compiled and run. (One of them is for GPUs.)
+/// The examples of the documents are compiled and run. (One of them is for GPUs.) That of the project's README is in this crate's, too.
 #[cfg(all(doctest, feature = "cuda"))]
 mod documents {
     #[doc = include_str!("../README.md")]

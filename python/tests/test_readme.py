@@ -9,7 +9,12 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).parents[1]
-FILES = [HERE / "README.md", HERE.parent / "README.md", HERE.parent / "docs" / "guide.md", HERE.parent / "docs" / "engines.md"]
+FILES = [
+    HERE / "README.md",
+    HERE.parent / "README.md",
+    HERE.parent / "docs" / "guide.md",
+    HERE.parent / "docs" / "engines.md",
+]
 EXAMPLES = [
     pytest.param(code, id=f"{path.relative_to(HERE.parent)}-{number}")
     for path in FILES

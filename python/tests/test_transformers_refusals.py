@@ -183,6 +183,7 @@ def test_options_name_their_rule() -> None:
         refused(text, lambda given=given: TokenSelectOptions(**given), ValueError)  # type: ignore[misc]
     eager, ours = pair("llama")
     refused("`dense_layers` must name layers below 2, got 2", lambda: configure(ours, dense_layers=[2]), ValueError)
+    refused("configure() has no option topk; there are ", lambda: configure(ours, topk=3), TypeError)
     refused(
         "`thresholds` must name layers below 2, got 5",
         lambda: TokenSelectCache(ours.config, TokenSelectOptions(thresholds={5: 0.5})),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -25,9 +26,13 @@ def configure(model: PreTrainedModel, options: TokenSelectOptions | None = None,
 
     With `positions="reassigned"` it takes RoPE away from the layers that select; with `"native"` it gives it back.
 
-    Raises `ValueError` where the model has another attention implementation or an option breaks its rule, `NotImplementedError` for
+    Raises `TypeError` for an option that does not exist, `ValueError` where the model has another attention implementation or an option
+    breaks its rule, `NotImplementedError` for
     RoPE that the library does not have, and then changes nothing.
     """
+    known = [field.name for field in dataclasses.fields(TokenSelectOptions)]
+    if unknown := [name for name in changes if name not in known]:
+        raise TypeError(f"configure() has no option {', '.join(unknown)}; there are {', '.join(known)}")
     options = TokenSelectOptions(**{**(vars(options) if options is not None else {}), **changes})
     config = model.config.get_text_config(decoder=True)
     if config._attn_implementation != "tokenselect":
