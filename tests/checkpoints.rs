@@ -112,7 +112,7 @@ fn tokenizers_cut_texts_as_in_python() {
         let ids: Vec<u32> = serde_json::from_value(want["ids"].clone()).expect("tokens");
         let text = fs::read(folder.join("text.txt")).expect("a text");
         let vocabulary = Vocabulary::load(&folder, 304).expect("a tokenizer");
-        let tokens = vocabulary.encode(&text, false, usize::MAX, "text").expect("tokens");
+        let tokens = vocabulary.encode(text.as_slice(), usize::MAX, "text").expect("tokens");
         assert_eq!(tokens.ids, ids);
         assert_eq!(tokens.bytes(0, ids.len()), text.len());
         assert!(tokens.ends.is_sorted());
@@ -121,7 +121,7 @@ fn tokenizers_cut_texts_as_in_python() {
         let decoded = vocabulary.decode(&ids[1..]).expect("a text");
         assert_eq!(decoded.as_bytes(), text);
         // A beginning is cut where a token ends; the bytes are those of its tokens.
-        let begin = vocabulary.encode(&text, false, 12, "text").expect("tokens");
+        let begin = vocabulary.encode(text.as_slice(), 12, "text").expect("tokens");
         assert_eq!((begin.ids.as_slice(), begin.ends.as_slice()), (&ids[..12], &tokens.ends[..12]));
     }
 }

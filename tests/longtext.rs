@@ -370,3 +370,54 @@ fn wrong_models_are_refused() {
     let output = longtext(["--model", path(damaged.save().path()), "--text", path(text.path()), "--json"]);
     example::assert_fails(&output, &["token 1 is not finite"]);
 }
+
+#[test]
+fn a_tokenizer_that_panics_says_so_in_one_line() {
+    let (folder, text) = (TinyModel::new().save(), text(b"some text"));
+    let tokenizer = json!({"version": "1.0", "model": {"type": "WordLevel", "vocab": {"a": 1}, "unk_token": "a"},
+        "normalizer": {"type": "Precompiled", "precompiled_charsmap": "AAAAAAAAAAAAAAAA"}});
+    fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("tokenizer written");
+    let args = ["--model", path(folder.path()), "--text", path(text.path())];
+    fails(args, &["tokenizer.json", "this tokenizer cannot be used", "it contradicts itself"]);
+}
+
+#[test]
+fn plots_that_would_be_lost_are_refused() {
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let (directory, text) = (folder.path().join("x.svg"), folder.path().join("text.svg"));
+    fs::create_dir(&directory).expect("a folder");
+    fs::write(&text, "some text").expect("text written");
+    let indirect = directory.join("../text.svg");
+    fails(["--plot", path(&directory)], &["`--plot`", "must be a file", path(&directory)]);
+    let same = ["`--plot`", "another file than that of `--text`", path(&indirect)];
+    fails(["--plot", path(&indirect), "--text", path(&text)], &same);
+    assert_eq!(fs::read(&text).expect("the text"), b"some text");
+    // The other example writes two files, whose names it makes.
+    let needle =
+        |args: [&str; 4], words: &[&str]| example::assert_fails(&example::run("needle", args), words);
+    let stem = |path: &Path| path.with_extension("").to_str().expect("UTF-8").to_owned();
+    needle(["--plot", path(&directory), "--device", "cpu"], &["`--plot`", "must be a file"]);
+    needle(["--plot", &stem(&directory), "--device", "cpu"], &["`--plot`", "must be a file", "x.svg"]);
+    let words = ["`--plot`", "another file than that of `--text`", path(&text)];
+    needle(["--plot", &stem(&text), "--text", path(&text)], &words);
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn paths_need_not_be_utf8() {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let named = |name: &[u8]| folder.path().join(OsStr::from_bytes(name));
+    let (text, plot) = (named(b"text-\xff"), named(b"plot-\xff.svg"));
+    fs::write(&text, "some text").expect("text written");
+    let mut command = example::command("longtext");
+    command.args(["--device", "cpu", "--json", "--text"]).arg(&text).arg("--plot").arg(&plot);
+    let output = command.output().expect("the example starts");
+    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+    let report: Value = serde_json::from_slice(&output.stdout).expect("one JSON object");
+    assert_eq!(report["options"]["text"], json!(text.display().to_string()));
+    assert_eq!(report["options"]["plot"], json!(plot.display().to_string()));
+    assert!(plot.is_file());
+}

@@ -11,6 +11,7 @@ use safetensors::Dtype;
 use serde_json::{Value, json};
 use tempfile::TempDir;
 use tiny_model::{HIDDEN, TinyModel, config_file};
+use tokenselect::RopeScaling;
 use tokenselect_examples::error::Result;
 use tokenselect_examples::model::Model;
 use tokenselect_examples::vocabulary::Vocabulary;
@@ -214,6 +215,60 @@ fn positions() {
 }
 
 #[test]
+fn positions_that_contradict_each_other() {
+    let model = |fields: Value| {
+        let fields = fields.as_object().expect("an object").clone();
+        fields.into_iter().fold(TinyModel::new(), |model, (name, value)| model.with(&name, value))
+    };
+    let refused = |fields: Value, words: &[&str]| refused(&model(fields).save(), words);
+    let rope = |fields: Value| {
+        let config = Model::load(model(fields).save().path()).expect("a model").config;
+        (config.rope.theta, config.rope.scaling)
+    };
+    let linear = |factor: f64| json!({"rope_type": "linear", "factor": factor});
+    let with_theta = |theta: f64| json!({"rope_type": "default", "rope_theta": theta});
+
+    let both = ["`rope_theta`", "`rope_parameters.rope_theta`", "got 10000 and 500000"];
+    refused(json!({"rope_parameters": with_theta(500_000.0)}), &both);
+    assert_eq!(rope(json!({"rope_parameters": with_theta(1e4)})), (1e4, RopeScaling::None));
+    let both = ["`rope_parameters.rope_theta`", "`rope_scaling.rope_theta`", "got 5 and 6"];
+    let inside =
+        json!({"rope_theta": null, "rope_parameters": with_theta(5.0), "rope_scaling": with_theta(6.0)});
+    refused(inside, &both);
+
+    let both = ["`rope_scaling`", "`rope_parameters`", "\"factor\":2.0", "\"factor\":8.0"];
+    refused(json!({"rope_scaling": linear(8.0), "rope_parameters": linear(2.0)}), &both);
+    let both = ["`rope_scaling`", "`rope_parameters`", "default", "linear"];
+    refused(json!({"rope_scaling": with_theta(1e4), "rope_parameters": linear(2.0)}), &both);
+    for newer in [linear(8.0), with_theta(1e4), json!({}), Value::Null] {
+        let fields = json!({"rope_scaling": {"type": "linear", "factor": 8}, "rope_parameters": newer});
+        assert_eq!(rope(fields), (1e4, RopeScaling::Linear { factor: 8.0 }));
+    }
+    let nested = json!({"full_attention": with_theta(1e4), "sliding_attention": with_theta(1e4)});
+    let words = ["`rope_parameters`", "for each type of layer", "`full_attention`"];
+    refused(json!({"rope_parameters": nested}), &words);
+
+    let llama3 = json!({"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4});
+    let yarn = json!({"rope_type": "yarn", "factor": 4});
+    for mut scaling in [llama3, yarn] {
+        // As in transformers: the longest context, where no other is given.
+        for (first, want) in [(Value::Null, 64.0), (json!(32), 32.0)] {
+            let fields = json!({"rope_scaling": scaling, "original_max_position_embeddings": first});
+            let (RopeScaling::Llama3 { original_max_position: got, .. }
+            | RopeScaling::Yarn { original_max_position: got, .. }) = rope(fields).1
+            else {
+                panic!("another scaling than {scaling}");
+            };
+            assert_eq!(got, want);
+        }
+        scaling["original_max_position_embeddings"] = json!(16);
+        let name = "original_max_position_embeddings";
+        let both = [&format!("`{name}`"), &format!("`rope_scaling.{name}`"), "got 32 and 16"];
+        refused(json!({"rope_scaling": scaling, name: 32}), &both);
+    }
+}
+
+#[test]
 fn tensors() {
     let mut missing = TinyModel::new();
     missing.tensors.remove("lm_head.weight");
@@ -241,6 +296,13 @@ fn tensors() {
         &of_family("Qwen3ForCausalLM", "qwen3").save(),
         &["model.layers.0.self_attn.q_norm.weight` is missing"],
     );
+    // More layers than any model has: not a number to put into the configuration.
+    for number in [1 << 24, u64::MAX] {
+        let mut far = TinyModel::new();
+        let name = format!("model.layers.{number}.x");
+        far.tensors.insert(name.clone(), (vec![1], vec![0.0]));
+        refused(&far.save(), &[&name, "is no part of the model"]);
+    }
     let without =
         TinyModel { tensors: [("norm".to_owned(), (vec![1], vec![1.0]))].into(), ..TinyModel::new() };
     refused(&without.save(), &["tensor `model.embed_tokens.weight` is missing"]);
@@ -303,18 +365,42 @@ fn vocabularies() {
     refused(&folder, &["tokenizer.json", "this tokenizer cannot be used", "<s>"]);
     let special = |id: u32| json!({"<s>": {"id": "<s>", "ids": [id], "tokens": ["<s>"]}});
     with_template(special(999));
-    let far = Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(b"a", false, 10, "the text");
+    let far = Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(&b"a"[..], 10, "the text");
     assert_eq!(far.expect_err("an error").to_string(), "a token must be below vocab_size = 301, got 999");
     with_template(special(7));
-    let begun =
-        Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(b"a", false, 10, "the text");
+    let begun = Vocabulary::load(folder.path(), 301).expect("a tokenizer").encode(&b"a"[..], 10, "the text");
     let begun = begun.expect("two tokens");
     assert_eq!((begun.ids, begun.ends), (vec![7, 0], vec![0, 1]));
-    let error = |text: &[u8], is_cut| vocabulary.encode(text, is_cut, 10, "the text").map(drop);
-    let message = error(b"a b \xff", false).expect_err("an error").to_string();
+    let error = |text: &[u8]| vocabulary.encode(text, 10, "the text").map(drop);
+    let message = error(b"a b \xff").expect_err("an error").to_string();
     assert!(message.contains("the text must be UTF-8") && message.contains("at byte 4"), "{message}");
-    // Half a character at the end is one that was cut, or an error.
-    assert!(error("é".as_bytes().split_at(1).0, false).is_err());
-    let message = error(b"b\xc3", true).expect_err("one token").to_string();
+    let message = error("bé".as_bytes().split_at(2).0).expect_err("half a character").to_string();
+    assert!(message.contains("the text must be UTF-8") && message.contains("at byte 1"), "{message}");
+    let message = error(b"b").expect_err("one token").to_string();
     assert!(message.contains("the text has 1 tokens, but at least 2"), "{message}");
+}
+
+#[test]
+fn beginnings_of_texts() {
+    // A word is one token; cut anywhere, it is one for each of its letters.
+    let word = "é".repeat(300);
+    let model = json!({"type": "WordPiece", "vocab": {"?": 0, "é": 1, "##é": 2, word.as_str(): 3}, "unk_token": "?",
+        "continuing_subword_prefix": "##", "max_input_chars_per_word": 1000});
+    let tokenizer = json!({"version": "1.0", "pre_tokenizer": {"type": "WhitespaceSplit"}, "model": model});
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    fs::write(folder.path().join("tokenizer.json"), tokenizer.to_string()).expect("tokenizer written");
+    let vocabulary = Vocabulary::load(folder.path(), 4).expect("a tokenizer");
+    let mut text = format!("{word} ").repeat(100).into_bytes();
+    let whole = vocabulary.encode(text.as_slice(), usize::MAX, "the text").expect("tokens");
+    assert_eq!((whole.ids.as_slice(), whole.ends.last()), (&[3; 100][..], Some(&text.len())));
+    for limit in 2..=100 {
+        let tokens = vocabulary.encode(text.as_slice(), limit, "the text").expect("tokens");
+        assert_eq!((&tokens.ids[..], &tokens.ends[..]), (&whole.ids[..limit], &whole.ends[..limit]));
+    }
+    assert_eq!(vocabulary.encode(text.as_slice(), 101, "the text").expect("tokens"), whole);
+    // What lies far behind the tokens is not read.
+    text.push(0xff);
+    assert_eq!(vocabulary.encode(text.as_slice(), 10, "the text").expect("tokens").len(), 10);
+    let message = vocabulary.encode(text.as_slice(), 100, "the text").expect_err("no UTF-8").to_string();
+    assert!(message.contains(&format!("at byte {}", text.len() - 1)), "{message}");
 }

@@ -27,15 +27,16 @@ mod report;
 mod sampler;
 mod table;
 
+use std::fs::File;
 use std::process::ExitCode;
 
 use clap::Parser;
-use tokenselect_examples::error::Result;
+use tokenselect_examples::error::{Error, Result};
 use tokenselect_examples::model::Model;
 use tokenselect_examples::session::Attention;
 use tokenselect_examples::terminal::Progress;
 use tokenselect_examples::vocabulary::Vocabulary;
-use tokenselect_examples::{plot as canvas, terminal, text};
+use tokenselect_examples::{plot as canvas, terminal};
 
 use options::Options;
 use pass::{Found, Pass};
@@ -52,8 +53,8 @@ fn run(options: &Options) -> Result<()> {
     options.validate()?;
     let model = Model::load(&options.model)?;
     let vocabulary = Vocabulary::load(&options.model, model.config.vocab_size)?;
-    let (text, is_cut) = text::read_file(&options.text, vocabulary.bytes_for(options.tokens))?;
-    let tokens = vocabulary.encode(&text, is_cut, options.tokens, &options.text.display().to_string())?;
+    let text = File::open(&options.text).map_err(Error::read(&options.text))?;
+    let tokens = vocabulary.encode(text, options.tokens, &options.text.display().to_string())?;
     options.validate_for(tokens.len())?;
     let device = device::open(&model, &tokens.ids, options)?;
 

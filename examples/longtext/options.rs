@@ -1,11 +1,11 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
-use serde::Serialize;
+use serde::{Serialize, Serializer};
 use tokenselect_examples::device::DeviceName;
-use tokenselect_examples::error::{Error, Result, expect_folder};
+use tokenselect_examples::error::{Error, Result, expect_folder, expect_other};
 use tokenselect_examples::model::Model;
 use tokenselect_examples::plot::Format;
 use tokenselect_examples::session::Settings;
@@ -17,9 +17,11 @@ pub struct Options {
     /// Model folder as Hugging Face has it, of a Llama, Mistral, Qwen2 or Qwen3: config.json, tokenizer.json, model.safetensors in one file
     /// or several. Without tokenizer.json, tokens are bytes
     #[arg(long, value_name = "DIR", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama"))]
+    #[serde(serialize_with = "lossy")]
     pub model: PathBuf,
     /// Text to read. The default, the GNU GPL 3, is one that the default model was not trained on
     #[arg(long, value_name = "FILE", default_value = concat!(env!("CARGO_MANIFEST_DIR"), "/models/tiny-llama/gpl-3.0.txt"))]
+    #[serde(serialize_with = "lossy")]
     pub text: PathBuf,
     /// How many tokens of the text to read, at least 2
     #[arg(long, value_name = "N", default_value_t = 8192)]
@@ -59,10 +61,21 @@ pub struct Options {
     pub device: DeviceName,
     /// Draw bits per byte over position; the name says as what
     #[arg(long, value_name = "FILE.svg|FILE.png")]
+    #[serde(serialize_with = "lossy_if_given")]
     pub plot: Option<PathBuf>,
     /// Print one JSON object at the end, in place of the table
     #[arg(long)]
     pub json: bool,
+}
+
+/// A path for JSON, which is UTF-8: what is not is replaced.
+fn lossy<S: Serializer>(path: &Path, to: S) -> Result<S::Ok, S::Error> {
+    to.collect_str(&path.display())
+}
+
+/// The same of an option.
+fn lossy_if_given<S: Serializer>(path: &Option<PathBuf>, to: S) -> Result<S::Ok, S::Error> {
+    path.as_ref().map(|path| path.display().to_string()).serialize(to)
 }
 
 impl Options {
@@ -82,6 +95,7 @@ impl Options {
         if let Some(path) = &self.plot {
             Format::of("--plot", path)?;
             expect_folder("--plot", path)?;
+            expect_other("--plot", path, "--text", &self.text)?;
         }
         Ok(())
     }

@@ -39,7 +39,7 @@ mod retrieval;
 mod steps;
 mod votes;
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::process::ExitCode;
 
 use clap::Parser;
@@ -52,7 +52,7 @@ use tokenselect_examples::{terminal, text};
 
 use curve_plot::CurvePlot;
 use heatmap::HeatMaps;
-use options::Options;
+use options::{Options, plot_files};
 use policy::Policy;
 use reader::Reader;
 use report::Report;
@@ -116,14 +116,9 @@ fn draw(path: &Path, model: &Model, options: &Options, report: &Report) -> Resul
     }
 }
 
-/// Writes a drawing as SVG and as PNG. An extension of either is no part of the name.
+/// Writes a drawing as SVG and as PNG.
 fn write_both(path: &Path, suffix: &str, drawing: &impl Drawing) -> Result<()> {
-    let is_ours = path.extension().is_some_and(|extension| extension == "svg" || extension == "png");
-    let stem = if is_ours { path.with_extension("") } else { path.to_path_buf() };
-    for (extension, format) in [("svg", Format::Svg), ("png", Format::Png)] {
-        let mut name = stem.as_os_str().to_owned();
-        name.push(format!("{suffix}.{extension}"));
-        let path = PathBuf::from(name);
+    for (path, format) in plot_files(path, suffix).into_iter().zip([Format::Svg, Format::Png]) {
         plot::write(&path, format, drawing)?;
         eprintln!("wrote {}", path.display());
     }

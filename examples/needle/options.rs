@@ -1,10 +1,10 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use clap::Parser;
 use tokenselect_examples::device::DeviceName;
-use tokenselect_examples::error::{Error, Result, expect_folder};
+use tokenselect_examples::error::{Error, Result, expect_folder, expect_other};
 
 use crate::policy::{Policy, Settings};
 
@@ -150,6 +150,17 @@ impl std::fmt::Display for PolicyName {
     }
 }
 
+/// The SVG and the PNG of a drawing. An extension of either is no part of the name that is given.
+pub fn plot_files(path: &Path, suffix: &str) -> [PathBuf; 2] {
+    let is_ours = path.extension().is_some_and(|extension| extension == "svg" || extension == "png");
+    let stem = if is_ours { path.with_extension("") } else { path.to_path_buf() };
+    ["svg", "png"].map(|extension| {
+        let mut name = stem.as_os_str().to_owned();
+        name.push(format!("{suffix}.{extension}"));
+        PathBuf::from(name)
+    })
+}
+
 impl Options {
     /// A policy with the settings of the command line.
     pub fn settings(&self, policy: Policy) -> Settings {
@@ -178,6 +189,12 @@ impl Options {
         if !(1..=32).contains(&self.singles) {
             return Err(Error::option("--singles", "from 1 to 32", self.singles));
         }
-        self.plot.as_deref().map_or(Ok(()), |path| expect_folder("--plot", path))
+        let Some(path) = &self.plot else { return Ok(()) };
+        expect_folder("--plot", path)?;
+        for file in ["", "-curves"].into_iter().flat_map(|suffix| plot_files(path, suffix)) {
+            expect_folder("--plot", &file)?;
+            self.text.as_deref().map_or(Ok(()), |text| expect_other("--plot", &file, "--text", text))?;
+        }
+        Ok(())
     }
 }

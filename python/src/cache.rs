@@ -14,6 +14,7 @@ use crate::kv::KvView;
 use crate::numbers::{layout, layout_name, of_class, optional_whole, type_name, whole, whole_below};
 use crate::selection_cache::{SelectionCache, SelectionStats};
 use crate::slot::{Lends, Slot};
+use crate::tables::push;
 
 /// Keys and values of many sequences in shared pages, with their page tables and their Selection Cache.
 ///
@@ -120,14 +121,15 @@ fn growth_of(growth: &Bound<'_, PyAny>) -> Result<Vec<(SequenceId, usize)>> {
     let wrong = |got: &Bound<'_, PyAny>| {
         Failure::of_type("growth", "a list of pairs of a sequence and its new tokens", type_name(got))
     };
-    let rows = growth.try_iter().map_err(|_| wrong(growth))?;
-    rows.map(|row| {
+    let mut rows = Vec::new();
+    for row in growth.try_iter().map_err(|_| wrong(growth))? {
         let row = row?;
         let (sequence, tokens) =
             row.extract::<(Bound<'_, PyAny>, Bound<'_, PyAny>)>().map_err(|_| wrong(&row))?;
-        Ok((sequence_of(&sequence)?, whole("num_tokens", &tokens)?))
-    })
-    .collect()
+        let row = (sequence_of(&sequence)?, whole("num_tokens", &tokens)?);
+        push("growth", &mut rows, row)?;
+    }
+    Ok(rows)
 }
 
 #[pymethods]

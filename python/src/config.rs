@@ -342,7 +342,10 @@ pub(crate) fn plan_limits(
     }
     let mut has = [false; 5];
     let mut unknown = Vec::new();
-    for name in given.try_iter()? {
+    for (count, name) in given.try_iter()?.enumerate() {
+        if count == known.len() {
+            return Err(Failure::argument("operations", rule(), "more"));
+        }
         let name = name?.str()?.to_string();
         match known.iter().position(|known| *known == name) {
             Some(place) => has[place] = true,

@@ -14,7 +14,7 @@ use crate::cache::Cache;
 use crate::context::Context;
 use crate::device::{Device, Where};
 use crate::errors::{Failure, Result, fence};
-use crate::given::{Given, Types, interface_types, tuple};
+use crate::given::{Given, MAX_RANK, Types, interface_types, tuple};
 use crate::numbers::{dtype_of_name, of_class, type_name, whole};
 use crate::slot::{Lends, Slot};
 
@@ -472,7 +472,18 @@ impl Buffer {
             let shape = if shape.is_instance_of::<PyInt>() {
                 vec![whole("shape", shape)?]
             } else {
-                shape.try_iter()?.map(|dim| whole("shape", &dim?)).collect::<Result<Vec<_>>>()?
+                let mut dims = Vec::new();
+                for dim in shape.try_iter()? {
+                    if dims.len() == MAX_RANK {
+                        return Err(Failure::argument(
+                            "shape",
+                            format!("have up to {MAX_RANK} dimensions"),
+                            "more",
+                        ));
+                    }
+                    dims.push(whole("shape", &dim?)?);
+                }
+                dims
             };
             let (typestr, dtype) = type_of(typestr)?;
             let memory = Memory::zeros(device, shape, &typestr, dtype)?;

@@ -2,7 +2,7 @@
 
 use pyo3::intern;
 use pyo3::prelude::*;
-use pyo3::types::PyBool;
+use pyo3::types::{PyBool, PyDict, PyFrozenSet, PySet};
 
 use crate::errors::{Failure, Kind, Result};
 use crate::given::{Given, tuple};
@@ -28,6 +28,17 @@ pub(crate) fn table(what: &'static str, values: &Bound<'_, PyAny>, pairs: bool) 
     }
     if let Some(given) = Given::on_host(what, values)? {
         return entries_of(&given, pairs);
+    }
+    // Their order is nobody's.
+    if values.is_instance_of::<PySet>()
+        || values.is_instance_of::<PyFrozenSet>()
+        || values.is_instance_of::<PyDict>()
+    {
+        return Err(Failure::of_type(
+            what,
+            "a list, an array or a tensor of whole numbers",
+            type_name(values),
+        ));
     }
     let mut entries = Vec::new();
     if let Ok(len) = values.len() {
@@ -61,7 +72,8 @@ pub(crate) fn table(what: &'static str, values: &Bound<'_, PyAny>, pairs: bool) 
     Ok(entries)
 }
 
-fn push(what: &str, entries: &mut Vec<u32>, entry: u32) -> Result<()> {
+/// Adds an entry of a list that may have no end.
+pub(crate) fn push<T>(what: &str, entries: &mut Vec<T>, entry: T) -> Result<()> {
     if entries.len() == entries.capacity() {
         reserve(what, entries, entries.len().max(16))?;
     }
@@ -69,8 +81,9 @@ fn push(what: &str, entries: &mut Vec<u32>, entry: u32) -> Result<()> {
     Ok(())
 }
 
-fn reserve(what: &str, entries: &mut Vec<u32>, more: usize) -> Result<()> {
-    entries.try_reserve(more).map_err(|_| Failure::out_of_memory(what, 4 * (entries.len() + more)))
+fn reserve<T>(what: &str, entries: &mut Vec<T>, more: usize) -> Result<()> {
+    let bytes = size_of::<T>().saturating_mul(entries.len().saturating_add(more));
+    entries.try_reserve(more).map_err(|_| Failure::out_of_memory(what, bytes))
 }
 
 /// A whole number of Python's or NumPy's.

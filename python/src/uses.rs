@@ -7,7 +7,7 @@ use pyo3::prelude::*;
 use pyo3::types::PyTuple;
 
 use crate::device::{Device, Where};
-use crate::errors::Result;
+use crate::errors::{Failure, Result};
 use crate::fork::Process;
 use crate::given::{Given, Source, expect_untraced};
 use crate::memory::{InCall, Memory, is_on};
@@ -16,6 +16,27 @@ use crate::slot::{Lends, Slot};
 thread_local! {
     /// What this thread passes to the library while it records, the innermost recording last.
     static RECORDS: RefCell<Vec<Vec<Py<PyAny>>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Where PyTorch's tensors lay when a call looked at them.
+///
+/// `set_` gives a tensor another storage, `resize_` a storage another place, whoever holds it: code of a later argument's, or who is told
+/// of progress, may have called these.
+#[derive(Default)]
+pub(crate) struct Places(Vec<(&'static str, Py<PyAny>, usize)>);
+
+impl Places {
+    /// Refuses a tensor that lies elsewhere now.
+    pub fn expect_unchanged(&self, py: Python<'_>) -> Result<()> {
+        for (what, tensor, addr) in &self.0 {
+            let now = tensor.bind(py).call_method0(intern!(py, "data_ptr"))?.extract::<usize>();
+            if !now.is_ok_and(|now| now == *addr) {
+                let rule = "must keep its memory until the call returns, its address has changed meanwhile";
+                return Err(Failure::tensor("TS_STATUS_BUSY", what, rule));
+            }
+        }
+        Ok(())
+    }
 }
 
 /// What one call uses.
@@ -35,6 +56,7 @@ pub(crate) struct Uses<'a, 'py> {
     interfaces: Vec<Bound<'py, PyAny>>,
     /// This package's memory: code of a later argument's, or of another thread's, must not close it meanwhile.
     in_call: Vec<InCall<'py>>,
+    places: Places,
 }
 
 /// Queries times keys from which on other threads run meanwhile. Below, giving the interpreter up and getting it back costs more
@@ -65,6 +87,7 @@ impl<'a, 'py> Uses<'a, 'py> {
             kept,
             interfaces,
             in_call,
+            places: Places::default(),
         }
     }
 
@@ -72,6 +95,7 @@ impl<'a, 'py> Uses<'a, 'py> {
     pub fn run<T: Send>(&self, work: impl FnOnce() -> tokenselect::Result<T> + Send) -> Result<T> {
         // Code of an argument's own may have forked.
         self.process.expect_current("context")?;
+        self.places.expect_unchanged(self.py)?;
         Ok(if self.is_long { self.py.detach(work) } else { work() }?)
     }
 
@@ -99,13 +123,26 @@ impl<'a, 'py> Uses<'a, 'py> {
                 memory.get().lend(); // closed later, it is kept
             }
         }
+        let mut held = None;
         if self.records {
             self.record(owner(&given)?);
         } else if self.is_long || (self.device.is_asynchronous() && self.must_be_kept(&given)?) {
-            self.kept.push(owner(&given)?);
+            let owner = owner(&given)?;
+            held = Some(owner.clone_ref(self.py));
+            self.kept.push(owner);
+        }
+        if given.source == Source::Torch {
+            // What is held keeps the storage that was looked at, whatever the tensor is given.
+            let tensor = held.unwrap_or_else(|| object.clone().unbind());
+            self.places.0.push((what, tensor, given.addr));
         }
         self.interfaces.extend(given.interface.clone());
         Ok(given)
+    }
+
+    /// Where its tensors lie, for work that calls back.
+    pub fn take_places(&mut self) -> Places {
+        std::mem::take(&mut self.places)
     }
 
     /// An object of this package, which a recording holds.

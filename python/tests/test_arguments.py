@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -480,3 +481,23 @@ def test_masked_arrays(device: ts.Device, draw: Draw) -> None:
         with pytest.raises(ts.ArgumentError, match=f"`host` {text}"):
             device.to_device(np.ma.masked_array(q, mask=mask))
     ctx.pool(batch, np.ma.masked_array(q, mask=True).filled(0))
+
+
+def test_lists_without_end(device: ts.Device) -> None:
+    """Are refused, or run out of memory, as an exception."""
+    cfg = config()
+    refused: list[tuple[Callable[[], object], str]] = [
+        (lambda: ts.Buffer(device, itertools.count(1), "<f4"), "`shape` must have up to 8 dimensions"),
+        (lambda: ts.Buffer(device, range(10**12), "<f4"), "`shape` must have up to 8 dimensions"),
+        (lambda: ts.Context(device, cfg, operations=itertools.repeat("append")), "`operations` must be some of"),
+    ]
+    for call, text in refused:
+        with pytest.raises(ts.ArgumentError, match=text):
+            call()
+
+
+def test_tables_without_an_order() -> None:
+    """A set has the same numbers in an order of its own."""
+    for pages in ({3, 1}, frozenset((3, 1)), {3: 0, 1: 0}):
+        with pytest.raises(ts.ArgumentTypeError, match="`kv_indices` must be|`indices` must be"):
+            ts.Batch(4, [0, 1], [0, 2], pages, [4])

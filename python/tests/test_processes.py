@@ -192,3 +192,26 @@ if __name__ == "__main__":
 """)
     done = subprocess.run([sys.executable, path], cwd="/", capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines() == ["64.0", "64.0"], done.stderr
+
+
+def test_exit_while_a_thread_is_at_work() -> None:
+    """The interpreter ends, whatever a daemon thread is doing."""
+    lines = run("""
+import threading, time
+device = ts.Device.cpu()
+config = ts.Config(num_qo_heads=4, num_kv_heads=2, head_dim=16, dtype="f32", selection_cache=False)
+n = 2000
+ctx = ts.Context(device, config, max_block_len=n, max_kv_tokens=n)
+pages = np.ones((n // 4, 4, 2, 16), np.float32)
+kv, batch = ts.KvView(pages, pages), ts.Batch(4, [0, n], [0, n // 4], range(n // 4), [4])
+q = np.ones((n, 4, 16), np.float32)
+
+def work():
+    while True:
+        ctx.attend_dense(batch, kv, q)
+
+threading.Thread(target=work, daemon=True).start()
+time.sleep(0.2)
+print("ends", flush=True)
+""")
+    assert lines == ["ends"]

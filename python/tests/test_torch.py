@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -245,3 +246,48 @@ def test_threads(device: ts.Device) -> None:
     assert len(results) == 15
     for out in results:
         assert torch.equal(out, results[0])
+
+
+class Interrupting:
+    """An array whose interface does something first."""
+
+    def __init__(self, array: Any, work: Callable[[], object]) -> None:
+        self.array, self.work = array, work
+
+    @property
+    def __array_interface__(self) -> Any:
+        self.work()
+        return self.array.__array_interface__
+
+
+@pytest.mark.parametrize(
+    "change", [lambda x: x.set_(torch.zeros(1)), lambda x: x.resize_(10**6)], ids=["set", "resize"]
+)
+def test_other_memory_by_code_of_an_argument(ctx: ts.Context, batch: ts.Batch, change: Callable[[Any], object]) -> None:
+    """The address of a tensor that was looked at before is not used when it has changed."""
+    kv = ts.KvView(*pages())
+    q, out = torch.randn(8, HQ, D), torch.zeros(8, HQ, D)
+    lse = Interrupting(np.zeros((8, HQ), np.float32), lambda: change(q))
+    with pytest.raises(ts.ArgumentError, match="`q` must keep its memory until the call returns"):
+        ctx.attend_dense(batch, kv, q, out, lse)
+    assert not out.any()
+    q, k = torch.randn(8, HQ, D), pages()[0]
+    values = Interrupting(np.zeros((2, PAGE, HKV, D), np.float32), lambda: change(k))
+    # What the call makes may lie where the keys were, which is refused, too.
+    with pytest.raises(ts.ArgumentError, match="must keep its memory|must not overlap `k pages`"):
+        ctx.attend_dense(batch, ts.KvView(k, values), q)
+
+
+def test_other_memory_by_who_is_told_of_progress(device: ts.Device) -> None:
+    """A prompt is not read on from where a tensor was."""
+    cfg = config()
+    cache = ts.Cache(device, cfg, num_pages=64, page_size=PAGE)
+    ctx = ts.Context.for_prefill(device, cfg, block_len=8, max_kv_len=256, max_piece_len=8)
+    pieces = cache.extend_in_pieces(ctx, [(cache.create(), 64)], 8)
+    q, k, v = (torch.randn(64, heads, D) for heads in (HQ, HKV, HKV))
+
+    def progress(done: int, total: int) -> None:
+        q.resize_(10**6)
+
+    with pytest.raises(ts.ArgumentError, match="`q` must keep its memory"):
+        ctx.prefill(cache, 0, pieces, q, k, v, progress=progress)

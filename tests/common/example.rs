@@ -2,13 +2,18 @@
 
 use std::process::{Command, Output};
 
-/// Runs an example of the profile that this test has.
-pub fn run<'a>(name: &str, args: impl IntoIterator<Item = &'a str>) -> Output {
+/// An example of the profile that this test has.
+pub fn command(name: &str) -> Command {
     let test = std::env::current_exe().expect("path of this test");
     let profile = test.ancestors().nth(2).expect("target/<profile>/deps");
     let example = profile.join("examples").join(format!("{name}{}", std::env::consts::EXE_SUFFIX));
     assert!(example.is_file(), "no {}: run `cargo build --example {name}` first", example.display());
-    Command::new(example).args(args).output().expect("the example starts")
+    Command::new(example)
+}
+
+/// Runs an example.
+pub fn run<'a>(name: &str, args: impl IntoIterator<Item = &'a str>) -> Output {
+    command(name).args(args).output().expect("the example starts")
 }
 
 /// An example that must fail with exit code 1 and one line on stderr that holds all of `words`.

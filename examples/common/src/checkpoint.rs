@@ -9,6 +9,7 @@ use half::{bf16, f16};
 use safetensors::{Dtype, SafeTensors};
 use serde::Deserialize;
 
+use crate::config::MAX_SIZE;
 use crate::error::{Error, Result};
 
 /// The weights files of a folder, read but not yet parsed.
@@ -138,13 +139,14 @@ impl Checkpoint<'_> {
         }
     }
 
-    /// Layers that the names speak of, `model.layers.N.…`: one more than the largest `N`.
+    /// Layers that the names speak of, `model.layers.N.…`: one more than the largest `N` that a model can have. A tensor of a
+    /// larger one is no part of any.
     pub fn num_layers(&self) -> usize {
         let layer = |name: &String| {
             let number = name.strip_prefix("model.layers.")?.split('.').next()?;
-            number.parse::<usize>().ok()
+            number.parse().ok().filter(|&layer: &usize| layer < MAX_SIZE)
         };
-        self.file_of.keys().filter_map(layer).max().map_or(0, |last| last.saturating_add(1))
+        self.file_of.keys().filter_map(layer).max().map_or(0, |last| last + 1)
     }
 
     /// The end of reading: a tensor that nothing has asked for is a part of the model that is not implemented.

@@ -4,12 +4,14 @@ use std::fmt::Display;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use serde::de::DeserializeOwned;
 use serde::{Deserialize, Deserializer};
+use serde_json::{Map, Value};
 use tokenselect::{DType, HeadShape, Rope};
 
 use crate::error::{Error, Result};
 use crate::family::{Family, Parts};
-use crate::rope_scaling::ScalingFields;
+use crate::rope_scaling;
 
 /// Shape and constants of a model.
 #[derive(Debug, Clone)]
@@ -55,10 +57,14 @@ pub struct Fields {
     num_key_value_heads: Option<usize>,
     head_dim: Option<usize>,
     rms_norm_eps: Option<f32>,
-    rope_theta: Option<f64>,
-    rope_scaling: Option<ScalingFields>,
+    /// Base of the frequencies of RoPE.
+    pub rope_theta: Option<f64>,
+    /// How positions beyond the first training context were trained.
+    pub rope_scaling: Option<Map<String, Value>>,
     /// Newer name of `rope_scaling`, which also holds `rope_theta`.
-    rope_parameters: Option<ScalingFields>,
+    pub rope_parameters: Option<Map<String, Value>>,
+    /// The first training context; mostly in `rope_scaling`.
+    pub original_max_position_embeddings: Option<f64>,
     partial_rotary_factor: Option<f64>,
     max_position_embeddings: Option<usize>,
     hidden_act: Option<String>,
@@ -76,7 +82,7 @@ pub struct Fields {
     pub max_window_layers: Option<usize>,
     /// Kind of attention of each layer.
     pub layer_types: Option<Vec<String>>,
-    quantization_config: Option<serde_json::Value>,
+    quantization_config: Option<Value>,
     torch_dtype: Option<String>,
     /// Newer name of `torch_dtype`.
     dtype: Option<String>,
@@ -88,7 +94,7 @@ fn there<'de, D: Deserializer<'de>, T: Deserialize<'de>>(from: D) -> Result<Opti
 }
 
 /// Sizes above this are taken for damage, so that products of two of them cannot overflow.
-const MAX_SIZE: usize = 1 << 24;
+pub(crate) const MAX_SIZE: usize = 1 << 24;
 
 impl ModelConfig {
     /// Reads `config.json` in `folder`.
@@ -146,6 +152,28 @@ impl ConfigFile {
         }
     }
 
+    /// The one of two fields that is given. Where both are, they must have the same value.
+    pub fn same<T: PartialEq + Display>(
+        &self,
+        one: (&'static str, Option<T>),
+        other: (&'static str, Option<T>),
+    ) -> Result<(&'static str, Option<T>)> {
+        match (one, other) {
+            ((field, Some(got)), (other, Some(other_got))) if got != other_got => {
+                let (got, other_got) = (got.to_string(), other_got.to_string());
+                Err(Error::ConfigFields { path: self.path.clone(), field, got, other, other_got })
+            }
+            ((_, None), other) => Ok(other),
+            (one, _) => Ok(one),
+        }
+    }
+
+    /// The fields of an object.
+    pub fn parse<T: DeserializeOwned>(&self, object: &Map<String, Value>) -> Result<T> {
+        let parsed = serde_json::from_value(Value::Object(object.clone()));
+        parsed.map_err(|source| Error::Json { path: self.path.clone(), source })
+    }
+
     /// Checks a size.
     fn size(&self, field: &'static str, value: usize) -> Result<usize> {
         if (1..=MAX_SIZE).contains(&value) {
@@ -187,16 +215,8 @@ impl ConfigFile {
         )?;
         let num_layers = self.required_size("num_hidden_layers", fields.num_hidden_layers)?;
         family.check_windows(self, fields, num_layers)?;
-        let scaling = fields.rope_parameters.as_ref().or(fields.rope_scaling.as_ref());
-        let theta = fields.rope_theta.or(scaling.and_then(|fields| fields.rope_theta));
-        let rope = Rope {
-            theta: theta.unwrap_or(10_000.0),
-            scaling: match scaling {
-                Some(fields) => fields.interpret(self, training_context)?,
-                None => tokenselect::RopeScaling::None,
-            },
-            ..Rope::default()
-        };
+        let (theta, scaling) = rope_scaling::interpret(self, fields, training_context)?;
+        let rope = Rope { theta: theta.unwrap_or(10_000.0), scaling, ..Rope::default() };
         Ok(ModelConfig {
             family,
             parts: family.parts(fields),

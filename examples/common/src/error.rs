@@ -39,6 +39,9 @@ pub enum Error {
     /// A field of `config.json` is missing or breaks its rule.
     #[error("{}: `{field}` must be {rule}, got {got}", .path.display())]
     Config { path: PathBuf, field: &'static str, rule: String, got: String },
+    /// Two fields of `config.json` say different things.
+    #[error("{}: `{field}` and `{other}` must be the same, got {got} and {other_got}", .path.display())]
+    ConfigFields { path: PathBuf, field: &'static str, got: String, other: &'static str, other_got: String },
     /// A weights file is damaged.
     #[error("{} is not a whole safetensors file: {source}", .path.display())]
     Safetensors { path: PathBuf, source: SafeTensorError },
@@ -107,7 +110,8 @@ impl Error {
     }
 }
 
-/// Checks that the folder of a file which will be written exists: that should not be noticed after the work is done.
+/// Checks that a file which will be written is no folder, and is in one that exists: that should not be noticed after the work is
+/// done.
 ///
 /// # Errors
 /// [`Error::Option`].
@@ -116,9 +120,25 @@ pub fn expect_folder(option: &'static str, file: &Path) -> Result<()> {
         Some(folder) if !folder.as_os_str().is_empty() => folder,
         _ => Path::new("."),
     };
-    if folder.is_dir() {
-        Ok(())
-    } else {
-        Err(Error::option(option, "in a folder that exists", folder.display()))
+    match folder.is_dir() {
+        true if file.is_dir() => {
+            Err(Error::option(option, "a file", format!("the folder {}", file.display())))
+        }
+        true => Ok(()),
+        false => Err(Error::option(option, "in a folder that exists", folder.display())),
+    }
+}
+
+/// Checks that a file which will be written is not `read`, that of another option.
+///
+/// # Errors
+/// [`Error::Option`].
+pub fn expect_other(option: &'static str, file: &Path, read_option: &str, read: &Path) -> Result<()> {
+    match (file.canonicalize(), read.canonicalize()) {
+        (Ok(written), Ok(same)) if written == same => {
+            Err(Error::option(option, format!("another file than that of `{read_option}`"), file.display()))
+        }
+        // What does not exist is not overwritten.
+        _ => Ok(()),
     }
 }

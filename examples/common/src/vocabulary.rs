@@ -1,7 +1,10 @@
 //! What the tokens of a model stand for: bytes, or what a tokenizer says.
 
-use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::io::Read;
+use std::panic::{self, AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread;
 
 use serde_json::Value;
 use tokenizers::Tokenizer;
@@ -70,31 +73,25 @@ impl Vocabulary {
         }
     }
 
-    /// Bytes of a text that are enough for so many tokens.
-    pub fn bytes_for(&self, tokens: usize) -> usize {
-        // Runs of blanks are the longest tokens of usual vocabularies; most have about 4 bytes.
-        const LONGEST: usize = 64;
-        match self {
-            Vocabulary::Bytes => tokens,
-            Vocabulary::Tokenizer { .. } => tokens.saturating_mul(LONGEST),
-        }
-    }
-
-    /// At most `limit` tokens from the beginning of `text`, called `what` in errors. `is_cut` says that the text went on: then its
-    /// last character may be incomplete, and is left out. What a tokenizer puts before a text is among the tokens.
+    /// The first `limit` tokens of `text`, called `what` in errors, which is read no further than they need. What a tokenizer puts
+    /// before a text is among the tokens.
     ///
     /// # Errors
-    /// [`Error::NotText`], [`Error::Tokenizer`], [`Error::Token`], and [`Error::ShortText`] for fewer than two tokens.
-    pub fn encode(&self, text: &[u8], is_cut: bool, limit: usize, what: &str) -> Result<Tokens> {
+    /// [`Error::Read`], [`Error::NotText`], [`Error::Tokenizer`], [`Error::Token`], and [`Error::ShortText`] for fewer than two
+    /// tokens.
+    pub fn encode(&self, text: impl Read, limit: usize, what: &str) -> Result<Tokens> {
+        let mut text = Beginning { text, bytes: Vec::new(), what };
         let (mut tokens, unit) = match self {
             Vocabulary::Bytes => {
-                let ids = text.iter().map(|&byte| u32::from(byte)).collect();
-                (Tokens { ids, ends: (1..=text.len()).collect() }, "bytes")
+                text.extend(limit)?;
+                let ids = text.bytes.iter().map(|&byte| u32::from(byte)).collect();
+                (Tokens { ids, ends: (1..=text.bytes.len()).collect() }, "bytes")
             }
             Vocabulary::Tokenizer { path, tokenizer, vocab_size } => {
-                let text = utf8(text, is_cut, what)?;
-                let tokens = guarded(|| encode(tokenizer, text, limit))
-                    .map_err(|source| Error::Tokenizer { path: path.clone(), source })?;
+                let tokens = text.encode(limit, |part| {
+                    guarded(|| encode(tokenizer, part, limit))
+                        .map_err(|source| Error::Tokenizer { path: path.clone(), source })
+                })?;
                 // Those that are put before a text need not be in the vocabulary.
                 if let Some(&id) = tokens.ids.iter().find(|&&id| id as usize >= *vocab_size) {
                     return Err(Error::Token { id, vocab_size: *vocab_size });
@@ -127,6 +124,14 @@ impl Vocabulary {
 }
 
 impl Tokens {
+    /// The first `limit` tokens, if there are more.
+    fn first(mut self, limit: usize) -> Option<Self> {
+        let has_more = self.len() > limit;
+        self.ids.truncate(limit);
+        self.ends.truncate(limit);
+        has_more.then_some(self)
+    }
+
     /// How many.
     pub fn len(&self) -> usize {
         self.ids.len()
@@ -141,6 +146,46 @@ impl Tokens {
     pub fn bytes(&self, from: usize, to: usize) -> usize {
         let end = |tokens: usize| tokens.checked_sub(1).map_or(0, |last| self.ends[last]);
         end(to) - end(from)
+    }
+}
+
+/// What was read of a text.
+struct Beginning<'a, R> {
+    text: R,
+    bytes: Vec<u8>,
+    /// Name of the text.
+    what: &'a str,
+}
+
+impl<R: Read> Beginning<'_, R> {
+    /// Reads on until there are `len` bytes. Whether there are: then the text may go on.
+    fn extend(&mut self, len: usize) -> Result<bool> {
+        let missing = len.saturating_sub(self.bytes.len()) as u64;
+        let mut more = self.text.by_ref().take(missing);
+        more.read_to_end(&mut self.bytes).map_err(Error::read(Path::new(self.what)))?;
+        Ok(self.bytes.len() >= len)
+    }
+
+    /// What `encode` makes of the whole text, or its first `limit` tokens.
+    fn encode(&mut self, limit: usize, encode: impl Fn(&str) -> Result<Tokens>) -> Result<Tokens> {
+        // A whole book is not cut into tokens for its first page.
+        const LEAST: usize = 4096;
+        let mut len = limit.saturating_mul(8).max(LEAST);
+        let mut shorter = None;
+        loop {
+            let is_cut = self.extend(len)?;
+            let tokens = encode(utf8(&self.bytes, is_cut, self.what)?)?;
+            if !is_cut {
+                return Ok(tokens);
+            }
+            // The last tokens of a part are others where the text goes on, as many as its last word has. So tokens are taken if
+            // they are the same in a part twice as long.
+            match (tokens.first(limit), shorter) {
+                (Some(tokens), Some(same)) if tokens == same => return Ok(tokens),
+                (tokens, _) => shorter = tokens,
+            }
+            len = len.saturating_mul(2);
+        }
     }
 }
 
@@ -167,10 +212,26 @@ fn check_templates(processor: &Value) -> tokenizers::Result<()> {
     processor["processors"].as_array().into_iter().flatten().try_for_each(check_templates)
 }
 
-/// Calls into the crate, which panics for some files that contradict themselves.
+/// Calls into the crate, which panics for some files that contradict themselves. Such a panic is not printed.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> tokenizers::Result<T> {
+    // The hook is one for all threads.
+    static HOOK: Mutex<()> = Mutex::new(());
+    let _hook = HOOK.lock().unwrap_or_else(PoisonError::into_inner);
+    let caller = thread::current().id();
+    let hook = Arc::new(panic::take_hook());
+    let others = Arc::clone(&hook);
+    panic::set_hook(Box::new(move |info| {
+        if thread::current().id() != caller {
+            others(info);
+        }
+    }));
     // Nothing that the call may have left half done is used after a panic.
-    catch_unwind(AssertUnwindSafe(call)).unwrap_or_else(|_| Err("it contradicts itself".into()))
+    let result = catch_unwind(AssertUnwindSafe(call));
+    drop(panic::take_hook());
+    if let Some(hook) = Arc::into_inner(hook) {
+        panic::set_hook(hook);
+    }
+    result.unwrap_or_else(|_| Err("it contradicts itself".into()))
 }
 
 /// The longest beginning of `text` that is UTF-8: all of it, or all but a character that was cut.
@@ -187,40 +248,24 @@ fn utf8<'a>(text: &'a [u8], is_cut: bool, what: &str) -> Result<&'a str> {
     }
 }
 
-/// At most `len` bytes, cut between two characters.
-fn beginning(text: &str, len: usize) -> &str {
-    let cut = (0..=len.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
-    &text[..cut.unwrap_or(0)]
-}
-
-/// Tokens of a beginning of `text` that has more than `limit` of them, or of all of it.
+/// Tokens of a text, of which only the first `limit` are wanted.
 fn encode(tokenizer: &Tokenizer, text: &str, limit: usize) -> tokenizers::Result<Tokens> {
-    // A whole book is not cut into tokens for its first page.
-    let mut len = limit.saturating_mul(8);
-    loop {
-        let part = beginning(text, len);
-        let encoding = tokenizer.encode(part, true)?;
-        let mut ids = encoding.get_ids().to_vec();
-        // What is put behind a text is no part of one that goes on.
-        while ids.last().is_some() && encoding.get_special_tokens_mask()[ids.len() - 1] == 1 {
-            ids.pop();
-        }
-        // The last token of a part may be half a word.
-        if ids.len() <= limit && part.len() < text.len() {
-            len = len.saturating_mul(2);
-            continue;
-        }
-        let mut end = 0;
-        let ends = encoding.get_offsets()[..ids.len()].iter().map(|&(_, token_end)| {
-            // Tokens that are parts of one character all end where it does; those that stand for no text, at 0.
-            end = token_end.clamp(end, part.len());
-            end
-        });
-        let mut ends: Vec<usize> = ends.collect();
-        // The end of a text that no token stands for, such as blanks, belongs to the last.
-        if let Some(last) = ends.last_mut().filter(|_| ids.len() <= limit) {
-            *last = part.len();
-        }
-        return Ok(Tokens { ids, ends });
+    let encoding = tokenizer.encode(text, true)?;
+    let mut ids = encoding.get_ids().to_vec();
+    // What is put behind a text is no part of one that goes on.
+    while ids.last().is_some() && encoding.get_special_tokens_mask()[ids.len() - 1] == 1 {
+        ids.pop();
     }
+    let mut end = 0;
+    let ends = encoding.get_offsets()[..ids.len()].iter().map(|&(_, token_end)| {
+        // Tokens that are parts of one character all end where it does; those that stand for no text, at 0.
+        end = token_end.clamp(end, text.len());
+        end
+    });
+    let mut ends: Vec<usize> = ends.collect();
+    // The end of a text that no token stands for, such as blanks, belongs to the last.
+    if let Some(last) = ends.last_mut().filter(|_| ids.len() <= limit) {
+        *last = text.len();
+    }
+    Ok(Tokens { ids, ends })
 }

@@ -13,6 +13,7 @@ use crate::errors::{self, Failure, Result, fence};
 use crate::fork::Process;
 use crate::numbers::{of_class, type_name, whole};
 use crate::selection_cache::Reuse;
+use crate::uses::Places;
 
 /// What a step attends to.
 pub(super) enum Kind {
@@ -109,7 +110,7 @@ impl Context {
             let input = StepInput { q: queries.view(device)?, k: k.view(device)?, v: v.view(device)? };
             (input, output.view(device)?)
         };
-        told.prefill(uses.py(), select, layer, all, (input, view))?;
+        told.prefill(uses.py(), uses.take_places(), select, layer, all, (input, view))?;
         Ok(output.answer)
     }
 
@@ -142,12 +143,12 @@ impl Context {
             span.expect_apart(&pages[0])?;
             span.expect_apart(&pages[1])?;
         }
-        let py = uses.py();
+        let (py, places) = (uses.py(), uses.take_places());
         // SAFETY: tensors of the device, outputs, pages and workspace apart from inputs, held until it has done its work.
         unsafe {
             let input = StepInput { q: queries.view(device)?, k: k.view(device)?, v: v.view(device)? };
             let view = output.view(device)?;
-            kv.write(device, &reuse, |layer| told.prefill(py, select, layer, all, (input, view)))?;
+            kv.write(device, &reuse, |layer| told.prefill(py, places, select, layer, all, (input, view)))?;
         }
         Ok(output.answer)
     }
@@ -175,7 +176,7 @@ impl Told {
     }
 
     /// Whether to go on. Where nobody is told, an interrupt from the keyboard is looked for.
-    fn goes_on(&self, py: Python<'_>, at: PrefillProgress) -> PyResult<bool> {
+    fn goes_on(&self, py: Python<'_>, places: &Places, at: PrefillProgress) -> PyResult<bool> {
         let goes_on = match &self.progress {
             None => py.check_signals().map(|()| true)?,
             Some(progress) => {
@@ -183,7 +184,10 @@ impl Told {
                 answer.is_none() || answer.is_truthy()?
             }
         };
-        fence(py, || self.process.expect_current("context"))?;
+        fence(py, || {
+            self.process.expect_current("context")?;
+            places.expect_unchanged(py)
+        })?;
         Ok(goes_on)
     }
 
@@ -191,13 +195,15 @@ impl Told {
     fn prefill(
         &self,
         py: Python<'_>,
+        places: Places,
         select: &mut TokenSelect,
         layer: LayerMut<'_>,
         pieces: &tokenselect::Pieces,
         (input, output): (StepInput<'_>, StepOutput<'_>),
     ) -> Result<()> {
+        places.expect_unchanged(py)?;
         let mut raised = None;
-        let tell = |at| match Python::try_attach(|py| self.goes_on(py, at)) {
+        let tell = |at| match Python::try_attach(|py| self.goes_on(py, &places, at)) {
             Some(Ok(true)) => ControlFlow::Continue(()),
             Some(Ok(false)) | None => ControlFlow::Break(()),
             Some(Err(error)) => {

@@ -23,7 +23,7 @@ use crate::memory::Memory;
 use crate::numbers::type_name;
 
 /// The most dimensions of a tensor that is looked at.
-const MAX_RANK: usize = 8;
+pub(crate) const MAX_RANK: usize = 8;
 
 /// A tensor as it is now.
 pub(crate) struct Given<'py> {
