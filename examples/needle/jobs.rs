@@ -27,13 +27,10 @@ pub fn run(options: &Options, source: &[u8], model: &Model, device: &Device) -> 
         jobs: Jobs::new(policies.len() * options.lengths.len() + compared + points),
         done: Vec::new(),
     };
-    let settings = policies.iter().map(|&policy| options.settings(policy));
-    run.check(&settings.collect::<Vec<_>>(), &options.lengths)?;
-    for (_, rows) in &plans {
-        run.check(
-            &rows.iter().map(|&(_, settings)| settings).collect::<Vec<_>>(),
-            &[options.ablation_length],
-        )?;
+    run.check(policies.iter().map(|&policy| options.settings(policy)), &options.lengths)?;
+    let compared_settings = plans.iter().flat_map(|(_, rows)| rows).map(|&(_, settings)| settings);
+    if compared > 0 {
+        run.check(compared_settings, &[options.ablation_length])?;
     }
     let mut retrievals = Vec::new();
     for &policy in &policies {
@@ -117,10 +114,10 @@ impl Run<'_> {
     }
 
     /// Finds what cannot be run before anything is: minutes may have passed when its turn comes.
-    fn check(&self, settings: &[Settings], lengths: &[usize]) -> Result<()> {
-        for &length in lengths {
-            self.texts(length)?;
-            for settings in settings {
+    fn check(&self, settings: impl Iterator<Item = Settings>, lengths: &[usize]) -> Result<()> {
+        lengths.iter().try_for_each(|&length| self.texts(length).map(drop))?;
+        for settings in settings {
+            for &length in lengths {
                 settings.config(self.bench.model, length).validate()?;
             }
         }

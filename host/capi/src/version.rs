@@ -27,12 +27,10 @@ const _: () = {
 };
 
 const fn number(digits: &str) -> u32 {
-    let (digits, mut number, mut i) = (digits.as_bytes(), 0, 0);
-    while i < digits.len() {
-        number = 10 * number + (digits[i] - b'0') as u32;
-        i += 1;
+    match u32::from_str_radix(digits, 10) {
+        Ok(number) => number,
+        Err(_) => u32::MAX, // no version: the assertion says which
     }
-    number
 }
 
 /// `TS_ABI_VERSION` of the library that was loaded, to be compared with that of the header.
